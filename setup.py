@@ -1,0 +1,46 @@
+"""Build the extension modules; all other metadata is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+MODULES = sorted(path.stem for path in Path("pyx").glob("*.pyx"))
+TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
+C_DIR = Path("build/cython/pyx")
+INTERFACES = [
+    *Path("snapengine").rglob("*.pxd"),
+    *Path("snapengine").rglob("*.h"),
+    *Path("pyx").glob("*.h"),
+]
+
+
+def interfaces_changed() -> bool:
+    """cythonize() looks for a module's own .pxd beside its .pyx; ours is in snapengine/."""
+    newest = max(path.stat().st_mtime for path in INTERFACES)
+    return any(path.stat().st_mtime < newest for path in C_DIR.glob("*.c"))
+
+
+extensions = [
+    Extension(
+        f"snapengine.{name}",
+        [f"pyx/{name}.pyx"],
+        include_dirs=["snapengine/include", "pyx"],
+        depends=[str(path) for path in INTERFACES],
+        define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
+        extra_compile_args=["-O2", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_link_args=["-pthread"],
+    )
+    for name in MODULES
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        build_dir=None if TRACE else "build/cython",  # Cython.Coverage wants .c beside .pyx
+        nthreads=2,
+        force=TRACE or interfaces_changed(),
+        compiler_directives={"language_level": 3, "embedsignature": True, "linetrace": TRACE},
+    )
+)

@@ -1,0 +1,1 @@
+"""Live snapshots of memory."""

@@ -1,0 +1,88 @@
+"""How to take a snapshot: one frozen dataclass, each field with when to change it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+WRITE_TRACKING = "write-tracking"
+DIRTY_LOGGING = "dirty-logging"
+METHODS = (WRITE_TRACKING, DIRTY_LOGGING)
+
+MIB = 1 << 20
+MIN_MEMORY_LIMIT = 16 * MIB
+_ZSTD = re.compile(r"zstd(?::(-?\d+))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of one capture.
+
+    Raises
+    ------
+    ValueError
+        A field is out of range; the text names it.
+    """
+
+    method: str = WRITE_TRACKING
+    """``"write-tracking"`` (the state at the start, every page once) or ``"dirty-logging"`` (the
+    state at the end, in rounds; the target must be able to pause). Change it to compare."""
+
+    compress: str = "none"
+    """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
+    than the CPU, or when space counts; chunks that do not shrink, or that would hold the capture
+    up, are stored raw."""
+
+    memory_limit: int = 64 * MIB
+    """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
+    bursts without a spill file; what exceeds it goes to `spill_dir`."""
+
+    rate_limit: int = 0
+    """Most bytes a second into the sink; 0: no limit. Set it to leave bandwidth to others."""
+
+    spill_dir: str | None = None
+    """Directory of the (unnamed) spill file; None: the system's temporary directory. Point it to a
+    disk with room for the whole memory when the sink is slow and writers are fast."""
+
+    fault_threads: int = 0
+    """Threads that serve write faults; 0: one per usable CPU, at most 4."""
+
+    encoder_threads: int = 0
+    """Threads that checksum, compress and write; 0: one, or with zstd two."""
+
+    downtime_limit: float = 0.3
+    """Dirty logging: the longest pause, in seconds, that the last round may take at the copy rate
+    measured so far."""
+
+    max_rounds: int = 30
+    """Dirty logging: give up ("not-converged") after so many rounds."""
+
+    max_seconds: float = 300.0
+    """Dirty logging: give up ("not-converged") after so many seconds."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        level = self.zstd_level
+        if level is not None and not -7 <= level <= 22:
+            raise ValueError(f"compress: zstd level {level} is not in -7 ... 22")
+        if self.memory_limit < MIN_MEMORY_LIMIT:
+            raise ValueError(f"memory_limit: {self.memory_limit} bytes is below {MIN_MEMORY_LIMIT}")
+        if self.rate_limit < 0:
+            raise ValueError("rate_limit: must not be negative")
+        if not 0 <= self.fault_threads <= 64:
+            raise ValueError("fault_threads: must be in 0 ... 64")
+        if not 0 <= self.encoder_threads <= 64:
+            raise ValueError("encoder_threads: must be in 0 ... 64")
+        if self.downtime_limit <= 0 or self.max_seconds <= 0 or self.max_rounds < 1:
+            raise ValueError("downtime_limit, max_seconds and max_rounds must be positive")
+
+    @property
+    def zstd_level(self) -> int | None:
+        """The zstd level, or None for no compression. ValueError if `compress` is malformed."""
+        if self.compress == "none":
+            return None
+        match = _ZSTD.match(self.compress)
+        if match is None:
+            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL")
+        return int(match[1]) if match[1] else 1

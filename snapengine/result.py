@@ -1,0 +1,56 @@
+"""The figures of one capture: what `save --json` prints and the image's stats record holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+COMPLETED = "completed"
+NOT_CONVERGED = "not-converged"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Figures of one capture. Counts are pages of 4096 bytes, times are nanoseconds.
+
+    ``pages_total == pages_saved - duplicate_pages + zero_pages + hole_pages + lost_pages``.
+    """
+
+    method: str
+    status: str
+    """``"completed"`` or ``"not-converged"`` (dirty logging; there is no image then)."""
+    image_bytes: int
+    region_bytes: int
+    """Bytes of memory that the image describes."""
+    nonzero_bytes: int
+    """Bytes of the pages that hold anything but zeros, once each."""
+    pages_total: int
+    pages_saved: int
+    """Data pages written into the image, superseded ones included."""
+    zero_pages: int
+    """Populated pages that hold only zeros."""
+    hole_pages: int
+    """Pages that were not populated; the capture did not populate them."""
+    duplicate_pages: int
+    """Data pages in the image that a later record supersedes."""
+    faults: int
+    """Write and missing faults served."""
+    rounds: int
+    arm_ns: int
+    """From the first registration to T: the longest that a writer can wait for the arming."""
+    stop_ns: int
+    """How long the target was paused; 0 if it never was."""
+    duration_ns: int
+    fault_ns: dict[str, int]
+    """``p50``, ``p99``, ``max``: from the engine seeing a fault to its release."""
+    peak_buffer_bytes: int
+    spilled_bytes: int
+    lost_pages: int = 0
+    lost_runs: list[tuple[int, int]] = field(default_factory=list)
+    """(address, length in bytes) of memory that the target discarded, unmapped or remapped after T and
+    before it was saved. Reading it from the image raises `LostPagesError`."""
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types, keys in the order of the fields."""
+        return asdict(self)
