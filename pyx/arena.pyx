@@ -9,8 +9,10 @@ from libc.errno cimport errno
 from libc.stdint cimport uintptr_t
 from libc.string cimport memset
 from posix.mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap,
 )
+
+from snapengine.oserror cimport raise_oserror
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -60,3 +62,30 @@ cdef class Arena:
     def __dealloc__(self):
         if self.base != NULL:
             munmap(self.base, self.length)
+
+
+cdef class FileView:
+    """A read-only shared mapping of `length` bytes of a file from `offset` (a multiple of 4096).
+
+    Raises OSError. `close` unmaps it; idempotent.
+    """
+
+    def __init__(self, int fd, uint64_t offset, uint64_t length):
+        cdef void *base
+        if self.addr:
+            raise ValueError("already mapped")
+        base = mmap(NULL, length, PROT_READ, MAP_SHARED, fd, offset)
+        if base == MAP_FAILED:
+            raise_oserror(errno, b"mmap")
+        self.addr = <uintptr_t>base
+        self.length = length
+
+    def close(self):
+        """Unmap. Idempotent."""
+        if self.addr:
+            munmap(<void *><uintptr_t>self.addr, self.length)
+            self.addr = 0
+
+    def __dealloc__(self):
+        if self.addr:
+            munmap(<void *><uintptr_t>self.addr, self.length)

@@ -87,8 +87,8 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
             snap_sleep_ns(20000)
     if err == ENOENT and length > PAGE:
         # Part of the run is unmapped by now: the rest must still be released.
-        for offset in range(0, length, PAGE):
-            uffd_unprotect(capture.uffds[uffd], addr + offset, PAGE)
+        for offset in range(length // PAGE):
+            uffd_unprotect(capture.uffds[uffd], addr + offset * PAGE, PAGE)
     elif err == ESRCH:
         capture_fail(capture, ESRCH, "the target ended", addr)
     elif err and err != ENOENT:

@@ -107,7 +107,6 @@ cdef class Session:
         self.owned_fds.append(capture.pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
-        self.pid_owner = os.getpid()
 
     cdef int _set_region(self, region_t *region, plan) except -1:
         region.start = plan.region.addr

@@ -14,7 +14,7 @@ and the death of the process closes the userfaultfd, which does the same in the 
 
 from libc.errno cimport EAGAIN, EBUSY, ENXIO, errno
 from libc.stdint cimport uint64_t
-from posix.unistd cimport close, lseek, write
+from posix.unistd cimport close, getpid, lseek, write
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_store
 from snapengine.bitmap cimport bits_claim, bits_mask
@@ -107,38 +107,40 @@ cdef int _register(capture_t *capture, region_t *region) noexcept nogil:
     return err
 
 
-cdef int _save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
-    """Pages in which one region ends and another begins: unprotecting such a page for the one would let
-    the other's bytes change, so both are copied before any fault is served."""
-    cdef int i, j
-    cdef uint64_t page
-    cdef region_t *a
-    cdef region_t *b
-    for i in range(capture.n_regions):
-        for j in range(capture.n_regions):
-            a = &capture.regions[i]
-            b = &capture.regions[j]
-            if i == j or a.addr >= b.addr + b.pages * PAGE or b.addr >= a.addr + a.pages * PAGE:
-                continue
-            for page in range(a.first_page, a.first_page + a.pages):
-                if not b.addr <= a.addr + (page - a.first_page) * PAGE < b.addr + b.pages * PAGE:
-                    continue
-                if bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63)):
-                    if lane_room(capture.pool, &lane.slot, 64, False) or copy_run(capture, lane, a, page, 1):
-                        return 1
-                    bits_claim(capture.saved, page >> 6, <uint64_t>1 << (page & 63))
-    return 0
-
-
-cdef int _release_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef bint _shared_with_another(capture_t *capture, region_t *region, uint64_t addr) noexcept nogil:
     cdef int i
-    cdef uint64_t page
+    cdef region_t *other
+    for i in range(capture.n_regions):
+        other = &capture.regions[i]
+        if other != region and other.addr <= addr < other.addr + other.pages * PAGE:
+            return True
+    return False
+
+
+cdef int _save_shared_pages(capture_t *capture, lane_t *lane, bint copied) noexcept nogil:
+    """Pages in which one region ends and another begins: unprotecting such a page for the one would let
+    the other's bytes change. So all of them are copied before any fault is served (first call), and
+    then released (second call, `copied`). Regions do not overlap: only edge pages can be shared."""
+    cdef int i, edge, err
+    cdef uint64_t page, addr
     cdef region_t *region
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        for page in (region.first_page, region.first_page + region.pages - 1):
-            if (snap_load(&capture.saved[page >> 6]) >> (page & 63)) & 1:
-                release(capture, lane, 0, region.addr + (page - region.first_page) * PAGE, PAGE)
+        for edge in range(2):
+            page = region.first_page + (region.pages - 1 if edge else 0)
+            addr = region.addr + (page - region.first_page) * PAGE
+            if not _shared_with_another(capture, region, addr):
+                continue
+            if copied:
+                release(capture, lane, 0, addr, PAGE)
+            elif bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63)):
+                err = lane_room(capture.pool, &lane.slot, 64, False)
+                if not err:
+                    err = copy_run(capture, lane, region, page, 1)
+                if err:
+                    capture_fail(capture, err, "copy of a shared page", addr)
+                    return err
+                bits_claim(capture.saved, page >> 6, <uint64_t>1 << (page & 63))
     return 0
 
 
@@ -164,10 +166,8 @@ cdef int _arm(capture_t *capture, lane_t *lane) noexcept nogil:
         capture_fail(capture, err, "scan of the page tables", 0)
         return 1
     if capture.n_regions > 1:
-        if _save_shared_pages(capture, lane):
-            capture_fail(capture, err, "copy of a shared page", 0)
+        if _save_shared_pages(capture, lane, False) or _save_shared_pages(capture, lane, True):
             return 1
-        _release_shared_pages(capture, lane)
     capture.arm_ns = snap_now_ns() - begin
     capture.rounds = 1
     _publish(capture, &capture.armed)
@@ -249,6 +249,7 @@ cdef class Tracker:
     def __init__(self, Session session not None):
         self.session = session
         self.running = False
+        self.owner = getpid()
 
     def start(self):
         """Make the threads, arm, and return at T. Raises nothing for a target that cannot be armed: ask
@@ -328,7 +329,8 @@ cdef class Tracker:
 
     def __dealloc__(self):
         # Reached only if an exception skipped join(): the threads must not outlive their memory.
-        if self.running:
+        # In a forked child the threads are the parent's, and the arenas are wiped.
+        if self.running and getpid() == self.owner:
             with nogil:
                 capture_fail(self.session.capture, EBUSY, "abandoned", 0)
                 pthread_join(self.session.capture.lanes[0].thread, NULL)

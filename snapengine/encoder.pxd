@@ -29,3 +29,4 @@ cdef class Encoder:
     cdef turn_t *turn
     cdef readonly uint64_t raw_chunks
     cdef readonly uint64_t compressed_chunks
+    cdef bint _worth_it(self, uint64_t ticket) noexcept nogil

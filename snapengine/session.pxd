@@ -106,7 +106,6 @@ cdef struct capture_t:
     uint64_t t_ns                   # CLOCK_MONOTONIC at T
     uint64_t rounds
     lane_t *lanes
-    lane_t *events                  # the walk's lane while it arms: who reads events then
 
 
 # The first failure of a capture wins; wakes everybody.
@@ -124,6 +123,7 @@ cdef class Session:
     cdef Arena lanes
     cdef list bitmaps
     cdef object owned_fds
-    cdef object pid_owner
-    cdef bint started
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
+    cdef int _set_region(self, region_t *region, plan) except -1
+    cdef int _make_bitmaps(self, bint rounds) except -1
+    cdef int _make_lanes(self) except -1
