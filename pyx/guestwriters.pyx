@@ -104,9 +104,10 @@ cdef void count_stall(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil
 cdef void next_bin(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil:
     # Set anew from the clock at every bin, so that the error of ns_per_tick does not add up.
     cdef int64_t now = guest_now_ns()
-    w.bin_at = now // BIN_NS
     w.bin_end = ticks + <uint64_t>((BIN_NS - now % BIN_NS) / s.ns_per_tick)
-    guest_store(&w.bins[w.bin_at % BINS], w.bin_at << 24)
+    if w.bin_at != <uint64_t>(now // BIN_NS):  # else the ticks were a little ahead of the clock
+        w.bin_at = now // BIN_NS
+        guest_store(&w.bins[w.bin_at % BINS], w.bin_at << 24)
 
 
 cdef void write_one(Shared *s, Writer *w) noexcept nogil:
