@@ -55,7 +55,11 @@ examples:
 def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `save` to the command line."""
     parser = commands.add_parser(
-        "save", help="save a running peer's memory", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
+        "save",
+        help="save a running peer's memory",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=raw,
     )
     size, seconds = argument(parse_size), argument(parse_seconds)
     add = parser.add_argument
@@ -64,7 +68,12 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
-    add("--rate-limit", type=size, metavar="SIZE", help="most bytes a second into the sink (default: no limit)")
+    add(
+        "--rate-limit",
+        type=size,
+        metavar="SIZE",
+        help="most bytes a second into the sink (default: no limit)",
+    )
     add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
     add("--vmstate", type=argument(parse_vmstate), action="append", default=[], metavar="NAME=FILE",
         help="store FILE in the image as the blob NAME; may be repeated")  # fmt: skip
@@ -74,7 +83,13 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
     add("--max-seconds", type=seconds, metavar="SECONDS",
         help="dirty logging: give up after so many seconds (default 300)")  # fmt: skip
-    add("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="wait so long for the peer (default 60)")
+    add(
+        "--timeout",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="wait so long for the peer (default 60)",
+    )
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)

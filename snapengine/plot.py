@@ -40,7 +40,9 @@ def tick(row: Row) -> float:
 def tick_label(row: Row) -> str:
     """A write rate as a tick label: ``0``, ``2k``, ``40k``, ``max (1.2M)``."""
     rate = row.write_rate
-    text = f"{rate / 1e6:.1f}M" if rate >= 999_500 else f"{rate / 1e3:.3g}k" if rate >= 1000 else f"{rate:.0f}"
+    text = (
+        f"{rate / 1e6:.1f}M" if rate >= 999_500 else f"{rate / 1e3:.3g}k" if rate >= 1000 else f"{rate:.0f}"
+    )
     return f"max\n({text})" if row.at_most else text
 
 
@@ -48,8 +50,11 @@ def _lines(axes: Axes, rows: Sequence[Row], ticks: dict[float, str], values: Seq
     """One line a method over evenly spaced rates; hollow markers where the capture gave up."""
     places = {rate: place for place, rate in enumerate(ticks)}
     for method, (color, marker) in STYLES.items():
-        points = [(places[tick(row)], value, row.completed)
-                  for row, value in zip(rows, values, strict=True) if row.result.method == method]  # fmt: skip
+        points = [
+            (places[tick(row)], value, row.completed)
+            for row, value in zip(rows, values, strict=True)
+            if row.result.method == method
+        ]
         if not points:
             continue
         xs, ys, done = zip(*points, strict=True)

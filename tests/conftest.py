@@ -1,6 +1,9 @@
-"""What all tests share: no skipped core test in CI, and the fixtures `requires_uffd` and `repository`."""
+"""What all tests share: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,42 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("core tests were skipped, which CI=true does not allow", red=True)
         for line in _skipped:
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def wheel(repository, tmp_path_factory):
+    """The wheel, built from a copy of the sources: an old build/ must not leak into it."""
+    room = tmp_path_factory.mktemp("wheel")
+    source = room / "source"
+    products = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("snapengine", "pyx"):
+        shutil.copytree(repository / folder, source / folder, ignore=products)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(repository / name, source / name)
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(room), str(source))
+    shutil.rmtree(source)  # what is tested next must not find it
+    (path,) = room.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(request, tmp_path_factory):
+    """A directory that holds the installed package, with no source tree in sight.
+
+    That is the package which runs these tests where it is an installed one (`make check-dist`), and else
+    the `wheel`, installed beside its dependencies.
+    """
+    if not (Path(__file__).parent.parent / "setup.py").exists():
+        import snapengine
+
+        return Path(snapengine.__file__).parent.parent
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-index", "--target", str(target), str(request.getfixturevalue("wheel")))
+    return target
+
+
+def pip(*arguments):
+    """Run pip; a failure shows what it said."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -138,9 +138,9 @@ def test_a_kernel_without_userfaultfd_is_no_question_of_rights():
     [
         ({}, "through /dev/userfaultfd"),
         ({"device": ""}, "system call, by CAP_SYS_PTRACE"),
-        ({"device": "denied", "status": USER, "unprivileged": "1"}, "system call, by vm.unprivileged_userfaultfd=1"),
+        ({"device": "denied", "status": USER}, "system call, by vm.unprivileged_userfaultfd=1"),
     ],
-)  # fmt: skip
+)
 def test_the_way_to_userfaultfd_is_named(facts, found):
     assert find(change(**facts), "userfaultfd").found == found
 
