@@ -29,13 +29,15 @@ extensions = [
         include_dirs=["snapengine/include", "pyx"],
         depends=[str(path) for path in INTERFACES],
         define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
-        extra_compile_args=["-O2", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        # -g0: debug information would put the paths of the build machine into the wheel.
+        extra_compile_args=["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
         extra_link_args=["-pthread"],
     )
     for name in MODULES
 ]
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         extensions,
         build_dir=None if TRACE else "build/cython",  # Cython.Coverage wants .c beside .pyx

@@ -1,0 +1,84 @@
+# Everything is made inside .venv; nothing else on the machine changes. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-build-isolation --editable
+SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/include/snapengine/*.h)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:  ## Print this message
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: demo
+demo: $(VENV)/.base  ## Save a busy guest live by both methods; print a table, draw demo.png
+	$(BIN)/snapengine demo --plot demo.png $(DEMO)
+
+.PHONY: test
+test: $(VENV)/.test  ## Run the tests
+	$(BIN)/python -m pytest -q $(TESTS)
+
+.PHONY: lint
+lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nogil code
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 110 pyx snapengine tests
+	PATH="$(abspath $(BIN)):$$PATH" .ci/cython-hints
+
+.PHONY: bench
+bench: $(VENV)/.test  ## Measure; writes build/bench.json
+	@mkdir -p build
+	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json $(BENCH)
+
+.PHONY: soak
+soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
+	.ci/soak $(BIN)/python
+
+.PHONY: dist
+dist: $(VENV)/.test  ## Build the sdist, and from it the wheel, into dist/
+	.ci/dist $(BIN)/python dist
+
+.PHONY: check-dist
+check-dist: dist  ## Install the wheel into a clean environment without the sources, and try it there
+	.ci/check-dist $(PYTHON) dist
+
+.PHONY: build
+build: $(VENV)/.base  ## Set up .venv with the extension modules built in place
+
+.PHONY: clean
+clean:  ## Remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info snapengine/*.so snapengine/__pycache__ .coverage \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+.PHONY: tools
+tools:
+	@.ci/check-tools $(PYTHON)
+
+# One stamp per layer, so that `make demo` of a fresh clone installs neither test nor lint tools.
+$(VENV)/.created: pyproject.toml | tools
+	@echo "setting up $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		> $(VENV)/build-requires.txt
+	@$(PIP) install -r $(VENV)/build-requires.txt
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created $(SOURCES)
+	@echo "installing snapengine into $(VENV) (compiles the extension modules: a minute or two)"
+	@$(INSTALL) '.[plot]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@echo "installing the test tools"
+	@$(INSTALL) '.[plot,test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	@echo "installing the lint tools"
+	@$(INSTALL) '.[lint]'
+	@touch $@

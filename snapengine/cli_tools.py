@@ -1,0 +1,95 @@
+"""`snapengine doctor`, `demo`, and the entry of `guest` in the list of commands."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, console, print_json, raw
+from snapengine.units import parse_size
+
+DOCTOR = """\
+Say what this host can do, feature by feature; for each "no", why, and what to do.
+"""
+DOCTOR_EPILOG = """\
+examples:
+  snapengine doctor
+  snapengine doctor --json
+
+exit codes:
+  0  snapshots by write tracking work here
+  1  they do not: the lines marked "no, needed" say why
+"""
+DEMO = """\
+Start the embedded guest at several write rates, save it live by both methods into a file of limited
+bandwidth, verify and restore each image, prove the restored memory consistent, and print a table.
+"""
+DEMO_EPILOG = f"""\
+The figures of a row: how many page writes a second the guest makes; the image, and its ratio to the
+memory that is not zero; how long writers stood (p50, p99, longest); what share of its undisturbed writes
+the guest still made while it was saved.
+
+examples:
+  snapengine demo
+  snapengine demo --size 1G --rates 0,20000,max --sink-rate 400M --plot demo.png
+  snapengine demo --json > rows.json
+
+{EXIT_CODES}
+Here 1 also means: an image did not hold a consistent state.
+"""
+
+
+def add_parsers(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the three to the command line."""
+    # Only for the list in --help: main() hands `guest` to its own parser before this one sees it.
+    commands.add_parser("guest", help="run the embedded guest: a program that writes to its memory")
+    _add_doctor(commands)
+    _add_demo(commands)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what this host can do", description=DOCTOR, epilog=DOCTOR_EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--json", action="store_true", help="print the checks as a JSON list")
+    parser.set_defaults(run=run_doctor)
+
+
+def _add_demo(commands: argparse._SubParsersAction[Any]) -> None:
+    from snapengine.demo import DEFAULT_RATES, parse_rates
+
+    parser = commands.add_parser(
+        "demo", help="both methods on a busy guest, side by side", description=DEMO, epilog=DEMO_EPILOG,
+        formatter_class=raw,
+    )  # fmt: skip
+    size = argument(parse_size)
+    add = parser.add_argument
+    add("--size", type=size, default="256M", metavar="SIZE", help="memory of the guest (default %(default)s)")
+    add("--rates", type=argument(parse_rates), default=DEFAULT_RATES, metavar="LIST",
+        help="pages written a second, such as 0,2000,max (default %(default)s)")  # fmt: skip
+    add("--sink-rate", type=size, default="128M", metavar="SIZE",
+        help="bytes a second that the sink takes (default %(default)s; 0: no limit)")  # fmt: skip
+    add("--json", action="store_true", help="print the rows as a JSON list")
+    add("--plot", metavar="FILE", help="draw image size and time against the write rate (PNG, SVG, PDF)")
+    add("--keep", metavar="DIR", help="keep the images in DIR")
+    parser.set_defaults(run=run_demo)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Check and report; 0 if write tracking can work."""
+    from snapengine import doctor
+
+    checks = doctor.examine()
+    if args.json:
+        print_json([check.to_json() for check in checks])
+    else:
+        doctor.print_checks(checks, console())
+    return EXIT_OK if doctor.can_track(checks) else EXIT_ERROR
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """The main job."""
+    from snapengine import demo
+
+    plan = demo.Plan(args.size, args.rates, args.sink_rate, args.keep)
+    return demo.run(plan, json=args.json, plot=args.plot)

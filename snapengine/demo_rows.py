@@ -1,0 +1,86 @@
+"""The rows of the demo: what one is, its JSON, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from snapengine.result import COMPLETED, Result
+from snapengine.units import format_count, format_ns, format_size
+
+COLUMNS = (
+    "method", "writes/s", "status", "image", "÷ non-zero", "time", "rounds", "faults",
+    "stall p50", "p99", "max", "writes kept", "consistent",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One capture of the guest at one write rate."""
+
+    result: Result
+    write_rate: float
+    """Pages that the guest writes a second, undisturbed; 0: it does not write."""
+    at_most: bool
+    """The guest writes as fast as it can; `write_rate` was measured."""
+    consistent: bool | None
+    """The restored memory is a state that the guest had at one instant; None: there is no image."""
+    stall_ns: dict[str, int]
+    """``p50``, ``p99``, ``max``: how long a write of the guest took that was held up by the capture."""
+    writes_kept: float | None
+    """Writes during the capture, as a share of the undisturbed ones; None at rate 0."""
+
+    @property
+    def completed(self) -> bool:
+        """There is an image."""
+        return self.result.status == COMPLETED
+
+    @property
+    def ratio(self) -> float:
+        """The image as a multiple of the memory that is not zero."""
+        return self.result.image_bytes / max(self.result.nonzero_bytes, 1)
+
+    @property
+    def rate_text(self) -> str:
+        """The write rate as the table shows it."""
+        return ("max " if self.at_most else "") + format_count(self.write_rate)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of the capture, and those of the guest."""
+        return self.result.to_json() | {
+            "write_rate": round(self.write_rate),
+            "consistent": self.consistent,
+            "stall_ns": self.stall_ns,
+            "writes_kept": self.writes_kept,
+        }
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table."""
+    result = row.result
+    return [
+        result.method,
+        row.rate_text,
+        result.status,
+        format_size(result.image_bytes),
+        f"{row.ratio:.3f}",
+        format_ns(result.duration_ns),
+        str(result.rounds),
+        format_count(result.faults),
+        *(format_ns(row.stall_ns[name]) for name in ("p50", "p99", "max")),
+        "-" if row.writes_kept is None else f"{row.writes_kept:.0%}",
+        {True: "yes", False: "NO", None: "-"}[row.consistent],
+    ]
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """All rows, a line between two write rates."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="")
+    for title in COLUMNS:
+        table.add_column(title, justify="left" if title in ("method", "status") else "right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(*cells(row), end_section=following is not None and following.rate_text != row.rate_text)
+    return table

@@ -1,0 +1,61 @@
+"""`snapengine doctor`: every check in order, the verdict, and the table."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from snapengine import checks
+from snapengine.checks import Check
+from snapengine.host import Host, read_host
+
+
+def examine(host: Host | None = None) -> list[Check]:
+    """All checks of `host` (default: of this machine)."""
+    host = host or read_host()
+    return [
+        checks.check_machine(host),
+        checks.check_kernel(host),
+        checks.check_userfaultfd(host),
+        *checks.check_features(host),
+        checks.check_pagemap_scan(host),
+        checks.check_pidfd(host),
+        checks.check_ptrace(host),
+        checks.check_thp(host),
+        checks.check_hugetlb(host),
+        checks.check_ksm(host),
+        checks.check_swap(host),
+        checks.check_memory(host),
+        checks.check_spill(host),
+        checks.check_cpu(host),
+        *checks.check_libraries(host),
+    ]
+
+
+def can_track(found: list[Check]) -> bool:
+    """Whether write tracking can work: nothing that it needs is missing or unknown."""
+    return all(check.ok for check in found if check.needed)
+
+
+def word(check: Check) -> str:
+    """The verdict of one line."""
+    if check.ok is None:
+        return "-"
+    return "yes" if check.ok else "no, needed" if check.needed else "no"
+
+
+def print_checks(found: list[Check], console: Console) -> None:
+    """The table; below it, for each "no", why and what to do; then the verdict."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("feature", "", "found"):
+        table.add_column(title)
+    for check in found:
+        table.add_row(check.name, word(check), check.found, style=None if check.ok is not False else "bold")
+    console.print(table)
+    for check in found:
+        if check.ok is False or (check.ok is None and check.needed):
+            console.print(f"\n{check.name.strip()}: {check.why}")
+            if check.fix:
+                console.print(f"  {check.fix}")
+    works = "works" if can_track(found) else "does not work"
+    console.print(f"\nWrite tracking {works} on this host.")

@@ -1,0 +1,54 @@
+"""The figures of one capture as a short table, the same after `save` and in `info`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from snapengine.options import DIRTY_LOGGING
+from snapengine.result import Result
+from snapengine.units import format_count, format_ns, format_size
+
+
+def figures_rows(result: Result) -> list[tuple[str, str]]:
+    """Name and value of what is worth a line; what is zero and usually is so is left out."""
+    rows = [
+        ("method", result.method),
+        ("status", result.status),
+        ("image", _image(result)),
+        ("memory", f"{format_size(result.region_bytes)}, {format_size(result.nonzero_bytes)} of it not zero"),
+        ("pages", _pages(result)),
+        ("time", f"{format_ns(result.duration_ns)}, arming {format_ns(result.arm_ns)}"),
+    ]
+    if result.faults:
+        waits = (f"{name} {format_ns(result.fault_ns[name])}" for name in ("p50", "p99", "max"))
+        rows.append(("faults", f"{format_count(result.faults)}, served in {', '.join(waits)}"))
+    if result.method == DIRTY_LOGGING:
+        rows.append(("rounds", format_count(result.rounds)))
+    if result.stop_ns:
+        rows.append(("target paused", format_ns(result.stop_ns)))
+    spilled = f", {format_size(result.spilled_bytes)} spilled" if result.spilled_bytes else ""
+    rows.append(("buffer, peak", format_size(result.peak_buffer_bytes) + spilled))
+    if result.lost_pages:
+        rows.append(("lost pages", format_count(result.lost_pages)))
+    return rows
+
+
+def _image(result: Result) -> str:
+    if not result.nonzero_bytes:
+        return format_size(result.image_bytes)
+    ratio = result.image_bytes / result.nonzero_bytes
+    return f"{format_size(result.image_bytes)}, {ratio:.3f} x the memory that is not zero"
+
+
+def _pages(result: Result) -> str:
+    counts = [(result.pages_saved, "saved"), (result.duplicate_pages, "of them more than once"),
+              (result.zero_pages, "zero"), (result.hole_pages, "holes")]  # fmt: skip
+    return ", ".join(f"{format_count(count)} {word}" for count, word in counts if count) or "none"
+
+
+def figures_table(result: Result) -> Table:
+    """The rows as a table of two columns without lines."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in figures_rows(result):
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,68 @@
+"""The progress bar of `save`: on stderr, and only when that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from snapengine.units import format_count, format_size
+
+if TYPE_CHECKING:
+    from snapengine.capture import Progress as CaptureProgress
+
+WORDS = {"arming": "protecting", "saving": "saving", "writing": "writing out", "done": "done"}
+
+
+def details(now: CaptureProgress) -> str:
+    """What stands behind the bar: bytes written, their rate, faults, and rounds where there are any."""
+    parts = [format_size(now.image_bytes)]
+    if now.seconds > 0:
+        parts.append(f"{format_size(now.image_bytes / now.seconds)}/s")
+    if now.faults:
+        parts.append(f"{format_count(now.faults)} faults")
+    if now.rounds > 1:
+        parts.append(f"round {now.rounds}")
+    return "  ".join(parts)
+
+
+class Bar:
+    """Shows the progress of one capture; `update` it about ten times a second."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[details]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("waiting", total=None, details="")
+
+    def update(self, now: CaptureProgress) -> None:
+        """Draw `now`. Dirty logging may save more pages than there are: the bar then stays full."""
+        self._bar.update(
+            self._task,
+            description=WORDS.get(now.phase, now.phase),
+            total=now.pages_total or None,
+            completed=min(now.pages_done, now.pages_total),
+            details=details(now),
+        )
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

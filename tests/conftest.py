@@ -1,0 +1,100 @@
+"""What all tests share: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CI = os.environ.get("CI") == "true"
+_skipped: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def requires_uffd():
+    """Skip (CI: fail) the test where this user may not use userfaultfd; the reason says why."""
+    from snapengine import uffd
+    from snapengine.errors import SnapengineError
+
+    try:
+        uffd.supported_features()
+    except SnapengineError as error:
+        pytest.skip(f"no userfaultfd here: {error}")
+
+
+@pytest.fixture(scope="session")
+def repository():
+    """The source tree, where there is one; the tests also run against an installed wheel without it."""
+    root = Path(__file__).parent.parent
+    if not (root / "setup.py").exists():
+        pytest.skip("needs the source tree")
+    return root
+
+
+def _is_core(report):
+    """A report of a skip that CI does not allow. (An expected failure is reported as a skip, too.)"""
+    return report.skipped and not hasattr(report, "wasxfail") and "host_optional" not in report.keywords
+
+
+def pytest_runtest_logreport(report):
+    if CI and _is_core(report):
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+
+
+def pytest_collectreport(report):
+    """A whole module that is skipped while it is imported carries no marker: it counts."""
+    if CI and report.skipped:
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if _skipped and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _skipped:
+        terminalreporter.section("core tests were skipped, which CI=true does not allow", red=True)
+        for line in _skipped:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def wheel(repository, tmp_path_factory):
+    """The wheel, built from a copy of the sources: an old build/ must not leak into it."""
+    room = tmp_path_factory.mktemp("wheel")
+    source = room / "source"
+    products = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("snapengine", "pyx"):
+        shutil.copytree(repository / folder, source / folder, ignore=products)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(repository / name, source / name)
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(room), str(source))
+    shutil.rmtree(source)  # what is tested next must not find it
+    (path,) = room.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(request, tmp_path_factory):
+    """A directory that holds the installed package, with no source tree in sight.
+
+    That is the package which runs these tests where it is an installed one (`make check-dist`), and else
+    the `wheel`, installed beside its dependencies.
+    """
+    if not (Path(__file__).parent.parent / "setup.py").exists():
+        import snapengine
+
+        return Path(snapengine.__file__).parent.parent
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-index", "--target", str(target), str(request.getfixturevalue("wheel")))
+    return target
+
+
+def pip(*arguments):
+    """Run pip; a failure shows what it said."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

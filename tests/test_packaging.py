@@ -1,0 +1,58 @@
+"""What the wheel ships, and what it must not tell about the machine that built it."""
+
+import re
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow_build, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def files(wheel):
+    """Name and bytes of every file in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_every_interface_is_shipped(files, repository):
+    package = repository / "snapengine"
+    wanted = [path for kind in ("*.py", "*.pyi", "*.pxd", "*.h", "py.typed") for path in package.rglob(kind)]
+    missing = {str(path.relative_to(repository)) for path in wanted} - set(files)
+    assert not missing
+
+
+def test_every_extension_is_shipped(files, repository):
+    for source in (repository / "pyx").glob("*.pyx"):
+        built = [
+            name for name in files if name.startswith(f"snapengine/{source.stem}.") and name.endswith(".so")
+        ]
+        assert len(built) == 1, source.stem
+
+
+def test_every_extension_that_python_sees_is_typed(files, repository):
+    visible = re.compile(r"^(def|class|cdef class) [a-zA-Z]", re.MULTILINE)
+    seen = {path.stem for path in (repository / "pyx").glob("*.pyx") if visible.search(path.read_text())}
+    assert not {stem for stem in seen if f"snapengine/{stem}.pyi" not in files}
+
+
+def test_no_source_is_shipped(files):
+    assert not [name for name in files if name.endswith((".pyx", ".c")) or name.startswith(("tests", "pyx"))]
+
+
+def test_metadata(files):
+    (name,) = [name for name in files if name.endswith("METADATA")]
+    text = files[name].decode()
+    assert "License-Expression: Apache-2.0" in text
+    assert "Requires-Python: >=3.11" in text
+    assert [name for name in files if name.endswith("licenses/LICENSE")]
+
+
+def test_no_path_of_the_build_machine(files, wheel, repository):
+    paths = {str(repository), str(wheel.parent), str(Path.home())} - {"/"}
+    found = [(name, path) for name, data in files.items() for path in paths if path.encode() in data]
+    # The search path of a Python that was not installed by the system is in every extension it builds.
+    own = sysconfig.get_config_var("LDFLAGS") or ""
+    assert not [(name, path) for name, path in found if not (name.endswith(".so") and path in own)]
