@@ -99,6 +99,13 @@ cdef class Session:
         pthread_cond_init(&capture.changed, NULL)
         for i, plan in enumerate(plans):
             self._set_region(&capture.regions[i], plan)
+            if rounds:
+                capture.regions[i].check = False    # a page written while it is copied comes again
+            if early:
+                # Before T there is nothing to ask: the negative control reads everything.
+                capture.regions[i].presence = PRESENCE_ALL
+                capture.regions[i].check = False
+                capture.regions[i].keep_huge = False
         self.pool = Pool(memory_limit, capture.total_pages, fault_threads + 1, encoders, spill_dir)
         capture.pool = self.pool.pool
         self._make_bitmaps(rounds)

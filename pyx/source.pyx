@@ -182,8 +182,8 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
                 memcpy(dst, base + i * PAGE, PAGE)
             dst += PAGE
             put_pages(capture, lane, page + i, 1, SNAP_DATA)
-        elif region.reading == READ_FILE and not bits_test(capture.present, page + i):
-            # No page table entry and nothing but zeros: as good as a hole.
+        elif region.reading == READ_FILE and capture.data == NULL and not bits_test(capture.present, page + i):
+            # No page table entry and nothing but zeros: as good as a hole (rounds cannot tell: zero there).
             put_pages(capture, lane, page + i, 1, SNAP_HOLE)
         else:
             put_pages(capture, lane, page + i, 1, SNAP_ZERO)

@@ -103,8 +103,6 @@ class Capture:
     """One capture, made by `snapshot`. Use it as a context manager, or call `start` and `wait`."""
 
     def __init__(self, target: Target, sink: Any, options: Options, vmstate: dict[str, bytes]) -> None:
-        if options.method == DIRTY_LOGGING and not target.can_pause:
-            raise ValueError("dirty logging needs a target that can pause: give pause and resume")
         self._target = target
         self._sink_spec = sink
         self._options = options
@@ -232,6 +230,8 @@ class Capture:
         wanted = _wanted_features(options.method)
         pid, fd, regions = self._target.open(wanted)
         self._opened = True
+        if not tracking and not self._target.can_pause:
+            raise ValueError("dirty logging needs a target that can pause: give pause and resume")
         if fd < 0:
             shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
             if not (shared and tracking):
