@@ -229,8 +229,10 @@ cdef class Writer:
         cdef size_t count
         while True:
             count = min(per_part, self.index_count - start)
-            view = PyMemoryView_FromMemory(<char *>(self.index + start), count * sizeof(snap_index), PyBUF_READ) \
-                if count else b""
+            view = b""
+            if count:
+                room = count * sizeof(snap_index)
+                view = PyMemoryView_FromMemory(<char *>(self.index + start), room, PyBUF_READ)
             start += count
             last = start == self.index_count
             self._write(SNAP_INDX, view, arg=count, flags=SNAP_LAST_PART if last else 0)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from snapengine.packing import ZERO
 from snapengine.restorer import Restorer
+from snapengine.sections import ImageRegion
 from snapengine.sinks import FileSink
 
 if TYPE_CHECKING:
     from snapengine.image import Image
-    from snapengine.records import ImageRegion
 
 BLOCK = bytes(1 << 20)
 
