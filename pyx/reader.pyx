@@ -10,8 +10,8 @@ from libc.string cimport memcpy, memset
 from snapengine.checksum cimport crc32c
 from snapengine.fileio cimport pread_all
 from snapengine.image_format cimport (
-    SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_META_MAX_BYTES, SNAP_PAGE_BYTES, SNAP_PAGES_MAX,
-    SNAP_RAW, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page, snap_entry_pages, snap_index,
+    SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_LAST_PART, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES,
+    SNAP_PAGE_BYTES, SNAP_PAGES_MAX, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page, snap_entry_pages, snap_index,
 )
 from snapengine.oserror cimport raise_oserror
 from snapengine.runs cimport newest, run_t
@@ -103,11 +103,12 @@ cdef class PageIndex:
         must ascend: so no two records can share bytes, and their count is bounded by the file.
         """
         cdef snap_index item
-        cdef size_t at
+        cdef size_t listed = <size_t>payload.shape[0] // sizeof(item)
+        cdef size_t i
         vmstate = []
-        self.reserve(self.count + <size_t>payload.shape[0] // sizeof(item))
-        for at in range(0, <size_t>payload.shape[0] - sizeof(item) + 1, sizeof(item)):
-            memcpy(&item, &payload[at], sizeof(item))
+        self.reserve(self.count + listed)
+        for i in range(listed):
+            memcpy(&item, &payload[i * sizeof(item)], sizeof(item))
             if item.offset < start or item.record_bytes > limit or item.offset > limit - item.record_bytes:
                 raise CorruptImageError(f"{self.name}: an index entry points outside of the records", limit)
             start = item.offset + item.record_bytes
@@ -178,7 +179,8 @@ cdef class PageIndex:
     def extent(self, size_t number):
         """(offset, record bytes, encoding) of one chunk."""
         self.load(number)
-        return self.chunks[number].offset, self.chunks[number].record_bytes, self.chunks[number].header.encoding
+        cdef const chunk_t *chunk = &self.chunks[number]
+        return chunk.offset, chunk.record_bytes, chunk.header.encoding
 
     def data_pages(self):
         """Data pages in all chunks, superseded ones included. Loads every map."""
@@ -195,6 +197,8 @@ cdef class PageIndex:
         cdef size_t low = 0
         cdef size_t high
         cdef size_t middle
+        if first >= end:
+            return items
         self.build_spans()
         high = self.count
         while low < high:  # the first span that begins at `end` or later
@@ -286,8 +290,8 @@ cdef class PageIndex:
         crc = crc32c(crc, data + sizeof(header), length - sizeof(header))
         if crc != header.header_crc:
             raise CorruptImageError(f"{self.name}: a chunk's header or page map is damaged", chunk.offset)
-        if header.encoding != SNAP_RAW and header.encoding != SNAP_ZSTD:
-            raise UnsupportedVersionError(f"{self.name}: a chunk uses an unknown encoding", chunk.offset)
+        if header.encoding > SNAP_ZSTD or header.flags & ~(SNAP_LAST_PART | SNAP_MAY_IGNORE):
+            raise UnsupportedVersionError(f"{self.name}: a chunk uses an unknown encoding or flag", chunk.offset)
         cdef const uint64_t *entries = <const uint64_t *>(data + sizeof(header))
         if not fits(chunk, &header, number, length) or not describes(entries, chunk, &header):
             raise CorruptImageError(f"{self.name}: a chunk contradicts itself or the index", chunk.offset)

@@ -195,7 +195,7 @@ cdef class Writer:
         cdef const unsigned char[::1] image_id = self.image_id
         memset(&trailer, 0, sizeof(trailer))
         per_part = SNAP_PART_MAX_BYTES // sizeof(snap_index)
-        index_parts = max(1, -(-self.index_count // per_part))
+        index_parts = max(1, (self.index_count + per_part - 1) // per_part)
         tail = (1 + index_parts + 1) * sizeof(snap_record) + sizeof(trailer)
         tail += self.index_count * sizeof(snap_index)
         text = packing.stats_text(stats, self.image_bytes + tail)
