@@ -11,7 +11,8 @@ from snapengine.checksum cimport crc32c
 from snapengine.fileio cimport pread_all
 from snapengine.image_format cimport (
     SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_LAST_PART, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES,
-    SNAP_PAGE_BYTES, SNAP_PAGES_MAX, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page, snap_entry_pages, snap_index,
+    SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page,
+    snap_entry_pages, snap_index,
 )
 from snapengine.oserror cimport raise_oserror
 from snapengine.runs cimport newest, run_t
@@ -192,7 +193,7 @@ cdef class PageIndex:
         return pages
 
     def resolve(self, uint64_t first, uint64_t end):
-        """`Runs` of [first, end): each page as its newest entry has it; pages in no map are left out."""
+        """`Runs` of [first, end), each page as its newest entry has it; without pages in no map."""
         cdef Runs items = Runs()
         cdef size_t low = 0
         cdef size_t high
@@ -291,7 +292,8 @@ cdef class PageIndex:
         if crc != header.header_crc:
             raise CorruptImageError(f"{self.name}: a chunk's header or page map is damaged", chunk.offset)
         if header.encoding > SNAP_ZSTD or header.flags & ~(SNAP_LAST_PART | SNAP_MAY_IGNORE):
-            raise UnsupportedVersionError(f"{self.name}: a chunk uses an unknown encoding or flag", chunk.offset)
+            text = f"{self.name}: a chunk uses an unknown encoding or flag"
+            raise UnsupportedVersionError(text, chunk.offset)
         cdef const uint64_t *entries = <const uint64_t *>(data + sizeof(header))
         if not fits(chunk, &header, number, length) or not describes(entries, chunk, &header):
             raise CorruptImageError(f"{self.name}: a chunk contradicts itself or the index", chunk.offset)

@@ -53,8 +53,8 @@ def sample() -> Sample:
     """Two regions (the second begins inside of a page), raw and zstd chunks, repeats, vmstate."""
     sink = MemorySink()
     writer = Writer(sink, image_id=bytes(range(16)))
-    regions = [(Region("ram", 0x10000, 10 * PAGE_BYTES), 0), (Region("io", 0x100800, 6000, 4096, "shared"), 512)]
-    writer.begin(regions)
+    ram, device = Region("ram", 0x10000, 10 * PAGE_BYTES), Region("io", 0x100800, 6000, 4096, "shared")
+    writer.begin([(ram, 0), (device, 512)])
     first, packed, late = noise(2, 1), pattern(2, 7), noise(2, 2)
     writer.py_chunk([(0, 2, DATA), (2, 3, ZERO), (5, 5, HOLE)], first)
     writer.vmstate("cpu", b"registers")

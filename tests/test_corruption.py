@@ -142,10 +142,11 @@ def lies():
     frame = data[packed.payload_offset : packed.end]
     for size in (5 << 20, 1 << 40, 2**63):  # a frame that states another size than its record
         bomb = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + frame[13:]
-        yield f"zstd bomb {size}", reseal(data, packed, payload=bomb[: len(frame)].ljust(len(frame), b"\0"))
+        bomb = bomb[: len(frame)].ljust(len(frame), b"\0")
+        yield f"zstd bomb {size}", reseal(data, packed, payload=bomb)
     for change in (
-        {"length": 1 << 50}, {"length": 2**64 - 1}, {"length": 0}, {"addr": 2**64 - 1}, {"first_page": 1 << 40},
-        {"first_page": 2**64 - 1}, {"first_page": 512}, {"name_bytes": 65535}, {"name_bytes": 2},
+        {"length": 1 << 50}, {"length": 2**64 - 1}, {"length": 0}, {"addr": 2**64 - 1},
+        {"first_page": 1 << 40}, {"first_page": 2**64 - 1}, {"first_page": 512}, {"name_bytes": 65535}, {"name_bytes": 2},
     ):  # fmt: skip
         yield f"region {change}", reseal(data, regn, payload=region_payload(**change))
     for count in (0, 1, 3, 2**32 - 1):
@@ -173,15 +174,19 @@ def lies():
         yield f"map entry {entry:#x}", reseal(bytes(changed), chunk)
 
 
-def test_every_lie_is_found():
+def believed(read, image):
+    try:
+        read(image)
+    except ImageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("read", [read_everything, stream_everything])
+def test_every_lie_is_found(read):
+    assert believed(read, SAMPLE.data)
     assert len(list(lies())) > 150
-    for what, image in lies():
-        with pytest.raises(ImageError):
-            read_everything(image)
-            pytest.fail(f"not found: {what}")
-        with pytest.raises(ImageError):
-            stream_everything(image)
-            pytest.fail(f"not found in the stream: {what}")
+    assert [what for what, image in lies() if believed(read, image)] == []
 
 
 def test_no_lie_makes_the_reader_allocate():
@@ -222,7 +227,7 @@ def file_header(**changes):
 @pytest.mark.parametrize("change", [{"major": 2}, {"features": 1}, {"features": 1 << 63}])
 def test_a_newer_image_says_so(change):
     for read in (opened, stream_everything):
-        with pytest.raises(UnsupportedVersionError, match="version 2|features 0x"):
+        with pytest.raises(UnsupportedVersionError, match=r"version 2|features 0x"):
             read(file_header(**change))
 
 

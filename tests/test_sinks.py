@@ -204,7 +204,7 @@ def test_only_the_first_of_commit_and_abort_counts(make):
 
 @pytest.mark.parametrize("spec", ["exec:", "file:", "fd:x", "fd:-1", ""])
 def test_what_names_no_sink(spec):
-    with pytest.raises(ValueError, match="colon|descriptor|empty"):
+    with pytest.raises(ValueError, match=r"colon|descriptor|empty"):
         open_sink(spec)
     with pytest.raises(TypeError, match="not a sink"):
         open_sink(3)

@@ -190,7 +190,12 @@ def test_malformed_regions_are_refused(regions, text):
 
 def test_calls_out_of_order_are_refused():
     writer = Writer(NullSink())
-    for call in (lambda: writer.py_chunk([(0, 1, HOLE)]), lambda: writer.finish({}), lambda: writer.vmstate("a", b"")):
+    calls = (
+        lambda: writer.py_chunk([(0, 1, HOLE)]),
+        lambda: writer.finish({}),
+        lambda: writer.vmstate("a", b""),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="not begun"):
             call()
     writer.begin([(RAM, 0)])
