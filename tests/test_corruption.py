@@ -146,7 +146,8 @@ def lies():
         yield f"zstd bomb {size}", reseal(data, packed, payload=bomb)
     for change in (
         {"length": 1 << 50}, {"length": 2**64 - 1}, {"length": 0}, {"addr": 2**64 - 1},
-        {"first_page": 1 << 40}, {"first_page": 2**64 - 1}, {"first_page": 512}, {"name_bytes": 65535}, {"name_bytes": 2},
+        {"first_page": 1 << 40}, {"first_page": 2**64 - 1}, {"first_page": 512}, {"name_bytes": 65535},
+        {"name_bytes": 2},
     ):  # fmt: skip
         yield f"region {change}", reseal(data, regn, payload=region_payload(**change))
     for count in (0, 1, 3, 2**32 - 1):
