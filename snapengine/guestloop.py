@@ -7,20 +7,18 @@ counters only. So it answers an engine, and its parent, also while every writer 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import selectors
-import signal
 import socket
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from .errors import SnapengineError
 from .guestmem import GuestMemory
 from .guestparams import PAGE_BYTES, GuestParams
+from .guestsignals import EndSignals
 from .guestwriters import GuestWriters
 from .handover import CONTROLS, encode_offer, strict_json
 from .peer import open_uffd
@@ -110,8 +108,11 @@ class GuestLoop:
     stdin ends the guest.
     """
 
-    def __init__(self, guest: Guest, path: str, stdio: bool = False, duration: float = 0.0) -> None:
+    def __init__(
+        self, guest: Guest, path: str, signals: EndSignals, stdio: bool = False, duration: float = 0.0
+    ) -> None:
         self.guest = guest
+        self._signals = signals
         self._path = path
         self._stdio = stdio
         self._deadline = time.monotonic() + duration if duration else float("inf")
@@ -122,34 +123,20 @@ class GuestLoop:
         self._paused = False
         self._buffers: dict[str, bytearray] = {"engine": bytearray(), "stdin": bytearray()}
         self._next_try = 0.0
-        self._parent = os.getppid()
 
     def run(self) -> None:
         """The loop."""
-        with _Wakeup() as wakeup:
-            self._selector.register(wakeup, selectors.EVENT_READ, lambda: self._drain(wakeup))
-            if self._stdio:
-                self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, self._on_signal)
-            self.guest.writers.resume()
-            while not self._stopping and time.monotonic() < self._deadline:
-                self._connect()
-                for key, _ in self._selector.select(self._patience()):
-                    handler: Callable[[], None] = key.data
-                    handler()
+        self._selector.register(self._signals.fd, selectors.EVENT_READ, self._signals.drain)
+        if self._stdio:
+            self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
+        self.guest.writers.resume()
+        while not (self._stopping or self._signals.received) and time.monotonic() < self._deadline:
+            self._connect()
+            for key, _ in self._selector.select(self._patience()):
+                handler: Callable[[], None] = key.data
+                handler()
         self._drop("lost")
         self._selector.close()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # SIGUSR1 tells that the thread which started us has ended: of no interest while its process lives.
-        if number != signal.SIGUSR1 or os.getppid() != self._parent:
-            self._stopping = True
-
-    @staticmethod
-    def _drain(wakeup: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            wakeup.recv(4096)
 
     def _patience(self) -> float | None:
         until = self._deadline
@@ -249,19 +236,3 @@ def write_line(message: dict[str, Any]) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(1, data) :]
-
-
-class _Wakeup:
-    """The socket that a signal makes readable, so that select() cannot miss one."""
-
-    def __enter__(self) -> socket.socket:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self._old = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        return self._read
-
-    def __exit__(self, *exc: object) -> None:
-        signal.set_wakeup_fd(self._old)
-        self._read.close()
-        self._write.close()
