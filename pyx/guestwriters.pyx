@@ -25,6 +25,9 @@ from .guestthread import bucket_floor
 cdef extern from "guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)
 
+# The RAM of running threads, so that it outlives writers that nobody closed: they leak, but do not crash.
+_in_use = {}
+
 
 cdef class GuestWriters:
     """The writers of a GuestMemory. They stand until the first `resume()`.
@@ -72,6 +75,7 @@ cdef class GuestWriters:
         s.command = PAUSE
         self.paused = True
         self.started_ns = time.monotonic_ns()
+        _in_use[<uint64_t>s] = memoryview(memory)
         for t in range(s.pattern.threads):
             err = start_writer(s, t)
             if err:
@@ -157,6 +161,7 @@ cdef class GuestWriters:
             for t in range(self.alive):
                 join_writer(self.shared, t)
         self.alive = 0
+        _in_use.pop(<uint64_t>self.shared, None)
         munmap(self.shared, sizeof(Shared))
         self.shared = NULL
         self.ram = None
@@ -167,7 +172,7 @@ cdef class GuestWriters:
         return 0
 
     def __dealloc__(self):
-        if self.shared != NULL and not self.alive:  # else leak it: threads use it
+        if self.shared != NULL and not self.alive:  # else threads use it
             munmap(self.shared, sizeof(Shared))
 
     def __enter__(self):

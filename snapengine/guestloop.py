@@ -11,11 +11,12 @@ import json
 import os
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from .errors import SnapengineError
+from .errors import HandoverError, SnapengineError
 from .guestmem import GuestMemory
 from .guestparams import PAGE_BYTES, GuestParams
 from .guestsignals import EndSignals
@@ -97,7 +98,7 @@ class Guest:
             if command == "bins":
                 return {"ok": True, "bins": self.writers.bins(int(request.get("since_ns", 0)))}
             return {"ok": False, "error": f"unknown command {command!r}"}
-        except (SnapengineError, OSError, ValueError, TypeError) as error:
+        except (SnapengineError, OSError, ValueError, TypeError, OverflowError) as error:
             return {"ok": False, "error": str(error)}
 
 
@@ -123,6 +124,7 @@ class GuestLoop:
         self._paused = False
         self._buffers: dict[str, bytearray] = {"engine": bytearray(), "stdin": bytearray()}
         self._next_try = 0.0
+        self._complaint = ""
 
     def run(self) -> None:
         """The loop."""
@@ -182,20 +184,32 @@ class GuestLoop:
                     self._hand_over(line)
                 elif not self._obey(line):
                     return
-        except (OSError, SnapengineError):
+        except (ConnectionError, TimeoutError):
             data = b""
+        except (OSError, SnapengineError) as error:
+            data = b""
+            self._complain(str(error))
         if not data:
             self._drop("lost")
 
+    def _complain(self, text: str) -> None:
+        """On stderr, once: the next engine may be a few milliseconds away and meet the same."""
+        if text != self._complaint:
+            print(f"snapengine guest: {text}", file=sys.stderr, flush=True)
+        self._complaint = text
+
     def _hand_over(self, greeting: bytes) -> None:
         assert self._engine is not None
-        features = strict_json(greeting, "greeting").get("features", 0)
+        message = strict_json(greeting, "greeting")
+        features = message.get("features") if isinstance(message, dict) else None
+        if type(features) is not int or not 0 <= features < 1 << 64:
+            raise HandoverError("greeting: features: not an integer of 64 bits")
         region = self.guest.region()
         memfds = [region.memfd] if region.memfd >= 0 else []
-        uffd = open_uffd(int(features), missing=True)
+        uffd = open_uffd(features, missing=True)
         try:
-            message = encode_offer([region], memfds, CONTROLS)
-            socket.send_fds(self._engine, [message], [uffd, *memfds])
+            offer = encode_offer([region], memfds, CONTROLS)
+            socket.send_fds(self._engine, [offer], [uffd, *memfds])
         finally:
             os.close(uffd)  # or the engine's death would not release the RAM
         self._greeted = True

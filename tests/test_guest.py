@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from snapengine.errors import HandoverError, SnapengineError, TargetGoneError
 from snapengine.guest import GuestProcess, check_image, main
 from snapengine.guestparams import GuestParams
+from snapengine.listener import Listener
 from snapengine.peer import PeerTarget
 
 HERE = Path(__file__).parent
@@ -315,6 +317,47 @@ sys.stdin.read()
         parent.kill()
         parent.wait()
         until(lambda: not alive(child))
+
+
+def test_guest_outlives_the_thread_that_started_it(path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        guest = pool.submit(GuestProcess, path, GuestParams(size=SIZE)).result(60)
+    with guest:
+        moves(guest)
+        assert guest.stats()["pid"] == guest.pid
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"[]", b"{}", b"x", b'{"features": -1}', b'{"features": "1"}', b'{"features": 1e3}', b"a" * 99999],
+)
+def test_strange_engine(path: Path, guest: GuestProcess, greeting: bytes) -> None:
+    """The guest drops it and goes on looking for a better one."""
+    listener = Listener(path)
+    sock = listener.accept(time.monotonic() + 10)
+    listener.close()
+    assert sock is not None
+    with sock, contextlib.suppress(ConnectionError):
+        sock.sendall(greeting + b"\n")
+        assert sock.recv(1) == b""
+    with closing(ToyEngine(path)) as engine:
+        assert engine.pid == guest.pid
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "x", '{"cmd": 1}', '{"cmd": "bins", "since_ns": 1e400}',
+                                  '{"cmd": "bins", "since_ns": 99999999999999999999999}'])  # fmt: skip
+def test_strange_commands(path: Path, line: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "snapengine.guest", f"--socket={path}", "--size=1M", "--stdio", "--json"],
+        input=f'{line}\n{{"cmd": "stats"}}\n', capture_output=True, text=True, env=PYTHON, timeout=60,
+    )  # fmt: skip
+    ready, answer, stats, final = map(json.loads, run.stdout.splitlines())
+    assert ready["ready"]
+    assert not answer["ok"]
+    assert answer["error"]
+    assert stats["ok"]
+    assert final["writes"]
+    assert run.returncode == 0
 
 
 def test_duration_and_json(path: Path) -> None:

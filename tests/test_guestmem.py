@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import random
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -332,9 +335,11 @@ def test_copy_under_the_writers_is_caught() -> None:
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         writers.resume()
         until(lambda: min(writers.counts()) > 1000)
-        before = sum(writers.counts())
+        half = params.size // 2
         copy = bytearray(memory)
-        assert sum(writers.counts()) > before
+        before = sum(writers.counts())
+        until(lambda: sum(writers.counts()) > before + 10000)
+        copy[half:] = memoryview(memory)[half:]
         assert not check_cut(copy, params).consistent
 
 
@@ -454,6 +459,46 @@ def test_life_cycle() -> None:
     memory.close()
     with pytest.raises(ValueError, match="closed"):
         memoryview(memory)
+
+
+FORGOTTEN = """
+import gc
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import GuestParams
+from snapengine.guestwriters import GuestWriters
+memory = GuestMemory(GuestParams(size=1 << 20))
+writers = GuestWriters(memory)
+writers.resume()
+while not writers.counts()[0]:
+    pass
+del writers
+gc.collect()
+before = bytes(memory)
+while bytes(memory) == before:
+    pass
+try:
+    memory.close()
+except BufferError:
+    print("in use")
+del memory
+gc.collect()
+"""
+
+
+def test_forgotten_writers_do_not_crash() -> None:
+    """Nobody stops them; their memory stays for as long as they write it."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (0, "in use\n", "")
+
+
+def test_writers_that_do_not_start_let_go_of_the_memory() -> None:
+    with GuestMemory(GuestParams(size=MIB)) as memory:
+        for rate in (-1, 1.5, True):
+            with pytest.raises(ValueError, match="rate"):
+                GuestWriters(memory, rate)  # type: ignore[arg-type]
 
 
 def test_huge_pages_that_are_not_there() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from snapengine.errors import CaptureCancelled, HandoverError, TargetGoneError, UnsupportedError
 from snapengine.guestmem import GuestMemory
@@ -323,6 +325,35 @@ def test_scanner_refuses(data: bytes, reason: str) -> None:
 def test_bottomless_answer() -> None:
     with pytest.raises(HandoverError, match="not valid JSON"):
         strict_json(b"[" * 1000000, "answer")
+
+
+JSON = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+    st.just([]), st.just({}), st.just({"version": 1, "controls": []}),
+    st.sampled_from([0, 1, 4096, MIB, 1 << 30]),
+)  # fmt: skip
+FIELDS = st.sampled_from([*GOOD, "name", "kind", "memfd", "page_size_kib", "snapengine"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(FIELDS, JSON, max_size=3), max_size=3))
+def test_any_json_is_refused_or_sound(changes: list[dict[str, Any]]) -> None:
+    data = json.dumps([{**GOOD, **change} for change in changes]).encode()
+    with contextlib.suppress(HandoverError):
+        for mapping in parse_offer(data).mappings:
+            assert 0 < mapping.length <= 1 << 47
+            assert mapping.addr % mapping.page_size == mapping.length % mapping.page_size == 0
+            assert -1 <= mapping.memfd < 64
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=64) | st.text("[]{}\",:0 \\", max_size=64).map(str.encode))
+def test_any_bytes_are_refused_or_wait_for_more(data: bytes) -> None:
+    scanner = ArrayScanner()
+    with contextlib.suppress(HandoverError):
+        scanner.feed(data)
+        if scanner.complete:
+            parse_offer(scanner.data)
 
 
 # --- over the socket
