@@ -8,6 +8,7 @@ writers stand in faults.
 
 import time
 
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -25,9 +26,6 @@ from .guestthread import bucket_floor
 cdef extern from "guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)
 
-# The RAM of running threads, so that it outlives writers that nobody closed: they leak, but do not crash.
-_in_use = {}
-
 
 cdef class GuestWriters:
     """The writers of a GuestMemory. They stand until the first `resume()`.
@@ -43,8 +41,9 @@ cdef class GuestWriters:
     cdef readonly object rate
     cdef readonly bint paused
     cdef readonly int64_t started_ns      # CLOCK_MONOTONIC
-    cdef unsigned char[::1] ram
+    cdef object view                      # a memoryview of the RAM; the threads hold a reference
     cdef Shared *shared
+    cdef bint holding
     cdef uint32_t alive                   # threads that were created and not yet joined
 
     def __cinit__(self, memory not None, rate=None):
@@ -54,11 +53,11 @@ cdef class GuestWriters:
             raise_oserror(errno, "mmap")
         self.shared = <Shared *>block
         memset(block, 0, sizeof(Shared))  # touched now, not in a write that is timed
-        self.ram = memory
+        self.view = memoryview(memory)
         self.params = memory.params
         self.rate = rate
         self.shared.pattern = pattern_of(memory.params)
-        self.shared.ram = <uint64_t *>&self.ram[0]
+        self.shared.ram = <uint64_t *><uint64_t>memory.addr
 
     def __init__(self, memory, rate=None):
         cdef Shared *s = self.shared
@@ -75,7 +74,9 @@ cdef class GuestWriters:
         s.command = PAUSE
         self.paused = True
         self.started_ns = time.monotonic_ns()
-        _in_use[<uint64_t>s] = memoryview(memory)
+        # Threads that nobody closes leak with their RAM, but do not crash: not even at exit.
+        Py_INCREF(self.view)
+        self.holding = True
         for t in range(s.pattern.threads):
             err = start_writer(s, t)
             if err:
@@ -161,10 +162,12 @@ cdef class GuestWriters:
             for t in range(self.alive):
                 join_writer(self.shared, t)
         self.alive = 0
-        _in_use.pop(<uint64_t>self.shared, None)
+        if self.holding:
+            self.holding = False
+            Py_DECREF(self.view)
         munmap(self.shared, sizeof(Shared))
         self.shared = NULL
-        self.ram = None
+        self.view = None
 
     cdef int _check(self) except -1:
         if self.shared == NULL:

@@ -166,7 +166,7 @@ def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: s
         )
         with GuestProcess(path, params) as guest:
             for _ in range(3):
-                moves(guest)
+                until(lambda: min(guest.stats()["writes"]) > 0)
                 with closing(ToyEngine(path), "completed") as engine:
                     engine.protect()
                     image = engine.copy()
