@@ -29,7 +29,8 @@ class Row:
     consistent: bool | None
     """The restored memory is a state that the guest had at one instant; None: there is no image."""
     stall_ns: dict[str, int]
-    """``p50``, ``p99``, ``max``: how long a write of the guest took that was held up by the capture."""
+    """``p50``, ``p99``, ``max``: how long the writes took that were held up (by more than 3 microseconds) during
+    the capture; the last one includes the pause of dirty logging."""
     writes_kept: float | None
     """Writes during the capture, as a share of the undisturbed ones; None at rate 0."""
 
@@ -84,3 +85,24 @@ def make_table(rows: Sequence[Row]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*cells(row), end_section=following is not None and following.rate_text != row.rate_text)
     return table
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What the table shows, one line a method."""
+    lines = []
+    for method in dict.fromkeys(row.result.method for row in rows):
+        own = [row for row in rows if row.result.method == method]
+        done = [row for row in own if row.completed]
+        parts = []
+        if done:
+            parts.append(f"images of {min(row.ratio for row in done):.3f} to "
+                         f"{max(row.ratio for row in done):.3f} x the memory that is not zero")  # fmt: skip
+        if len(done) < len(own):
+            rates = ", ".join(row.rate_text for row in own if not row.completed)
+            parts.append(f"did not converge at {rates} writes/s")
+        wrong = [row.rate_text for row in done if not row.consistent]
+        parts.append(
+            f"NOT CONSISTENT at {', '.join(wrong)}" if wrong else "all of them consistent" if done else ""
+        )
+        lines.append(f"{method}: {'; '.join(filter(None, parts))}.")
+    return "\n".join(lines)
