@@ -1,4 +1,8 @@
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stddef cimport size_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from snapengine.image_format cimport snap_index, snap_record
+from snapengine.outlet cimport Outlet
 
 
 cdef class Writer:
@@ -8,8 +12,31 @@ cdef class Writer:
     cdef readonly uint64_t chunks         # chunk records written
     cdef volatile int cancelled           # set by cancel(): a throttled or blocked write stops
 
+    cdef readonly uint64_t vmstate_parts  # VMST records written
+    cdef readonly bytes image_id
+    cdef readonly bytes parent_id
+    cdef uint64_t seq                     # number of the next record
+    cdef uint64_t regn_offset
+    cdef int state                        # NEW, OPEN, DONE or BROKEN
+    cdef int failed_errno                 # why BROKEN
+    cdef bint python_level                # the sink has no descriptor: call its write()
+    cdef Outlet outlet                    # the sink's descriptor, and the rate limit
+    cdef snap_index *index                # index_count entries, in the order of the file
+    cdef size_t index_count
+    cdef size_t index_room
+    cdef set vmstate_names
+
     # One chunk record. `entries` is the page map (format.h), `payload` its data pages as encoded.
     # `crc` is the CRC-32C of the payload as stored. Raises SinkError.
     cdef int chunk(self, const uint64_t *entries, uint32_t n_entries,
                    const void *payload, uint64_t stored_bytes, uint64_t raw_bytes,
                    uint16_t encoding, uint32_t crc) except -1 nogil
+
+    # Any record: fills in seq and header_crc, then sends header, meta and payload.
+    cdef int record(self, snap_record *header, const void *meta, const void *payload) except -1 nogil
+    # Three buffers into the sink, in order; any may be empty.
+    cdef int send(self, const void *head, size_t head_bytes, const void *meta, size_t meta_bytes,
+                  const void *payload, size_t payload_bytes) except -1 nogil
+    cdef int note(self, const snap_index *entry) except -1 nogil
+    cdef int fail(self, int err) except -1 with gil
+    cdef int py_send(self, const void *data, size_t length) except -1 with gil

@@ -1,0 +1,325 @@
+"""Dirty logging: copy everything, ask what was written meanwhile, copy that again, … pause for the rest.
+
+The kernel clears the protection itself when a page is written (UFFD_FEATURE_WP_ASYNC), so no writer
+ever waits; PAGEMAP_SCAN returns the pages written and protects them again in one step. A page is
+copied after it was protected again: a write during the copy makes it dirty for the next round.
+
+One thread, the caller's, without the GIL while it scans and copies. Source: Linux 6.7,
+Documentation/admin-guide/mm/pagemap.rst.
+"""
+
+from libc.errno cimport ESRCH, ETIMEDOUT
+from libc.stdint cimport int64_t, uint64_t
+
+import os
+import time
+
+from snapengine.atomics cimport snap_load, snap_store
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
+from snapengine.image_format cimport SNAP_HOLE
+from snapengine.linux cimport (
+    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
+    UFFDIO_REGISTER_MODE_WP,
+)
+from snapengine.pagemap cimport scan_step, scan_t
+from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
+from snapengine.pthreads cimport snap_now_ns
+from snapengine.session cimport Session, capture_fail, capture_t, lane_t, page_addr, region_t
+from snapengine.source cimport copy_run, populated, put_pages, scan_presence
+from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister
+from snapengine.atomics cimport snap_ctz
+
+cdef uint64_t PAGE = 4096
+cdef uint64_t MIB_PAGES = 256
+
+
+cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect) noexcept nogil:
+    """Scan for pages of the region written since they were protected (or never protected)."""
+    scan.fd = capture.pagemap
+    scan.next = region.track_start
+    scan.end = region.track_end
+    # CHECK_WPASYNC: memory that is mapped anew over the region is an error, not silently skipped.
+    scan.flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC if protect else PM_SCAN_CHECK_WPASYNC
+    scan.mask = PAGE_IS_WRITTEN
+    # A hole of private memory counts as written; it has nothing to copy and must get no marker. A page
+    # of shared memory that has no page table entry any more may have been written before it lost it.
+    if region.shared and not region.sparse:
+        scan.anyof = 0
+    elif region.unit_pages > 1:
+        scan.anyof = PAGE_IS_PRESENT
+    else:
+        scan.anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+    scan.returned = PAGE_IS_WRITTEN
+    scan.err = 0
+
+
+cdef int _expired(capture_t *capture, uint64_t deadline) noexcept nogil:
+    return snap_load(&capture.failed) or snap_now_ns() > deadline
+
+
+cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t end,
+                     bint wait, uint64_t deadline) noexcept nogil:
+    """Copy the populated pages of [page, end): 0, ETIMEDOUT, or another errno."""
+    cdef uint64_t n, mask, data, first, run
+    cdef int err
+    while page < end:
+        n = min(64 - (page & 63), end - page)
+        mask = bits_mask(page & 63, n)
+        data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
+        while data:
+            err = lane_room(capture.pool, &lane.slot, 64, wait)
+            if err:
+                return err
+            first = snap_ctz(data)
+            run = min(snap_ctz(~(data >> first)), 64 - first) if ~(data >> first) else 64
+            err = copy_run(capture, lane, region, (page & ~<uint64_t>63) + first, run)
+            if err:
+                return err
+            bits_fill(capture.saved, (page & ~<uint64_t>63) + first, run)
+            data &= ~bits_mask(first, run)
+        page += n
+        if _expired(capture, deadline):
+            return ETIMEDOUT
+    return 0
+
+
+cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint wait,
+                       uint64_t deadline) noexcept nogil:
+    cdef scan_t *scan = &lane.scan
+    cdef int i, found, err
+    cdef uint64_t start, end, stop = region.addr + region.pages * PAGE
+    _aim(capture, region, scan, True)
+    while True:
+        found = scan_step(scan)
+        if found < 0:
+            return scan.err
+        if found == 0:
+            return 0
+        for i in range(found):
+            start = max(scan.found[i].start, region.addr)
+            end = min(scan.found[i].end, stop)
+            if start >= end:
+                continue
+            start = region.first_page + (start - region.addr) // PAGE
+            end = region.first_page + (end - region.addr + PAGE - 1) // PAGE
+            # What was written is populated now, whatever an earlier look said.
+            bits_fill(capture.present, start, end - start)
+            lane.extent_region = NULL
+            err = _copy_pages(capture, lane, region, start, end, wait, deadline)
+            if err:
+                return err
+
+
+cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+    """At the end: what is not populated is a hole, whatever it was in an earlier round; what is populated
+    but was never written through the target's mapping is copied now."""
+    cdef uint64_t page = region.first_page
+    cdef uint64_t end = page + region.pages
+    cdef uint64_t n, mask, data, rest, first, run
+    cdef int err
+    while page < end:
+        n = min(64 - (page & 63), end - page)
+        mask = bits_mask(page & 63, n)
+        data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
+        rest = data & ~capture.saved[page >> 6]
+        while rest:
+            first = snap_ctz(rest)
+            err = _copy_pages(capture, lane, region, (page & ~<uint64_t>63) + first,
+                              (page & ~<uint64_t>63) + first + 1, False, <uint64_t>-1)
+            if err:
+                return err
+            rest &= rest - 1
+        rest = mask & ~data
+        while rest:
+            err = lane_room(capture.pool, &lane.slot, 64, False)
+            if err:
+                return err
+            first = snap_ctz(rest)
+            run = min(snap_ctz(~(rest >> first)), 64 - first) if ~(rest >> first) else 64
+            put_pages(capture, lane, (page & ~<uint64_t>63) + first, run, SNAP_HOLE)
+            rest &= ~bits_mask(first, run)
+        page += n
+    return 0
+
+
+cdef class DirtyLog:
+    """Dirty logging of one `Session`.
+
+    `run` does it all; `release` gives the memory back and must be called whatever `run` did.
+    """
+
+    def __init__(self, Session session not None):
+        self.session = session
+        self.registered = False
+        self.rate = 0
+
+    def run(self, target, double downtime_limit, uint64_t max_rounds, double max_seconds):
+        """Rounds until what is left can be copied within `downtime_limit` seconds at the measured rate, then
+        one with the target paused.
+
+        Returns ``(stop_ns, vmstate)``; vmstate is None if it did not converge within `max_rounds` rounds or
+        `max_seconds`. A failure is left in ``Session.failure``; what the target's pause, resume and vmstate
+        raise is raised.
+        """
+        cdef capture_t *capture = self.session.capture
+        cdef uint64_t begin = snap_now_ns()
+        cdef int64_t dirty
+        self.deadline = begin + <uint64_t>(max_seconds * 1e9)
+        if lane_open(capture.pool, &capture.lanes[0].slot) or self._register():
+            return 0, None
+        capture.arm_ns = snap_now_ns() - begin
+        snap_store(&capture.armed, 1)
+        if not self._measured(True):
+            return 0, None
+        while True:
+            dirty = self._dirty_pages()
+            if self.session.failure:
+                return 0, None
+            if dirty <= self.rate * downtime_limit:
+                return self._last_round(target)
+            if capture.rounds >= max_rounds or snap_now_ns() > self.deadline:
+                return 0, None
+            if not self._measured(False):
+                return 0, None
+
+    def _measured(self, bint first):
+        """One round, and its rate: pages that left for the sink per second, waits for room included."""
+        cdef capture_t *capture = self.session.capture
+        cdef uint64_t before = capture.lanes[0].data_pages + capture.lanes[0].zero_pages
+        cdef uint64_t begin = snap_now_ns()
+        cdef int err = self._first_round() if first else self._round(True)
+        cdef uint64_t pages = capture.lanes[0].data_pages + capture.lanes[0].zero_pages - before
+        capture.rounds += 1
+        if pages >= MIB_PAGES or self.rate == 0:
+            self.rate = pages / max((snap_now_ns() - begin) / 1e9, 1e-9)
+        if err == ETIMEDOUT:
+            return False
+        if err:
+            capture_fail(capture, err, "reading the target", 0)
+        return not err
+
+    def _last_round(self, target):
+        cdef capture_t *capture = self.session.capture
+        cdef uint64_t begin = snap_now_ns()
+        cdef int err
+        target.pause()
+        try:
+            err = self._round(False) or self._last_pages()
+            capture.t_ns = snap_now_ns()
+            capture.rounds += 1
+            blobs = target.vmstate() if not err else None
+        finally:
+            target.resume()
+        stop_ns = snap_now_ns() - begin
+        if err:
+            capture_fail(capture, err, "reading the target", 0)
+        return stop_ns, blobs
+
+    def _register(self):
+        """Register and protect. Non-zero if the capture has failed."""
+        cdef capture_t *capture = self.session.capture
+        cdef region_t *region
+        cdef int i, err
+        self.registered = True
+        for i in range(capture.n_regions):
+            region = &capture.regions[i]
+            with nogil:
+                err = uffd_register(capture.uffds[0], region.track_start,
+                                    region.track_end - region.track_start, UFFDIO_REGISTER_MODE_WP)
+                if err:
+                    capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
+                elif region.shared and not region.sparse:
+                    # Pages of the file that the target has not mapped get markers.
+                    err = uffd_protect(capture.uffds[0], region.track_start,
+                                       region.track_end - region.track_start)
+                    if err:
+                        capture_fail(capture, err, "UFFDIO_WRITEPROTECT", region.track_start)
+            if err:
+                return err
+        return 0
+
+    cdef int _first_round(self) except -1:
+        """All populated pages. Those of shared memory by the file, since the page tables do not know them
+        all; private ones by the same scan as in later rounds: unprotected pages count as written."""
+        cdef capture_t *capture = self.session.capture
+        cdef lane_t *lane = &capture.lanes[0]
+        cdef region_t *region
+        cdef int i
+        cdef int err = 0
+        with nogil:
+            for i in range(capture.n_regions):
+                region = &capture.regions[i]
+                if region.shared:
+                    err = _copy_pages(capture, lane, region, region.first_page,
+                                      region.first_page + region.pages, True, self.deadline)
+                if not err and (not region.shared or region.sparse):
+                    err = _copy_written(capture, lane, region, True, self.deadline)
+                if err:
+                    break
+        return err
+
+    cdef int _round(self, bint wait) except -1:
+        cdef capture_t *capture = self.session.capture
+        cdef int i
+        cdef int err = 0
+        cdef uint64_t deadline = self.deadline if wait else <uint64_t>-1
+        with nogil:
+            for i in range(capture.n_regions):
+                err = _copy_written(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
+                if err:
+                    break
+        return err
+
+    cdef int _last_pages(self) except -1:
+        cdef capture_t *capture = self.session.capture
+        cdef lane_t *lane = &capture.lanes[0]
+        cdef region_t *region
+        cdef int i
+        cdef int err = 0
+        with nogil:
+            for i in range(capture.n_regions):
+                region = &capture.regions[i]
+                bits_clear(capture.present, region.first_page, region.pages)
+            lane.extent_region = NULL
+            err = scan_presence(capture, lane)
+            for i in range(capture.n_regions):
+                err = err or _put_holes(capture, lane, &capture.regions[i])
+        return err
+
+    cdef int64_t _dirty_pages(self) except -1:
+        """Pages written since they were copied, counted without protecting them again."""
+        cdef capture_t *capture = self.session.capture
+        cdef scan_t *scan = &capture.lanes[0].scan
+        cdef int64_t pages = 0
+        cdef int i, j, found
+        with nogil:
+            for i in range(capture.n_regions):
+                _aim(capture, &capture.regions[i], scan, False)
+                while True:
+                    found = scan_step(scan)
+                    if found <= 0:
+                        break
+                    for j in range(found):
+                        pages += (scan.found[j].end - scan.found[j].start) // PAGE
+                if found < 0:
+                    capture_fail(capture, scan.err, "PAGEMAP_SCAN", capture.regions[i].addr)
+                    return 0
+        return pages
+
+    def release(self):
+        """Unregister everything and close the queue. Idempotent."""
+        cdef capture_t *capture = self.session.capture
+        cdef region_t *region
+        cdef int i
+        if self.registered:
+            self.registered = False
+            with nogil:
+                for i in range(capture.n_regions):
+                    region = &capture.regions[i]
+                    uffd_unregister(capture.uffds[0], region.track_start,
+                                    region.track_end - region.track_start)
+        with nogil:
+            if lane_close(capture.pool, &capture.lanes[0].slot):
+                capture_fail(capture, ESRCH, "queue", 0)
+            pool_end(capture.pool)
+            snap_store(&capture.finished, 1)

@@ -1,0 +1,129 @@
+"""Messages of the userfaultfds that are not page faults, and the list of userfaultfds itself.
+
+Runs on capture threads. While an event waits to be read, the kernel answers every protect and
+unprotect with EAGAIN, and the thread that caused the event stands still: so whoever gets EAGAIN reads
+(`pump`), and keeps the faults that come along in its own list.
+
+Fork: with EVENT_FORK (asked for when memory is shared) a child's writes to shared memory fault too, on
+a userfaultfd of the child's; it joins the list. Without it the child is not protected, which is
+right for private memory: the child has its own copy.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, EMFILE, errno
+from posix.unistd cimport close, read
+
+from snapengine.atomics cimport snap_load, snap_peek, snap_store
+from snapengine.linux cimport UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP
+from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock
+from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
+from snapengine.uffd cimport uffd_protect, uffd_unregister
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    const int EPOLL_CTL_ADD
+    const unsigned int EPOLLIN
+
+cdef extern from * nogil:
+    """
+    #include <linux/userfaultfd.h>
+    static inline unsigned long long snap_remap_to(const struct uffd_msg *m) { return m->arg.remap.to; }
+    static inline unsigned long long snap_remap_len(const struct uffd_msg *m) { return m->arg.remap.len; }
+    """
+    uint64_t snap_remap_to(const uffd_msg *message)
+    uint64_t snap_remap_len(const uffd_msg *message)
+
+
+cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
+    cdef epoll_event event
+    event.events = EPOLLIN
+    event.data.u64 = word
+    return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_ADD, fd, &event) == 0 else errno
+
+
+cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
+    cdef ssize_t got
+    while True:
+        got = read(uffd, messages, 64 * sizeof(uffd_msg))
+        if got >= 0:
+            return <int>(got // <ssize_t>sizeof(uffd_msg))
+        if errno == EAGAIN:         # another thread took them; also the answer for a dead target
+            return 0
+        if errno != EINTR:
+            capture_fail(capture, errno, "read of the userfaultfd", 0)
+            return 0
+
+
+cdef bint _has_shared(capture_t *capture) noexcept nogil:
+    cdef int i
+    for i in range(capture.n_regions):
+        if capture.regions[i].shared:
+            return True
+    return False
+
+
+cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
+    """Until T the child must be protected as its parent is: the fork may have copied page tables
+    between two protect calls. After T it inherited exactly what is still protected."""
+    cdef int i, err
+    cdef uint64_t n
+    cdef region_t *region
+    if not _has_shared(capture):
+        close(fd)
+        return
+    if not snap_load(&capture.armed):
+        for i in range(capture.n_regions):
+            region = &capture.regions[i]
+            if region.shared:
+                uffd_protect(fd, region.track_start, region.track_end - region.track_start)
+    pthread_mutex_lock(&capture.lock)
+    n = snap_peek(&capture.n_uffds)
+    if n < UFFDS_MAX:
+        capture.uffds[n] = fd
+        snap_store(&capture.n_uffds, n + 1)
+    pthread_mutex_unlock(&capture.lock)
+    if n == UFFDS_MAX:
+        close(fd)
+        capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
+        return
+    err = watch(capture, fd, n)
+    if err:
+        capture_fail(capture, err, "epoll_ctl", 0)
+
+
+cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    if message.event == UFFD_EVENT_FORK:
+        _adopt_child(capture, <int>message.arg.fork.ufd)
+    elif message.event == UFFD_EVENT_REMAP:
+        # The moved pages keep their protection; we cannot save them by their new address: let them go.
+        # At the old address they are found missing and put down as lost.
+        uffd_unregister(capture.uffds[uffd], snap_remap_to(message), snap_remap_len(message))
+    # REMOVE and UNMAP: reading the message lets the caller go on; the pages are found lost.
+
+
+cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef uffd_msg messages[64]
+    cdef uint64_t index = 0
+    cdef int i, n
+    while index < snap_load(&capture.n_uffds):
+        n = read_messages(capture, capture.uffds[index], messages)
+        for i in range(n):
+            if messages[i].event != UFFD_EVENT_PAGEFAULT:
+                handle_event(capture, index, &messages[i])
+            elif lane.n_held < HELD_MAX:
+                lane.held[lane.n_held] = messages[i]
+                lane.held_uffd[lane.n_held] = <unsigned int>index
+                lane.n_held += 1
+            # else: dropped; its thread sleeps until the walk or the final release reaches the page.
+        index += 1
+
+
+cdef void close_children(capture_t *capture) noexcept nogil:
+    cdef uint64_t index
+    for index in range(1, snap_load(&capture.n_uffds)):
+        close(capture.uffds[index])
+    snap_store(&capture.n_uffds, 1)

@@ -1,0 +1,231 @@
+"""Fault threads: a write to a page not yet saved is saved first, out of order.
+
+They wait until T (no fault is served before the last protect call has returned: a writer let go
+earlier could write to memory not yet protected, and the image would hold the later write without the
+earlier one). They never wait for the sink, the encoders or the GIL.
+
+The warden is there for one case: a fault thread that reads a page which the target has just
+discarded faults itself, as missing. Another fault thread answers it; if all of them read such pages
+at one time, the warden does, so that no target can hang us, nor itself.
+"""
+
+from libc.errno cimport EAGAIN, EEXIST, EINTR, ESRCH, errno
+
+from snapengine.atomics cimport snap_bump, snap_load, snap_pause, snap_peek, snap_store
+from snapengine.bitmap cimport bits_claim, bits_test
+from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, pump, read_messages
+from snapengine.histogram cimport histogram_add
+from snapengine.image_format cimport SNAP_HOLE
+from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
+from snapengine.pool cimport lane_room
+from snapengine.pthreads cimport (
+    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_now_ns, snap_pin_to,
+    snap_usable_cpus,
+)
+from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
+from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr, region_at, region_t
+from snapengine.uffd cimport uffd_unprotect, uffd_wake, uffd_zeropage
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_wait(int epfd, epoll_event *events, int n, int timeout_ms)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    const int EPOLL_CTL_DEL
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout_ms)
+    const short POLLIN
+
+cdef uint64_t PAGE = 4096
+cdef uint64_t STUCK_NS = 20000000
+cdef int WARDEN_TICK_MS = 10
+
+
+cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
+    """Give a missing page its zeros and wake who waits for it."""
+    cdef int err
+    while True:
+        err = uffd_zeropage(capture.uffds[uffd], addr, PAGE)
+        if err != EAGAIN:
+            break
+        if snap_load(&capture.failed):
+            return
+        pump(capture, lane)
+    if err == ESRCH:
+        capture_fail(capture, ESRCH, "the target ended", addr)
+    elif err:
+        # EEXIST: another thread filled it; anything else: let the writer try again.
+        uffd_wake(capture.uffds[uffd], addr, PAGE)
+
+
+cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
+                         uint64_t addr) noexcept nogil:
+    cdef uint64_t bit = <uint64_t>1 << (page & 63)
+    cdef int err
+    # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
+    # file will tell no more once the page exists, so the hole is claimed and put down here.
+    if region.presence != PRESENCE_BITS and not bits_test(capture.claimed, page):
+        err = lane_room(capture.pool, &lane.slot, 64, False)
+        if err:
+            capture_fail(capture, err, "spill file", 0)
+        elif bits_claim(capture.claimed, page >> 6, bit):
+            # A page of the file that this process has not mapped does not fault as missing: no data here.
+            save_window(capture, lane, region, page & ~<uint64_t>63, bit)
+    _fill(capture, lane, uffd, addr)
+
+
+cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
+                       uint64_t page) noexcept nogil:
+    cdef uint64_t first, n, addr, length
+    cdef int err
+    unit_of(capture, region, page, &first, &n)
+    unit_range(region, first, n, &addr, &length)
+    if snap_load(&capture.failed):
+        release(capture, lane, uffd, addr, length)
+        return
+    if not bits_test(capture.claimed, first):
+        err = lane_room(capture.pool, &lane.slot, 64, False)
+        if err:
+            capture_fail(capture, err, "spill file", 0)
+            return
+        if n == 1 and bits_claim(capture.claimed, first >> 6, <uint64_t>1 << (first & 63)):
+            save_window(capture, lane, region, first & ~<uint64_t>63, <uint64_t>1 << (first & 63))
+        elif n > 1 and claim_unit(capture, first, n):
+            save_unit(capture, lane, region, first, n)
+    if uffd:
+        # A child's page is released by nobody else. Who claimed it is copying and waits for nothing.
+        while not bits_test(capture.saved, first) and not snap_load(&capture.failed):
+            snap_pause()
+        release(capture, lane, uffd, addr, length)
+    elif bits_test(capture.saved, first):
+        # Saved by another thread, perhaps before this message was read: releasing again is harmless.
+        release(capture, lane, 0, addr, length)
+    # else: the thread that copies it releases it, and wakes all that wait.
+
+
+cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    cdef uint64_t addr = message.arg.pagefault.address & ~(PAGE - 1)
+    cdef bint missing = not message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP
+    cdef region_t *region = region_at(capture, addr)
+    cdef uint64_t page
+    if region == NULL:
+        # Registered by the target's own doing, not part of this capture: let it go on.
+        if missing:
+            _fill(capture, lane, uffd, addr)
+        else:
+            release(capture, lane, uffd, addr, PAGE)
+        return
+    page = region.first_page + (addr - region.addr) // PAGE
+    if missing:
+        _serve_missing(capture, lane, uffd, region, page, addr)
+    else:
+        _serve_write(capture, lane, uffd, region, page)
+
+
+cdef void serve_held(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef uffd_msg message
+    while lane.n_held:
+        lane.n_held -= 1
+        message = lane.held[lane.n_held]
+        _serve(capture, lane, lane.held_uffd[lane.n_held], &message)
+
+
+cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
+    cdef uffd_msg messages[64]
+    cdef int i
+    cdef int n = read_messages(capture, capture.uffds[uffd], messages)
+    # A missing page first: the one who waits for it may be a fault thread.
+    for i in range(n):
+        if messages[i].event != UFFD_EVENT_PAGEFAULT:
+            handle_event(capture, uffd, &messages[i])
+    for i in range(n):
+        if messages[i].event == UFFD_EVENT_PAGEFAULT:
+            _serve(capture, lane, uffd, &messages[i])
+            snap_bump(&lane.faults, 1)
+            histogram_add(&lane.histogram, snap_now_ns() - seen)
+
+
+cdef bint _await_arming(capture_t *capture) noexcept nogil:
+    """False if the capture ended before T."""
+    pthread_mutex_lock(&capture.lock)
+    while not snap_load(&capture.armed) and not snap_load(&capture.stopping):
+        pthread_cond_wait(&capture.changed, &capture.lock)
+    pthread_mutex_unlock(&capture.lock)
+    return snap_load(&capture.armed) != 0
+
+
+cdef void *fault_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    cdef capture_t *capture = lane.capture
+    cdef epoll_event ready[8]
+    cdef uint64_t seen, word
+    cdef int i, n
+    snap_name_thread("snap-fault")
+    # One thread bound to each CPU: the one on the faulting thread's own CPU answers in 10-17 µs, one
+    # on another CPU in 60 (measured: an idle CPU must be woken by an interrupt).
+    if capture.n_fault_lanes == snap_usable_cpus():
+        snap_pin_to(lane.index - 1)
+    if not capture.early and not _await_arming(capture):
+        return NULL
+    while not snap_load(&capture.stopping):
+        n = epoll_wait(capture.epoll, ready, 8, -1)
+        seen = snap_now_ns()
+        snap_store(&lane.busy_since, seen)
+        for i in range(max(n, 0)):
+            word = ready[i].data.u64
+            if word == WATCH_PID:
+                epoll_ctl(capture.epoll, EPOLL_CTL_DEL, capture.pidfd, NULL)
+                capture_fail(capture, ESRCH, "the target ended", 0)
+            elif word != WATCH_STOP:
+                _serve_uffd(capture, lane, word, seen)
+        serve_held(capture, lane)
+        snap_store(&lane.busy_since, 0)
+    return NULL
+
+
+cdef bint _all_stuck(capture_t *capture) noexcept nogil:
+    cdef int i
+    cdef uint64_t since
+    cdef uint64_t now = snap_now_ns()
+    for i in range(1, capture.n_fault_lanes + 1):
+        since = snap_load(&capture.lanes[i].busy_since)
+        if since == 0 or now - since < STUCK_NS:
+            return False
+    return True
+
+
+cdef void *warden_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    cdef capture_t *capture = lane.capture
+    cdef region_t *region
+    cdef pollfd stop
+    cdef uint64_t addr, uffd, page
+    snap_name_thread("snap-warden")
+    if not _await_arming(capture):
+        return NULL
+    stop.fd = capture.stop_event
+    stop.events = POLLIN
+    while not snap_load(&capture.stopping):
+        if poll(&stop, 1, WARDEN_TICK_MS) != 0 or not _all_stuck(capture):
+            continue
+        pump(capture, lane)
+        while lane.n_held:
+            lane.n_held -= 1
+            addr = lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1)
+            uffd = lane.held_uffd[lane.n_held]
+            region = region_at(capture, addr)
+            page = region.first_page + (addr - region.addr) // PAGE if region != NULL else 0
+            if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
+                    region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
+                _fill(capture, lane, uffd, addr)
+            else:
+                uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
+    return NULL

@@ -1,0 +1,68 @@
+/* Atomics, futex and time for the guest's writers. No allocation, no lock. */
+#ifndef SNAPENGINE_GUESTSYNC_H
+#define SNAPENGINE_GUESTSYNC_H
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+static inline uint64_t guest_load(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void guest_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline uint32_t guest_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static inline void guest_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+static inline void guest_add32(uint32_t *p, uint32_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+
+/* A store the compiler neither merges, drops nor moves across another one; x86 (TSO) keeps the order. */
+static inline void guest_put(uint64_t *p, uint64_t v) {
+    *(volatile uint64_t *)p = v;
+    __asm__ volatile("" ::: "memory");
+}
+
+static inline int64_t guest_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static inline uint64_t guest_ticks(void) { return __rdtsc(); }
+
+/* Returns when *p != value, at a wake-up, or at `deadline_ns` of CLOCK_MONOTONIC (INT64_MAX: never).
+ * May return early: look again. */
+static inline void guest_wait(uint32_t *p, uint32_t value, int64_t deadline_ns) {
+    struct timespec t = {deadline_ns / 1000000000, deadline_ns % 1000000000};
+    syscall(SYS_futex, p, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, value,
+            deadline_ns == INT64_MAX ? NULL : &t, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+static inline void guest_wake(uint32_t *p) {
+    syscall(SYS_futex, p, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, NULL, NULL, 0);
+}
+
+/* pthread_create with every signal blocked in the new thread. Returns an errno value. */
+static inline int guest_spawn(pthread_t *thread, void *(*main)(void *), void *arg) {
+    sigset_t all, old;
+    int err;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    err = pthread_create(thread, NULL, main, arg);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return err;
+}
+
+/* Histogram bucket of v: 8 per power of two, exact below 8, at most 495. */
+static inline unsigned guest_bucket(uint64_t v) {
+    unsigned exponent;
+    if (v < 8)
+        return (unsigned)v;
+    exponent = 63 - (unsigned)__builtin_clzll(v);
+    return (exponent - 2) * 8 + (unsigned)(v >> (exponent - 3) & 7);
+}
+
+#endif

@@ -1,0 +1,65 @@
+"""Latency histogram: 8 buckets for each power of two of nanoseconds, no allocation, one writer."""
+
+from snapengine.atomics cimport snap_bump, snap_peek
+
+cdef extern from * nogil:
+    """
+    static inline int snap_msb(uint64_t x) { return 63 - __builtin_clzll(x); }
+    """
+    int snap_msb(uint64_t x)
+
+
+cdef int bucket_of(uint64_t ns) noexcept nogil:
+    cdef int msb
+    if ns < 8:
+        return <int>ns
+    msb = snap_msb(ns)
+    return (msb - 2) * 8 + <int>((ns >> (msb - 3)) & 7)
+
+
+cdef uint64_t bucket_top(int bucket) noexcept nogil:
+    cdef int shift
+    if bucket < 8:
+        return bucket
+    shift = bucket // 8 - 1
+    return ((<uint64_t>(8 + bucket % 8) + 1) << shift) - 1
+
+
+cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil:
+    snap_bump(&histogram.counts[bucket_of(ns)], 1)
+    if ns > histogram.longest:
+        histogram.longest = ns
+
+
+cdef void histogram_merge(histogram_t *into, const histogram_t *other) noexcept nogil:
+    cdef int i
+    for i in range(HISTOGRAM_BUCKETS):
+        into.counts[i] += snap_peek(&other.counts[i])
+    into.longest = max(into.longest, other.longest)
+
+
+cdef uint64_t histogram_quantile(const histogram_t *histogram, double share) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef uint64_t seen = 0
+    cdef int i
+    for i in range(HISTOGRAM_BUCKETS):
+        total += histogram.counts[i]
+    if total == 0:
+        return 0
+    for i in range(HISTOGRAM_BUCKETS):
+        seen += histogram.counts[i]
+        if seen >= share * total:
+            return min(bucket_top(i), histogram.longest)
+    return histogram.longest
+
+
+def quantiles(values, shares=(0.5, 0.99)):
+    """Quantiles of nanosecond `values` as this histogram gives them, and the exact maximum."""
+    cdef histogram_t histogram
+    cdef int i
+    for i in range(HISTOGRAM_BUCKETS):
+        histogram.counts[i] = 0
+    histogram.longest = 0
+    for value in values:
+        histogram_add(&histogram, value)
+    return [histogram_quantile(&histogram, share) for share in shares] + [histogram.longest]

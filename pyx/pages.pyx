@@ -1,0 +1,59 @@
+"""Copy of a page with the zero test fused in: the scalar reference, and AVX2 where the CPU has it.
+
+Called once a page by capture threads; the source may be written by others meanwhile only where the
+caller knows that it is not (it is protected).
+"""
+
+cdef extern from "pages_impl.h" nogil:
+    ctypedef int (*snap_copy_page_t)(char *dst, const char *src) noexcept nogil
+    ctypedef int (*snap_page_nonzero_t)(const char *src) noexcept nogil
+    int snap_copy_page_scalar(char *dst, const char *src)
+    int snap_copy_page_avx2(char *dst, const char *src)
+    int snap_page_nonzero_scalar(const char *src)
+    int snap_page_nonzero_avx2(const char *src)
+    int snap_have_avx2()
+
+cdef snap_copy_page_t _copy = snap_copy_page_scalar
+cdef snap_page_nonzero_t _nonzero = snap_page_nonzero_scalar
+if snap_have_avx2():
+    _copy = snap_copy_page_avx2
+    _nonzero = snap_page_nonzero_avx2
+
+KERNEL = "avx2" if _copy == snap_copy_page_avx2 else "scalar"
+"""The version that runs here: ``"avx2"`` or ``"scalar"``."""
+
+KERNELS = ("scalar", "avx2") if snap_have_avx2() else ("scalar",)
+"""The versions that can run here."""
+
+
+cdef int copy_page(char *dst, const char *src) noexcept nogil:
+    return _copy(dst, src)
+
+
+cdef int page_nonzero(const char *src) noexcept nogil:
+    return _nonzero(src)
+
+
+def copy_with(str kernel, unsigned char[::1] dst not None, const unsigned char[::1] src not None):
+    """Copy one page by the version named; whether it holds anything but zeros. For tests and the bench.
+
+    Both buffers have 4096 bytes; ValueError otherwise, or for a version that cannot run here.
+    """
+    if dst.shape[0] != 4096 or src.shape[0] != 4096:
+        raise ValueError("both buffers must have 4096 bytes")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: {kernel!r} is none of {', '.join(KERNELS)}")
+    if kernel == "avx2":
+        return bool(snap_copy_page_avx2(<char *>&dst[0], <const char *>&src[0]))
+    return bool(snap_copy_page_scalar(<char *>&dst[0], <const char *>&src[0]))
+
+
+def nonzero_with(str kernel, const unsigned char[::1] src not None):
+    """Whether a page of 4096 bytes holds anything but zeros, by the version named. ValueError as above."""
+    if src.shape[0] != 4096:
+        raise ValueError("the buffer must have 4096 bytes")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: {kernel!r} is none of {', '.join(KERNELS)}")
+    if kernel == "avx2":
+        return bool(snap_page_nonzero_avx2(<const char *>&src[0]))
+    return bool(snap_page_nonzero_scalar(<const char *>&src[0]))

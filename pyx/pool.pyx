@@ -1,0 +1,323 @@
+"""Slots between the capture threads and the encoders: bounded memory, then a spill file.
+
+A slot holds the data pages and the page map of one chunk to be. Each capture thread fills its own;
+a full one goes into the queue, whose chunks leave in the order they came (dirty logging needs it: the
+last version of a page counts). The walk waits when slots run out; a fault never does: it takes the
+reserve, then writes its slot to the spill file itself. `lock` is held for a few dozen instructions.
+
+If a thread stops between any two instructions: outside the lock the others go on with the slots
+that are left; inside it they wait for the scheduler, never for the GIL, the sink or a fault.
+"""
+
+from libc.errno cimport EINTR, EIO, ENOBUFS, errno
+from posix.unistd cimport pread, pwrite
+
+import os
+import tempfile
+
+from snapengine.arena cimport Arena
+from snapengine.atomics cimport snap_add, snap_load, snap_store
+from snapengine.image_format cimport (
+    SNAP_DATA, SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
+)
+from snapengine.pthreads cimport (
+    pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
+
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int fd, int mode, long offset, long length)
+    const int FALLOC_FL_PUNCH_HOLE
+    const int FALLOC_FL_KEEP_SIZE
+
+cdef uint64_t PAGE = 4096
+cdef uint64_t MAP_BYTES = ENTRIES_MAX * 8
+SLOT_BYTES = 1 << 20
+SMALL_SLOT_BYTES = 256 << 10
+
+
+cdef char *slot_data(pool_t *pool, uint32_t slot) noexcept nogil:
+    return pool.slots + slot * pool.stride
+
+
+cdef uint64_t *slot_entries(pool_t *pool, uint32_t slot) noexcept nogil:
+    return <uint64_t *>(pool.slots + slot * pool.stride + pool.slot_bytes)
+
+
+cdef void _use_slot(pool_t *pool, lane_slot *lane, uint32_t slot) noexcept nogil:
+    lane.slot = slot
+    lane.n_entries = 0
+    lane.used = 0
+    lane.data = slot_data(pool, slot)
+    lane.entries = slot_entries(pool, slot)
+
+
+cdef uint32_t _pop_free(pool_t *pool) noexcept nogil:
+    pool.n_free -= 1
+    if pool.n_free < pool.least_free:
+        pool.least_free = pool.n_free
+    return pool.free_slots[pool.n_free]
+
+
+cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset) noexcept nogil:
+    cdef chunk_ref *ref
+    if pool.tail - pool.head > pool.ring_mask:
+        return ENOBUFS
+    ref = &pool.ring[pool.tail & pool.ring_mask]
+    ref.slot = slot
+    ref.n_entries = lane.n_entries
+    ref.data_bytes = lane.used
+    ref.spill_offset = spill_offset
+    pool.tail += 1
+    pthread_cond_signal(&pool.filled)
+    return 0
+
+
+cdef int _pwrite_all(int fd, const char *data, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef ssize_t put
+    while length:
+        put = pwrite(fd, data, length, offset)
+        if put < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        data += put
+        offset += put
+        length -= put
+    return 0
+
+
+cdef int _pread_all(int fd, char *data, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef ssize_t got
+    while length:
+        got = pread(fd, data, length, offset)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if got == 0:
+            return EIO
+        data += got
+        offset += got
+        length -= got
+    return 0
+
+
+cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
+    """Write the slot to the file and queue that copy; the thread keeps the slot, empty."""
+    cdef uint64_t offset
+    cdef int err
+    pthread_mutex_lock(&pool.lock)
+    offset = pool.spill_end
+    pool.spill_end += pool.stride
+    pool.spilled_bytes += lane.used
+    pthread_mutex_unlock(&pool.lock)
+    err = _pwrite_all(pool.spill_fd, lane.data, lane.used, offset)
+    if not err:
+        err = _pwrite_all(pool.spill_fd, <char *>lane.entries, lane.n_entries * 8, offset + pool.slot_bytes)
+    if err:
+        return err
+    pthread_mutex_lock(&pool.lock)
+    err = _queue(pool, NO_SLOT, lane, offset)
+    pthread_mutex_unlock(&pool.lock)
+    _use_slot(pool, lane, lane.slot)
+    return err
+
+
+cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil:
+    cdef int err = 0
+    pthread_mutex_lock(&pool.lock)
+    if pool.n_free:
+        _use_slot(pool, lane, _pop_free(pool))
+    else:
+        err = ENOBUFS
+    pthread_mutex_unlock(&pool.lock)
+    return err
+
+
+cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil:
+    cdef int err = 0
+    if lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX:
+        return 0
+    pthread_mutex_lock(&pool.lock)
+    if wait:
+        snap_add(&pool.starved, 1)
+        while pool.n_free <= pool.reserve and not snap_load(&pool.failed):
+            pthread_cond_wait(&pool.room, &pool.lock)
+        snap_add(&pool.starved, <uint64_t>-1)
+    if pool.n_free:
+        err = _queue(pool, lane.slot, lane, 0)
+        if not err:
+            _use_slot(pool, lane, _pop_free(pool))
+        pthread_mutex_unlock(&pool.lock)
+        return err
+    pthread_mutex_unlock(&pool.lock)
+    if wait:                        # only a failed capture gets here: what it saves is thrown away
+        _use_slot(pool, lane, lane.slot)
+        return 0
+    return _spill(pool, lane)
+
+
+cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned kind) noexcept nogil:
+    cdef uint64_t last, n
+    if lane.n_entries:
+        last = lane.entries[lane.n_entries - 1]
+        n = snap_entry_pages(last)
+        if snap_entry_kind(last) == kind and snap_entry_page(last) + n == page \
+                and n + pages <= SNAP_ENTRY_MAX_PAGES:
+            lane.entries[lane.n_entries - 1] = snap_entry(snap_entry_page(last), n + pages, kind)
+            return
+    lane.entries[lane.n_entries] = snap_entry(page, pages, kind)
+    lane.n_entries += 1
+
+
+cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil:
+    cdef int err = 0
+    if lane.slot == NO_SLOT:
+        return 0
+    pthread_mutex_lock(&pool.lock)
+    if lane.n_entries:
+        err = _queue(pool, lane.slot, lane, 0)
+    else:
+        pool.free_slots[pool.n_free] = lane.slot
+        pool.n_free += 1
+        pthread_cond_signal(&pool.room)
+    lane.slot = NO_SLOT
+    pthread_mutex_unlock(&pool.lock)
+    return err
+
+
+cdef void pool_end(pool_t *pool) noexcept nogil:
+    pthread_mutex_lock(&pool.lock)
+    pool.closed = True
+    pthread_cond_broadcast(&pool.filled)
+    pthread_mutex_unlock(&pool.lock)
+
+
+cdef void pool_fail(pool_t *pool) noexcept nogil:
+    pthread_mutex_lock(&pool.lock)
+    snap_store(&pool.failed, 1)
+    pthread_cond_broadcast(&pool.room)
+    pthread_cond_broadcast(&pool.filled)
+    pthread_mutex_unlock(&pool.lock)
+
+
+cdef int pool_take(pool_t *pool, chunk_ref *chunk, uint64_t *ticket) noexcept nogil:
+    cdef int status
+    pthread_mutex_lock(&pool.lock)
+    while pool.head == pool.tail and not pool.closed and not snap_load(&pool.failed):
+        pthread_cond_wait(&pool.filled, &pool.lock)
+    if snap_load(&pool.failed):
+        status = -1
+    elif pool.head == pool.tail:
+        status = 0
+    else:
+        chunk[0] = pool.ring[pool.head & pool.ring_mask]
+        ticket[0] = pool.head
+        pool.head += 1
+        status = 1
+    pthread_mutex_unlock(&pool.lock)
+    return status
+
+
+cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil:
+    pthread_mutex_lock(&pool.lock)
+    pool.free_slots[pool.n_free] = slot
+    pool.n_free += 1
+    if pool.n_free > pool.reserve:
+        pthread_cond_signal(&pool.room)
+    pthread_mutex_unlock(&pool.lock)
+
+
+cdef int pool_unspill(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil:
+    cdef int err = _pread_all(pool.spill_fd, data, chunk.data_bytes, chunk.spill_offset)
+    if not err:
+        err = _pread_all(pool.spill_fd, <char *>entries, chunk.n_entries * 8,
+                         chunk.spill_offset + pool.slot_bytes)
+    if not err:
+        # Gives the space back early; a file system without holes keeps it until the file is closed.
+        fallocate(pool.spill_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  chunk.spill_offset, pool.stride)
+    return err
+
+
+cdef class Pool:
+    """Slots, queue and spill file of one capture.
+
+    Parameters
+    ----------
+    memory_limit:
+        Bytes for slots, the encoders' scratch of `encoders` slots included.
+    total_pages:
+        Pages of the target: a small target gets a small pool.
+    lanes:
+        Capture threads, each with a slot of its own.
+    encoders:
+        Encoder threads, each with one slot's worth of scratch that counts as buffer.
+    spill_dir:
+        Directory of the spill file, or None for the system's temporary directory.
+
+    Raises ValueError if the limit is too small for the threads, OSError if the file cannot be made.
+    """
+
+    def __init__(self, uint64_t memory_limit, uint64_t total_pages, int lanes, int encoders, spill_dir=None):
+        cdef uint64_t slot_bytes = SLOT_BYTES
+        cdef uint64_t least = 2 * lanes + 2
+        cdef uint64_t n, ring, i
+        if memory_limit < (SLOT_BYTES + MAP_BYTES) * (2 * least + 2 * encoders):
+            slot_bytes = SMALL_SLOT_BYTES
+        n = memory_limit // (slot_bytes + MAP_BYTES)
+        if n < least + 2 * encoders:
+            raise ValueError(f"memory_limit: {memory_limit} bytes are too few for {lanes} capture threads "
+                             f"and {encoders} encoder threads")
+        n = min(n - 2 * encoders, least + total_pages * PAGE // slot_bytes + 1)
+        self.spill_file = tempfile.TemporaryFile(buffering=0, dir=spill_dir, prefix="snapengine-spill-")
+        ring = 64
+        while ring < n + 2 * lanes + 2 * (total_pages * PAGE // slot_bytes + 1):
+            ring *= 2
+        self.control = Arena(sizeof(pool_t) + n * 4)
+        self.control.touch()
+        self.memory = Arena(n * (slot_bytes + MAP_BYTES))
+        self.memory.touch()
+        self.queue = Arena(ring * sizeof(chunk_ref))
+        self.pool = <pool_t *>self.control.base
+        pthread_mutex_init(&self.pool.lock, NULL)
+        pthread_cond_init(&self.pool.room, NULL)
+        pthread_cond_init(&self.pool.filled, NULL)
+        self.pool.slots = self.memory.base
+        self.pool.slot_bytes = slot_bytes
+        self.pool.stride = slot_bytes + MAP_BYTES
+        self.pool.n_slots = n
+        self.pool.n_free = n
+        self.pool.least_free = n
+        self.pool.reserve = lanes
+        self.pool.free_slots = <uint32_t *>(self.control.base + sizeof(pool_t))
+        self.pool.ring = <chunk_ref *>self.queue.base
+        self.pool.ring_mask = ring - 1
+        self.pool.spill_fd = self.spill_file.fileno()
+        for i in range(n):
+            self.pool.free_slots[i] = n - 1 - i
+
+    @property
+    def peak_bytes(self):
+        """Most bytes of slots in use at one time."""
+        return (self.pool.n_slots - self.pool.least_free) * self.pool.stride
+
+    @property
+    def spilled_bytes(self):
+        """Bytes of data that went through the spill file."""
+        return self.pool.spilled_bytes
+
+    @property
+    def slots(self):
+        """Number of slots."""
+        return self.pool.n_slots
+
+    @property
+    def stride(self):
+        """Bytes of one slot, page map included."""
+        return self.pool.stride
+
+    def close(self):
+        """Close the spill file (it has no name: its space is free then). Idempotent."""
+        self.spill_file.close()

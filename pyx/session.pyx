@@ -1,0 +1,266 @@
+"""One capture's state: regions, bitmaps, lanes. Made before the threads start, freed after they end.
+
+All of it lies in arenas, because capture threads write it while the target's memory (which may share
+pages with anything on the heap) is protected.
+"""
+
+from libc.errno cimport ESRCH
+from libc.stdint cimport uintptr_t
+from posix.unistd cimport close
+
+import os
+
+from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
+from snapengine.bitmap cimport bits_count, bits_next, bits_test
+from snapengine.histogram cimport histogram_merge, histogram_quantile, histogram_t
+from snapengine.pagemap import has_pagemap_scan
+from snapengine.pool cimport NO_SLOT, Pool, pool_fail
+from snapengine.pthreads cimport (
+    pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+
+_READING = {"memory": READ_MEMORY, "process": READ_PROCESS, "file": READ_FILE}
+_PRESENCE = {
+    "all": PRESENCE_ALL, "bits": PRESENCE_BITS, "seek": PRESENCE_SEEK, "mincore": PRESENCE_MINCORE,
+}
+
+
+cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t addr) noexcept nogil:
+    if snap_swap_if(&capture.failed, 0, err):
+        capture.failed_call = call
+        capture.failed_addr = addr
+    pool_fail(capture.pool)
+    pthread_mutex_lock(&capture.lock)
+    pthread_cond_broadcast(&capture.changed)
+    pthread_mutex_unlock(&capture.lock)
+
+
+cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil:
+    cdef int i
+    cdef region_t *region
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        if region.track_start <= addr < region.track_end:
+            return region
+    return NULL
+
+
+cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil:
+    return region.addr + (page - region.first_page) * 4096
+
+
+cdef class Session:
+    """State of one capture.
+
+    Parameters
+    ----------
+    plans:
+        `snapengine.plan.RegionPlan` objects: how each region is tracked and read.
+    uffd:
+        Descriptor of the target's userfaultfd (borrowed).
+    pid, pidfd:
+        The target process and its pidfd, or 0 and -1 for this process (borrowed).
+    memory_limit, fault_threads, encoders, spill_dir:
+        As in `snapengine.Options`.
+    rounds:
+        Keep what dirty logging needs to count duplicates.
+
+    Raises MemoryError, ValueError or OSError.
+    """
+
+    def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
+                 uint64_t memory_limit, int fault_threads, int encoders, spill_dir=None,
+                 bint rounds=False, bint use_scan=True, bint early=False, uint64_t arm_piece=0):
+        cdef capture_t *capture
+        cdef int i
+        if not 1 <= fault_threads <= LANES_MAX - 2:
+            raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {LANES_MAX - 2}")
+        self.bitmaps = []
+        self.owned_fds = []
+        self.fault_lanes = fault_threads
+        self.control = Arena(sizeof(capture_t) + len(plans) * sizeof(region_t))
+        self.control.touch()
+        self.capture = capture = <capture_t *>self.control.base
+        capture.regions = <region_t *>(self.control.base + sizeof(capture_t))
+        capture.n_regions = len(plans)
+        capture.pid = pid
+        capture.pidfd = pidfd
+        capture.features = features
+        capture.has_scan = use_scan and has_pagemap_scan()
+        capture.n_fault_lanes = fault_threads
+        capture.early = early
+        capture.arm_piece = arm_piece
+        capture.stop_event = -1
+        capture.epoll = -1
+        capture.uffds[0] = uffd
+        capture.n_uffds = 1
+        pthread_mutex_init(&capture.lock, NULL)
+        pthread_cond_init(&capture.changed, NULL)
+        for i, plan in enumerate(plans):
+            self._set_region(&capture.regions[i], plan)
+            if rounds:
+                capture.regions[i].check = False    # a page written while it is copied comes again
+            if early:
+                # Before T there is nothing to ask: the negative control reads everything.
+                capture.regions[i].presence = PRESENCE_ALL
+                capture.regions[i].check = False
+                capture.regions[i].keep_huge = False
+        self.pool = Pool(memory_limit, capture.total_pages, fault_threads + 1, encoders, spill_dir)
+        capture.pool = self.pool.pool
+        self._make_bitmaps(rounds)
+        self._make_lanes()
+        capture.pagemap = os.open(f"/proc/{pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.pagemap)
+        capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.owned_fds.append(capture.stop_event)
+
+    cdef int _set_region(self, region_t *region, plan) except -1:
+        region.start = plan.region.addr
+        region.end = plan.region.addr + plan.region.length
+        region.addr = plan.addr
+        region.pages = plan.pages
+        region.first_page = plan.first_page
+        region.unit_pages = plan.unit_pages
+        region.track_start = plan.track_start
+        region.track_end = plan.track_end
+        region.source = <char *><uintptr_t>plan.source
+        region.file = plan.file
+        region.file_offset = plan.file_offset
+        region.reading = _READING[plan.reading]
+        region.presence = _PRESENCE[plan.presence]
+        region.shared = plan.shared
+        region.missing = plan.missing
+        region.sparse = plan.sparse
+        region.check = plan.check and self.capture.has_scan
+        region.keep_huge = plan.keep_huge and self.capture.has_scan
+        self.capture.total_pages += region.pages
+        self.capture.page_end = max(self.capture.page_end, region.first_page + region.pages)
+        return 0
+
+    cdef uint64_t *_bitmap(self, uint64_t bits) except NULL:
+        cdef Arena arena = Arena((bits + 63) // 64 * 8 + 8)
+        self.bitmaps.append(arena)
+        return <uint64_t *>arena.base
+
+    cdef int _make_bitmaps(self, bint rounds) except -1:
+        cdef uint64_t pages = self.capture.page_end
+        self.capture.claimed = self._bitmap(pages)
+        self.capture.saved = self._bitmap(pages)
+        self.capture.lost = self._bitmap(pages)
+        self.capture.present = self._bitmap(pages)
+        self.capture.huge = self._bitmap((pages >> 9) + 1)
+        if rounds:
+            self.capture.data = self._bitmap(pages)
+        return 0
+
+    cdef int _make_lanes(self) except -1:
+        cdef int i
+        cdef int n = self.fault_lanes + 2
+        self.lanes = Arena(n * sizeof(lane_t))
+        self.lanes.touch()
+        self.capture.lanes = <lane_t *>self.lanes.base
+        for i in range(n):
+            self.capture.lanes[i].capture = self.capture
+            self.capture.lanes[i].index = i
+            self.capture.lanes[i].slot.slot = NO_SLOT
+        return 0
+
+    def fail(self, int err, bytes call=b"cancelled"):
+        """Make every thread of the capture stop and release the target. Returns at once."""
+        literal = _FAILURES.setdefault(call, call)   # the C string must outlive the capture
+        cdef const char *text = literal
+        capture_fail(self.capture, err, text, 0)
+
+    @property
+    def failure(self):
+        """(errno, call, address) of the first failure, or None."""
+        cdef uint64_t err = snap_load(&self.capture.failed)
+        if not err:
+            return None
+        call = self.capture.failed_call
+        return err, (call.decode() if call != NULL else "?"), self.capture.failed_addr
+
+    def counters(self):
+        """Sums over the threads so far: data, zero, hole and lost pages, faults."""
+        cdef uint64_t data = 0, zero = 0, hole = 0, lost = 0, faults = 0
+        cdef int i
+        cdef lane_t *lane
+        for i in range(self.fault_lanes + 2):
+            lane = &self.capture.lanes[i]
+            data += snap_peek(&lane.data_pages)
+            zero += snap_peek(&lane.zero_pages)
+            hole += snap_peek(&lane.hole_pages)
+            lost += snap_peek(&lane.lost_pages)
+            faults += snap_peek(&lane.faults)
+        return {"data": data, "zero": zero, "hole": hole, "lost": lost, "faults": faults}
+
+    def final_pages(self):
+        """Dirty logging: pages whose last version is data, by the end of the last round."""
+        return bits_count(self.capture.data, 0, self.capture.page_end)
+
+    def fault_ns(self):
+        """{"p50", "p99", "max"} of the time from seeing a fault to its release, in ns."""
+        cdef histogram_t total
+        cdef int i
+        total = self.capture.lanes[0].histogram
+        for i in range(1, self.fault_lanes + 2):
+            histogram_merge(&total, &self.capture.lanes[i].histogram)
+        return {
+            "p50": histogram_quantile(&total, 0.5),
+            "p99": histogram_quantile(&total, 0.99),
+            "max": total.longest,
+        }
+
+    def lost_runs(self):
+        """(address, bytes) of memory that was gone before it could be saved."""
+        cdef uint64_t page, stop, last
+        cdef int i
+        cdef region_t *region
+        runs = []
+        for i in range(self.capture.n_regions):
+            region = &self.capture.regions[i]
+            stop = region.first_page + region.pages
+            page = bits_next(self.capture.lost, region.first_page, stop)
+            while page < stop:
+                last = page
+                while last < stop and bits_test(self.capture.lost, last):
+                    last += 1
+                runs.append((page_addr(region, page), (last - page) * 4096))
+                page = bits_next(self.capture.lost, last, stop)
+        return runs
+
+    @property
+    def arm_ns(self):
+        """Nanoseconds from the first registration to T."""
+        return self.capture.arm_ns
+
+    @property
+    def total_pages(self):
+        """Pages of all regions."""
+        return self.capture.total_pages
+
+    @property
+    def rounds(self):
+        """Rounds copied so far (write tracking: 1)."""
+        return self.capture.rounds
+
+    @property
+    def has_scan(self):
+        """Whether PAGEMAP_SCAN is used."""
+        return self.capture.has_scan
+
+    @property
+    def armed(self):
+        """Whether T is fixed."""
+        return snap_load(&self.capture.armed) != 0
+
+    def close(self):
+        """Free what the capture used. Only after its threads have ended. Idempotent."""
+        for fd in self.owned_fds:
+            os.close(fd)
+        self.owned_fds = []
+        self.pool.close()
+
+
+_FAILURES = {}

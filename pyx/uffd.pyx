@@ -1,0 +1,256 @@
+"""userfaultfd(2): one function per ioctl, and the class that owns a descriptor.
+
+Any thread may call the ioctl functions; none of them allocates or needs the GIL. Features are
+negotiated once, when the descriptor is made: a kernel without one of them is an error then, never a
+surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+"""
+
+from libc.errno cimport EACCES, EPERM, ENOSYS, errno
+from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
+from posix.ioctl cimport ioctl
+from posix.unistd cimport close
+
+from snapengine.linux cimport (
+    IOCTL_UFFDIO_API, IOCTL_UFFDIO_REGISTER, IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE,
+    IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
+    UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
+    UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP,
+    UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP,
+    snap_uffd_open, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
+)
+from snapengine.oserror cimport raise_oserror
+
+import os
+
+from snapengine.errors import UffdError, UffdPermissionError, UnsupportedError
+
+FEATURES = {
+    "PAGEFAULT_FLAG_WP": UFFD_FEATURE_PAGEFAULT_FLAG_WP,
+    "EVENT_FORK": UFFD_FEATURE_EVENT_FORK,
+    "EVENT_REMAP": UFFD_FEATURE_EVENT_REMAP,
+    "EVENT_REMOVE": UFFD_FEATURE_EVENT_REMOVE,
+    "EVENT_UNMAP": UFFD_FEATURE_EVENT_UNMAP,
+    "MISSING_HUGETLBFS": UFFD_FEATURE_MISSING_HUGETLBFS,
+    "MISSING_SHMEM": UFFD_FEATURE_MISSING_SHMEM,
+    "WP_HUGETLBFS_SHMEM": UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    "WP_UNPOPULATED": UFFD_FEATURE_WP_UNPOPULATED,
+    "WP_ASYNC": UFFD_FEATURE_WP_ASYNC,
+}
+"""Feature names (without UFFD_FEATURE_) and their bits."""
+
+MODE_MISSING = UFFDIO_REGISTER_MODE_MISSING
+MODE_WP = UFFDIO_REGISTER_MODE_WP
+
+PERMISSION_HELP = (
+    "userfaultfd is not allowed for this user; one of these allows it: "
+    "run as root or with CAP_SYS_PTRACE; give the user read and write access to /dev/userfaultfd; "
+    "set the sysctl vm.unprivileged_userfaultfd to 1"
+)
+
+
+cdef int uffd_api(int fd, uint64_t features) noexcept nogil:
+    cdef uffdio_api api
+    api.api = UFFD_API
+    api.features = features
+    api.ioctls = 0
+    return 0 if ioctl(fd, IOCTL_UFFDIO_API, &api) == 0 else errno
+
+
+cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil:
+    cdef uffdio_register arg
+    arg.range.start = start
+    arg.range.len = length
+    arg.mode = mode
+    arg.ioctls = 0
+    return 0 if ioctl(fd, IOCTL_UFFDIO_REGISTER, &arg) == 0 else errno
+
+
+cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    cdef uffdio_range arg
+    arg.start = start
+    arg.len = length
+    return 0 if ioctl(fd, IOCTL_UFFDIO_UNREGISTER, &arg) == 0 else errno
+
+
+cdef int _writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil:
+    cdef uffdio_writeprotect arg
+    arg.range.start = start
+    arg.range.len = length
+    arg.mode = mode
+    return 0 if ioctl(fd, IOCTL_UFFDIO_WRITEPROTECT, &arg) == 0 else errno
+
+
+cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    return _writeprotect(fd, start, length, UFFDIO_WRITEPROTECT_MODE_WP)
+
+
+cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    return _writeprotect(fd, start, length, 0)
+
+
+cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    cdef uffdio_zeropage arg
+    arg.range.start = start
+    arg.range.len = length
+    arg.mode = 0
+    arg.zeropage = 0
+    return 0 if ioctl(fd, IOCTL_UFFDIO_ZEROPAGE, &arg) == 0 else errno
+
+
+cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    cdef uffdio_range arg
+    arg.start = start
+    arg.len = length
+    return 0 if ioctl(fd, IOCTL_UFFDIO_WAKE, &arg) == 0 else errno
+
+
+cdef int _open() except -1:
+    cdef int fd
+    cdef int err
+    with nogil:
+        fd = snap_uffd_open(O_CLOEXEC | O_NONBLOCK)
+        err = errno
+    if fd >= 0:
+        return fd
+    if err in (EPERM, EACCES):
+        raise UffdPermissionError(err, PERMISSION_HELP)
+    if err == ENOSYS:
+        raise UnsupportedError(err, "this kernel is built without userfaultfd (CONFIG_USERFAULTFD)")
+    raise UffdError(err, f"userfaultfd: {os.strerror(err)}")
+
+
+cdef int _check(int err, const char *call) except -1:
+    if err:
+        raise_oserror(err, call)
+    return 0
+
+
+def feature_names(uint64_t features):
+    """The names of the feature bits set in `features`, for messages."""
+    return [name for name, bit in FEATURES.items() if features & bit]
+
+
+def supported_features():
+    """The feature bits that this kernel offers.
+
+    Raises UffdPermissionError, UnsupportedError or UffdError.
+    """
+    cdef int fd = _open()
+    cdef uffdio_api api
+    cdef int status
+    api.api = UFFD_API
+    api.features = 0
+    api.ioctls = 0
+    with nogil:
+        status = ioctl(fd, IOCTL_UFFDIO_API, &api)
+        close(fd)
+    if status < 0:
+        raise UffdError(errno, "UFFDIO_API: the kernel refuses the interface")
+    return api.features
+
+
+def negotiated_features(int fd):
+    """The features that a userfaultfd descriptor was negotiated with, or None before UFFDIO_API.
+
+    The kernel shows them in /proc/self/fdinfo ("API: aa:FEATURES:IOCTLS"); bit 31 says that UFFDIO_API
+    was called. Raises OSError where `fd` is not a userfaultfd.
+    """
+    for line in open(f"/proc/self/fdinfo/{fd}", encoding="ascii"):
+        if line.startswith("API:"):
+            features = int(line.split()[1].split(":")[1], 16)
+            return features & 0x7FFFFFFF if features >> 31 & 1 else None
+    raise OSError(22, f"descriptor {fd} is not a userfaultfd")
+
+
+cdef class Uffd:
+    """A userfaultfd of this process, or one that another process handed over.
+
+    Parameters
+    ----------
+    features:
+        UFFD_FEATURE bits to negotiate.
+    fd:
+        A descriptor to take over instead of opening one; it is negotiated with `features` unless its
+        owner did that already. It is closed by `close` like our own.
+
+    Raises
+    ------
+    UffdPermissionError
+        userfaultfd is not allowed; the text names the three ways to allow it.
+    UnsupportedError
+        The kernel, or the owner of `fd`, lacks a feature; the text names it.
+    """
+
+    def __cinit__(self, uint64_t features=0, int fd=-1):
+        self.fd = -1
+        self.features = features
+
+    def __init__(self, uint64_t features=0, int fd=-1):
+        if self.fd >= 0:
+            raise ValueError("already open")
+        negotiated = None
+        if fd >= 0:
+            negotiated = negotiated_features(fd)
+            os.set_blocking(fd, False)
+        self.fd = _open() if fd < 0 else fd
+        if negotiated is None:
+            self._negotiate(features)
+        elif features & ~<uint64_t>negotiated:
+            missing = ", ".join(feature_names(features & ~<uint64_t>negotiated))
+            raise UnsupportedError(95, f"the handed-over userfaultfd lacks UFFD_FEATURE_ {missing}")
+        else:
+            self.features = negotiated
+
+    def _negotiate(self, uint64_t features):
+        cdef int err = uffd_api(self.fd, features)
+        if not err:
+            return
+        self.close()
+        offered = supported_features()
+        if features & ~<uint64_t>offered:
+            missing = ", ".join(feature_names(features & ~<uint64_t>offered)) or hex(features)
+            raise UnsupportedError(95, f"this kernel lacks UFFD_FEATURE_ {missing} (Linux 6.7 has all)")
+        raise UffdError(err, f"UFFDIO_API: {os.strerror(err)}")
+
+    def register(self, uint64_t start, uint64_t length, uint64_t mode=UFFDIO_REGISTER_MODE_WP):
+        """UFFDIO_REGISTER of `length` bytes at `start`. Raises OSError."""
+        _check(uffd_register(self.fd, start, length, mode), b"UFFDIO_REGISTER")
+
+    def unregister(self, uint64_t start, uint64_t length):
+        """UFFDIO_UNREGISTER: clears the protection and wakes the waiters. Raises OSError."""
+        _check(uffd_unregister(self.fd, start, length), b"UFFDIO_UNREGISTER")
+
+    def protect(self, uint64_t start, uint64_t length):
+        """UFFDIO_WRITEPROTECT with MODE_WP. Raises OSError."""
+        _check(uffd_protect(self.fd, start, length), b"UFFDIO_WRITEPROTECT")
+
+    def unprotect(self, uint64_t start, uint64_t length):
+        """UFFDIO_WRITEPROTECT without MODE_WP; wakes the waiters. Raises OSError."""
+        _check(uffd_unprotect(self.fd, start, length), b"UFFDIO_WRITEPROTECT")
+
+    def zeropage(self, uint64_t start, uint64_t length):
+        """UFFDIO_ZEROPAGE: fills missing pages with zeros and wakes the waiters. Raises OSError."""
+        _check(uffd_zeropage(self.fd, start, length), b"UFFDIO_ZEROPAGE")
+
+    def wake(self, uint64_t start, uint64_t length):
+        """UFFDIO_WAKE. Raises OSError."""
+        _check(uffd_wake(self.fd, start, length), b"UFFDIO_WAKE")
+
+    def close(self):
+        """Close the descriptor: the kernel releases what it protected. Idempotent."""
+        cdef int fd = self.fd
+        self.fd = -1
+        if fd >= 0:
+            with nogil:
+                close(fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            close(self.fd)

@@ -1,0 +1,14 @@
+# extern-only: no matching .pyx
+from libc.stdint cimport uint64_t
+
+cdef extern from "snapengine/atomics.h" nogil:
+    uint64_t snap_fetch_or(uint64_t *word, uint64_t bits)               # acquire + release
+    uint64_t snap_load(const uint64_t *word)                            # acquire
+    void snap_store(uint64_t *word, uint64_t value)                     # release
+    uint64_t snap_add(uint64_t *word, uint64_t value)                   # relaxed; returns the old value
+    void snap_bump(uint64_t *word, uint64_t value)                      # relaxed; one writer only
+    uint64_t snap_peek(const uint64_t *word)                            # relaxed
+    bint snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value)  # compare-and-swap
+    void snap_pause()
+    int snap_ctz(uint64_t word)
+    int snap_popcount(uint64_t word)

@@ -1,0 +1,37 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.atomics cimport snap_fetch_or, snap_load
+
+# Bits of pages in words of 64, in memory that no capture can protect (arena.pxd).
+
+
+cdef inline uint64_t bits_claim(uint64_t *bits, uint64_t word, uint64_t mask) noexcept nogil:
+    """Set `mask` in `word`; return the bits that this call turned 0→1. One caller wins each bit, and
+    what the winner of an earlier claim published before it is visible to the loser (acq_rel)."""
+    return mask & ~snap_fetch_or(&bits[word], mask)
+
+
+cdef inline bint bits_test(uint64_t *bits, uint64_t page) noexcept nogil:
+    return (snap_load(&bits[page >> 6]) >> (page & 63)) & 1
+
+
+cdef inline uint64_t bits_mask(uint64_t first, uint64_t count) noexcept nogil:
+    """Bits first .. first + count - 1 of one word; 1 ≤ count, first + count ≤ 64."""
+    return (~<uint64_t>0 >> (64 - count)) << first
+
+
+# Plain (one writer, or before the threads start): set or clear count bits from first.
+cdef void bits_fill(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
+cdef void bits_clear(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
+# Number of set bits among count bits from first.
+cdef uint64_t bits_count(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
+# First set bit at or after first and before end; end if there is none.
+cdef uint64_t bits_next(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
+
+
+cdef class Bitmap:
+    # A bitmap of `pages` bits, for embedders and tests.
+    cdef uint64_t *bits
+    cdef readonly uint64_t pages
+    cdef object arena
+    cdef uint64_t claim_word(self, uint64_t word, uint64_t mask) noexcept nogil

@@ -1,0 +1,482 @@
+"""One snapshot, from arm to result: owns the threads, gives progress and the result.
+
+The caller's thread opens the target, makes everything, arms, and returns at T. A finisher thread then
+waits for the capture threads and the encoders, writes the end of the image and commits the sink. Whatever
+fails, at any line, the target is released first and the sink is aborted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from snapengine.dirtylog import DirtyLog
+from snapengine.encoder import Encoder
+from snapengine.errors import (
+    AlreadyTrackedError,
+    CaptureCancelled,
+    RegisterError,
+    SnapengineError,
+    TargetGoneError,
+    UffdError,
+    UnsupportedError,
+)
+from snapengine.maps import covering, read_maps
+from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
+from snapengine.plan import Plan
+from snapengine.result import COMPLETED, NOT_CONVERGED, Result
+from snapengine.session import Session
+from snapengine.sinks import Sink, open_sink
+from snapengine.targets import BufferTarget, Region, Target
+from snapengine.tracker import Tracker
+from snapengine.uffd import FEATURES, Uffd, supported_features
+from snapengine.writer import Writer
+
+_live: weakref.WeakSet[Capture] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a capture is. ``phase``: ``"arming"``, ``"saving"``, ``"writing"`` or ``"done"``."""
+
+    phase: str
+    pages_total: int
+    pages_done: int
+    image_bytes: int
+    faults: int
+    rounds: int
+    seconds: float
+
+
+def snapshot(
+    target: Any,
+    sink: Any,
+    options: Options | None = None,
+    *,
+    vmstate: dict[str, bytes] | None = None,
+    **fields: Any,
+) -> Capture:
+    """Take a live snapshot of `target` into `sink`.
+
+    Parameters
+    ----------
+    target:
+        A writable buffer of this process, a dict of them, or a `Target`.
+    sink:
+        A path, ``"file:PATH"``, ``"exec:COMMAND"``, ``"fd:N"``, ``"-"``, a writable binary file, or a
+        `snapengine.sinks.Sink`.
+    options, fields:
+        `Options`, or its fields by name.
+    vmstate:
+        Named blobs to keep in the image beside the memory.
+
+    Returns
+    -------
+    Capture
+        A context manager. Its block is entered once T is fixed and runs while the pages are saved; leaving
+        it waits for the image. With dirty logging the block is entered at once and T lies at the end.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Bad arguments.
+    SnapengineError
+        On entering or leaving the block: see `snapengine.errors`.
+    """
+    if options is not None and fields:
+        raise TypeError("give options or fields, not both")
+    chosen = options if options is not None else Options(**fields)
+    if not isinstance(target, Target):
+        target = BufferTarget(target)
+    return Capture(target, sink, chosen, vmstate or {})
+
+
+class Capture:
+    """One capture, made by `snapshot`. Use it as a context manager, or call `start` and `wait`."""
+
+    def __init__(self, target: Target, sink: Any, options: Options, vmstate: dict[str, bytes]) -> None:
+        self._target = target
+        self._sink_spec = sink
+        self._options = options
+        self._vmstate = dict(vmstate)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._started = self._cancelled = False
+        self._error: BaseException | None = None
+        self._result: Result | None = None
+        self._session: Session | None = None
+        self._writer: Writer | None = None
+        self._sink: Sink | None = None
+        self._uffd: Uffd | None = None
+        self._plan: Plan | None = None
+        self._encoders: list[threading.Thread] = []
+        self._began = self._stop_ns = 0
+        self._ended = 0
+        self._opened = False
+        self._pidfd = -1
+        self._warnings: list[str] = []
+
+    # -- what callers use --
+
+    def __enter__(self) -> Capture:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.cancel()
+            self._done.wait()
+            return
+        try:
+            self.wait()
+        except BaseException:
+            self.cancel()
+            self._done.wait()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def start(self) -> None:
+        """Arm; returns once T is fixed (dirty logging: once the first round runs)."""
+        with self._lock:
+            if self._started:
+                raise RuntimeError("a capture runs once")
+            self._started = True
+        self._began = time.monotonic_ns()
+        _live.add(self)
+        try:
+            self._prepare()
+            assert self._session is not None
+            if self._options.method == WRITE_TRACKING:
+                engine: Tracker | DirtyLog = self._arm()
+            else:
+                engine = DirtyLog(self._session)
+            thread = threading.Thread(target=self._finish, args=(engine,), name="snapengine-finish")
+            thread.start()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the image is complete or the capture has failed; False if `timeout` seconds passed."""
+        # In short waits: a Ctrl-C must not wait for the end of a long capture.
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._done.wait(0.1 if until is None else max(0.0, min(0.1, until - time.monotonic()))):
+            if until is not None and time.monotonic() >= until:
+                return False
+        return True
+
+    def cancel(self) -> None:
+        """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
+        self._cancelled = True
+        if self._session is not None and not self._done.is_set():
+            self._session.fail(errno.ECANCELED)
+        if self._writer is not None:
+            self._writer.cancel()
+
+    @property
+    def result(self) -> Result:
+        """The figures. Raises what the capture failed with; RuntimeError while it runs."""
+        if not self._done.is_set():
+            raise RuntimeError("the capture is not finished")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def progress(self) -> Progress:
+        """How far the capture is; may be called from any thread at any time."""
+        session, writer = self._session, self._writer
+        done = self._done.is_set()
+        seconds = ((self._ended or time.monotonic_ns()) - self._began) / 1e9 if self._began else 0.0
+        if session is None:
+            return Progress("done" if done else "arming", 0, 0, 0, 0, 0, seconds)
+        counts = session.counters()
+        pages = counts["data"] + counts["zero"] + counts["hole"] + counts["lost"]
+        phase = "saving" if session.armed else "arming"
+        if session.armed and pages >= session.total_pages and self._options.method == WRITE_TRACKING:
+            phase = "writing"
+        return Progress(
+            phase="done" if done else phase,
+            pages_total=session.total_pages,
+            pages_done=pages,
+            image_bytes=writer.image_bytes if writer is not None else 0,
+            faults=counts["faults"],
+            rounds=session.rounds,
+            seconds=seconds,
+        )
+
+    # -- making and arming, on the caller's thread --
+
+    def _prepare(self) -> None:
+        options = self._options
+        encoders = options.encoder_threads or (1 if options.zstd_level is None else 2)
+        lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
+        tracking = options.method == WRITE_TRACKING
+        self._sink = open_sink(self._sink_spec)
+        wanted = _wanted_features(options.method)
+        pid, fd, regions = self._target.open(wanted)
+        self._opened = True
+        if not tracking and not self._target.can_pause:
+            raise ValueError("dirty logging needs a target that can pause: give pause and resume")
+        if fd < 0:
+            shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
+            if not (shared and tracking):
+                wanted &= ~FEATURES["EVENT_FORK"]
+            self._uffd = Uffd(wanted)
+        else:
+            required = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
+            self._uffd = Uffd(required, fd)
+            self._pidfd = os.pidfd_open(pid)
+        self._note_pins(pid)
+        self._plan = Plan(regions, pid, self._uffd.features)
+        self._session = Session(
+            self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
+            memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
+            encoders=encoders, spill_dir=options.spill_dir, rounds=not tracking,
+        )  # fmt: skip
+        if not tracking and not self._session.has_scan:
+            raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
+        self._writer = Writer(self._sink, rate_limit=options.rate_limit)
+        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions])
+        self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
+        for number in range(encoders):
+            thread = threading.Thread(target=self._encode, args=(number,), name=f"snapengine-encode-{number}")
+            thread.start()
+            self._encoders.append(thread)
+        if self._cancelled:
+            self._session.fail(errno.ECANCELED)
+
+    def _note_pins(self, pid: int) -> None:
+        """Pages that a device or io_uring has pinned can change without a fault (KERNEL: GUP pins)."""
+        with open(f"/proc/{pid or 'self'}/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("VmPin:") and int(line.split()[1]):
+                    self._warnings.append(
+                        f"{line.split()[1]} KiB of the target are pinned (io_uring buffers, RDMA): "
+                        "device writes to them after T are not seen"
+                    )
+
+    def _arm(self) -> Tracker:
+        assert self._session is not None
+        tracker = Tracker(self._session)
+        stopped = time.monotonic_ns()
+        paused = False
+        try:
+            if self._target.can_pause:
+                paused = True
+                self._target.pause()
+            self._vmstate.update(self._target.vmstate())
+            tracker.start()
+        finally:
+            if paused:
+                self._target.resume()
+                self._stop_ns = time.monotonic_ns() - stopped
+        if self._session.failure:
+            tracker.join()
+            self._raise_failure()
+        return tracker
+
+    # -- the finisher thread --
+
+    def _encode(self, number: int) -> None:
+        assert self._session is not None
+        try:
+            self._encoder.run(number)
+        except BaseException as error:
+            with self._lock:
+                self._error = self._error or error
+            self._session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
+
+    def _finish(self, engine: Tracker | DirtyLog) -> None:
+        assert self._session is not None
+        status = COMPLETED
+        try:
+            if isinstance(engine, DirtyLog):
+                status = self._log_rounds(engine)
+            else:
+                engine.join()
+            for thread in self._encoders:
+                thread.join()
+            self._raise_failure()
+            self._result = self._commit(status)
+        except BaseException as error:
+            self._error = self._error or error
+            self._clean_up("cancelled" if self._cancelled else "failed")
+        else:
+            self._clean_up(status)
+        finally:
+            self._ended = time.monotonic_ns()
+            self._done.set()
+
+    def _log_rounds(self, engine: DirtyLog) -> str:
+        options = self._options
+        try:
+            self._stop_ns, blobs = engine.run(
+                self._target, options.downtime_limit, options.max_rounds, options.max_seconds
+            )
+        finally:
+            engine.release()
+        self._vmstate.update(blobs or {})
+        return COMPLETED if blobs is not None else NOT_CONVERGED
+
+    def _commit(self, status: str) -> Result:
+        assert self._writer is not None
+        assert self._sink is not None
+        level = self._options.zstd_level
+        if status == COMPLETED:
+            for name, blob in self._vmstate.items():
+                self._writer.vmstate(name, blob, level)
+        result = self._figures(status)
+        if status != COMPLETED:
+            return result
+        stats = result.to_json()
+        self._writer.finish(stats)
+        self._sink.commit()
+        return Result(**{**stats, "lost_runs": result.lost_runs})
+
+    def _figures(self, status: str) -> Result:
+        session, writer = self._session, self._writer
+        assert session is not None
+        assert writer is not None
+        assert self._plan is not None
+        counts = session.counters()
+        data, holes = counts["data"], counts["hole"]
+        final = data
+        zeros = counts["zero"]
+        if self._options.method == DIRTY_LOGGING:
+            final = session.final_pages()
+            zeros = session.total_pages - final - holes
+        return Result(
+            method=self._options.method,
+            status=status,
+            image_bytes=writer.image_bytes,
+            region_bytes=sum(plan.region.length for plan in self._plan.regions),
+            nonzero_bytes=final * 4096,
+            pages_total=session.total_pages,
+            pages_saved=data,
+            zero_pages=zeros,
+            hole_pages=holes,
+            duplicate_pages=data - final,
+            faults=counts["faults"],
+            rounds=session.rounds,
+            arm_ns=session.arm_ns,
+            stop_ns=self._stop_ns,
+            duration_ns=time.monotonic_ns() - self._began,
+            fault_ns=session.fault_ns(),
+            peak_buffer_bytes=session.pool.peak_bytes + self._encoder.scratch_bytes,
+            spilled_bytes=session.pool.spilled_bytes,
+            lost_pages=counts["lost"],
+            lost_runs=session.lost_runs(),
+            warnings=self._warnings,
+        )
+
+    # -- failure --
+
+    def _raise_failure(self) -> None:
+        """Raise what stopped the capture, in words, if anything did."""
+        assert self._session is not None
+        if self._cancelled:
+            raise CaptureCancelled("the capture was cancelled")
+        if self._error is not None:
+            raise self._error
+        failure = self._session.failure
+        if failure is not None:
+            raise self._explain(*failure)
+
+    def _explain(self, err: int, call: str, addr: int) -> SnapengineError:
+        assert self._session is not None
+        assert self._plan is not None
+        if err == errno.ESRCH:
+            return TargetGoneError(err, f"the target process {self._plan.pid} ended during the capture")
+        if call == "UFFDIO_REGISTER":
+            return _explain_register(err, addr, self._plan)
+        return UffdError(err, f"{call}: {os.strerror(err)}" + (f" at {addr:#x}" if addr else ""))
+
+    def _abandon(self, error: BaseException) -> None:
+        """start() failed: undo all that it made."""
+        if self._session is not None:
+            self._session.fail(errno.ECANCELED)
+        for thread in self._encoders:
+            thread.join()
+        self._error = self._error or error
+        self._clean_up("cancelled" if self._cancelled else "failed")
+        self._done.set()
+
+    def _clean_up(self, status: str) -> None:
+        """Free everything; every step is tried, the first error of a step after a success is kept."""
+        _live.discard(self)
+        with contextlib.ExitStack() as stack:
+            if self._sink is not None:
+                stack.callback(self._sink.abort)
+            if self._opened:
+                stack.callback(self._target.close, status)
+            if self._plan is not None:
+                stack.callback(self._plan.close)
+            if self._uffd is not None:
+                stack.callback(self._uffd.close)
+            if self._session is not None:
+                stack.callback(self._session.close)
+            if self._pidfd >= 0:
+                stack.callback(os.close, self._pidfd)
+                self._pidfd = -1
+
+
+def _wanted_features(method: str) -> int:
+    """The feature bits to ask for, of those this kernel has."""
+    base = FEATURES["PAGEFAULT_FLAG_WP"] | FEATURES["WP_HUGETLBFS_SHMEM"]
+    if method == DIRTY_LOGGING:
+        wanted = base | FEATURES["WP_ASYNC"]
+    else:
+        wanted = base | FEATURES["MISSING_SHMEM"] | FEATURES["EVENT_FORK"]
+    return wanted & int(supported_features()) | FEATURES["PAGEFAULT_FLAG_WP"]
+
+
+def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:
+    region: Region = next(p.region for p in plan.regions if p.track_start == addr)
+    found = covering(read_maps(plan.pid or "self"), region.addr, region.addr + region.length)
+    where = f"region {region.name!r} in {found[0] if found else hex(region.addr)} cannot be tracked: "
+    if err == errno.EBUSY:
+        return AlreadyTrackedError(err, where + "it is already being tracked by another userfaultfd")
+    if err == errno.EINVAL:
+        why = "the kernel write-protects only anonymous memory and memory files (memfd, /dev/shm, hugetlb)"
+    elif err == errno.EPERM:
+        why = "the mapping is sealed or may not be written"
+    else:
+        why = os.strerror(err)
+    return RegisterError(err, where + why)
+
+
+def _cancel_all() -> None:
+    for capture in list(_live):
+        capture.cancel()
+        capture.wait(10)
+
+
+def _drop_in_child() -> None:
+    """A forked child must not keep the parent's userfaultfd open: the kernel releases a target when the last
+    copy is closed, and that must be when the parent dies. The child has no capture threads to wait for."""
+    for capture in list(_live):
+        if capture._uffd is not None:
+            capture._uffd.close()
+        capture._error = CaptureCancelled("the capture belongs to the parent process")
+        capture._done = threading.Event()  # the old one's lock may be held by a thread that is not here
+        capture._done.set()
+    _live.clear()
+
+
+atexit.register(_cancel_all)
+os.register_at_fork(after_in_child=_drop_in_child)

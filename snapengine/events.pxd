@@ -1,0 +1,20 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.linux cimport uffd_msg
+from snapengine.session cimport capture_t, lane_t
+
+# epoll data words; uffds use their index in capture.uffds.
+cdef enum:
+    WATCH_STOP = 1000
+    WATCH_PID = 1001
+
+# Read up to 64 messages of one uffd: their number, 0 if there are none now.
+cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil
+# Deal with a message that is not a page fault (fork, remap, remove, unmap).
+cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil
+# Read what is pending on every uffd: events are dealt with, faults go to lane.held.
+cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil
+# Watch a descriptor with the capture's epoll. 0 or errno.
+cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil
+# Close the userfaultfds of forked children: releases what they protect.
+cdef void close_children(capture_t *capture) noexcept nogil

@@ -1,0 +1,65 @@
+"""Is an image of the embedded guest a consistent cut?"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .guestcheck import CutReport, check_cut
+from .guestloop import BLOB, REGION
+from .guestparams import GuestParams
+
+PIECE_BYTES = 4 << 20
+
+
+class ImageRegion(Protocol):
+    """What `check_image` asks of a region."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+
+
+class Image(Protocol):
+    """What `check_image` asks of an image. `restore_into(region, buffer)` is used where there is one."""
+
+    @property
+    def regions(self) -> Sequence[Any]: ...
+    @property
+    def vmstate(self) -> Mapping[str, bytes]: ...
+    def read(self, region: Any, offset: int, length: int) -> bytes: ...
+
+
+def check_image(image: Image) -> CutReport:
+    """Run the oracle on an image of a guest.
+
+    If the guest was paused when it told its state, the cut must be exactly there.
+
+    Raises
+    ------
+    ValueError
+        It is no image of a guest.
+    """
+    if BLOB not in image.vmstate:
+        raise ValueError(f"not an image of a snapengine guest: it has no vmstate {BLOB!r}")
+    state = json.loads(image.vmstate[BLOB])
+    params = GuestParams.from_json(state["params"])
+    regions = [region for region in image.regions if region.name == REGION]
+    if len(regions) != 1 or regions[0].length != params.size:
+        raise ValueError(f"not an image of a snapengine guest: no region {REGION!r} of {params.size} bytes")
+    with mmap.mmap(-1, params.size) as ram:
+        _load(image, regions[0], ram)
+        return check_cut(ram, params, state["writes"] if state["paused"] else None)
+
+
+def _load(image: Image, region: Any, ram: mmap.mmap) -> None:
+    restore_into = getattr(image, "restore_into", None)
+    if restore_into is not None:
+        restore_into(region, ram)
+        return
+    for offset in range(0, len(ram), PIECE_BYTES):
+        length = min(PIECE_BYTES, len(ram) - offset)
+        ram[offset : offset + length] = image.read(region, offset, length)

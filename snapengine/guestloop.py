@@ -1,0 +1,267 @@
+"""The control thread of the embedded guest: engines, its parent, signals and time in one loop.
+
+This thread never touches the guest's RAM, which may be protected at any time: it reads the writers'
+counters only. So it answers an engine, and its parent, also while every writer stands in a fault.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from .errors import SnapengineError
+from .guestmem import GuestMemory
+from .guestparams import PAGE_BYTES, GuestParams
+from .guestwriters import GuestWriters
+from .handover import CONTROLS, encode_offer, strict_json
+from .peer import open_uffd
+from .targets import Region
+
+REGION = "ram"
+BLOB = "guest"
+RETRY_SECONDS = 0.01
+SEND_SECONDS = 5.0
+PAUSE_SECONDS = 4.0
+MAX_LINE_BYTES = 1 << 16
+
+
+class Guest:
+    """RAM and its writers, and the answers to commands about them."""
+
+    def __init__(self, params: GuestParams, rate: int | None) -> None:
+        self.params = params
+        self.memory = GuestMemory(params)
+        self.writers = GuestWriters(self.memory, rate)
+        self.handovers = 0
+        self.ended: dict[str, int] = {}
+        """How the snapshots of this guest ended: status -> count; "lost" for an engine that went away."""
+
+    def region(self) -> Region:
+        """The RAM as a region of this process."""
+        shared = self.memory.memfd >= 0
+        huge = self.params.pages == "2m"
+        return Region(
+            name=REGION,
+            addr=self.memory.addr,
+            length=self.memory.length,
+            page_size=512 * PAGE_BYTES if huge else PAGE_BYTES,
+            kind=("hugetlb-shared" if shared else "hugetlb") if huge else ("shared" if shared else "anon"),
+            memfd=self.memory.memfd,
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start; times are ns of CLOCK_MONOTONIC."""
+        return {
+            "pid": os.getpid(),
+            "started_ns": self.writers.started_ns,
+            "now_ns": time.monotonic_ns(),
+            "paused": self.writers.paused,
+            "writes": self.writers.counts(),
+            "stalls": self.writers.stalls(),
+            "handovers": self.handovers,
+            "ended": self.ended,
+        }
+
+    def vmstate(self) -> bytes:
+        """What the checker of an image needs: the parameters, and the counts at this moment."""
+        state = {
+            "params": self.params.to_json(),
+            "rate": self.writers.rate,
+            "paused": self.writers.paused,
+            "writes": self.writers.counts(),
+        }
+        return json.dumps(state).encode()
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        """Do what a control line says."""
+        try:
+            request = strict_json(line, "command")
+            command = request.get("cmd") if isinstance(request, dict) else None
+            if command == "pause":
+                self.writers.pause(PAUSE_SECONDS)
+                return {"ok": True, "writes": self.writers.counts()}
+            if command == "resume":
+                self.writers.resume()
+                return {"ok": True}
+            if command == "vmstate":
+                return {"ok": True, "vmstate": {BLOB: base64.b64encode(self.vmstate()).decode()}}
+            if command == "stats":
+                return {"ok": True, "stats": self.stats()}
+            if command == "bins":
+                return {"ok": True, "bins": self.writers.bins(int(request.get("since_ns", 0)))}
+            return {"ok": False, "error": f"unknown command {command!r}"}
+        except (SnapengineError, OSError, ValueError, TypeError) as error:
+            return {"ok": False, "error": str(error)}
+
+
+class GuestLoop:
+    """Runs a guest until a signal, the end of its parent, or `duration` seconds.
+
+    With `stdio` the parent may write control lines to stdin and reads the answers from stdout; the end of
+    stdin ends the guest.
+    """
+
+    def __init__(self, guest: Guest, path: str, stdio: bool = False, duration: float = 0.0) -> None:
+        self.guest = guest
+        self._path = path
+        self._stdio = stdio
+        self._deadline = time.monotonic() + duration if duration else float("inf")
+        self._selector = selectors.DefaultSelector()
+        self._stopping = False
+        self._engine: socket.socket | None = None
+        self._greeted = False
+        self._paused = False
+        self._buffers: dict[str, bytearray] = {"engine": bytearray(), "stdin": bytearray()}
+        self._next_try = 0.0
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        """The loop."""
+        with _Wakeup() as wakeup:
+            self._selector.register(wakeup, selectors.EVENT_READ, lambda: self._drain(wakeup))
+            if self._stdio:
+                self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, self._on_signal)
+            self.guest.writers.resume()
+            while not self._stopping and time.monotonic() < self._deadline:
+                self._connect()
+                for key, _ in self._selector.select(self._patience()):
+                    handler: Callable[[], None] = key.data
+                    handler()
+        self._drop("lost")
+        self._selector.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # SIGUSR1 tells that the thread which started us has ended: of no interest while its process lives.
+        if number != signal.SIGUSR1 or os.getppid() != self._parent:
+            self._stopping = True
+
+    @staticmethod
+    def _drain(wakeup: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            wakeup.recv(4096)
+
+    def _patience(self) -> float | None:
+        until = self._deadline
+        if self._engine is None:
+            until = min(until, self._next_try)
+        return None if until == float("inf") else max(0.0, until - time.monotonic())
+
+    def _connect(self) -> None:
+        if self._engine is not None or time.monotonic() < self._next_try:
+            return
+        self._next_try = time.monotonic() + RETRY_SECONDS
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect(self._path)
+        except OSError:  # nobody there yet, or a stale socket, or its backlog is full
+            sock.close()
+            return
+        sock.settimeout(SEND_SECONDS)
+        self._engine, self._greeted, self._paused = sock, False, False
+        self._buffers["engine"].clear()
+        self._selector.register(sock, selectors.EVENT_READ, self._read_engine)
+
+    def _drop(self, status: str) -> None:
+        """Be rid of the engine. Writers that it left paused go on."""
+        sock, self._engine = self._engine, None
+        if sock is None:
+            return
+        self._selector.unregister(sock)
+        sock.close()
+        if self._greeted:
+            self.guest.ended[status] = self.guest.ended.get(status, 0) + 1
+        if self._paused:
+            self.guest.writers.resume()
+
+    def _read_engine(self) -> None:
+        assert self._engine is not None
+        try:
+            data = self._engine.recv(MAX_LINE_BYTES)
+            lines = self._lines("engine", data)
+            for line in lines:
+                if not self._greeted:
+                    self._hand_over(line)
+                elif not self._obey(line):
+                    return
+        except (OSError, SnapengineError):
+            data = b""
+        if not data:
+            self._drop("lost")
+
+    def _hand_over(self, greeting: bytes) -> None:
+        assert self._engine is not None
+        features = strict_json(greeting, "greeting").get("features", 0)
+        region = self.guest.region()
+        memfds = [region.memfd] if region.memfd >= 0 else []
+        uffd = open_uffd(int(features), missing=True)
+        try:
+            message = encode_offer([region], memfds, CONTROLS)
+            socket.send_fds(self._engine, [message], [uffd, *memfds])
+        finally:
+            os.close(uffd)  # or the engine's death would not release the RAM
+        self._greeted = True
+        self.guest.handovers += 1
+
+    def _obey(self, line: bytes) -> bool:
+        assert self._engine is not None
+        request = strict_json(line, "command")
+        command = request.get("cmd") if isinstance(request, dict) else None
+        if command == "done":
+            self._drop(str(request.get("status", ""))[:40])
+            return False
+        answer = self.guest.answer(line)
+        if command in ("pause", "resume"):
+            self._paused = command == "pause" and answer["ok"]
+        self._engine.sendall(json.dumps(answer).encode() + b"\n")
+        return True
+
+    def _read_stdin(self) -> None:
+        data = os.read(0, MAX_LINE_BYTES)
+        if not data:
+            self._stopping = True
+        for line in self._lines("stdin", data):
+            write_line(self.guest.answer(line))
+
+    def _lines(self, source: str, data: bytes) -> list[bytes]:
+        buffer = self._buffers[source]
+        buffer += data
+        *lines, rest = bytes(buffer).split(b"\n")
+        buffer[:] = rest
+        if len(rest) > MAX_LINE_BYTES:
+            raise SnapengineError(f"{source}: a line longer than {MAX_LINE_BYTES} bytes")
+        return lines
+
+
+def write_line(message: dict[str, Any]) -> None:
+    """One line of JSON on stdout, all of it."""
+    data = json.dumps(message).encode() + b"\n"
+    while data:
+        data = data[os.write(1, data) :]
+
+
+class _Wakeup:
+    """The socket that a signal makes readable, so that select() cannot miss one."""
+
+    def __enter__(self) -> socket.socket:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self._old = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        return self._read
+
+    def __exit__(self, *exc: object) -> None:
+        signal.set_wakeup_fd(self._old)
+        self._read.close()
+        self._write.close()

@@ -1,0 +1,388 @@
+"""Bytes in: an image as its users see it. `open_image` for a file, `snapengine.stream` for a pipe.
+
+Opening reads the file header, the trailer, the regions and the index; page maps and payloads are read
+when they are asked for, and nothing is used before its checksum has been verified.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Self
+
+from snapengine.errors import CorruptImageError, ImageError, LostPagesError, TruncatedImageError
+from snapengine.packing import LOST
+from snapengine.reader import PageIndex, Runs
+from snapengine.records import (
+    INDEX_ENTRY_BYTES,
+    TRAILER_RECORD_BYTES,
+    FileSource,
+    ImageRegion,
+    Record,
+    check_regions,
+    diagnose,
+    parse_regions,
+    parse_trailer,
+    read_file_header,
+    read_payload,
+    read_record,
+    text_of,
+)
+from snapengine.restorer import Restorer
+from snapengine.targets import PAGE_BYTES
+
+__all__ = ["RUN_KINDS", "Image", "ImageRegion", "open_image"]
+
+RUN_KINDS = ("data", "zero", "hole", "lost")
+RegionSpec = ImageRegion | str | int
+
+
+class VmState(Mapping[str, bytes]):
+    """The named blobs of an image; each is read and verified when it is asked for."""
+
+    def __init__(self, source: FileSource, parts: dict[str, list[Record]]) -> None:
+        self._source = source
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> bytes:
+        return b"".join(read_payload(self._source, part) for part in self._parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each blob, without reading it."""
+        return {name: sum(part.raw_bytes for part in parts) for name, parts in self._parts.items()}
+
+
+class Image:
+    """One complete image file. Close it, or use it in a ``with``.
+
+    Any thread may call it. Every method raises an `ImageError` for a damaged image
+    (`CorruptImageError`, `TruncatedImageError`, with ``offset``), an `ImageError` for pages that are not in
+    the image, and `LostPagesError` for pages that the capture reports as lost.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Take over `fd`, a readable regular file (or memfd); `name` is for messages."""
+        self._fd = fd
+        self.name = name
+        try:
+            self._source = FileSource(fd, name)
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Idempotent; no other thread may be reading."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _load(self) -> None:
+        source = self._source
+        self.header = read_file_header(source)
+        self.trailer_record = self._find_trailer()
+        payload = read_payload(source, self.trailer_record)
+        self.trailer = parse_trailer(source, self.trailer_record, payload, self.header)
+        self.regions = self._load_regions()
+        self.index = PageIndex(self.name, self._fd)
+        self.vmstate = VmState(source, self._load_vmstate(self._load_index()))
+
+    def _find_trailer(self) -> Record:
+        source = self._source
+        try:
+            record = read_record(source, max(source.size - TRAILER_RECORD_BYTES, 0), expect=b"TRLR")
+            read_payload(source, record)
+        except (CorruptImageError, TruncatedImageError):
+            raise diagnose(source) from None
+        return record
+
+    def _load_regions(self) -> list[ImageRegion]:
+        regions: list[ImageRegion] = []
+        offset = self.trailer.regn_offset
+        while True:
+            record = read_record(self._source, offset, expect=b"REGN")
+            regions += parse_regions(self._source, record, read_payload(self._source, record))
+            offset = record.end
+            if record.last_part:
+                check_regions(self._source, regions)
+                return regions
+
+    def _load_index(self) -> list[tuple[int, int]]:
+        offset = self.trailer.indx_offset
+        end_of_records = 64
+        vmstate: list[tuple[int, int]] = []
+        while True:
+            record = read_record(self._source, offset, expect=b"INDX")
+            payload = read_payload(self._source, record)
+            if len(payload) != record.arg * INDEX_ENTRY_BYTES:
+                raise CorruptImageError(f"{self.name}: the index has a wrong size", offset)
+            end_of_records, parts = self.index.add_index(payload, end_of_records, self.trailer.stat_offset)
+            vmstate += parts
+            offset = record.end
+            if record.last_part:
+                break
+        if self.index.count != self.trailer.chunks or len(vmstate) != self.trailer.vmstate_parts:
+            raise CorruptImageError(f"{self.name}: the index is not complete", self.trailer.indx_offset)
+        return vmstate
+
+    def _load_vmstate(self, places: list[tuple[int, int]]) -> dict[str, list[Record]]:
+        collector = VmStateParts(self._source)
+        for offset, _ in places:
+            collector.add(read_record(self._source, offset, expect=b"VMST"))
+        return collector.finish()
+
+    @property
+    def id(self) -> uuid.UUID:
+        """The image's id."""
+        return uuid.UUID(bytes=self.header.image_id)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The figures of the capture (`Result.to_json`)."""
+        record = read_record(self._source, self.trailer.stat_offset, expect=b"STAT")
+        return parse_stats(self._source, record, read_payload(self._source, record))
+
+    def info(self) -> dict[str, Any]:
+        """What the image is, in JSON types. Reads every page map, but no payload."""
+        encodings = {"raw": 0, "zstd": 0}
+        for number in range(self.index.count):
+            encodings[("raw", "zstd")[self.index.extent(number)[2]]] += 1
+        parent = self.header.parent_id
+        return {
+            "format": ".".join(map(str, self.header.version)),
+            "id": str(self.id),
+            "parent": str(uuid.UUID(bytes=parent)) if any(parent) else None,
+            "file_bytes": self._source.size,
+            "chunks": self.index.count,
+            "encodings": encodings,
+            "regions": [region_info(region) for region in self.regions],
+            "vmstate": self.vmstate.sizes(),
+            "stats": self.stats,
+        }
+
+    def region(self, spec: RegionSpec) -> ImageRegion:
+        """The region with that name or index (or itself). ``KeyError``: no such, or several of the name."""
+        if isinstance(spec, ImageRegion):
+            return spec
+        if isinstance(spec, int):
+            if not 0 <= spec < len(self.regions):
+                raise KeyError(f"{self.name}: there is no region number {spec}")
+            return self.regions[spec]
+        found = [region for region in self.regions if region.name == spec]
+        if len(found) != 1:
+            raise KeyError(f"{self.name}: {len(found)} regions are named {spec!r}")
+        return found[0]
+
+    def resolve(self, region: ImageRegion, offset: int, length: int) -> Runs:
+        """The newest runs of the pages under these bytes. ``ValueError``: outside of the region."""
+        if offset < 0 or length < 0 or offset + length > region.length:
+            raise ValueError(f"{region.name}: [{offset}, {offset + length}) is not within {region.length} bytes")
+        first = region.start_byte + offset
+        end = -(-(first + length) // PAGE_BYTES) if length else first // PAGE_BYTES
+        return self.index.resolve(first // PAGE_BYTES, end)
+
+    def runs(self, region: RegionSpec) -> Iterator[tuple[int, int, str]]:
+        """(offset, bytes, kind) in ascending order; kind is one of `RUN_KINDS`.
+
+        Bytes that the image does not hold at all are in no run.
+        """
+        place = self.region(region)
+        low = place.start_byte
+        for page, pages, kind in self.resolve(place, 0, place.length):
+            start = max(page * PAGE_BYTES - low, 0)
+            yield start, min((page + pages) * PAGE_BYTES - low, place.length) - start, RUN_KINDS[kind]
+
+    def restorer(self, region: ImageRegion, offset: int, length: int) -> Restorer:
+        """A plan for these bytes, after it is sure that the image has all of them."""
+        runs = self.resolve(region, offset, length)
+        low = region.start_byte + offset
+        end = -(-(low + length) // PAGE_BYTES) if length else low // PAGE_BYTES
+        gap = runs.first_gap(low // PAGE_BYTES, end)
+        if gap is not None:
+            raise ImageError(f"{self.name}: {page_text(region, gap)} is not in the image")
+        lost = runs.first_of(LOST)
+        if lost is not None:
+            raise LostPagesError(f"{self.name}: {page_text(region, lost)} was lost at capture time")
+        return Restorer(self.index, runs, low, low + length)
+
+    def read(self, region: RegionSpec, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` in a region."""
+        place = self.region(region)
+        plan = self.restorer(place, offset, length)  # before the buffer: its size must be in the image
+        buffer = bytearray(length)
+        plan.into_memory(buffer, 0, plan.jobs)
+        return bytes(buffer)
+
+    def read_at(self, addr: int, length: int) -> bytes:
+        """`length` bytes from an address of the target. ``KeyError``: not within one region."""
+        for region in self.regions:
+            if region.addr <= addr and addr + length <= region.addr + region.length:
+                return self.read(region, addr - region.addr, length)
+        raise KeyError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
+
+    def restore_into(
+        self, region: RegionSpec, buffer: Any, *, offset: int = 0, fresh: bool = False, threads: int = 1
+    ) -> None:
+        """Fill a writable `buffer` with the region's bytes from `offset` on.
+
+        With `fresh` the buffer is known to be all zero, and zero pages and holes are left alone: in new
+        memory they stay unpopulated. On an error the buffer's content is undefined.
+        """
+        view = memoryview(buffer).cast("B")
+        plan = self.restorer(self.region(region), offset, len(view))
+        if not fresh:
+            plan.clear_blanks(view)
+        run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
+
+    def restore_memfd(self, region: RegionSpec, *, threads: int = 1) -> int:
+        """A new memfd with the region's bytes, which the caller closes. Holes and zero pages stay holes."""
+        place = self.region(region)
+        plan = self.restorer(place, 0, place.length)
+        fd = os.memfd_create(f"snapengine:{place.name[:200]}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, place.length)
+            with mmap.mmap(fd, place.length) as memory, memoryview(memory) as view:
+                run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def export_raw(
+        self, region: RegionSpec | None, path: str | os.PathLike[str], *, zeros: Literal["sparse", "write"] = "sparse"
+    ) -> int:
+        """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
+
+        Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so
+        that the file's allocation is that of the memory.
+        """
+        from snapengine.export import export_raw  # here: it would be a circular import above
+
+        chosen = self.regions if region is None else [self.region(region)]
+        return export_raw(self, chosen, path, zeros == "write")
+
+    def verify(self) -> Any:
+        """Read and check the whole file; see `snapengine.verify.VerifyReport`."""
+        from snapengine.verify import verify_image
+
+        return verify_image(self)
+
+    @property
+    def source(self) -> FileSource:
+        """The file, for `snapengine.verify`."""
+        return self._source
+
+
+class VmStateParts:
+    """Puts the parts of vmstate blobs together: in order, without a gap, no name twice."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._parts: dict[str, list[Record]] = {}
+
+    def add(self, record: Record) -> str:
+        """Take the next VMST record; returns its name."""
+        name = text_of(self._source, record, record.meta)
+        parts = self._parts.setdefault(name, [])
+        if record.arg != len(parts) or (parts and parts[-1].last_part):
+            raise CorruptImageError(f"{self._source.name}: vmstate {name[:80]!r} is out of order", record.offset)
+        parts.append(record)
+        return name
+
+    def finish(self) -> dict[str, list[Record]]:
+        """Every blob's records, all complete."""
+        for name, parts in self._parts.items():
+            if not parts[-1].last_part:
+                raise CorruptImageError(f"{self._source.name}: vmstate {name[:80]!r} has no end", parts[-1].offset)
+        return self._parts
+
+
+def parse_stats(source: Any, record: Record, payload: bytes) -> dict[str, Any]:
+    """The JSON object of a STAT record."""
+    try:
+        stats = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise CorruptImageError(f"{source.name}: the figures are not JSON", record.offset) from None
+    if not isinstance(stats, dict):
+        raise CorruptImageError(f"{source.name}: the figures are not a JSON object", record.offset)
+    return stats
+
+
+def run_jobs(jobs: int, threads: int, work: Any) -> None:
+    """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads."""
+    if threads <= 1 or jobs < 2:
+        work(0, jobs)
+        return
+    step = max(1, jobs // (threads * 4))
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, start, min(start + step, jobs)) for start in range(0, jobs, step)]:
+            done.result()
+
+
+def region_info(region: ImageRegion) -> dict[str, Any]:
+    """A region in JSON types."""
+    return {
+        "name": region.name,
+        "addr": region.addr,
+        "length": region.length,
+        "page_size": region.page_size,
+        "kind": region.kind,
+    }
+
+
+def page_text(region: ImageRegion, page: int) -> str:
+    """Which page of the region, in words."""
+    offset = max(page * PAGE_BYTES - region.start_byte, 0)
+    return f"region {region.name!r}: the page at offset {offset:#x} (address {region.addr + offset:#x})"
+
+
+def open_image(path_or_file: Any) -> Image:
+    """Open an image: a path, or a readable binary file object (in memory, or of a regular file).
+
+    `ImageError`: empty, not an image, cut or damaged. ``OSError``: it cannot be opened.
+    """
+    if isinstance(path_or_file, (str, os.PathLike)):
+        name = os.fspath(path_or_file)
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block here
+    else:
+        name = str(getattr(path_or_file, "name", type(path_or_file).__name__))
+        fd = _descriptor_of(path_or_file)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a directory, not an image", name)
+        raise ImageError(f"{name}: not a regular file; read a pipe with stream_image")
+    return Image(fd, name)
+
+
+def _descriptor_of(file: Any) -> int:
+    """A descriptor of our own. What has none (BytesIO) is copied into a memfd."""
+    try:
+        return os.dup(file.fileno())
+    except (AttributeError, OSError):
+        fd = os.memfd_create("snapengine:image", os.MFD_CLOEXEC)
+        with os.fdopen(os.dup(fd), "wb") as copy:
+            while data := file.read(1 << 20):
+                copy.write(data)
+        return fd
+
+

@@ -1,0 +1,29 @@
+/* The atomic operations of the shared words, with their memory orders spelled out once. */
+#ifndef SNAPENGINE_ATOMICS_H
+#define SNAPENGINE_ATOMICS_H
+
+#include <stdint.h>
+
+static inline uint64_t snap_fetch_or(uint64_t *word, uint64_t bits) {
+    return __atomic_fetch_or(word, bits, __ATOMIC_ACQ_REL);
+}
+static inline uint64_t snap_load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+static inline void snap_store(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+static inline uint64_t snap_add(uint64_t *word, uint64_t value) {
+    return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+}
+/* A counter with one writer, read by others: no lock prefix. */
+static inline void snap_bump(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + value, __ATOMIC_RELAXED);
+}
+static inline uint64_t snap_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+static inline int snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value) {
+    return __atomic_compare_exchange_n(word, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+static inline void snap_pause(void) { __builtin_ia32_pause(); }
+static inline int snap_ctz(uint64_t word) { return __builtin_ctzll(word); }
+static inline int snap_popcount(uint64_t word) { return __builtin_popcountll(word); }
+
+#endif

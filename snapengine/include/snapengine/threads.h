@@ -1,0 +1,58 @@
+/* Threads without Python state, and the clock they use. */
+#ifndef SNAPENGINE_THREADS_H
+#define SNAPENGINE_THREADS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+/* Signals belong to the program's own threads: a handler that ran here could touch protected memory. */
+static inline int snap_thread_start(pthread_t *thread, void *(*start)(void *), void *arg) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int err = pthread_create(thread, 0, start, arg);
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+    return err;
+}
+
+static inline int snap_usable_cpus(void) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set))
+        return 1;
+    return CPU_COUNT(&set);
+}
+
+static inline int snap_pin_to(int n) {
+    cpu_set_t usable, one;
+    if (sched_getaffinity(0, sizeof usable, &usable))
+        return -1;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (CPU_ISSET(cpu, &usable) && n-- == 0) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            return sched_setaffinity(0, sizeof one, &one);
+        }
+    }
+    return -1;
+}
+
+static inline unsigned long long snap_now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+static inline void snap_sleep_ns(unsigned long long ns) {
+    struct timespec left = {(time_t)(ns / 1000000000ull), (long)(ns % 1000000000ull)};
+    clock_nanosleep(CLOCK_MONOTONIC, 0, &left, 0);
+}
+
+static inline void snap_name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+
+#endif

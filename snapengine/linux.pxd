@@ -1,0 +1,89 @@
+# extern-only: no matching .pyx. Kernel interfaces under their kernel names.
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "snapengine/linux_compat.h" nogil:
+    int snap_uffd_open(int flags)
+
+    const uint64_t UFFD_API
+    const uint64_t UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    const uint64_t UFFD_FEATURE_EVENT_FORK
+    const uint64_t UFFD_FEATURE_EVENT_REMAP
+    const uint64_t UFFD_FEATURE_EVENT_REMOVE
+    const uint64_t UFFD_FEATURE_EVENT_UNMAP
+    const uint64_t UFFD_FEATURE_MISSING_HUGETLBFS
+    const uint64_t UFFD_FEATURE_MISSING_SHMEM
+    const uint64_t UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    const uint64_t UFFD_FEATURE_WP_UNPOPULATED
+    const uint64_t UFFD_FEATURE_WP_ASYNC
+    const uint64_t UFFDIO_REGISTER_MODE_MISSING
+    const uint64_t UFFDIO_REGISTER_MODE_WP
+    const uint64_t UFFDIO_WRITEPROTECT_MODE_WP
+    const uint8_t UFFD_EVENT_PAGEFAULT
+    const uint8_t UFFD_EVENT_FORK
+    const uint8_t UFFD_EVENT_REMAP
+    const uint8_t UFFD_EVENT_REMOVE
+    const uint8_t UFFD_EVENT_UNMAP
+    const uint64_t UFFD_PAGEFAULT_FLAG_WP
+    const unsigned long IOCTL_UFFDIO_API "UFFDIO_API"
+    const unsigned long IOCTL_UFFDIO_REGISTER "UFFDIO_REGISTER"
+    const unsigned long IOCTL_UFFDIO_UNREGISTER "UFFDIO_UNREGISTER"
+    const unsigned long IOCTL_UFFDIO_WRITEPROTECT "UFFDIO_WRITEPROTECT"
+    const unsigned long IOCTL_UFFDIO_ZEROPAGE "UFFDIO_ZEROPAGE"
+    const unsigned long IOCTL_UFFDIO_WAKE "UFFDIO_WAKE"
+
+    struct uffdio_api:
+        uint64_t api
+        uint64_t features
+        uint64_t ioctls
+    struct uffdio_range:
+        uint64_t start
+        uint64_t len
+    struct uffdio_register:
+        uffdio_range range
+        uint64_t mode
+        uint64_t ioctls
+    struct uffdio_writeprotect:
+        uffdio_range range
+        uint64_t mode
+    struct uffdio_zeropage:
+        uffdio_range range
+        uint64_t mode
+        int64_t zeropage
+    struct _uffd_pf:
+        uint64_t flags
+        uint64_t address
+    struct _uffd_fork:
+        uint32_t ufd
+    union _uffd_arg:
+        _uffd_pf pagefault
+        _uffd_fork fork
+    struct uffd_msg:
+        uint8_t event
+        _uffd_arg arg
+
+    struct page_region:
+        uint64_t start
+        uint64_t end
+        uint64_t categories
+    struct pm_scan_arg:
+        uint64_t size
+        uint64_t flags
+        uint64_t start
+        uint64_t end
+        uint64_t walk_end
+        uint64_t vec
+        uint64_t vec_len
+        uint64_t max_pages
+        uint64_t category_inverted
+        uint64_t category_mask
+        uint64_t category_anyof_mask
+        uint64_t return_mask
+    const unsigned long IOCTL_PAGEMAP_SCAN "PAGEMAP_SCAN"
+    const uint64_t PAGE_IS_WRITTEN
+    const uint64_t PAGE_IS_PRESENT
+    const uint64_t PAGE_IS_SWAPPED
+    const uint64_t PAGE_IS_PFNZERO
+    const uint64_t PAGE_IS_HUGE
+    const uint64_t PM_SCAN_WP_MATCHING
+    const uint64_t PM_SCAN_CHECK_WPASYNC

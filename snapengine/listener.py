@@ -1,0 +1,110 @@
+"""The Unix socket that peers connect to: one path, one engine, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import HandoverError, UnsupportedError
+
+MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL
+
+
+class Listener:
+    """A listening socket at `path`, mode 0600, that takes one peer. Owns the socket and the file.
+
+    A socket that nobody listens on any more is replaced.
+
+    Raises
+    ------
+    UnsupportedError
+        Something else is at `path`, or somebody listens there (errno EADDRINUSE), or it is too long.
+    OSError
+        The directory does not exist or may not be written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
+            raise UnsupportedError(f"{self.path}: a socket's path has at most {MAX_PATH_BYTES} bytes")
+        self._identity: tuple[int, int] | None = None
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.fchmod(self._sock.fileno(), 0o600)  # bind() gives the file the mode of the socket
+            with _locked(self.path.parent):
+                _make_room(self.path)
+                self._sock.bind(os.fspath(self.path))
+                status = os.stat(self.path)
+                self._identity = (status.st_dev, status.st_ino)
+                self._sock.listen(1)
+        except BaseException:
+            self.close()
+            raise
+
+    def accept(self, deadline: float, wakeup: int = -1) -> socket.socket | None:
+        """The connection of the first peer; None if `wakeup` became readable first.
+
+        HandoverError at `deadline` (time.monotonic()).
+        """
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        if wakeup >= 0:
+            poll.register(wakeup, select.POLLIN)
+        left = deadline - time.monotonic()
+        ready = poll.poll(None if left == float("inf") else max(0, left) * 1000)
+        if any(fd == wakeup for fd, _ in ready):
+            return None
+        if not ready:
+            raise HandoverError(f"{self.path}: no peer connected in time")
+        return self._sock.accept()[0]
+
+    def close(self) -> None:
+        """Stop listening and remove the file (idempotent), unless somebody has put another in its place."""
+        if self._identity is not None:
+            with contextlib.suppress(OSError):
+                status = os.lstat(self.path)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+            self._identity = None
+        self._sock.close()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Two engines that both find a stale socket must not replace each other's. A lock of the directory
+    leaves no lock file behind."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make_room(path: Path) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise _taken(f"{path}: exists and is not a socket")
+    # A datagram socket is refused by a live stream socket with EPROTOTYPE and never reaches its owner, who
+    # would take a real connection for its peer; a socket whose owner is gone refuses with ECONNREFUSED.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        if probe.connect_ex(os.fspath(path)) != errno.ECONNREFUSED:
+            raise _taken(f"{path}: somebody listens there already")
+    os.unlink(path)
+
+
+def _taken(text: str) -> UnsupportedError:
+    error = UnsupportedError(text)
+    error.errno = errno.EADDRINUSE
+    return error

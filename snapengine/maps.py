@@ -1,0 +1,82 @@
+"""/proc/PID/maps: which mapping holds an address, and what it is, in words that a message can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/PID/maps; ``start`` and ``end`` are byte addresses."""
+
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+
+    @property
+    def shared(self) -> bool:
+        """A MAP_SHARED mapping: other mappings of the same memory may exist."""
+        return self.perms[3] == "s"
+
+    @property
+    def backing(self) -> Literal["anonymous", "memory file", "file"]:
+        """What holds the pages: nothing but this mapping, a memory file (memfd, /dev/shm), or a file."""
+        if not self.path or self.path.startswith("["):
+            return "anonymous"
+        if self.path.startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage")):
+            return "memory file"
+        return "file"
+
+    def __str__(self) -> str:
+        kind = "shared" if self.shared else "private"
+        name = f" {self.path}" if self.path else ""
+        return f"{self.start:#x}-{self.end:#x} ({kind}, {self.backing}{name})"
+
+
+def read_maps(pid: int | str = "self") -> list[Mapping]:
+    """All mappings of a process, by address. Raises OSError."""
+    mappings = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            path = fields[5] if len(fields) > 5 else ""
+            mappings.append(
+                Mapping(start, end, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path)
+            )
+    return mappings
+
+
+def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
+    """The mappings that hold [start, end), if they hold all of it; otherwise an empty list."""
+    found = [m for m in mappings if m.start < end and m.end > start]
+    at = start
+    for mapping in found:
+        if mapping.start > at:
+            return []
+        at = mapping.end
+    return found if at >= end else []
+
+
+def page_size_of(mapping: Mapping, pid: int | str = "self") -> int:
+    """Bytes of the pages that a mapping is made of (/proc/PID/smaps: KernelPageSize).
+
+    Only a memory file can be made of huge pages, so smaps, which walks page tables, is read for those
+    alone.
+    """
+    if mapping.backing != "memory file":
+        return 4096
+    wanted = f"{mapping.start:08x}-"
+    found = False
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if not found:
+                found = line.startswith(wanted)
+            elif line.startswith("KernelPageSize:"):
+                return int(line.split()[1]) * 1024
+    return 4096

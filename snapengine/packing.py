@@ -1,0 +1,118 @@
+"""The cold parts of writing an image, in Python: packing regions, cutting parts, fitting the stats.
+
+`pyx/writer` calls these a few times per image; nothing here runs per chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import zstandard
+
+from snapengine.targets import KINDS, PAGE_BYTES, Region
+
+PART_BYTES = 1 << 20
+NAME_BYTES = 4096
+MAX_PAGES = 1 << 40
+DATA, ZERO, HOLE, LOST = range(4)
+RAW, ZSTD = range(2)
+REGION = struct.Struct("<QQQIHH")
+PLACEHOLDER = 2**63  # as many digits as an image's size can have
+
+
+def region_pages(addr: int, length: int) -> int:
+    """Pages touched by [addr, addr + length)."""
+    return -(-(addr % PAGE_BYTES + length) // PAGE_BYTES)
+
+
+def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
+    """Each region as its bytes in a REGN record. ``ValueError``: malformed, or page numbers overlap."""
+    taken = sorted((first, first + region_pages(r.addr, r.length), r.name) for r, first in regions)
+    for (_, end, name), (first, _, other) in zip(taken, taken[1:], strict=False):
+        if first < end:
+            raise ValueError(f"regions {name!r} and {other!r} share page number {first}")
+    return [_region_entry(region, first) for region, first in regions]
+
+
+def _region_entry(region: Region, first_page: int) -> bytes:
+    name = region.name.encode()
+    pages = region_pages(region.addr, region.length)
+    if region.length <= 0 or region.addr < 0 or region.addr + region.length > 1 << 64:
+        raise ValueError(f"region {region.name!r}: empty, or outside of the address space")
+    if first_page < 0 or first_page + pages > MAX_PAGES:
+        raise ValueError(f"region {region.name!r}: page numbers beyond 2^40")
+    if len(name) > NAME_BYTES:
+        raise ValueError(f"region {region.name[:80]!r}: the name is longer than {NAME_BYTES} bytes")
+    if region.kind not in KINDS:
+        raise ValueError(f"region {region.name!r}: kind {region.kind!r} is none of {', '.join(KINDS)}")
+    head = (region.addr, region.length, first_page, region.page_size, KINDS.index(region.kind), len(name))
+    return REGION.pack(*head) + name
+
+
+def region_parts(entries: Sequence[bytes]) -> Iterator[tuple[bytes, int, bool]]:
+    """(payload, entries in it, is the last) of each REGN record; one empty part if there is no region."""
+    part: list[bytes] = []
+    room = PART_BYTES
+    for entry in entries:
+        if len(entry) > room:
+            yield b"".join(part), len(part), False
+            part, room = [], PART_BYTES
+        part.append(entry)
+        room -= len(entry)
+    yield b"".join(part), len(part), True
+
+
+def blob_parts(source: Any) -> Iterator[tuple[bytes | memoryview, bool]]:
+    """(part, is the last) of a bytes-like object or of a readable file; one empty part if it is empty."""
+    blocks = _read_blocks(source) if hasattr(source, "read") else _slices(memoryview(source).cast("B"))
+    held: bytes | memoryview | None = None
+    for block in blocks:
+        if held is not None:
+            yield held, False
+        held = block
+    yield b"" if held is None else held, True
+
+
+def _slices(view: memoryview) -> Iterator[memoryview]:
+    return (view[start : start + PART_BYTES] for start in range(0, len(view), PART_BYTES))
+
+
+def _read_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Full blocks (but the last), however short the reads of a pipe are."""
+    block = bytearray()
+    while data := file.read(PART_BYTES - len(block)):
+        block += data
+        if len(block) == PART_BYTES:
+            yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)
+
+
+def encode(data: bytes | memoryview, level: int | None) -> tuple[bytes | memoryview, int]:
+    """(payload, encoding): a zstd frame if a level is given and the frame is smaller than the data."""
+    if level is not None:
+        frame = zstandard.ZstdCompressor(level=level).compress(data)
+        if len(frame) < len(data):
+            return frame, ZSTD
+    return data, RAW
+
+
+def pack_entry(page: int, pages: int, kind: int) -> int:
+    """One page-map entry (format.h). ``ValueError``: a field is out of its range."""
+    if page < 0 or not 1 <= pages <= 1 << 22 or page + pages > MAX_PAGES or kind not in range(4):
+        raise ValueError(f"chunk: page-map entry {(page, pages, kind)} is out of range")
+    return page | (pages - 1) << 40 | kind << 62
+
+
+def stats_text(stats: dict[str, Any], bytes_around: int) -> bytes:
+    """`stats` as JSON, with "image_bytes" set to `bytes_around` plus the text itself.
+
+    Padded with spaces to the length that any size would have, so that the size can be in it.
+    """
+    length = len(json.dumps({**stats, "image_bytes": PLACEHOLDER}))
+    stats["image_bytes"] = bytes_around + length
+    return json.dumps(stats).ljust(length).encode("ascii")

@@ -1,0 +1,28 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.linux cimport page_region
+
+cdef enum:
+    SCAN_VECTOR = 512
+
+
+cdef struct scan_t:
+    # One walk over [next, end) of a process's page tables; in arena or stack memory.
+    int fd                          # /proc/PID/pagemap
+    uint64_t next
+    uint64_t end
+    uint64_t flags                  # PM_SCAN_*
+    uint64_t mask                   # all of these categories
+    uint64_t anyof                  # any of these, if not 0
+    uint64_t returned               # categories to report
+    int err                         # errno of the call that failed, or 0
+    page_region found[SCAN_VECTOR]
+
+
+# The next batch of regions in `found`; their number, 0 at the end, -1 with scan.err on error.
+cdef int scan_step(scan_t *scan) noexcept nogil
+# Whether any of the pages in [start, end) was written since it was protected: 1, 0, or -errno.
+cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil
+# The populated (present or swapped) runs by /proc/PID/pagemap, for kernels without PAGEMAP_SCAN.
+# `entries` (n words) gets bit 0 = present, bit 1 = swapped. Returns 0 or errno.
+cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil

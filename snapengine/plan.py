@@ -1,0 +1,192 @@
+"""From a target's regions to how each is tracked and read: the decisions, made before anything is armed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from snapengine.arena import FileView
+from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
+from snapengine.maps import Mapping, covering, read_maps
+from snapengine.targets import PAGE_BYTES, Region
+from snapengine.uffd import FEATURES, feature_names
+
+HUGE_PAGES = 512
+SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB
+
+
+@dataclass(slots=True)
+class RegionPlan:
+    """How one region is tracked and read. See `snapengine.session.region_t` for the fields."""
+
+    region: Region
+    addr: int
+    pages: int
+    first_page: int
+    unit_pages: int
+    track_start: int
+    track_end: int
+    source: int = 0
+    file: int = -1
+    file_offset: int = 0
+    reading: str = "memory"
+    presence: str = "bits"
+    shared: bool = False
+    missing: bool = False
+    sparse: bool = False
+    check: bool = False
+    keep_huge: bool = False
+
+
+class Plan:
+    """The plans of all regions, and the descriptors and mappings they need. `close` frees those."""
+
+    def __init__(self, regions: list[Region], pid: int, features: int) -> None:
+        self.pid = pid
+        self.features = features
+        self.regions: list[RegionPlan] = []
+        self._fds: list[int] = []
+        self._views: list[FileView] = []
+        try:
+            mappings = read_maps(pid or "self")
+        except FileNotFoundError:
+            raise TargetGoneError(errno.ESRCH, f"process {pid} has ended") from None
+        _refuse_overlap(regions)
+        first_page = 0
+        try:
+            for region in regions:
+                self.regions.append(self._plan(region, mappings, first_page))
+                first_page = self.regions[-1].first_page + self.regions[-1].pages
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what was opened. Only after the capture's threads have ended. Idempotent."""
+        for fd in self._fds:
+            os.close(fd)
+        for view in self._views:
+            view.close()
+        self._fds.clear()
+        self._views.clear()
+
+    def _plan(self, region: Region, mappings: list[Mapping], after: int) -> RegionPlan:
+        covered = covering(mappings, region.addr, region.addr + region.length)
+        if not covered:
+            raise RegisterError(
+                errno.ENOMEM,
+                f"region {region.name!r} ({region.addr:#x}, {region.length} bytes) is not mapped",
+            )
+        addr = region.addr & -PAGE_BYTES
+        end = -(-(region.addr + region.length) // PAGE_BYTES) * PAGE_BYTES
+        unit = region.page_size // PAGE_BYTES
+        # Page numbers follow addresses modulo a huge page, so that units begin at whole bitmap words.
+        align = max(unit, HUGE_PAGES)
+        first_page = -(-after // align) * align + addr // PAGE_BYTES % align
+        plan = RegionPlan(
+            region=region,
+            addr=addr,
+            pages=(end - addr) // PAGE_BYTES,
+            first_page=first_page,
+            unit_pages=unit,
+            track_start=addr & -region.page_size,
+            track_end=-(-end // region.page_size) * region.page_size,
+            source=addr,
+            shared=region.kind in ("shared", "hugetlb-shared"),
+        )
+        self._how_to_read(plan, covered)
+        self._need(plan)
+        return plan
+
+    def _how_to_read(self, plan: RegionPlan, covered: list[Mapping]) -> None:
+        region = plan.region
+        if region.kind == "anon":
+            plan.reading = "process" if self.pid else "memory"
+            plan.keep_huge = True
+            plan.check = True
+            if any(mapping.backing != "anonymous" for mapping in covered):
+                # A private mapping of a memory file: its clean pages are the file's, seen by no scan.
+                plan.presence = "all"
+                plan.keep_huge = False
+                plan.check = False
+            else:
+                # Where the descriptor marks holes itself, they look like swapped pages and are read.
+                plan.missing = not self.features & FEATURES["WP_UNPOPULATED"]
+        elif region.kind == "hugetlb":
+            plan.reading = "process" if self.pid else "memory"
+            plan.check = True
+        else:
+            self._how_to_read_shared(plan, covered)
+
+    def _how_to_read_shared(self, plan: RegionPlan, covered: list[Mapping]) -> None:
+        region = plan.region
+        file, offset = self._open_shared(plan, covered)
+        if region.kind == "hugetlb-shared":
+            # A load from a hole of a hugetlb file takes a page from the pool, or kills us with SIGBUS.
+            plan.reading = "process" if self.pid else "memory"
+            if file >= 0:
+                plan.reading, plan.presence = "file", "all"
+        elif file >= 0:
+            plan.presence = "seek"
+            plan.sparse = self._is_sparse(file, plan)
+            plan.missing = plan.sparse
+        else:
+            plan.presence = "all" if self.pid or _swap_in_use() else "mincore"
+            plan.reading = "process" if self.pid else "memory"
+        plan.file, plan.file_offset = file, offset
+        if self.pid and plan.presence == "seek":
+            plan.source = self._map(plan)
+            plan.reading = "memory"
+
+    def _open_shared(self, plan: RegionPlan, covered: list[Mapping]) -> tuple[int, int]:
+        """The memory's file and the offset of the region's first page in it; (-1, 0) if it has none that
+        we may open. Opened anew, so that the target's file position stays as it is."""
+        region, mapping = plan.region, covered[0]
+        if region.memfd >= 0:
+            path, offset = f"/proc/self/fd/{region.memfd}", region.memfd_offset - (region.addr - plan.addr)
+        elif len(covered) == 1:
+            path = f"/proc/{self.pid or 'self'}/map_files/{mapping.start:x}-{mapping.end:x}"
+            offset = mapping.offset + plan.addr - mapping.start
+        else:
+            return -1, 0
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return -1, 0  # map_files wants CAP_CHECKPOINT_RESTORE; without, mincore() answers
+        self._fds.append(file)
+        return file, offset
+
+    def _is_sparse(self, file: int, plan: RegionPlan) -> bool:
+        holes = plan.pages * PAGE_BYTES - os.fstat(file).st_blocks * 512
+        return holes > SPARSE_HOLE_BYTES and bool(self.features & FEATURES["MISSING_SHMEM"])
+
+    def _map(self, plan: RegionPlan) -> int:
+        """Map the target's memory file here, read-only: 13.6 GB/s against 8.4 by process_vm_readv."""
+        view = FileView(plan.file, plan.file_offset, plan.pages * PAGE_BYTES)
+        self._views.append(view)
+        return view.addr
+
+    def _need(self, plan: RegionPlan) -> None:
+        need = FEATURES["PAGEFAULT_FLAG_WP"]
+        if plan.region.kind != "anon":
+            need |= FEATURES["WP_HUGETLBFS_SHMEM"]
+        if lacking := need & ~self.features:
+            names = ", ".join(feature_names(lacking))
+            raise UnsupportedError(
+                errno.EOPNOTSUPP,
+                f"region {plan.region.name!r} ({plan.region.kind}): the userfaultfd lacks {names}",
+            )
+
+
+def _refuse_overlap(regions: list[Region]) -> None:
+    by_addr = sorted(regions, key=lambda region: region.addr)
+    for left, right in zip(by_addr, by_addr[1:], strict=False):
+        if left.addr + left.length > right.addr:
+            raise ValueError(f"regions {left.name!r} and {right.name!r} overlap")
+
+
+def _swap_in_use() -> bool:
+    """mincore() calls a swapped-out page of shared memory absent, as it does a hole."""
+    with open("/proc/swaps", encoding="utf-8") as lines:
+        return len(lines.readlines()) > 1

@@ -1,0 +1,56 @@
+from libc.stddef cimport size_t
+from libc.stdint cimport uint32_t, uint64_t
+
+from snapengine.image_format cimport snap_record
+
+
+cdef struct run_t:
+    uint64_t page        # image page number
+    uint64_t pages
+    uint32_t chunk       # which chunk, in the order of the file
+    uint32_t entry       # which entry of its page map
+    uint32_t data_page   # DATA: index of the first page in the chunk's payload
+    uint32_t kind        # SNAP_DATA ... SNAP_LOST
+
+
+cdef struct chunk_t:
+    uint64_t offset         # of the record in the file
+    uint64_t record_bytes
+    uint64_t first_page     # lowest and highest page in the map
+    uint64_t last_page
+    uint32_t entries
+    snap_record header      # valid once `map` is loaded
+    uint64_t *map           # NULL until it is needed; `entries` entries
+
+
+cdef struct span_t:
+    uint64_t first_page     # of `chunk`
+    uint64_t highest        # highest page of this and all spans before it
+    uint32_t chunk
+
+
+# pread of exactly `count` bytes. Returns 0, an errno, or -1 for an early end of file.
+cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil
+
+
+cdef class Runs:
+    # What the image says about a range of pages: ascending, without overlap, last record wins.
+    cdef run_t *runs
+    cdef size_t count
+    cdef size_t room
+    cdef int append(self, const run_t *run) noexcept nogil   # 0 or -1 (no memory)
+
+
+cdef class PageIndex:
+    # Which chunk holds which page. Page maps are loaded, verified and kept as they are needed.
+    cdef readonly str name
+    cdef readonly int fd             # -1: maps were given by add(), no payloads to read
+    cdef chunk_t *chunks
+    cdef readonly size_t count
+    cdef size_t room
+    cdef span_t *spans               # by first_page; NULL: not built yet
+    cdef int reserve(self, size_t count) except -1
+    cdef int build_spans(self) except -1
+    cdef int load(self, size_t number) except -1
+    cdef int adopt(self, size_t number, const unsigned char *data, size_t length) except -1
+    cdef int collect(self, size_t number, uint64_t first, uint64_t end, Runs into) except -1

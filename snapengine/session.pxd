@@ -1,0 +1,129 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from snapengine.arena cimport Arena
+from snapengine.histogram cimport histogram_t
+from snapengine.linux cimport uffd_msg
+from snapengine.pagemap cimport scan_t
+from snapengine.pool cimport Pool, lane_slot, pool_t
+from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    LANES_MAX = 66                  # walk + 64 fault threads + warden
+    UFFDS_MAX = 17                  # the target's, and those of 16 forked children
+    HELD_MAX = 256
+
+cdef enum:                          # where a region's bytes are read
+    READ_MEMORY                     # a pointer of this process
+    READ_PROCESS                    # process_vm_readv
+    READ_FILE                       # pread: hugetlb files, whose holes a load would fill
+
+cdef enum:                          # how populated pages are told from holes
+    PRESENCE_ALL                    # not told: everything is read
+    PRESENCE_BITS                   # the page tables as scanned at T
+    PRESENCE_SEEK                   # SEEK_DATA of the shared file
+    PRESENCE_MINCORE                # the page cache behind a mapping of this process
+
+
+cdef struct region_t:               # fixed before the threads start
+    uint64_t start                  # bytes of the region, target addresses
+    uint64_t end
+    uint64_t addr                   # start of its first 4 KiB page
+    uint64_t pages
+    uint64_t first_page             # congruent to addr / 4096 modulo 512 and the unit
+    uint64_t unit_pages             # smallest run that can be protected: 1, or a hugetlb page
+    uint64_t track_start            # what is registered: addr and end, rounded to units
+    uint64_t track_end
+    char *source                    # READ_MEMORY: where page first_page is readable
+    int file                        # READ_FILE, PRESENCE_SEEK: descriptor of this process, or -1
+    uint64_t file_offset            # of page first_page
+    uint8_t reading
+    uint8_t presence
+    bint shared
+    bint missing                    # register for missing faults too: its holes get no markers
+    bint sparse                     # protect only the units that hold data
+    bint check                      # a copied page counts only if it is still protected afterwards
+    bint keep_huge                  # treat huge pages as one unit
+
+
+cdef struct lane_t:                 # one capture thread; only it writes, except where noted
+    capture_t *capture
+    lane_slot slot
+    int index                       # 0: the walk; 1 ...: fault threads
+    pthread_t thread
+    uint64_t data_pages             # counters: read by others at any time
+    uint64_t zero_pages
+    uint64_t hole_pages
+    uint64_t lost_pages
+    uint64_t faults
+    uint64_t busy_since             # when the message in hand was seen, ns; 0: none (read by the warden)
+    region_t *extent_region         # cached answer of SEEK_DATA
+    uint64_t extent_start
+    uint64_t extent_end
+    bint extent_data
+    uint32_t n_held
+    uffd_msg held[HELD_MAX]         # faults read while an event had to be dealt with first
+    uint32_t held_uffd[HELD_MAX]
+    scan_t scan
+    histogram_t histogram
+
+
+cdef struct capture_t:
+    # Fixed before the threads start.
+    region_t *regions
+    int n_regions
+    uint64_t total_pages
+    uint64_t page_end               # page numbers are below this
+    pool_t *pool
+    int pid                         # 0: this process
+    int pidfd
+    int pagemap
+    bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
+    uint64_t features
+    int n_fault_lanes
+    int stop_event
+    int epoll
+    bint early                      # negative control of the tests only: serve faults before T
+    uint64_t arm_piece              # protect in pieces of so many bytes; 0: whole regions
+    # Bitmaps by page number; words are changed by atomic or only.
+    uint64_t *claimed               # who saves the page: 0→1 once
+    uint64_t *saved                 # set (release) after the copy: whoever sees it may unprotect
+    uint64_t *lost
+    uint64_t *present               # PRESENCE_BITS: written by the walk before T, read after
+    uint64_t *huge                  # by page >> 9; like `present`
+    uint64_t *data                  # dirty logging: the page's last version is a data page
+    # Under `lock`.
+    pthread_mutex_t lock
+    pthread_cond_t changed          # armed, finished or failed changed
+    uint64_t armed                  # atomic: T is fixed (walk writes, once)
+    uint64_t finished               # atomic: everything is released, no thread touches the target
+    uint64_t failed                 # atomic: 0 or the errno of the first failure; any thread, once
+    const char *failed_call         # written by the thread that set `failed`, before `finished`
+    uint64_t failed_addr
+    uint64_t stopping               # atomic: fault threads leave (walk writes)
+    uint64_t n_uffds                # atomic: grows (under `lock`) as children fork
+    int uffds[UFFDS_MAX]
+    uint64_t arm_ns
+    uint64_t t_ns                   # CLOCK_MONOTONIC at T
+    uint64_t rounds
+    lane_t *lanes
+
+
+# The first failure of a capture wins; wakes everybody.
+cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t addr) noexcept nogil
+cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil
+cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil
+
+
+cdef class Session:
+    # Everything of one capture that capture threads touch; Tracker and DirtyLog drive it.
+    cdef capture_t *capture
+    cdef readonly Pool pool
+    cdef readonly int fault_lanes
+    cdef Arena control
+    cdef Arena lanes
+    cdef list bitmaps
+    cdef object owned_fds
+    cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
+    cdef int _set_region(self, region_t *region, plan) except -1
+    cdef int _make_bitmaps(self, bint rounds) except -1
+    cdef int _make_lanes(self) except -1

@@ -1,0 +1,317 @@
+"""Bytes out: where an image goes. A sink knows nothing of records; a writer knows nothing of files.
+
+Life cycle of every sink: bytes go in (through `fd` without the GIL, or `write`), then exactly one of
+`commit` and `abort` takes effect; calling either again does nothing. Until `commit` has returned
+there is no image.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import signal
+import stat
+import subprocess
+from typing import Any, BinaryIO
+
+from snapengine.errors import SinkError
+
+DISCARD = -1
+PYTHON_LEVEL = -2
+PIPE_BYTES = 1 << 20  # what an unprivileged process may set (fs.pipe-max-size)
+GRACE_S = 2.0  # between SIGTERM and SIGKILL
+
+
+class Sink:
+    """What all sinks share. ``fd`` is a descriptor to write to, `DISCARD`, or `PYTHON_LEVEL`."""
+
+    name: str
+    fd: int = PYTHON_LEVEL
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._open = True
+
+    def write(self, data: memoryview | bytes) -> None:
+        """All of `data` (a sink without a descriptor). ``OSError`` if it cannot be taken."""
+        raise NotImplementedError
+
+    def explain(self, err: int) -> str:
+        """What the errno of a failed write means here, in one line."""
+        return os.strerror(err)
+
+    def commit(self) -> None:
+        """Make the image complete and durable. ``SinkError``: it is not, and nothing is left of it."""
+        if self._open:
+            self._open = False
+            self._commit()
+
+    def abort(self) -> None:
+        """Leave nothing of the image behind."""
+        if self._open:
+            self._open = False
+            self._abort()
+
+    def _commit(self) -> None:
+        pass
+
+    def _abort(self) -> None:
+        pass
+
+
+class FileSink(Sink):
+    """A file that appears, complete, under its name on commit.
+
+    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, which a killed process leaves
+    behind; it has no trailer, so no reader takes it for an image. Mode 0600: memory holds secrets.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(os.fspath(path))
+        self._path = os.path.realpath(self.name)  # a symbolic link stays one
+        directory, base = os.path.split(self._path)
+        _check_destination(self.name, self._path, directory)
+        self._temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.partial")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self.fd = os.open(self._temporary, flags, 0o600)
+        except OSError as error:
+            raise _sink_error(self.name, error) from None
+
+    def _commit(self) -> None:
+        try:
+            os.fsync(self.fd)
+            os.replace(self._temporary, self._path)
+            _fsync_directory(os.path.dirname(self._path))
+        except OSError as error:
+            self._abort()
+            raise _sink_error(self.name, error) from None
+        os.close(self.fd)
+
+    def _abort(self) -> None:
+        os.close(self.fd)
+        try:
+            os.unlink(self._temporary)
+        except FileNotFoundError:
+            pass
+
+
+class ExecSink(Sink):
+    """A shell command that reads the image from its standard input."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(f"exec:{command}")
+        read_end, self.fd = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.fd, False)  # this description is ours alone: the command has the other end
+        _enlarge(self.fd)
+        try:
+            # A session of its own: abort must reach the shell's children, Ctrl-C must not.
+            self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=read_end, start_new_session=True)
+        except OSError as error:
+            os.close(self.fd)
+            raise _sink_error(self.name, error) from None
+        finally:
+            os.close(read_end)
+
+    def explain(self, err: int) -> str:
+        if err != errno.EPIPE:
+            return os.strerror(err)
+        try:
+            return f"the command stopped reading ({_exit_text(self._process.wait(GRACE_S))})"
+        except subprocess.TimeoutExpired:
+            return "the command stopped reading"
+
+    def _commit(self) -> None:
+        os.close(self.fd)
+        try:
+            code = self._process.wait()
+        except BaseException:
+            self._stop()
+            raise
+        if code:
+            raise SinkError(errno.EIO, f"{self.name}: {_exit_text(code)}")
+
+    def _abort(self) -> None:
+        self._stop()  # before the pipe is closed: an end of file would look like a complete image
+        os.close(self.fd)
+
+    def _stop(self) -> None:
+        self._signal(signal.SIGTERM)
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+class FdSink(Sink):
+    """A descriptor of the caller's: never closed, its flags never changed."""
+
+    def __init__(self, fd: int, name: str | None = None) -> None:
+        super().__init__(name or f"fd:{fd}")
+        try:
+            self.fd = _private_writer(fd)
+        except OSError as error:
+            raise _sink_error(self.name, error) from None
+
+    def _commit(self) -> None:
+        try:
+            if stat.S_ISREG(os.fstat(self.fd).st_mode):
+                os.fsync(self.fd)
+        except OSError as error:
+            raise _sink_error(self.name, error) from None
+        finally:
+            os.close(self.fd)
+
+    def _abort(self) -> None:
+        os.close(self.fd)
+
+
+class NullSink(Sink):
+    """Counts (`Writer.image_bytes`) and discards: what a capture costs without any output."""
+
+    fd = DISCARD
+
+    def __init__(self) -> None:
+        super().__init__("null:")
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Discard."""
+
+
+class MemorySink(Sink):
+    """The image in memory: `getvalue` after `commit`."""
+
+    def __init__(self) -> None:
+        super().__init__("memory")
+        self._bytes = bytearray()
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append."""
+        self._bytes += data
+
+    def getvalue(self) -> bytes:
+        """The bytes so far; none after `abort`."""
+        return bytes(self._bytes)
+
+    def _abort(self) -> None:
+        self._bytes.clear()
+
+
+class PyFileSink(Sink):
+    """A writable binary file object of the caller's: flushed on commit, never closed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(str(getattr(file, "name", type(file).__name__)))
+        self._file = file
+
+    def write(self, data: memoryview | bytes) -> None:
+        """All of `data`, however little a raw file takes at once."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            raise _sink_error(self.name, error) from None
+
+    def _commit(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _sink_error(self.name, error) from None
+
+
+def open_sink(spec: Any) -> Sink:
+    """The sink that `spec` names.
+
+    A path or ``file:PATH``; ``exec:COMMAND`` (for the shell); ``fd:N``; ``-`` (standard output);
+    ``null:`` (discard); a `Sink`; or a writable binary file object. ``SinkError``: it cannot be
+    opened. ``ValueError`` or ``TypeError``: that names no sink.
+    """
+    if isinstance(spec, Sink):
+        return spec
+    if isinstance(spec, os.PathLike):
+        return FileSink(spec)
+    if isinstance(spec, str):
+        return _named_sink(spec)
+    if hasattr(spec, "write"):
+        return PyFileSink(spec)
+    raise TypeError(f"not a sink: {spec!r}")
+
+
+def _named_sink(spec: str) -> Sink:
+    scheme, _, rest = spec.partition(":")
+    if spec == "-":
+        return FdSink(1, "stdout")
+    if spec == "null:":
+        return NullSink()
+    if scheme in ("file", "exec") and spec != scheme and not rest:
+        raise ValueError(f"{spec!r}: nothing follows the colon")
+    if scheme == "exec" and rest:
+        return ExecSink(rest)
+    if scheme == "fd" and rest:
+        if not rest.isascii() or not rest.isdigit():
+            raise ValueError(f"{spec!r}: not a descriptor number")
+        return FdSink(int(rest))
+    if not spec:
+        raise ValueError("the name of the image is empty")
+    return FileSink(rest if scheme == "file" and rest else spec)
+
+
+def _check_destination(name: str, path: str, directory: str) -> None:
+    if not os.path.isdir(directory):
+        raise SinkError(errno.ENOENT, f"{name}: there is no directory {directory}")
+    if os.path.isdir(path):
+        raise SinkError(errno.EISDIR, f"{name}: is a directory")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SinkError(errno.EINVAL, f"{name}: not a regular file (for a device or a pipe use fd:N or exec:)")
+
+
+def _private_writer(fd: int) -> int:
+    """A descriptor of our own for the same file.
+
+    Of a pipe it is a new description with O_NONBLOCK, so that a write to a full pipe can be
+    cancelled: setting the flag on the caller's description would change it for everyone who shares it.
+    """
+    own = os.dup(fd)
+    if not stat.S_ISFIFO(os.fstat(own).st_mode):
+        return own
+    try:
+        reopened = os.open(f"/proc/self/fd/{own}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # no /proc, or a pipe of another user: the writer polls instead
+        return own
+    os.close(own)
+    return reopened
+
+
+def _enlarge(fd: int) -> None:
+    """A pipe of 1 MiB instead of 64 KiB: fewer switches to the reader. Not vital, so errors are ignored."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:
+        pass
+
+
+def _fsync_directory(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exit_text(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _sink_error(name: str, error: OSError) -> SinkError:
+    return SinkError(error.errno or errno.EIO, f"{name}: {error.strerror or error}")

@@ -1,0 +1,15 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.session cimport capture_t, lane_t, region_t
+
+# Which pages of the 64-page window at `page` (a multiple of 64), of those in `mask`, hold data.
+cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                        uint64_t mask) noexcept nogil
+# Append pages page .. page + n - 1 (n ≤ 64; the lane has room) to the lane: data, zero or lost.
+# Returns 0 or an errno that ends the capture.
+cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                  uint64_t n) noexcept nogil
+# Append pages that need no copy (hole, zero, lost).
+cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil
+# Fill `present` and `huge` of every PRESENCE_BITS region from the page tables. 0 or errno.
+cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil

@@ -1,0 +1,17 @@
+from libc.stdint cimport uint64_t
+
+# One function per ioctl of userfaultfd(2). Ranges are bytes, aligned to the pages of the mapping.
+# Return 0, or the errno value: capture threads call them and cannot raise.
+cdef int uffd_api(int fd, uint64_t features) noexcept nogil
+cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil
+cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
+cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil
+cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil   # wakes its waiters
+cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length) noexcept nogil    # wakes its waiters
+cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil
+
+
+cdef class Uffd:
+    # Owns one userfaultfd descriptor. close() releases all that it protects and wakes all waiters.
+    cdef readonly int fd
+    cdef readonly uint64_t features       # as negotiated by UFFDIO_API

@@ -1,0 +1,113 @@
+"""The whole image, byte by byte: is everything there, is it what was written, does it fit together?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snapengine.errors import CorruptImageError, TruncatedImageError
+from snapengine.reader import crc_of_range
+from snapengine.records import (
+    FILE_HEADER,
+    KNOWN_TYPES,
+    ZSTD,
+    FileSource,
+    Record,
+    read_payload,
+    read_record,
+)
+
+if TYPE_CHECKING:
+    from snapengine.image import Image
+    from snapengine.records import ImageRegion
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a sound image holds. Pages are 4096 bytes, each counted once, as its newest record has it."""
+
+    records: int
+    chunks: int
+    file_bytes: int
+    region_bytes: int
+    data_pages: int
+    zero_pages: int
+    hole_pages: int
+    lost_pages: int
+    """Pages that the capture reports as lost: reading them raises `LostPagesError`."""
+    duplicate_pages: int
+    """Data pages that a later record supersedes."""
+    vmstate_bytes: int
+
+
+def verify_image(image: Image) -> VerifyReport:
+    """Check every record's checksums, the sequence, the index, and that every page is there.
+
+    Raises
+    ------
+    CorruptImageError, TruncatedImageError
+        The first thing found wrong; ``offset`` is where.
+    """
+    vmstate_bytes = _verify_records(image)
+    stats = image.stats
+    if stats.get("image_bytes") != image.source.size:
+        raise CorruptImageError(f"{image.name}: the figures state another size", image.trailer.stat_offset)
+    totals = [0, 0, 0, 0]
+    for region in image.regions:
+        totals = [sum(pair) for pair in zip(totals, _verify_region(image, region), strict=True)]
+    return VerifyReport(
+        records=image.trailer.records,
+        chunks=image.index.count,
+        file_bytes=image.source.size,
+        region_bytes=sum(region.length for region in image.regions),
+        data_pages=totals[0],
+        zero_pages=totals[1],
+        hole_pages=totals[2],
+        lost_pages=totals[3],
+        duplicate_pages=image.index.data_pages() - totals[0],
+        vmstate_bytes=vmstate_bytes,
+    )
+
+
+def _verify_records(image: Image) -> int:
+    """Every record in the order of the file; returns the bytes of vmstate."""
+    offset = FILE_HEADER.size
+    chunks = vmstate_parts = vmstate_bytes = 0
+    for seq in range(image.trailer.records):
+        record = read_record(image.source, offset)
+        if record.seq != seq:
+            raise CorruptImageError(f"{image.name}: record {record.seq} where {seq} should be", offset)
+        if record.type == b"CHNK":
+            image.index.check(chunks, record.header + record.meta, offset)
+            chunks += 1
+        elif record.type == b"VMST":
+            vmstate_parts += 1
+            vmstate_bytes += record.raw_bytes
+        _verify_payload(image.source, record)
+        offset = record.end
+    if offset != image.source.size or chunks != image.index.count or vmstate_parts != image.trailer.vmstate_parts:
+        raise CorruptImageError(f"{image.name}: records and trailer contradict each other", offset)
+    return vmstate_bytes
+
+
+def _verify_payload(source: FileSource, record: Record) -> None:
+    if record.type in KNOWN_TYPES and record.encoding == ZSTD:
+        read_payload(source, record)
+        return
+    crc = crc_of_range(source.fd, record.payload_offset, record.stored_bytes)
+    text = record.type.decode("ascii", "backslashreplace")
+    if crc is None:
+        raise TruncatedImageError(f"{source.name}: ends inside of {text}", record.offset)
+    if crc != record.payload_crc:
+        raise CorruptImageError(f"{source.name}: the payload's checksum of {text} does not match", record.offset)
+
+
+def _verify_region(image: Image, region: ImageRegion) -> list[int]:
+    """Pages of each kind."""
+    from snapengine.image import page_text
+
+    runs = image.resolve(region, 0, region.length)
+    gap = runs.first_gap(region.first_page, region.first_page + region.pages)
+    if gap is not None:
+        raise CorruptImageError(f"{image.name}: {page_text(region, gap)} is missing")
+    return runs.totals()

@@ -1,0 +1,497 @@
+"""Guest memory, its writers, and the oracle: with a violation of every kind made by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from snapengine.guestcheck import check_cut
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams, parse_size
+from snapengine.guestpattern import class_of, initial_page, write_page
+from snapengine.guestwriters import GuestWriters, bucket_floor, bucket_of
+
+MIB = 1 << 20
+LAST = 511
+NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """Have `count` free 2 MiB pages."""
+    before = NR_HUGEPAGES.read_text()
+    try:
+        NR_HUGEPAGES.write_text(str(int(before) + count))
+    except OSError as error:
+        pytest.skip(f"may not raise nr_hugepages: {error}")
+    try:
+        if int(NR_HUGEPAGES.read_text()) < int(before) + count:
+            pytest.skip("the kernel has no contiguous memory for huge pages")
+        yield
+    finally:
+        NR_HUGEPAGES.write_text(before)
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Poll; AssertionError at the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.001)
+
+
+class Model:
+    """A guest's memory by the book: the same writes, one by one, in Python."""
+
+    def __init__(self, params: GuestParams) -> None:
+        self.params = params
+        self.ram = bytearray(b"".join(initial_page(params, page) for page in range(params.page_count)))
+        self.progress = [0] * params.threads
+
+    def put(self, page: int, word: int, value: int) -> None:
+        struct.pack_into("<Q", self.ram, page * PAGE_BYTES + word * 8, value)
+
+    def get(self, page: int, word: int) -> int:
+        value: int = struct.unpack_from("<Q", self.ram, page * PAGE_BYTES + word * 8)[0]
+        return value
+
+    def write(self, thread: int, words: int = 512) -> int:
+        """The next write of `thread`, only its first `words` stores; returns its page."""
+        k = self.progress[thread] + 1
+        page = write_page(self.params, thread, k)
+        stores = [(0, k), *((1 + u, seen) for u, seen in enumerate(self.progress)), (LAST, k)]
+        for word, value in stores[:words]:
+            self.put(page, word, value)
+        if words >= len(stores):
+            self.progress[thread] = k
+        return page
+
+    def run(self, writes: int, seed: int = 7) -> None:
+        choose = random.Random(seed)
+        for _ in range(writes):
+            self.write(choose.randrange(self.params.threads))
+
+
+PARAMS = GuestParams(size=MIB, threads=3, zero_percent=30, hole_percent=20)
+
+
+@pytest.fixture
+def model() -> Model:
+    model = Model(PARAMS)
+    model.run(200)
+    return model
+
+
+def violation(model: Model) -> str:
+    report = check_cut(model.ram, model.params)
+    assert not report.consistent
+    assert report.violation is not None
+    return report.violation
+
+
+def latest(model: Model, thread: int, back: int = 0) -> tuple[int, int]:
+    """(k, page) of the `back`-th newest write that is the last one of its page."""
+    seen: set[int] = set()
+    for k in range(model.progress[thread], 0, -1):
+        page = write_page(model.params, thread, k)
+        if page not in seen:
+            if len(seen) == back:
+                return k, page
+            seen.add(page)
+    raise AssertionError("not so many pages")
+
+
+def unwritten(model: Model, kind: str) -> int:
+    """A page of that class without a write."""
+    return next(
+        page
+        for page in range(model.params.page_count)
+        if class_of(model.params, page) == kind and not model.get(page, 0)
+    )
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "hot", "sequential"])
+@pytest.mark.parametrize("writes", [0, 1, 50, 2000])
+def test_model_is_consistent_at_every_pattern(pattern: str, writes: int) -> None:
+    model = Model(GuestParams(size=MIB, threads=3, pattern=pattern, hot_size=96 << 10, hole_percent=10))
+    model.run(writes)
+    report = check_cut(model.ram, model.params)
+    assert report.consistent, report.violation
+    assert report.writes == model.progress
+    assert report.torn == [False] * 3
+    assert report.written_pages == sum(1 for page in range(256) if model.get(page, 0))
+    holes = sum(class_of(model.params, page) == "hole" and not model.get(page, 0) for page in range(256))
+    assert report.untouched_hole_pages == holes
+    assert check_cut(model.ram, model.params, model.progress).consistent
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 4])
+def test_torn_tip_is_allowed_and_seen(model: Model, words: int) -> None:
+    done = list(model.progress)
+    model.write(1, words)
+    report = check_cut(model.ram, model.params)
+    assert report.consistent, report.violation
+    assert report.torn == [False, True, False]
+    assert report.writes[1] == done[1] + 1
+
+
+def test_torn_tip_of_a_page_written_before() -> None:
+    model = Model(GuestParams(size=16 * PAGE_BYTES, threads=2, pattern="sequential"))
+    model.run(100)
+    model.write(0, 2)
+    report = check_cut(model.ram, model.params)
+    assert report.consistent, report.violation
+    assert report.torn == [True, False]
+
+
+def test_torn_tip_with_a_last_word_of_no_write(model: Model) -> None:
+    page = model.write(1, 2)
+    model.put(page, LAST, model.progress[1] - 3)
+    assert f"page {page} " in violation(model)
+    assert "torn" in violation(model)
+
+
+def test_torn_tip_that_somebody_saw_complete(model: Model) -> None:
+    model.write(1)
+    model.write(0)
+    k, page = latest(model, 1)
+    model.put(page, LAST, 0 if not latest_before(model, 1, k) else latest_before(model, 1, k))
+    assert f"saw write {k} of thread 1 completed" in violation(model)
+
+
+def latest_before(model: Model, thread: int, k: int) -> int:
+    page = write_page(model.params, thread, k)
+    return max((j for j in range(1, k) if write_page(model.params, thread, j) == page), default=0)
+
+
+def test_page_too_new(model: Model) -> None:
+    """A page saved after T: write K+1 of thread 0 is there, write K is not."""
+    k, page = latest(model, 0)
+    before = bytes(model.ram[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
+    model.write(0)
+    old = initial_page(PARAMS, page)
+    assert before != old
+    model.ram[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = old
+    text = violation(model)
+    assert f"page {page} (thread 0" in text
+    assert f"expected write {k}, found write 0" in text
+
+
+def test_page_too_old(model: Model) -> None:
+    k, page = latest(model, 2, back=5)
+    model.put(page, 0, k - 1)
+    model.put(page, LAST, k - 1)
+    assert f"page {page} (thread 2" in violation(model)
+    assert f"expected write {k}, found write {k - 1}" in violation(model)
+
+
+def test_write_in_a_page_of_another_write(model: Model) -> None:
+    page = unwritten(model, "filled")
+    model.put(page, 0, 1)
+    assert f"page {page} " in violation(model)
+    assert "no write up to the cut" in violation(model)
+
+
+def test_write_number_from_nowhere(model: Model) -> None:
+    model.put(latest(model, 0)[1], 0, 1 << 62)
+    assert "found write" in violation(model)
+
+
+def test_torn_page_that_is_not_the_last(model: Model) -> None:
+    k, page = latest(model, 0, back=3)
+    model.put(page, LAST, 0)
+    assert f"page {page} (thread 0" in violation(model)
+    assert f"torn: first word {k}, last word 0" in violation(model)
+
+
+def test_causality(model: Model) -> None:
+    """Thread 1 saw a write of thread 0 that the image does not hold."""
+    _, page = latest(model, 1)
+    model.put(page, 1, model.progress[0] + 1)
+    assert f"page {page} (thread 1" in violation(model)
+    assert f"saw write {model.progress[0] + 1} of thread 0" in violation(model)
+
+
+def test_thread_left_behind_as_a_whole() -> None:
+    """All pages of thread 0 are of an earlier instant: each thread alone looks right."""
+    model = Model(PARAMS)
+    model.run(100)
+    early = Model(PARAMS)
+    early.run(100)
+    model.run(300, seed=8)
+    for page in range(0, PARAMS.page_count, PARAMS.threads):
+        span = slice(page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+        model.ram[span] = early.ram[span]
+    assert f"but the image ends at its write {early.progress[0]}" in violation(model)
+
+
+def test_clock_that_runs_backwards(model: Model) -> None:
+    _, page = latest(model, 1, back=20)
+    model.put(page, 1, model.progress[0])
+    assert "a later write of its thread saw only" in violation(model)
+
+
+def test_own_clock(model: Model) -> None:
+    _, page = latest(model, 1, back=2)
+    model.put(page, 2, 0)
+    assert "its own clock" in violation(model)
+
+
+def test_clock_of_a_thread_that_is_not(model: Model) -> None:
+    _, page = latest(model, 1, back=2)
+    model.put(page, 8, 1)
+    assert "there is no such thread" in violation(model)
+
+
+@pytest.mark.parametrize("kind", ["filled", "zero", "hole"])
+@pytest.mark.parametrize("offset", [72, 2048, 4087])
+def test_flipped_body_byte(model: Model, kind: str, offset: int) -> None:
+    page = unwritten(model, kind)
+    model.ram[page * PAGE_BYTES + offset] ^= 1
+    assert f"page {page} (thread {page % 3}, {kind}): word {offset // 8} is " in violation(model)
+
+
+@pytest.mark.parametrize("word", [0, 1, 8, LAST])
+def test_mark_in_a_hole(model: Model, word: int) -> None:
+    page = unwritten(model, "hole")
+    model.put(page, word, 1)
+    assert f"page {page} " in violation(model)
+
+
+def test_flipped_body_byte_of_a_written_page(model: Model) -> None:
+    _, page = latest(model, 1)
+    model.ram[page * PAGE_BYTES + 100] ^= 0x80
+    assert f"page {page} " in violation(model)
+
+
+def test_pages_swapped(model: Model) -> None:
+    one, two = (unwritten(model, "filled"), latest(model, 0)[1])
+    first = bytes(model.ram[one * PAGE_BYTES : (one + 1) * PAGE_BYTES])
+    second = bytes(model.ram[two * PAGE_BYTES : (two + 1) * PAGE_BYTES])
+    model.ram[one * PAGE_BYTES : (one + 1) * PAGE_BYTES] = second
+    model.ram[two * PAGE_BYTES : (two + 1) * PAGE_BYTES] = first
+    violation(model)
+
+
+def test_counts_of_a_paused_guest(model: Model) -> None:
+    off = [model.progress[0], model.progress[1] + 1, model.progress[2]]
+    report = check_cut(model.ram, PARAMS, off)
+    assert report.violation == (
+        f"thread 1: the image ends at write {model.progress[1]}, it stood paused after {off[1]}"
+    )
+    stood = [model.progress[0], model.progress[1] + 1, model.progress[2]]
+    model.write(1, 2)
+    assert not check_cut(model.ram, PARAMS, stood).consistent  # torn, but the writer stood
+
+
+def test_check_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="bytes of RAM"):
+        check_cut(bytearray(PAGE_BYTES), PARAMS)
+    with pytest.raises(ValueError, match="2 counts for 3 threads"):
+        check_cut(bytearray(PARAMS.size), PARAMS, [1, 2])
+
+
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+@pytest.mark.parametrize("pages", ["4k", "thp", "2m"])
+@pytest.mark.parametrize("pattern", ["uniform", "hot", "sequential"])
+def test_native_writers_keep_the_order(backing: str, pages: str, pattern: str) -> None:
+    size = 8 * MIB
+    params = GuestParams(
+        size=size, backing=backing, pages=pages, threads=4, pattern=pattern, hot_size=MIB,
+        zero_percent=25, hole_percent=25, seed=99,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if pages == "2m":
+            stack.enter_context(huge_pages(size // HUGE_BYTES))
+        memory = stack.enter_context(GuestMemory(params))
+        assert memory.addr % HUGE_BYTES == 0
+        writers = stack.enter_context(GuestWriters(memory))
+        assert check_cut(memory, params, [0] * 4).consistent
+        writers.resume()
+        for floor in (1000, 20000):
+            until(lambda floor=floor: min(writers.counts()) > floor)
+            writers.pause()
+            counts = writers.counts()
+            report = check_cut(memory, params, counts)
+            assert report.consistent, report.violation
+            assert writers.counts() == counts
+            writers.resume()
+
+
+def test_copy_under_the_writers_is_caught() -> None:
+    """The oracle can fail on the real thing: a plain copy while the writers run is no cut."""
+    params = GuestParams(size=16 * MIB, threads=2)
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        writers.resume()
+        until(lambda: min(writers.counts()) > 1000)
+        before = sum(writers.counts())
+        copy = bytearray(memory)
+        assert sum(writers.counts()) > before
+        assert not check_cut(copy, params).consistent
+
+
+def test_holes_are_not_touched() -> None:
+    params = GuestParams(size=64 * MIB, hole_percent=50, zero_percent=10)
+    holes = [page for page in range(params.page_count) if class_of(params, page) == "hole"]
+    assert len(holes) == pytest.approx(params.page_count / 2, rel=0.02)
+    with GuestMemory(params) as memory, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        pagemap.seek(memory.addr // PAGE_BYTES * 8)
+        entries = struct.unpack(f"<{params.page_count}Q", pagemap.read(params.page_count * 8))
+    present = {page for page, entry in enumerate(entries) if entry >> 62}
+    assert present == set(range(params.page_count)) - set(holes)
+    kinds = [class_of(params, page) for page in range(params.page_count)]
+    assert kinds.count("zero") == pytest.approx(params.page_count / 10, rel=0.25)
+
+
+def test_thp_holes_are_whole_huge_pages() -> None:
+    params = GuestParams(size=64 * MIB, hole_percent=25, pages="thp")
+    units = [{class_of(params, unit * 512 + page) for page in range(512)} for unit in range(32)]
+    assert sum(kinds == {"hole"} for kinds in units) == 8
+    assert all(kinds == {"hole"} or "hole" not in kinds for kinds in units)
+
+
+def test_compressibility() -> None:
+    zstandard = pytest.importorskip("zstandard")
+    for incompressible, low, high in ((False, 3.0, 5.0), (True, 0.99, 1.01)):
+        params = GuestParams(size=4 * MIB, incompressible=incompressible)
+        with GuestMemory(params) as memory:
+            data = bytes(memory)
+        ratio = len(data) / len(zstandard.ZstdCompressor(level=1).compress(data))
+        assert low < ratio < high
+
+
+def test_writers_write_holes_and_zero_pages() -> None:
+    params = GuestParams(size=MIB, hole_percent=50, zero_percent=50, pattern="sequential")
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        writers.resume()
+        until(lambda: writers.counts()[0] > params.page_count)
+        writers.pause()
+        report = check_cut(memory, params, writers.counts())
+        assert report.consistent, report.violation
+        assert report.written_pages == params.page_count
+        assert report.untouched_hole_pages == 0
+
+
+def test_throttle() -> None:
+    params = GuestParams(size=MIB, threads=2)
+    with GuestMemory(params) as memory, GuestWriters(memory, 20000) as writers:
+        begin = time.monotonic()
+        writers.resume()
+        until(lambda: sum(writers.counts()) >= 6000)
+        assert time.monotonic() - begin == pytest.approx(0.3, rel=0.25)
+
+
+def test_rate_zero_never_writes_and_pauses_at_once() -> None:
+    params = GuestParams(size=MIB, threads=8)
+    with GuestMemory(params) as memory, GuestWriters(memory, 0) as writers:
+        writers.resume()
+        writers.pause()
+        assert writers.counts() == [0] * 8
+        assert check_cut(memory, params, [0] * 8).consistent
+
+
+def test_pause_and_resume_many_times() -> None:
+    """A lost wake-up would hang it; a writer that goes on while paused would move the counts."""
+    params = GuestParams(size=MIB, threads=8)
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        for _ in range(300):
+            writers.resume()
+            writers.pause(30.0)
+            counts = writers.counts()
+            writers.pause()
+            assert writers.counts() == counts
+        report = check_cut(memory, params, counts)
+        assert report.consistent, report.violation
+
+
+def test_bins_and_stalls_add_up() -> None:
+    params = GuestParams(size=4 * MIB, threads=2)
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        begin = time.monotonic_ns()
+        writers.resume()
+        until(lambda: len(writers.bins()) > 5)
+        writers.pause()
+        end = time.monotonic_ns()
+        bins, stalls, total = writers.bins(), writers.stalls(), sum(writers.counts())
+        assert sum(count for _, count in bins) == total
+        assert all(at % 10_000_000 == 0 and begin - 10_000_000 < at <= end for at, _ in bins)
+        assert [at for at, _ in bins] == sorted({at for at, _ in bins})
+        assert writers.bins(end + 1) == []
+        assert sum(count for _, count in stalls["histogram"]) == stalls["count"] < total
+        assert all(3000 * 7 // 8 <= least for least, _ in stalls["histogram"])
+        if stalls["count"]:
+            assert bucket_of(stalls["max_ns"]) == bucket_of(stalls["histogram"][-1][0])
+
+
+def test_histogram_buckets() -> None:
+    for ns in [*range(5000), 10**6, 10**9, 10**12, 2**64 - 1]:
+        bucket = bucket_of(ns)
+        assert bucket < 496
+        assert bucket_floor(bucket) <= ns
+        assert ns < 8 or ns < bucket_floor(bucket) * 9 / 8
+        assert bucket_of(bucket_floor(bucket)) == bucket
+
+
+def test_life_cycle() -> None:
+    params = GuestParams(size=MIB)
+    memory = GuestMemory(params)
+    writers = GuestWriters(memory)
+    with pytest.raises(BufferError):
+        memory.close()
+    writers.close()
+    writers.close()
+    with pytest.raises(ValueError, match="closed"):
+        writers.counts()
+    memory.close()
+    memory.close()
+    with pytest.raises(ValueError, match="closed"):
+        memoryview(memory)
+
+
+def test_huge_pages_that_are_not_there() -> None:
+    free = int(NR_HUGEPAGES.read_text())
+    with pytest.raises(OSError, match="nr_hugepages"):
+        GuestMemory(GuestParams(size=(free + 8) * HUGE_BYTES, pages="2m"))
+
+
+def test_memfd_cannot_be_shrunk() -> None:
+    with GuestMemory(GuestParams(size=MIB, backing="memfd")) as memory:
+        with pytest.raises(PermissionError):
+            mmap.mmap(memory.memfd, MIB).resize(PAGE_BYTES)
+        assert bytes(memory) == mmap.mmap(memory.memfd, MIB)[:]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", 0), ("size", 4097), ("size", -4096), ("size", 2.0), ("size", True), ("threads", 0),
+        ("threads", 9), ("pattern", "x"), ("pages", "1g"), ("backing", "file"), ("zero_percent", -1),
+        ("zero_percent", 101), ("hole_percent", 71), ("seed", -1), ("seed", 1 << 63), ("incompressible", 1),
+    ],
+)  # fmt: skip
+def test_bad_parameters(field: str, value: object) -> None:
+    good: dict[str, object] = {"size": MIB, "zero_percent": 30, "threads": 2}
+    with pytest.raises(ValueError, match=field):
+        GuestParams(**{**good, field: value})  # type: ignore[arg-type]
+
+
+def test_parameters_go_through_json() -> None:
+    assert GuestParams.from_json(PARAMS.to_json()) == PARAMS
+    with pytest.raises(ValueError, match="guest parameters"):
+        GuestParams.from_json({"size": MIB, "colour": 1})
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("4096", "64K", "256M", "1GiB", "2g")] == [
+        4096, 65536, 256 * MIB, 1 << 30, 2 << 30,
+    ]  # fmt: skip
+    for text in ("", "x", "-1", "1.5G", "1P", "1 2"):
+        with pytest.raises(ValueError, match="size"):
+            parse_size(text)
