@@ -82,7 +82,7 @@ def _add(
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Image]:
     """The image of the command line. A pipe is copied into an unnamed file first: pages come in any order."""
-    from snapengine import open_image
+    from snapengine.image import open_image
 
     with contextlib.ExitStack() as stack:
         file: Any = path
@@ -162,10 +162,8 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"ok": True} | report)
     else:
-        pages = format_count(report["data_pages"])
-        print(
-            f"{args.image}: ok, {format_size(report['file_bytes'])}, {report['chunks']} chunks, {pages} data pages"
-        )
+        size, pages = format_size(report["file_bytes"]), format_count(report["data_pages"])
+        print(f"{args.image}: ok, {size}, {report['chunks']} chunks, {pages} data pages")
     return EXIT_OK
 
 

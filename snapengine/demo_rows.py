@@ -29,8 +29,8 @@ class Row:
     consistent: bool | None
     """The restored memory is a state that the guest had at one instant; None: there is no image."""
     stall_ns: dict[str, int]
-    """``p50``, ``p99``, ``max``: how long the writes took that were held up (by more than 3 microseconds) during
-    the capture; the last one includes the pause of dirty logging."""
+    """``p50``, ``p99``, ``max`` of the writes that took more than 3 microseconds during the capture; a pause
+    of the guest counts for the last."""
     writes_kept: float | None
     """Writes during the capture, as a share of the undisturbed ones; None at rate 0."""
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snapengine.capture import snapshot
 from snapengine.cli_common import say
 from snapengine.demo_rows import Row
 from snapengine.guestimage import check_image
 from snapengine.guestparams import GuestParams
 from snapengine.guestprocess import GuestProcess
+from snapengine.image import open_image
 from snapengine.options import Options
 from snapengine.peer import PeerTarget
 from snapengine.progress import follow
@@ -33,8 +35,9 @@ class Span:
     @property
     def writes_per_second(self) -> float:
         """Of all writers together."""
-        writes = sum(self.after["writes"]) - sum(self.before["writes"])
-        return writes * 1e9 / (self.after["now_ns"] - self.before["now_ns"])
+        writes: int = sum(self.after["writes"]) - sum(self.before["writes"])
+        nanoseconds: int = self.after["now_ns"] - self.before["now_ns"]
+        return writes * 1e9 / nanoseconds
 
     def stalls(self) -> dict[str, int]:
         """``p50``, ``p99`` and ``max`` of the writes that were held up meanwhile (0 if none was).
@@ -74,8 +77,6 @@ def watch(guest: GuestProcess, seconds: float) -> Span:
 
 def capture(guest: GuestProcess, socket: Path, options: Options, image: Path) -> tuple[Result, Span]:
     """One live capture, and what the guest did while it ran."""
-    from snapengine import snapshot
-
     before = guest.stats()
     with snapshot(PeerTarget(socket, method=options.method), str(image), options) as running:
         follow(running)
@@ -84,8 +85,6 @@ def capture(guest: GuestProcess, socket: Path, options: Options, image: Path) ->
 
 def prove(image: Path) -> bool:
     """Verify every checksum, restore the memory, and check that it is a state the guest once had."""
-    from snapengine import open_image
-
     with open_image(image) as opened:
         opened.verify()
         report = check_image(opened)

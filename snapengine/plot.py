@@ -100,13 +100,14 @@ def draw(rows: Sequence[Row], path: str, subtitle: str = "") -> None:
     """Draw `rows` into `path`; the suffix says the form (PNG, SVG, PDF)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     ticks = {tick(row): tick_label(row) for row in reversed(rows)}  # of two rates for one tick, the first
     ticks = dict(reversed(ticks.items()))
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    # The rectangle leaves room for the labels at the ends of the lines.
+    figure = Figure(figsize=(11, 8), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.97, 1)))
     FigureCanvasAgg(figure)  # no window system, and no global state of pyplot
     size, time = figure.subplots(2, 1)
-    figure.get_layout_engine().set(rect=(0, 0, 0.97, 1))  # room for the labels at the ends of the lines
 
     _lines(size, rows, ticks, [row.result.image_bytes / MIB for row in rows])
     _nonzero_line(size, rows, ticks)
