@@ -67,11 +67,11 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
         mask = bits_mask(page & 63, n)
         data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
         while data:
-            err = lane_room(capture.pool, &lane.slot, 64, wait)
-            if err:
-                return err
             first = snap_ctz(data)
             run = min(snap_ctz(~(data >> first)), 64 - first) if ~(data >> first) else 64
+            err = lane_room(capture.pool, &lane.slot, run, wait)
+            if err:
+                return err
             err = copy_run(capture, lane, region, (page & ~<uint64_t>63) + first, run)
             if err:
                 return err

@@ -73,7 +73,7 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
     # file will tell no more once the page exists, so the hole is claimed and put down here.
     if region.presence != PRESENCE_BITS and not bits_test(capture.claimed, page):
-        err = lane_room(capture.pool, &lane.slot, 64, False)
+        err = lane_room(capture.pool, &lane.slot, 1, False)
         if err:
             capture_fail(capture, err, "spill file", 0)
         elif bits_claim(capture.claimed, page >> 6, bit):
@@ -92,7 +92,7 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):
-        err = lane_room(capture.pool, &lane.slot, 64, False)
+        err = lane_room(capture.pool, &lane.slot, 1, False)
         if err:
             capture_fail(capture, err, "spill file", 0)
             return

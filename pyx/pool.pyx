@@ -272,8 +272,10 @@ cdef class Pool:
                              f"and {encoders} encoder threads")
         n = min(n - 2 * encoders, least + total_pages * PAGE // slot_bytes + 1)
         self.spill_file = tempfile.TemporaryFile(buffering=0, dir=spill_dir, prefix="snapengine-spill-")
+        # A chunk is queued when 64 pages more would not fit, or when it is full: no more chunks than this
+        # can lie in the spill file at one time.
         ring = 64
-        while ring < n + 2 * lanes + 2 * (total_pages * PAGE // slot_bytes + 1):
+        while ring < n + 2 * lanes + total_pages // 32:
             ring *= 2
         self.control = Arena(sizeof(pool_t) + n * 4)
         self.control.touch()

@@ -134,7 +134,7 @@ cdef int _save_shared_pages(capture_t *capture, lane_t *lane, bint copied) noexc
             if copied:
                 release(capture, lane, 0, addr, PAGE)
             elif bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63)):
-                err = lane_room(capture.pool, &lane.slot, 64, False)
+                err = lane_room(capture.pool, &lane.slot, 1, False)
                 if not err:
                     err = copy_run(capture, lane, region, page, 1)
                 if err:

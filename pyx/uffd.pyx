@@ -156,10 +156,11 @@ def negotiated_features(int fd):
     The kernel shows them in /proc/self/fdinfo ("API: aa:FEATURES:IOCTLS"); bit 31 says that UFFDIO_API
     was called. Raises OSError where `fd` is not a userfaultfd.
     """
-    for line in open(f"/proc/self/fdinfo/{fd}", encoding="ascii"):
-        if line.startswith("API:"):
-            features = int(line.split()[1].split(":")[1], 16)
-            return features & 0x7FFFFFFF if features >> 31 & 1 else None
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("API:"):
+                features = int(line.split()[1].split(":")[1], 16)
+                return features & 0x7FFFFFFF if features >> 31 & 1 else None
     raise OSError(22, f"descriptor {fd} is not a userfaultfd")
 
 

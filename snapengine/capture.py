@@ -16,7 +16,7 @@ import time
 import weakref
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from snapengine.dirtylog import DirtyLog
 from snapengine.encoder import Encoder
@@ -101,6 +101,8 @@ def snapshot(
 
 class Capture:
     """One capture, made by `snapshot`. Use it as a context manager, or call `start` and `wait`."""
+
+    _session_extra: ClassVar[dict[str, Any]] = {}  # the negative control of the tests arms otherwise
 
     def __init__(self, target: Target, sink: Any, options: Options, vmstate: dict[str, bytes]) -> None:
         self._target = target
@@ -247,6 +249,7 @@ class Capture:
             self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
             encoders=encoders, spill_dir=options.spill_dir, rounds=not tracking,
+            **self._session_extra,
         )  # fmt: skip
         if not tracking and not self._session.has_scan:
             raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")

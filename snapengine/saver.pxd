@@ -8,7 +8,7 @@ cdef void unit_of(capture_t *capture, region_t *region, uint64_t page, uint64_t 
                   uint64_t *n) noexcept nogil
 # Claim a whole unit: True for the one thread that wins it.
 cdef bint claim_unit(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil
-# Save, then release, pages that the caller claimed. The lane has room for 64 pages.
+# Save, then release, pages that the caller claimed. The lane has room for them.
 # Return 0 or an errno, which has ended the capture.
 cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                      uint64_t won) noexcept nogil

@@ -98,3 +98,37 @@ def pip(*arguments):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def guest(requires_uffd, tmp_path):
+    """``with guest(params, rate=None) as socket``: an embedded guest that hands itself over there."""
+    import contextlib
+
+    from snapengine.guestprocess import GuestProcess
+
+    @contextlib.contextmanager
+    def start(params, rate=None):
+        socket = tmp_path / "guest.sock"
+        with GuestProcess(socket, params, rate):
+            yield str(socket)
+
+    return start
+
+
+@pytest.fixture
+def hugetlb():
+    """``hugetlb(n)``: at least n free 2 MiB hugetlb pages, given back after the test."""
+    knob = Path("/proc/sys/vm/nr_hugepages")
+    before = knob.read_text()
+
+    def reserve(pages):
+        try:
+            knob.write_text(str(int(before) + pages))
+        except OSError as error:
+            pytest.skip(f"may not raise nr_hugepages: {error}")
+        if int(knob.read_text()) < pages:
+            pytest.skip(f"only {knob.read_text().strip()} of {pages} hugetlb pages to be had")
+
+    yield reserve
+    knob.write_text(before)

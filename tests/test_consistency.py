@@ -1,0 +1,125 @@
+"""The image is exactly the state at T: proven on a guest that writes all the time, never paused.
+
+Each write of the guest carries its number and what its thread had seen of the others' numbers, so the
+checker knows every byte that a consistent cut must hold. The negative control serves faults before T,
+which lets a writer go on to memory that is not yet protected, and the checker must notice.
+"""
+
+import pytest
+
+import snapengine
+from snapengine.capture import Capture
+from snapengine.guestimage import check_image
+from snapengine.guestparams import GuestParams
+from snapengine.image import open_image
+from snapengine.options import Options
+from snapengine.peer import PeerTarget
+
+MIB = 1 << 20
+
+
+class SoftTarget(PeerTarget):
+    """A peer that is not paused at T: its threads run through the whole arming."""
+
+    def open(self, features):
+        opened = super().open(features)
+        self.can_pause = False
+        return opened
+
+
+class EarlyCapture(Capture):
+    _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+
+
+def snap(guest_socket, path, make=None, **options):
+    target = SoftTarget(guest_socket, method="write-tracking")
+    if make is None:
+        capture = snapengine.snapshot(target, path, **options)
+    else:
+        capture = make(target, path, Options(**options), {})
+    with capture:
+        pass
+    with open_image(path) as image:
+        image.verify()
+        return capture.result, check_image(image)
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "hot", "sequential"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
+def test_soft_cut_is_consistent(guest, tmp_path, backing, pages, threads, pattern):
+    params = GuestParams(
+        size=32 * MIB, backing=backing, pages=pages, threads=threads, pattern=pattern,
+        hot_size=4 * MIB if pattern == "hot" else 0, zero_percent=10, hole_percent=10,
+    )  # fmt: skip
+    with guest(params) as socket:
+        for _ in range(3):
+            result, report = snap(socket, tmp_path / "image")
+            assert report.consistent, report
+            assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
+            assert result.lost_pages == 0
+            assert result.duplicate_pages == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+def test_soft_cut_of_hugetlb_is_consistent(guest, tmp_path, hugetlb, backing, threads):
+    hugetlb(24)
+    params = GuestParams(size=32 * MIB, backing=backing, pages="2m", threads=threads, hole_percent=25)
+    with guest(params) as socket:
+        for _ in range(3):
+            result, report = snap(socket, tmp_path / "image")
+            assert report.consistent, report
+            assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
+
+
+def test_serving_faults_before_t_is_noticed(guest, tmp_path):
+    params = GuestParams(size=32 * MIB, threads=1)
+    with guest(params) as socket:
+        for _ in range(50):
+            _, report = snap(socket, tmp_path / "image", EarlyCapture)
+            if not report.consistent:
+                break
+        assert not report.consistent, "50 cuts with faults served before T, and the oracle accepted all"
+
+
+def test_with_a_spill_and_few_buffers(guest, tmp_path):
+    params = GuestParams(size=64 * MIB, threads=3, incompressible=True)
+    with guest(params) as socket:
+        result, report = snap(
+            socket, tmp_path / "image", memory_limit=16 * MIB, rate_limit=64 * MIB, spill_dir=str(tmp_path)
+        )
+    assert report.consistent, report
+    assert result.spilled_bytes > 0
+    assert result.peak_buffer_bytes <= 16 * MIB
+
+
+@pytest.mark.parametrize("compress", ["zstd", "zstd:3"])
+def test_compressed(guest, tmp_path, compress):
+    params = GuestParams(size=32 * MIB, threads=3)
+    with guest(params) as socket:
+        result, report = snap(socket, tmp_path / "image", compress=compress)
+    assert report.consistent, report
+    assert result.image_bytes < result.nonzero_bytes / 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
+def test_dirty_logging_is_consistent(guest, tmp_path, backing, pages, threads):
+    params = GuestParams(
+        size=32 * MIB, backing=backing, pages=pages, threads=threads, zero_percent=10, hole_percent=10
+    )
+    with guest(params, rate=20000) as socket:
+        target = PeerTarget(socket, method="dirty-logging")
+        with snapengine.snapshot(target, tmp_path / "image", method="dirty-logging") as capture:
+            pass
+        result = capture.result
+        with open_image(tmp_path / "image") as image:
+            image.verify()
+            report = check_image(image)
+    assert result.status == "completed"
+    assert report.consistent, report
+    unique = result.pages_saved - result.duplicate_pages
+    assert unique + result.zero_pages + result.hole_pages == result.pages_total
+    assert result.rounds >= 2
+    assert result.stop_ns > 0
