@@ -71,7 +71,7 @@ def cells(row: Row) -> list[str]:
         format_ns(result.duration_ns),
         str(result.rounds),
         format_count(result.faults),
-        *(format_ns(row.stall_ns[name]) for name in ("p50", "p99", "max")),
+        *(format_ns(row.stall_ns[name]) if row.stall_ns[name] else "-" for name in ("p50", "p99", "max")),
         "-" if row.writes_kept is None else f"{row.writes_kept:.0%}",
         {True: "yes", False: "NO", None: "-"}[row.consistent],
     ]
@@ -95,14 +95,12 @@ def summary(rows: Sequence[Row]) -> str:
         done = [row for row in own if row.completed]
         parts = []
         if done:
-            parts.append(f"images of {min(row.ratio for row in done):.3f} to "
-                         f"{max(row.ratio for row in done):.3f} x the memory that is not zero")  # fmt: skip
+            low, high = min(row.ratio for row in done), max(row.ratio for row in done)
+            parts.append(f"images of {low:.3f} to {high:.3f} x the memory that is not zero")
+            wrong = [row.rate_text for row in done if not row.consistent]
+            parts.append(f"NOT CONSISTENT at {', '.join(wrong)}" if wrong else "all of them consistent")
         if len(done) < len(own):
             rates = ", ".join(row.rate_text for row in own if not row.completed)
             parts.append(f"did not converge at {rates} writes/s")
-        wrong = [row.rate_text for row in done if not row.consistent]
-        parts.append(
-            f"NOT CONSISTENT at {', '.join(wrong)}" if wrong else "all of them consistent" if done else ""
-        )
-        lines.append(f"{method}: {'; '.join(filter(None, parts))}.")
+        lines.append(f"{method}: {'; '.join(parts)}.")
     return "\n".join(lines)

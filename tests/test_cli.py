@@ -282,8 +282,18 @@ def test_through_a_command(socket, tmp_path):
 
 def test_dirty_logging_that_does_not_converge(socket, tmp_path):
     with guest(socket, "--rate", "max"):
-        bounds = ("--max-rounds", 3, "--rate-limit", "16M", "--memory-limit", "16M", "--downtime-limit", "10ms")
-        done = run("save", "--socket", socket, "--method", "dirty-logging", *bounds, "--json", tmp_path / "vm.img")
+        bounds = (
+            "--max-rounds",
+            3,
+            "--rate-limit",
+            "16M",
+            "--memory-limit",
+            "16M",
+            "--downtime-limit",
+            "10ms",
+        )
+        save = ("save", "--socket", socket, "--method", "dirty-logging", "--json")
+        done = run(*save, *bounds, tmp_path / "vm.img")
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["status"] == NOT_CONVERGED
     assert "did not converge" in done.stderr
