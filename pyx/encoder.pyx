@@ -10,16 +10,16 @@ capture longer than storing raw would.
 """
 
 from cpython.buffer cimport PyBUF_READ
+from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-
-import os
 
 import zstandard
 
 from snapengine.atomics cimport snap_load
 from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport SNAP_RAW, SNAP_ZSTD
+from snapengine.oserror cimport raise_oserror
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, pool_unspill, slot_data, slot_entries,
 )
@@ -40,9 +40,16 @@ cdef bint _await_turn(turn_t *turn, uint64_t ticket) noexcept nogil:
     return not turn.broken
 
 
-cdef void _end_turn(turn_t *turn, bint broken) noexcept nogil:
+cdef void _end_turn(turn_t *turn) noexcept nogil:
     turn.next += 1
-    turn.broken = turn.broken or broken
+    pthread_cond_broadcast(&turn.changed)
+    pthread_mutex_unlock(&turn.lock)
+
+
+cdef void _break_turns(turn_t *turn, bint locked) noexcept nogil:
+    if not locked:
+        pthread_mutex_lock(&turn.lock)
+    turn.broken = True
     pthread_cond_broadcast(&turn.changed)
     pthread_mutex_unlock(&turn.lock)
 
@@ -55,21 +62,30 @@ cdef class Encoder:
     """The encoder side of one capture; `run` is the body of each of `threads` threads."""
 
     def __init__(self, Pool pool not None, Writer writer not None, level, int threads):
+        cdef int number
         self.pool = pool
         self.writer = writer
-        self.level = level
+        self.compressing = level is not None
         self.threads = threads
         self.control = Arena(sizeof(turn_t))
         self.control.touch()
         self.turn = <turn_t *>self.control.base
         pthread_mutex_init(&self.turn.lock, NULL)
         pthread_cond_init(&self.turn.changed, NULL)
-        self.scratch = [Arena(pool.pool.stride) for _ in range(threads)]
+        if not 1 <= threads <= ENCODERS_MAX:
+            raise ValueError(f"encoder threads: {threads} is not in 1 ... {ENCODERS_MAX}")
+        self.memory = Arena(threads * pool.pool.stride)
+        for number in range(threads):
+            self.scratch[number] = self.memory.base + number * pool.pool.stride
+        self.packed = [b""] * threads
+        self.compressors = []
+        if self.compressing:
+            self.compressors = [zstandard.ZstdCompressor(level=level) for _ in range(threads)]
 
     @property
     def scratch_bytes(self):
         """Bytes that the encoders hold beside the pool."""
-        return self.threads * self.pool.pool.stride * (2 if self.level is not None else 1)
+        return self.threads * self.pool.pool.stride * (2 if self.compressing else 1)
 
     cdef bint _worth_it(self, uint64_t ticket) noexcept nogil:
         cdef double zstd_cost, raw_cost
@@ -79,74 +95,90 @@ cdef class Encoder:
         zstd_cost = max(self.turn.compress_cost / self.threads, self.turn.sink_cost * self.turn.ratio)
         return zstd_cost <= raw_cost
 
-    def run(self, int number):
-        """Encode and write until the queue is closed and empty. Raises what the sink raises; returns early
-        and silently if another thread of the capture failed."""
+    cdef uint64_t _pack(self, int number, const char *data, uint64_t length,
+                        const char **frame) except? 0:
+        """Compress into packed[number]. The length of the frame, or 0 if that does not save a sixteenth."""
+        cdef uint64_t begin = snap_now_ns()
+        cdef uint64_t stored
+        packed = self.compressors[number].compress(PyMemoryView_FromMemory(<char *>data, length, PyBUF_READ))
+        stored = len(packed)
+        self.turn.compress_cost = _mixed(self.turn.compress_cost, (snap_now_ns() - begin) / <double>length)
+        self.turn.ratio = _mixed(self.turn.ratio, stored / <double>length)
+        self.packed[number] = packed            # keeps the frame alive until this thread's next one
+        frame[0] = PyBytes_AS_STRING(packed)
+        return stored if stored < length - length // 16 else 0
+
+    cdef int _load(self, const chunk_ref *chunk, int number, char **data, uint64_t **entries) except -1 nogil:
+        """Where the chunk's bytes are; reads them back if they were spilled."""
         cdef pool_t *pool = self.pool.pool
-        cdef Arena scratch = self.scratch[number]
-        cdef chunk_ref chunk
-        cdef uint64_t ticket, stored, begin
+        cdef int err
+        if chunk.slot != NO_SLOT:
+            data[0] = slot_data(pool, chunk.slot)
+            entries[0] = slot_entries(pool, chunk.slot)
+            return 0
+        data[0] = self.scratch[number]
+        entries[0] = <uint64_t *>(data[0] + pool.slot_bytes)
+        err = pool_unspill(pool, chunk, data[0], entries[0])
+        if err:
+            raise_oserror(err, "spill file")
+        return 0
+
+    cdef int _write(self, const uint64_t *entries, const chunk_ref *chunk, const char *payload,
+                    uint64_t stored, uint16_t encoding, uint32_t crc) except -1 nogil:
+        """Only by the thread whose turn it is."""
+        cdef uint64_t begin = snap_now_ns()
+        self.writer.chunk(entries, chunk.n_entries, payload, stored, chunk.data_bytes, encoding, crc)
+        if stored:
+            self.turn.sink_cost = _mixed(self.turn.sink_cost, (snap_now_ns() - begin) / <double>stored)
+        if encoding == SNAP_RAW:
+            self.raw_chunks += 1
+        else:
+            self.compressed_chunks += 1
+        return 0
+
+    cdef int _encode(self, const chunk_ref *chunk, uint64_t ticket, int number) except -1 nogil:
+        """One chunk. Whatever goes wrong, encoders with later tickets do not wait for this one."""
         cdef char *data
         cdef uint64_t *entries
         cdef const char *payload
-        cdef uint16_t encoding
+        cdef const char *frame = NULL
+        cdef uint64_t stored = chunk.data_bytes
+        cdef uint64_t packed = 0
+        cdef uint16_t encoding = SNAP_RAW
         cdef uint32_t crc
-        cdef int status, err
-        cdef bint mine
-        compressor = None if self.level is None else zstandard.ZstdCompressor(
-            level=self.level, write_checksum=False, write_content_size=True)
-        while True:
-            with nogil:
-                status = pool_take(pool, &chunk, &ticket)
-            if status <= 0:
-                return
-            err = 0
-            if chunk.slot == NO_SLOT:
-                data = scratch.base
-                entries = <uint64_t *>(scratch.base + pool.slot_bytes)
-                with nogil:
-                    err = pool_unspill(pool, &chunk, data, entries)
-            else:
-                data = slot_data(pool, chunk.slot)
-                entries = slot_entries(pool, chunk.slot)
+        cdef bint ended = False, held = False
+        try:
+            self._load(chunk, number, &data, &entries)
             payload = data
-            stored = chunk.data_bytes
-            encoding = SNAP_RAW
-            packed = None
-            if not err and compressor is not None and stored and self._worth_it(ticket):
-                begin = snap_now_ns()
-                packed = compressor.compress(PyMemoryView_FromMemory(data, stored, PyBUF_READ))
-                self.turn.compress_cost = _mixed(self.turn.compress_cost,
-                                                 (snap_now_ns() - begin) / <double>stored)
-                self.turn.ratio = _mixed(self.turn.ratio, len(packed) / <double>stored)
-                if len(packed) < stored - stored // 16:
-                    payload = <const char *><bytes>packed
-                    stored = len(packed)
+            if self.compressing and stored and self._worth_it(ticket):
+                with gil:
+                    packed = self._pack(number, data, stored, &frame)
+                if packed:
+                    payload = frame
+                    stored = packed
                     encoding = SNAP_ZSTD
-            with nogil:
-                crc = crc32c(0, payload, stored)
-                mine = _await_turn(self.turn, ticket)
-            try:
-                if err:
-                    raise OSError(err, f"spill file: {os.strerror(err)}")
-                if mine:
-                    begin = snap_now_ns()
-                    with nogil:
-                        self.writer.chunk(entries, chunk.n_entries, payload, stored, chunk.data_bytes,
-                                          encoding, crc)
-                    if stored:
-                        self.turn.sink_cost = _mixed(self.turn.sink_cost,
-                                                     (snap_now_ns() - begin) / <double>stored)
-                    if encoding == SNAP_RAW:
-                        self.raw_chunks += 1
-                    else:
-                        self.compressed_chunks += 1
-            except BaseException:
-                _end_turn(self.turn, True)
-                raise
-            _end_turn(self.turn, False)
+            crc = crc32c(0, payload, stored)
+            held = True
+            if _await_turn(self.turn, ticket):
+                self._write(entries, chunk, payload, stored, encoding, crc)
+            _end_turn(self.turn)
+            ended = True
+        finally:
+            if not ended:
+                _break_turns(self.turn, held)
+        return 0
+
+    cdef int _loop(self, int number) except -1 nogil:
+        cdef chunk_ref chunk
+        cdef uint64_t ticket
+        while pool_take(self.pool.pool, &chunk, &ticket) > 0:
+            self._encode(&chunk, ticket, number)
             if chunk.slot != NO_SLOT:
-                with nogil:
-                    pool_give_back(pool, chunk.slot)
-            if not mine:
-                return
+                pool_give_back(self.pool.pool, chunk.slot)
+        return 0
+
+    def run(self, int number):
+        """Encode and write until the queue is closed and empty. Raises what the sink raises; returns early
+        and silently if another thread of the capture failed."""
+        with nogil:
+            self._loop(number)

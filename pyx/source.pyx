@@ -252,6 +252,7 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     cdef uint64_t *entries = <uint64_t *>&lane.scan.found[0]
     cdef uint64_t done = 0
     cdef uint64_t i, n
+    cdef uint64_t populated_bits = 1 if region.unit_pages > 1 else 3    # a hugetlb marker looks swapped
     cdef int err
     while done < region.pages:
         n = min(region.pages - done, <uint64_t>1024)
@@ -259,7 +260,7 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
         if err:
             return err
         for i in range(n):
-            if entries[i]:
+            if entries[i] & populated_bits:
                 bits_fill(capture.present, region.first_page + done + i, 1)
         done += n
     return 0

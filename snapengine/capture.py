@@ -119,6 +119,8 @@ class Capture:
         self._sink: Sink | None = None
         self._uffd: Uffd | None = None
         self._plan: Plan | None = None
+        self._tracker: Tracker | None = None
+        self._finisher: threading.Thread | None = None
         self._encoders: list[threading.Thread] = []
         self._began = self._stop_ns = 0
         self._ended = 0
@@ -166,10 +168,14 @@ class Capture:
                 engine: Tracker | DirtyLog = self._arm()
             else:
                 engine = DirtyLog(self._session)
-            thread = threading.Thread(target=self._finish, args=(engine,), name="snapengine-finish")
-            thread.start()
+            self._finisher = threading.Thread(target=self._finish, args=(engine,), name="snapengine-finish")
+            self._finisher.start()
         except BaseException as error:
-            self._abandon(error)
+            if self._finisher is not None and self._finisher.ident is not None:
+                self.cancel()  # interrupted after it was started: it cleans up
+                self._done.wait()
+            else:
+                self._abandon(error)
             raise
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -276,7 +282,7 @@ class Capture:
 
     def _arm(self) -> Tracker:
         assert self._session is not None
-        tracker = Tracker(self._session)
+        tracker = self._tracker = Tracker(self._session)
         stopped = time.monotonic_ns()
         paused = False
         try:
@@ -414,6 +420,8 @@ class Capture:
         """start() failed: undo all that it made."""
         if self._session is not None:
             self._session.fail(errno.ECANCELED)
+        if self._tracker is not None:
+            self._tracker.join()  # before anything that its threads use is closed
         for thread in self._encoders:
             thread.join()
         self._error = self._error or error

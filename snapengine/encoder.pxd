@@ -1,9 +1,12 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from snapengine.arena cimport Arena
-from snapengine.pool cimport Pool, pool_t
+from snapengine.pool cimport Pool, chunk_ref, pool_t
 from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t
 from snapengine.writer cimport Writer
+
+cdef enum:
+    ENCODERS_MAX = 64
 
 
 cdef struct turn_t:
@@ -11,8 +14,8 @@ cdef struct turn_t:
     pthread_mutex_t lock
     pthread_cond_t changed
     uint64_t next                   # ticket; under `lock`
-    uint64_t broken                 # a writer failed; under `lock`
-    # Estimates in ns per byte of data, by the thread whose turn it is; others read them whole.
+    uint64_t broken                 # an encoder failed; under `lock`
+    # Estimates in ns per byte of data; written by any encoder, read as hints.
     double compress_cost
     double sink_cost
     double ratio
@@ -22,11 +25,21 @@ cdef class Encoder:
     # From filled slots to the writer: compress, checksum, write. run() is one thread's body.
     cdef Pool pool
     cdef readonly Writer writer
-    cdef object level
+    cdef bint compressing
     cdef int threads
     cdef Arena control
-    cdef list scratch
+    cdef Arena memory
+    cdef char *scratch[ENCODERS_MAX]      # one slot per thread, for spilled chunks
+    cdef list compressors
+    cdef list packed                      # each thread's last frame
     cdef turn_t *turn
     cdef readonly uint64_t raw_chunks
     cdef readonly uint64_t compressed_chunks
+
     cdef bint _worth_it(self, uint64_t ticket) noexcept nogil
+    cdef uint64_t _pack(self, int number, const char *data, uint64_t length, const char **frame) except? 0
+    cdef int _load(self, const chunk_ref *chunk, int number, char **data, uint64_t **entries) except -1 nogil
+    cdef int _write(self, const uint64_t *entries, const chunk_ref *chunk, const char *payload,
+                    uint64_t stored, uint16_t encoding, uint32_t crc) except -1 nogil
+    cdef int _encode(self, const chunk_ref *chunk, uint64_t ticket, int number) except -1 nogil
+    cdef int _loop(self, int number) except -1 nogil

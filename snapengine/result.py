@@ -37,7 +37,7 @@ class Result:
     """Write and missing faults served."""
     rounds: int
     arm_ns: int
-    """From the first registration to T: the longest that a writer can wait for the arming."""
+    """From the first registration until faults are served: the longest that a writer waits for T."""
     stop_ns: int
     """How long the target was paused; 0 if it never was."""
     duration_ns: int
