@@ -119,7 +119,7 @@ cdef class Encoder:
                 self.turn.compress_cost = _mixed(self.turn.compress_cost,
                                                  (snap_now_ns() - begin) / <double>stored)
                 self.turn.ratio = _mixed(self.turn.ratio, len(packed) / <double>stored)
-                if len(packed) < stored - stored // 16:
+                if <uint64_t>len(packed) < stored - stored // 16:
                     payload = <const char *><bytes>packed
                     stored = len(packed)
                     encoding = SNAP_ZSTD

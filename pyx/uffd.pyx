@@ -2,7 +2,8 @@
 
 Any thread may call the ioctl functions; none of them allocates or needs the GIL. Features are
 negotiated once, when the descriptor is made: a kernel without one of them is an error then, never a
-surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.rst in Linux
+Documentation/admin-guide/mm.
 """
 
 from libc.errno cimport EACCES, EPERM, ENOSYS, errno
