@@ -7,6 +7,7 @@ MSG_DONTWAIT; anything else is polled first and gets no more than POLLOUT vouche
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memset
 from libc.time cimport time_t
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.stat cimport S_ISBLK, S_ISREG, S_ISSOCK, fstat, struct_stat
@@ -168,7 +169,9 @@ cdef class Outlet:
             limit -= some[n].iov_len
             n += 1
         if self.mode == SOCKET:
-            message = msghdr(msg_iov=some, msg_iovlen=n)
+            memset(&message, 0, sizeof(message))
+            message.msg_iov = some
+            message.msg_iovlen = n
             done = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
         else:
             done = writev(self.fd, some, n)

@@ -4,209 +4,28 @@ Owns C arrays only; the descriptor is the `Image`'s. Any thread may call it: the
 is given up while a map is read. Every map is verified (`adopt`) before one entry of it is used.
 """
 
-from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memcpy, memset
-from posix.unistd cimport pread
 
 from snapengine.checksum cimport crc32c
+from snapengine.fileio cimport pread_all
 from snapengine.image_format cimport (
-    SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_META_MAX_BYTES, SNAP_PAGE_BYTES, SNAP_PAGES_MAX,
-    SNAP_RAW, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page, snap_entry_pages, snap_index,
+    SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_LAST_PART, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES,
+    SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page,
+    snap_entry_pages, snap_index,
 )
+from snapengine.oserror cimport raise_oserror
+from snapengine.runs cimport newest, run_t
 
 from snapengine.errors import CorruptImageError, TruncatedImageError, UnsupportedVersionError
 
 cdef uint64_t ANY_PAGES = <uint64_t>-1  # last_page of a chunk whose page map is still to say
 
 
-cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil:
-    cdef ssize_t done
-    cdef char *into = <char *>data
-    while count:
-        done = pread(fd, into, count, offset)
-        if done < 0 and errno == EINTR:
-            continue
-        if done <= 0:
-            return errno if done < 0 else -1
-        into += done
-        offset += <uint64_t>done
-        count -= <size_t>done
-    return 0
-
-
-def crc_of_range(int fd, uint64_t offset, uint64_t length):
-    """CRC-32C of `length` bytes of a file, without the GIL. None: the file ends before that."""
-    cdef size_t room = min(length, <uint64_t>1 << 20)
-    cdef char *scratch = <char *>malloc(room + 1)
-    cdef uint32_t crc = 0
-    cdef int err = 0
-    cdef size_t count
-    if scratch == NULL:
-        raise MemoryError
-    with nogil:
-        while length and err == 0:
-            count = min(length, <uint64_t>room)
-            err = pread_all(fd, scratch, count, offset)
-            crc = crc32c(crc, scratch, count)
-            offset += count
-            length -= count
-    free(scratch)
-    if err > 0:
-        raise OSError(err, "pread")
-    return None if err else crc
-
-
 cdef int by_span(const void *a, const void *b) noexcept nogil:
     cdef uint64_t left = (<const span_t *>a).first_page
     cdef uint64_t right = (<const span_t *>b).first_page
     return (left > right) - (left < right)
-
-
-cdef bint newer(const run_t *a, const run_t *b) noexcept nogil:
-    """Whether `a` comes later in the file than `b`."""
-    return a.chunk > b.chunk or (a.chunk == b.chunk and a.entry > b.entry)
-
-
-cdef int by_page(const void *a, const void *b) noexcept nogil:
-    cdef const run_t *left = <const run_t *>a
-    cdef const run_t *right = <const run_t *>b
-    if left.page != right.page:
-        return 1 if left.page > right.page else -1
-    return 1 if newer(left, right) else -1
-
-
-cdef void push(run_t **heap, size_t count, run_t *item) noexcept nogil:
-    """Add to a heap of `count` items with the newest on top."""
-    cdef size_t at = count
-    while at and newer(item, heap[(at - 1) // 2]):
-        heap[at] = heap[(at - 1) // 2]
-        at = (at - 1) // 2
-    heap[at] = item
-
-
-cdef void pop(run_t **heap, size_t count) noexcept nogil:
-    """Remove the top of a heap of `count` items."""
-    cdef run_t *item = heap[count - 1]
-    cdef size_t at = 0
-    cdef size_t child
-    count -= 1
-    while 2 * at + 1 < count:
-        child = 2 * at + 1
-        if child + 1 < count and newer(heap[child + 1], heap[child]):
-            child += 1
-        if newer(item, heap[child]):
-            break
-        heap[at] = heap[child]
-        at = child
-    if count:
-        heap[at] = item
-
-
-cdef class Runs:
-    """Runs of pages in ascending order. Iterating gives (page, pages, kind) with neighbours merged."""
-
-    def __dealloc__(self):
-        free(self.runs)
-
-    cdef int append(self, const run_t *run) noexcept nogil:
-        cdef size_t room = max(<size_t>64, 2 * self.room)
-        cdef run_t *grown
-        if self.count == self.room:
-            grown = <run_t *>realloc(self.runs, room * sizeof(run_t))
-            if grown == NULL:
-                return -1
-            self.runs = grown
-            self.room = room
-        self.runs[self.count] = run[0]
-        self.count += 1
-        return 0
-
-    def __len__(self):
-        return self.count
-
-    def __iter__(self):
-        cdef size_t i = 0
-        cdef run_t run
-        while i < self.count:
-            run = self.runs[i]
-            i += 1
-            while i < self.count and self.runs[i].kind == run.kind and self.runs[i].page == run.page + run.pages:
-                run.pages += self.runs[i].pages
-                i += 1
-            yield run.page, run.pages, run.kind
-
-    def first_gap(self, uint64_t first, uint64_t end):
-        """The first page in [first, end) that no run covers, or None."""
-        cdef size_t i
-        for i in range(self.count):
-            if self.runs[i].page > first:
-                break
-            first = self.runs[i].page + self.runs[i].pages
-        return first if first < end else None
-
-    def first_of(self, uint32_t kind):
-        """The first page of that kind, or None."""
-        cdef size_t i
-        for i in range(self.count):
-            if self.runs[i].kind == kind:
-                return self.runs[i].page
-        return None
-
-    def totals(self):
-        """Pages of each kind: [data, zero, hole, lost]."""
-        cdef uint64_t[4] pages
-        cdef size_t i
-        memset(pages, 0, sizeof(pages))
-        for i in range(self.count):
-            pages[self.runs[i].kind] += self.runs[i].pages
-        return [pages[0], pages[1], pages[2], pages[3]]
-
-
-cdef bint in_order(Runs items) noexcept nogil:
-    cdef size_t i
-    for i in range(1, items.count):
-        if items.runs[i].page < items.runs[i - 1].page + items.runs[i - 1].pages:
-            return False
-    return True
-
-
-cdef int sweep(Runs items, Runs into) noexcept nogil:
-    """Of runs that overlap keep, page by page, the newest. `items` are sorted by page. 0 or -1 (memory)."""
-    cdef run_t **heap = <run_t **>malloc(items.count * sizeof(run_t *))
-    cdef size_t waiting = 0
-    cdef size_t next_item = 0
-    cdef int err = 0
-    cdef uint64_t page = 0
-    cdef uint64_t end
-    cdef run_t part
-    if heap == NULL:
-        return -1
-    while err == 0:
-        while waiting and heap[0].page + heap[0].pages <= page:
-            pop(heap, waiting)
-            waiting -= 1
-        if waiting == 0:
-            if next_item == items.count:
-                break
-            page = items.runs[next_item].page
-        while next_item < items.count and items.runs[next_item].page <= page:
-            push(heap, waiting, &items.runs[next_item])
-            waiting += 1
-            next_item += 1
-        if heap[0].page + heap[0].pages <= page:
-            continue
-        end = heap[0].page + heap[0].pages
-        if next_item < items.count:
-            end = min(end, items.runs[next_item].page)
-        part = heap[0][0]
-        part.data_page += <uint32_t>(page - part.page) if part.kind == SNAP_DATA else 0
-        part.page = page
-        part.pages = end - page
-        err = into.append(&part)
-        page = end
-    free(heap)
-    return err
 
 
 cdef bint plausible(const snap_index *item) noexcept nogil:
@@ -228,7 +47,8 @@ cdef bint fits(const chunk_t *chunk, const snap_record *header, size_t number, s
         stored_ok and header.type == SNAP_CHNK and header.arg == <uint32_t>number
         and 0 < header.meta_bytes <= SNAP_META_MAX_BYTES and length == sizeof(header[0]) + header.meta_bytes
         and header.raw_bytes <= SNAP_CHUNK_MAX_BYTES
-        and header.meta_bytes == 8 * <uint64_t>chunk.entries and length + header.stored_bytes == chunk.record_bytes
+        and header.meta_bytes == 8 * <uint64_t>chunk.entries
+        and length + header.stored_bytes == chunk.record_bytes
     )
 
 
@@ -284,11 +104,12 @@ cdef class PageIndex:
         must ascend: so no two records can share bytes, and their count is bounded by the file.
         """
         cdef snap_index item
-        cdef size_t at
+        cdef size_t listed = <size_t>payload.shape[0] // sizeof(item)
+        cdef size_t i
         vmstate = []
-        self.reserve(self.count + <size_t>payload.shape[0] // sizeof(item))
-        for at in range(0, <size_t>payload.shape[0] - sizeof(item) + 1, sizeof(item)):
-            memcpy(&item, &payload[at], sizeof(item))
+        self.reserve(self.count + listed)
+        for i in range(listed):
+            memcpy(&item, &payload[i * sizeof(item)], sizeof(item))
             if item.offset < start or item.record_bytes > limit or item.offset > limit - item.record_bytes:
                 raise CorruptImageError(f"{self.name}: an index entry points outside of the records", limit)
             start = item.offset + item.record_bytes
@@ -349,13 +170,18 @@ cdef class PageIndex:
             raise IndexError(number)
         self.load(number)
         cdef const uint64_t *entries = self.chunks[number].map
-        return [(snap_entry_page(entries[i]), snap_entry_pages(entries[i]), snap_entry_kind(entries[i]))
-                for i in range(self.chunks[number].entries)]
+        cdef uint32_t i
+        result = []
+        for i in range(self.chunks[number].entries):
+            page = snap_entry_page(entries[i])
+            result.append((page, snap_entry_pages(entries[i]), snap_entry_kind(entries[i])))
+        return result
 
     def extent(self, size_t number):
         """(offset, record bytes, encoding) of one chunk."""
         self.load(number)
-        return self.chunks[number].offset, self.chunks[number].record_bytes, self.chunks[number].header.encoding
+        cdef const chunk_t *chunk = &self.chunks[number]
+        return chunk.offset, chunk.record_bytes, chunk.header.encoding
 
     def data_pages(self):
         """Data pages in all chunks, superseded ones included. Loads every map."""
@@ -367,13 +193,13 @@ cdef class PageIndex:
         return pages
 
     def resolve(self, uint64_t first, uint64_t end):
-        """`Runs` of the pages in [first, end): each as the newest entry has it; pages in no map are left out."""
+        """`Runs` of [first, end), each page as its newest entry has it; without pages in no map."""
         cdef Runs items = Runs()
-        cdef Runs result = Runs()
         cdef size_t low = 0
         cdef size_t high
         cdef size_t middle
-        cdef int err
+        if first >= end:
+            return items
         self.build_spans()
         high = self.count
         while low < high:  # the first span that begins at `end` or later
@@ -386,13 +212,7 @@ cdef class PageIndex:
             low -= 1
             if self.chunks[self.spans[low].chunk].last_page >= first:
                 self.collect(self.spans[low].chunk, first, end, items)
-        with nogil:
-            if not in_order(items):
-                qsort(items.runs, items.count, sizeof(run_t), by_page)
-            err = 0 if in_order(items) else sweep(items, result)
-        if err:
-            raise MemoryError
-        return result if result.count else items
+        return newest(items)
 
     cdef int build_spans(self) except -1:
         cdef uint64_t highest = 0
@@ -455,7 +275,7 @@ cdef class PageIndex:
             if err < 0:
                 raise TruncatedImageError(f"{self.name}: became shorter while it was read", offset)
             if err:
-                raise OSError(err, f"{self.name}: pread")
+                raise_oserror(err, b"pread")
             self.adopt(number, data, length)
         finally:
             free(data)
@@ -471,8 +291,9 @@ cdef class PageIndex:
         crc = crc32c(crc, data + sizeof(header), length - sizeof(header))
         if crc != header.header_crc:
             raise CorruptImageError(f"{self.name}: a chunk's header or page map is damaged", chunk.offset)
-        if header.encoding != SNAP_RAW and header.encoding != SNAP_ZSTD:
-            raise UnsupportedVersionError(f"{self.name}: a chunk uses an unknown encoding", chunk.offset)
+        if header.encoding > SNAP_ZSTD or header.flags & ~(SNAP_LAST_PART | SNAP_MAY_IGNORE):
+            text = f"{self.name}: a chunk uses an unknown encoding or flag"
+            raise UnsupportedVersionError(text, chunk.offset)
         cdef const uint64_t *entries = <const uint64_t *>(data + sizeof(header))
         if not fits(chunk, &header, number, length) or not describes(entries, chunk, &header):
             raise CorruptImageError(f"{self.name}: a chunk contradicts itself or the index", chunk.offset)

@@ -6,16 +6,15 @@ content is undefined, and the caller must throw it away.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING
-from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset
-from posix.unistd cimport pwrite
 
 from snapengine.checksum cimport crc32c
+from snapengine.fileio cimport pread_all, pwrite_all
 from snapengine.image_format cimport (
     SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_PAGE_BYTES, SNAP_RAW, snap_record,
 )
-from snapengine.reader cimport chunk_t, pread_all
+from snapengine.reader cimport chunk_t
 from snapengine.oserror cimport raise_oserror
 
 from zstandard import ZstdError
@@ -30,20 +29,6 @@ cdef int by_payload(const void *a, const void *b) noexcept nogil:
     if left.chunk != right.chunk:
         return 1 if left.chunk > right.chunk else -1
     return (left.data_page > right.data_page) - (left.data_page < right.data_page)
-
-
-cdef int pwrite_all(int fd, const char *data, size_t count, uint64_t offset) noexcept nogil:
-    cdef ssize_t done
-    while count:
-        done = pwrite(fd, data, count, offset)
-        if done < 0 and errno == EINTR:
-            continue
-        if done < 0:
-            return errno
-        data += done
-        offset += <uint64_t>done
-        count -= <size_t>done
-    return 0
 
 
 cdef class Restorer:

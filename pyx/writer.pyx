@@ -195,7 +195,7 @@ cdef class Writer:
         cdef const unsigned char[::1] image_id = self.image_id
         memset(&trailer, 0, sizeof(trailer))
         per_part = SNAP_PART_MAX_BYTES // sizeof(snap_index)
-        index_parts = max(1, -(-self.index_count // per_part))
+        index_parts = max(1, (self.index_count + per_part - 1) // per_part)
         tail = (1 + index_parts + 1) * sizeof(snap_record) + sizeof(trailer)
         tail += self.index_count * sizeof(snap_index)
         text = packing.stats_text(stats, self.image_bytes + tail)
@@ -229,8 +229,10 @@ cdef class Writer:
         cdef size_t count
         while True:
             count = min(per_part, self.index_count - start)
-            view = PyMemoryView_FromMemory(<char *>(self.index + start), count * sizeof(snap_index), PyBUF_READ) \
-                if count else b""
+            view = b""
+            if count:
+                room = count * sizeof(snap_index)
+                view = PyMemoryView_FromMemory(<char *>(self.index + start), room, PyBUF_READ)
             start += count
             last = start == self.index_count
             self._write(SNAP_INDX, view, arg=count, flags=SNAP_LAST_PART if last else 0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
+from snapengine.errors import SinkError
 from snapengine.packing import ZERO
 from snapengine.restorer import Restorer
+from snapengine.sections import ImageRegion
 from snapengine.sinks import FileSink
 
 if TYPE_CHECKING:
     from snapengine.image import Image
-    from snapengine.records import ImageRegion
 
 BLOCK = bytes(1 << 20)
 
@@ -22,6 +24,7 @@ def export_raw(
     """Write the regions one behind the other; the file appears, complete, under its name at the end.
 
     With pwrite, not through a mapping: a full disk is then ENOSPC and not SIGBUS. Returns the size.
+    `SinkError`: the file cannot be written; nothing of it is left.
     """
     plans = [(image.restorer(region, 0, region.length), region.length) for region in regions]
     sink = FileSink(path)
@@ -33,6 +36,9 @@ def export_raw(
             if write_zeros:
                 _write_zeros(plan, sink.fd, start)
             start += length
+    except OSError as error:
+        sink.abort()
+        raise SinkError(error.errno or errno.EIO, f"{sink.name}: {error.strerror}") from None
     except BaseException:
         sink.abort()
         raise

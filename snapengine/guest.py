@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +17,9 @@ from .guestimage import check_image
 from .guestloop import Guest, GuestLoop, write_line
 from .guestparams import BACKINGS, PAGES, PATTERNS, GuestParams, parse_size
 from .guestprocess import GuestProcess
+from .guestsignals import EndSignals
 
 __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
-
-PR_SET_PDEATHSIG = 1
 
 EPILOG = """\
 examples:
@@ -79,18 +76,21 @@ def run(args: argparse.Namespace) -> int:
             incompressible=args.incompressible,
             seed=args.seed,
         )
-        _end_with_parent()
-        guest = Guest(params, args.rate)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"snapengine guest: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    loop = GuestLoop(guest, args.socket, args.stdio, args.duration)
-    if args.stdio:
-        write_line({"ready": True, "pid": os.getpid()})
-    elif not args.json:
-        print(f"guest {os.getpid()}: {params.size >> 20} MiB; hands over at {args.socket}", flush=True)
-    loop.run()
-    _finish(guest, args.json)
+        return 2
+    with EndSignals() as signals:
+        try:
+            guest = Guest(params, args.rate)
+        except OSError as error:
+            print(f"snapengine guest: {error}", file=sys.stderr)
+            return 1
+        if args.stdio:
+            write_line({"ready": True, "pid": os.getpid()})
+        elif not args.json:
+            print(f"guest {os.getpid()}: {params.size >> 20} MiB; hands over at {args.socket}", flush=True)
+        GuestLoop(guest, args.socket, signals, args.stdio, args.duration).run()
+        _finish(guest, args.json)
     return 0
 
 
@@ -113,12 +113,6 @@ def _finish(guest: Guest, as_json: bool) -> None:
         os._exit(0)
     guest.writers.close()
     guest.memory.close()
-
-
-def _end_with_parent() -> None:
-    """Have a signal sent when the thread that started us ends; the loop looks whether its process did."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop runs
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGUSR1), 0, 0, 0)
 
 
 def _size(text: str) -> int:

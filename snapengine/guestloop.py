@@ -7,20 +7,19 @@ counters only. So it answers an engine, and its parent, also while every writer 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import selectors
-import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
-from .errors import SnapengineError
+from .errors import HandoverError, SnapengineError
 from .guestmem import GuestMemory
 from .guestparams import PAGE_BYTES, GuestParams
+from .guestsignals import EndSignals
 from .guestwriters import GuestWriters
 from .handover import CONTROLS, encode_offer, strict_json
 from .peer import open_uffd
@@ -99,7 +98,7 @@ class Guest:
             if command == "bins":
                 return {"ok": True, "bins": self.writers.bins(int(request.get("since_ns", 0)))}
             return {"ok": False, "error": f"unknown command {command!r}"}
-        except (SnapengineError, OSError, ValueError, TypeError) as error:
+        except (SnapengineError, OSError, ValueError, TypeError, OverflowError) as error:
             return {"ok": False, "error": str(error)}
 
 
@@ -110,8 +109,11 @@ class GuestLoop:
     stdin ends the guest.
     """
 
-    def __init__(self, guest: Guest, path: str, stdio: bool = False, duration: float = 0.0) -> None:
+    def __init__(
+        self, guest: Guest, path: str, signals: EndSignals, stdio: bool = False, duration: float = 0.0
+    ) -> None:
         self.guest = guest
+        self._signals = signals
         self._path = path
         self._stdio = stdio
         self._deadline = time.monotonic() + duration if duration else float("inf")
@@ -122,34 +124,21 @@ class GuestLoop:
         self._paused = False
         self._buffers: dict[str, bytearray] = {"engine": bytearray(), "stdin": bytearray()}
         self._next_try = 0.0
-        self._parent = os.getppid()
+        self._complaint = ""
 
     def run(self) -> None:
         """The loop."""
-        with _Wakeup() as wakeup:
-            self._selector.register(wakeup, selectors.EVENT_READ, lambda: self._drain(wakeup))
-            if self._stdio:
-                self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, self._on_signal)
-            self.guest.writers.resume()
-            while not self._stopping and time.monotonic() < self._deadline:
-                self._connect()
-                for key, _ in self._selector.select(self._patience()):
-                    handler: Callable[[], None] = key.data
-                    handler()
+        self._selector.register(self._signals.fd, selectors.EVENT_READ, self._signals.drain)
+        if self._stdio:
+            self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
+        self.guest.writers.resume()
+        while not (self._stopping or self._signals.received) and time.monotonic() < self._deadline:
+            self._connect()
+            for key, _ in self._selector.select(self._patience()):
+                handler: Callable[[], None] = key.data
+                handler()
         self._drop("lost")
         self._selector.close()
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # SIGUSR1 tells that the thread which started us has ended: of no interest while its process lives.
-        if number != signal.SIGUSR1 or os.getppid() != self._parent:
-            self._stopping = True
-
-    @staticmethod
-    def _drain(wakeup: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError):
-            wakeup.recv(4096)
 
     def _patience(self) -> float | None:
         until = self._deadline
@@ -195,20 +184,32 @@ class GuestLoop:
                     self._hand_over(line)
                 elif not self._obey(line):
                     return
-        except (OSError, SnapengineError):
+        except (ConnectionError, TimeoutError):
             data = b""
+        except (OSError, SnapengineError) as error:
+            data = b""
+            self._complain(str(error))
         if not data:
             self._drop("lost")
 
+    def _complain(self, text: str) -> None:
+        """On stderr, once: the next engine may be a few milliseconds away and meet the same."""
+        if text != self._complaint:
+            print(f"snapengine guest: {text}", file=sys.stderr, flush=True)
+        self._complaint = text
+
     def _hand_over(self, greeting: bytes) -> None:
         assert self._engine is not None
-        features = strict_json(greeting, "greeting").get("features", 0)
+        message = strict_json(greeting, "greeting")
+        features = message.get("features") if isinstance(message, dict) else None
+        if type(features) is not int or not 0 <= features < 1 << 64:
+            raise HandoverError("greeting: features: not an integer of 64 bits")
         region = self.guest.region()
         memfds = [region.memfd] if region.memfd >= 0 else []
-        uffd = open_uffd(int(features), missing=True)
+        uffd = open_uffd(features, missing=True)
         try:
-            message = encode_offer([region], memfds, CONTROLS)
-            socket.send_fds(self._engine, [message], [uffd, *memfds])
+            offer = encode_offer([region], memfds, CONTROLS)
+            socket.send_fds(self._engine, [offer], [uffd, *memfds])
         finally:
             os.close(uffd)  # or the engine's death would not release the RAM
         self._greeted = True
@@ -249,19 +250,3 @@ def write_line(message: dict[str, Any]) -> None:
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(1, data) :]
-
-
-class _Wakeup:
-    """The socket that a signal makes readable, so that select() cannot miss one."""
-
-    def __enter__(self) -> socket.socket:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self._old = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        return self._read
-
-    def __exit__(self, *exc: object) -> None:
-        signal.set_wakeup_fd(self._old)
-        self._read.close()
-        self._write.close()

@@ -7,37 +7,37 @@ when they are asked for, and nothing is used before its checksum has been verifi
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self
 
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, TruncatedImageError
+from snapengine.export import export_raw
 from snapengine.packing import LOST
-from snapengine.reader import PageIndex, Runs
-from snapengine.records import (
+from snapengine.reader import PageIndex
+from snapengine.records import Record, diagnose, read_file_header, read_payload, read_record
+from snapengine.restorer import Restorer
+from snapengine.runs import Runs
+from snapengine.sections import (
     INDEX_ENTRY_BYTES,
     TRAILER_RECORD_BYTES,
-    FileSource,
     ImageRegion,
-    Record,
+    VmStateParts,
     check_regions,
-    diagnose,
+    page_text,
     parse_regions,
+    parse_stats,
     parse_trailer,
-    read_file_header,
-    read_payload,
-    read_record,
-    text_of,
 )
-from snapengine.restorer import Restorer
+from snapengine.sources import FileSource, corrupt
 from snapengine.targets import PAGE_BYTES
+from snapengine.verify import VerifyReport, verify_image
 
-__all__ = ["RUN_KINDS", "Image", "ImageRegion", "open_image"]
+__all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
@@ -133,14 +133,14 @@ class Image:
             record = read_record(self._source, offset, expect=b"INDX")
             payload = read_payload(self._source, record)
             if len(payload) != record.arg * INDEX_ENTRY_BYTES:
-                raise CorruptImageError(f"{self.name}: the index has a wrong size", offset)
+                raise corrupt(self, "the index has a wrong size", offset)
             end_of_records, parts = self.index.add_index(payload, end_of_records, self.trailer.stat_offset)
             vmstate += parts
             offset = record.end
             if record.last_part:
                 break
         if self.index.count != self.trailer.chunks or len(vmstate) != self.trailer.vmstate_parts:
-            raise CorruptImageError(f"{self.name}: the index is not complete", self.trailer.indx_offset)
+            raise corrupt(self, "the index is not complete", self.trailer.indx_offset)
         return vmstate
 
     def _load_vmstate(self, places: list[tuple[int, int]]) -> dict[str, list[Record]]:
@@ -194,7 +194,7 @@ class Image:
     def resolve(self, region: ImageRegion, offset: int, length: int) -> Runs:
         """The newest runs of the pages under these bytes. ``ValueError``: outside of the region."""
         if offset < 0 or length < 0 or offset + length > region.length:
-            raise ValueError(f"{region.name}: [{offset}, {offset + length}) is not within {region.length} bytes")
+            raise ValueError(f"{region.name}: [{offset}, {offset + length}) is not within {region.length}")
         first = region.start_byte + offset
         end = -(-(first + length) // PAGE_BYTES) if length else first // PAGE_BYTES
         return self.index.resolve(first // PAGE_BYTES, end)
@@ -267,22 +267,22 @@ class Image:
         return fd
 
     def export_raw(
-        self, region: RegionSpec | None, path: str | os.PathLike[str], *, zeros: Literal["sparse", "write"] = "sparse"
+        self,
+        region: RegionSpec | None,
+        path: str | os.PathLike[str],
+        *,
+        zeros: Literal["sparse", "write"] = "sparse",
     ) -> int:
         """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
 
         Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so
         that the file's allocation is that of the memory.
         """
-        from snapengine.export import export_raw  # here: it would be a circular import above
-
         chosen = self.regions if region is None else [self.region(region)]
         return export_raw(self, chosen, path, zeros == "write")
 
-    def verify(self) -> Any:
-        """Read and check the whole file; see `snapengine.verify.VerifyReport`."""
-        from snapengine.verify import verify_image
-
+    def verify(self) -> VerifyReport:
+        """Read and check the whole file: every record, the index, and that every page is there."""
         return verify_image(self)
 
     @property
@@ -291,42 +291,7 @@ class Image:
         return self._source
 
 
-class VmStateParts:
-    """Puts the parts of vmstate blobs together: in order, without a gap, no name twice."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self._parts: dict[str, list[Record]] = {}
-
-    def add(self, record: Record) -> str:
-        """Take the next VMST record; returns its name."""
-        name = text_of(self._source, record, record.meta)
-        parts = self._parts.setdefault(name, [])
-        if record.arg != len(parts) or (parts and parts[-1].last_part):
-            raise CorruptImageError(f"{self._source.name}: vmstate {name[:80]!r} is out of order", record.offset)
-        parts.append(record)
-        return name
-
-    def finish(self) -> dict[str, list[Record]]:
-        """Every blob's records, all complete."""
-        for name, parts in self._parts.items():
-            if not parts[-1].last_part:
-                raise CorruptImageError(f"{self._source.name}: vmstate {name[:80]!r} has no end", parts[-1].offset)
-        return self._parts
-
-
-def parse_stats(source: Any, record: Record, payload: bytes) -> dict[str, Any]:
-    """The JSON object of a STAT record."""
-    try:
-        stats = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise CorruptImageError(f"{source.name}: the figures are not JSON", record.offset) from None
-    if not isinstance(stats, dict):
-        raise CorruptImageError(f"{source.name}: the figures are not a JSON object", record.offset)
-    return stats
-
-
-def run_jobs(jobs: int, threads: int, work: Any) -> None:
+def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
     """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads."""
     if threads <= 1 or jobs < 2:
         work(0, jobs)
@@ -346,12 +311,6 @@ def region_info(region: ImageRegion) -> dict[str, Any]:
         "page_size": region.page_size,
         "kind": region.kind,
     }
-
-
-def page_text(region: ImageRegion, page: int) -> str:
-    """Which page of the region, in words."""
-    offset = max(page * PAGE_BYTES - region.start_byte, 0)
-    return f"region {region.name!r}: the page at offset {offset:#x} (address {region.addr + offset:#x})"
 
 
 def open_image(path_or_file: Any) -> Image:

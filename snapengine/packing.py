@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import zstandard
@@ -20,6 +21,8 @@ MAX_PAGES = 1 << 40
 DATA, ZERO, HOLE, LOST = range(4)
 RAW, ZSTD = range(2)
 REGION = struct.Struct("<QQQIHH")
+STATS_MAX_BYTES = 3 << 20  # a record holds 4 MiB
+CUT = "lost_runs is cut: there were too many to list; the page maps have them all"
 PLACEHOLDER = 2**63  # as many digits as an image's size can have
 
 
@@ -31,7 +34,7 @@ def region_pages(addr: int, length: int) -> int:
 def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
     """Each region as its bytes in a REGN record. ``ValueError``: malformed, or page numbers overlap."""
     taken = sorted((first, first + region_pages(r.addr, r.length), r.name) for r, first in regions)
-    for (_, end, name), (first, _, other) in zip(taken, taken[1:], strict=False):
+    for (_, end, name), (first, _, other) in itertools.pairwise(taken):
         if first < end:
             raise ValueError(f"regions {name!r} and {other!r} share page number {first}")
     return [_region_entry(region, first) for region, first in regions]
@@ -111,8 +114,12 @@ def pack_entry(page: int, pages: int, kind: int) -> int:
 def stats_text(stats: dict[str, Any], bytes_around: int) -> bytes:
     """`stats` as JSON, with "image_bytes" set to `bytes_around` plus the text itself.
 
-    Padded with spaces to the length that any size would have, so that the size can be in it.
+    Padded with spaces to the length that any size would have, so that the size can be in it. A list of
+    lost runs too long for one record is cut, and a warning says so: the page maps have them all.
     """
+    while len(json.dumps(stats)) > STATS_MAX_BYTES and stats.get("lost_runs"):
+        stats["lost_runs"] = stats["lost_runs"][: len(stats["lost_runs"]) // 2]
+        stats["warnings"] = [w for w in stats.get("warnings", ()) if w != CUT] + [CUT]
     length = len(json.dumps({**stats, "image_bytes": PLACEHOLDER}))
     stats["image_bytes"] = bytes_around + length
     return json.dumps(stats).ljust(length).encode("ascii")

@@ -2,15 +2,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
 from snapengine.image_format cimport snap_record
-
-
-cdef struct run_t:
-    uint64_t page        # image page number
-    uint64_t pages
-    uint32_t chunk       # which chunk, in the order of the file
-    uint32_t entry       # which entry of its page map
-    uint32_t data_page   # DATA: index of the first page in the chunk's payload
-    uint32_t kind        # SNAP_DATA ... SNAP_LOST
+from snapengine.runs cimport Runs
 
 
 cdef struct chunk_t:
@@ -27,18 +19,6 @@ cdef struct span_t:
     uint64_t first_page     # of `chunk`
     uint64_t highest        # highest page of this and all spans before it
     uint32_t chunk
-
-
-# pread of exactly `count` bytes. Returns 0, an errno, or -1 for an early end of file.
-cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil
-
-
-cdef class Runs:
-    # What the image says about a range of pages: ascending, without overlap, last record wins.
-    cdef run_t *runs
-    cdef size_t count
-    cdef size_t room
-    cdef int append(self, const run_t *run) noexcept nogil   # 0 or -1 (no memory)
 
 
 cdef class PageIndex:

@@ -1,7 +1,8 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from snapengine.reader cimport PageIndex, Runs, run_t
+from snapengine.reader cimport PageIndex
+from snapengine.runs cimport Runs, run_t
 
 
 cdef class Restorer:

@@ -7,6 +7,7 @@ there is no image.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -92,10 +93,8 @@ class FileSink(Sink):
 
     def _abort(self) -> None:
         os.close(self.fd)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
-        except FileNotFoundError:
-            pass
 
 
 class ExecSink(Sink):
@@ -108,7 +107,9 @@ class ExecSink(Sink):
         _enlarge(self.fd)
         try:
             # A session of its own: abort must reach the shell's children, Ctrl-C must not.
-            self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=read_end, start_new_session=True)
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", command], stdin=read_end, start_new_session=True
+            )
         except OSError as error:
             os.close(self.fd)
             raise _sink_error(self.name, error) from None
@@ -139,18 +140,14 @@ class ExecSink(Sink):
 
     def _stop(self) -> None:
         self._signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
         self._signal(signal.SIGKILL)
         self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
 
 class FdSink(Sink):
@@ -273,7 +270,7 @@ def _check_destination(name: str, path: str, directory: str) -> None:
     if os.path.isdir(path):
         raise SinkError(errno.EISDIR, f"{name}: is a directory")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise SinkError(errno.EINVAL, f"{name}: not a regular file (for a device or a pipe use fd:N or exec:)")
+        raise SinkError(errno.EINVAL, f"{name}: not a regular file (use fd:N for a device or pipe)")
 
 
 def _private_writer(fd: int) -> int:
@@ -295,10 +292,8 @@ def _private_writer(fd: int) -> int:
 
 def _enlarge(fd: int) -> None:
     """A pipe of 1 MiB instead of 64 KiB: fewer switches to the reader. Not vital, so errors are ignored."""
-    try:
+    with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except OSError:
-        pass
 
 
 def _fsync_directory(directory: str) -> None:

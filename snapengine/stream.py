@@ -6,25 +6,29 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from snapengine.errors import CorruptImageError, ImageError, LostPagesError
-from snapengine.image import VmStateParts, page_text, parse_stats
+from snapengine.errors import ImageError, LostPagesError
 from snapengine.packing import DATA, LOST
 from snapengine.reader import PageIndex
 from snapengine.records import (
     FILE_HEADER,
-    INDEX_ENTRY_BYTES,
     KNOWN_TYPES,
-    ImageRegion,
     Record,
-    StreamSource,
-    check_regions,
-    parse_regions,
-    parse_trailer,
     read_file_header,
     read_payload,
     read_record,
     skip_payload,
 )
+from snapengine.sections import (
+    INDEX_ENTRY_BYTES,
+    ImageRegion,
+    VmStateParts,
+    check_regions,
+    page_text,
+    parse_regions,
+    parse_stats,
+    parse_trailer,
+)
+from snapengine.sources import StreamSource, corrupt
 from snapengine.targets import PAGE_BYTES
 
 __all__ = ["ImageStream", "Pages", "restore_stream", "stream_image"]
@@ -77,7 +81,7 @@ class ImageStream:
         while True:
             record = read_record(self._source, self._offset)
             if record.seq != self._seq:
-                raise CorruptImageError(f"{self.name}: record {record.seq} where {self._seq} should be", self._offset)
+                raise corrupt(self, f"record {record.seq} where {self._seq} should be", self._offset)
             self._seq += 1
             self._offset = record.end
             if record.type in KNOWN_TYPES:
@@ -89,7 +93,7 @@ class ImageStream:
         while True:
             record, payload = self._next()
             if record.type != b"REGN":
-                raise CorruptImageError(f"{self.name}: the regions are missing", record.offset)
+                raise corrupt(self, "the regions are missing", record.offset)
             self.regions += parse_regions(self._source, record, payload)
             if record.last_part:
                 check_regions(self._source, self.regions)
@@ -111,7 +115,7 @@ class ImageStream:
                 self._finish(record, payload)
                 return
             else:
-                raise CorruptImageError(f"{self.name}: regions in the wrong place", record.offset)
+                raise corrupt(self, "regions in the wrong place", record.offset)
 
     def _chunk(self, record: Record, payload: bytes) -> Iterator[Pages]:
         number = self.index.count
@@ -124,21 +128,25 @@ class ImageStream:
 
     def _index(self, record: Record, payload: bytes) -> None:
         if len(payload) != record.arg * INDEX_ENTRY_BYTES:
-            raise CorruptImageError(f"{self.name}: the index has a wrong size", record.offset)
+            raise corrupt(self, "the index has a wrong size", record.offset)
         self._listed_end, parts = self._listed.add_index(payload, self._listed_end, record.offset)
         self._listed_vmstate += len(parts)
 
     def _finish(self, record: Record, payload: bytes) -> None:
         trailer = parse_trailer(self._source, record, payload, self.header)
         parts = sum(map(len, self._vmstate.finish().values()))
-        if trailer.chunks != self.index.count or trailer.vmstate_parts != parts or self._listed_vmstate != parts:
-            raise CorruptImageError(f"{self.name}: records and trailer contradict each other", record.offset)
-        if (trailer.stat_offset, trailer.indx_offset) != (self._offsets.get(b"STAT"), self._offsets.get(b"INDX")):
-            raise CorruptImageError(f"{self.name}: the trailer's offsets are wrong", record.offset)
+        counts = (self.index.count, parts, self._listed_vmstate)
+        if counts != (trailer.chunks, trailer.vmstate_parts, trailer.vmstate_parts):
+            raise corrupt(self, "records and trailer contradict each other", record.offset)
+        places = (self._offsets.get(b"STAT"), self._offsets.get(b"INDX"))
+        if places != (trailer.stat_offset, trailer.indx_offset):
+            raise corrupt(self, "the trailer's offsets are wrong", record.offset)
+        if self.stats.get("image_bytes") != record.end:
+            raise corrupt(self, "the figures state another size", trailer.stat_offset)
         if not self.index.same_as(self._listed):
-            raise CorruptImageError(f"{self.name}: the index is not that of the chunks", trailer.indx_offset)
+            raise corrupt(self, "the index is not that of the chunks", trailer.indx_offset)
         if not self._source.at_end():
-            raise CorruptImageError(f"{self.name}: bytes follow the trailer", self._offset)
+            raise corrupt(self, "bytes follow the trailer", self._offset)
         self.vmstate = {name: b"".join(blobs) for name, blobs in self._blobs.items()}
 
     def check_complete(self, region: ImageRegion) -> None:

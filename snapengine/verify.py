@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snapengine.errors import CorruptImageError, TruncatedImageError
-from snapengine.reader import crc_of_range
+from snapengine.fileio import crc_of_range
+from snapengine.packing import ZSTD
 from snapengine.records import (
     FILE_HEADER,
     KNOWN_TYPES,
-    ZSTD,
-    FileSource,
     Record,
     read_payload,
     read_record,
 )
+from snapengine.sections import ImageRegion, page_text
+from snapengine.sources import FileSource, corrupt, truncated
 
 if TYPE_CHECKING:
     from snapengine.image import Image
-    from snapengine.records import ImageRegion
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def verify_image(image: Image) -> VerifyReport:
     vmstate_bytes = _verify_records(image)
     stats = image.stats
     if stats.get("image_bytes") != image.source.size:
-        raise CorruptImageError(f"{image.name}: the figures state another size", image.trailer.stat_offset)
+        raise corrupt(image, "the figures state another size", image.trailer.stat_offset)
     totals = [0, 0, 0, 0]
     for region in image.regions:
         totals = [sum(pair) for pair in zip(totals, _verify_region(image, region), strict=True)]
@@ -76,7 +75,7 @@ def _verify_records(image: Image) -> int:
     for seq in range(image.trailer.records):
         record = read_record(image.source, offset)
         if record.seq != seq:
-            raise CorruptImageError(f"{image.name}: record {record.seq} where {seq} should be", offset)
+            raise corrupt(image, f"record {record.seq} where {seq} should be", offset)
         if record.type == b"CHNK":
             image.index.check(chunks, record.header + record.meta, offset)
             chunks += 1
@@ -85,8 +84,9 @@ def _verify_records(image: Image) -> int:
             vmstate_bytes += record.raw_bytes
         _verify_payload(image.source, record)
         offset = record.end
-    if offset != image.source.size or chunks != image.index.count or vmstate_parts != image.trailer.vmstate_parts:
-        raise CorruptImageError(f"{image.name}: records and trailer contradict each other", offset)
+    found = (offset, chunks, vmstate_parts)
+    if found != (image.source.size, image.index.count, image.trailer.vmstate_parts):
+        raise corrupt(image, "records and trailer contradict each other", offset)
     return vmstate_bytes
 
 
@@ -97,17 +97,15 @@ def _verify_payload(source: FileSource, record: Record) -> None:
     crc = crc_of_range(source.fd, record.payload_offset, record.stored_bytes)
     text = record.type.decode("ascii", "backslashreplace")
     if crc is None:
-        raise TruncatedImageError(f"{source.name}: ends inside of {text}", record.offset)
+        raise truncated(source, f"ends inside of {text}", record.offset)
     if crc != record.payload_crc:
-        raise CorruptImageError(f"{source.name}: the payload's checksum of {text} does not match", record.offset)
+        raise corrupt(source, f"the payload's checksum of {text} does not match", record.offset)
 
 
 def _verify_region(image: Image, region: ImageRegion) -> list[int]:
     """Pages of each kind."""
-    from snapengine.image import page_text
-
     runs = image.resolve(region, 0, region.length)
     gap = runs.first_gap(region.first_page, region.first_page + region.pages)
     if gap is not None:
-        raise CorruptImageError(f"{image.name}: {page_text(region, gap)} is missing")
+        raise corrupt(image, f"{page_text(region, gap)} is missing")
     return runs.totals()

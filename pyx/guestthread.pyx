@@ -1,0 +1,175 @@
+# cython: cdivision=True, boundscheck=False
+"""The writer threads of a guest: what one of them does, and how it is stopped.
+
+The threads hold no Python state, block all signals, allocate nothing and take no lock; a thread that faults
+on a protected page sleeps in the kernel and nobody else does.
+
+Who writes what, all else only reads it:
+    control: command (generation << 2 | mode)
+    writer:  its progress, ack, counters; wakers (added to by every writer)
+
+Pause: control stores a new command; a writer that meets it between two writes stores it into its `ack`,
+bumps `wakers` and sleeps until the command changes. Control waits until every ack equals that command.
+An ack belongs to one generation, so that of an earlier pause cannot be taken for the new one; and both
+sides sleep by futex on the value they have looked at, so no wake-up is lost.
+"""
+
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+
+from snapengine.guestpattern cimport CLOCK_WORD, LAST_WORD, MAX_THREADS, PAGE_WORDS, page_of_write
+
+cdef extern from "guestsync.h" nogil:
+    ctypedef unsigned long pthread_t
+    int pthread_join(pthread_t thread, void **result)
+    int guest_spawn(pthread_t *thread, void *(*main)(void *) noexcept nogil, void *arg)
+    uint64_t guest_load(const uint64_t *p)
+    void guest_store(uint64_t *p, uint64_t v)
+    uint32_t guest_load32(const uint32_t *p)
+    void guest_store32(uint32_t *p, uint32_t v)
+    void guest_add32(uint32_t *p, uint32_t v)
+    void guest_put(uint64_t *p, uint64_t v)
+    void guest_wait(uint32_t *p, uint32_t value, int64_t deadline_ns)
+    void guest_wake(uint32_t *p)
+    int64_t guest_now_ns()
+    uint64_t guest_ticks()
+    unsigned guest_bucket(uint64_t v)
+
+cdef void write_mark(Shared *s, Writer *w, uint64_t k, uint64_t *page) noexcept nogil:
+    cdef uint64_t[MAX_THREADS] clock
+    cdef uint32_t u
+    for u in range(s.pattern.threads):
+        clock[u] = guest_load(&s.writers[u].progress)
+    guest_put(page, k)
+    for u in range(s.pattern.threads):
+        guest_put(page + CLOCK_WORD + u, clock[u])
+    guest_put(page + LAST_WORD, k)
+    guest_store(&w.progress, k)
+
+
+cdef void count_stall(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil:
+    cdef uint64_t ns = <uint64_t>(ticks * s.ns_per_tick)
+    w.stalls += 1
+    w.stalled_ns += ns
+    if ns > w.max_ns:
+        w.max_ns = ns
+    w.histogram[guest_bucket(ns)] += 1
+
+
+cdef void next_bin(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil:
+    # Set anew from the clock at every bin, so that the error of ns_per_tick does not add up.
+    cdef int64_t now = guest_now_ns()
+    w.bin_end = ticks + <uint64_t>((BIN_NS - now % BIN_NS) / s.ns_per_tick)
+    if w.bin_at != <uint64_t>(now // BIN_NS):  # else the ticks were a little ahead of the clock
+        w.bin_at = now // BIN_NS
+        guest_store(&w.bins[w.bin_at % BINS], w.bin_at << 24)
+
+
+cdef void write_one(Shared *s, Writer *w) noexcept nogil:
+    cdef uint64_t k = w.progress + 1
+    cdef uint64_t *page = s.ram + page_of_write(&s.pattern, w.index, k) * PAGE_WORDS
+    cdef uint64_t begin = guest_ticks(), end
+    cdef uint64_t *bin
+    write_mark(s, w, k, page)
+    end = guest_ticks()
+    if end - begin > s.stall_ticks:
+        count_stall(s, w, end - begin)
+    if end >= w.bin_end:
+        next_bin(s, w, end)
+    bin = &w.bins[w.bin_at % BINS]
+    guest_store(bin, bin[0] + 1)
+
+
+cdef void pace(Shared *s, Writer *w, uint32_t command) noexcept nogil:
+    """Refill the budget, or sleep towards its time. The caller looks at the command again after it."""
+    cdef int64_t now
+    cdef int64_t batch_ns
+    if s.interval_ns == 0:
+        w.budget = s.batch
+        return
+    now = guest_now_ns()
+    if now < w.due_ns:
+        guest_wait(&s.command, command, w.due_ns)
+        return
+    batch_ns = <int64_t>(s.batch * s.interval_ns)
+    w.budget = s.batch
+    w.due_ns += batch_ns
+    # Absolute time, so that late wake-ups do not add up; but work lost in a stall stays lost, or the rate
+    # after it would hide it.
+    if w.due_ns + 2 * batch_ns < now:
+        w.due_ns = now
+
+
+cdef void stand(Shared *s, Writer *w, uint32_t command) noexcept nogil:
+    guest_store32(&w.ack, command)
+    guest_add32(&s.wakers, 1)
+    guest_wake(&s.wakers)
+    guest_wait(&s.command, command, INT64_MAX)
+    w.due_ns = guest_now_ns()
+
+
+cdef void *writer_main(void *argument) noexcept nogil:
+    cdef Writer *w = <Writer *>argument
+    cdef Shared *s = w.shared
+    cdef uint32_t command
+    while True:
+        command = guest_load32(&s.command)
+        if command & MODE_MASK == STOP:
+            return NULL
+        if command & MODE_MASK == PAUSE:
+            stand(s, w, command)
+        elif w.budget == 0:
+            pace(s, w, command)
+        else:
+            w.budget -= 1
+            write_one(s, w)
+
+
+cdef double measure_tick() noexcept nogil:
+    """Nanoseconds per tick of the time-stamp counter, which is constant on every x86-64 of today."""
+    cdef int64_t from_ns = guest_now_ns()
+    cdef uint64_t from_ticks = guest_ticks()
+    cdef uint32_t word = 0
+    while guest_now_ns() < from_ns + BIN_NS:
+        guest_wait(&word, 0, from_ns + BIN_NS)
+    return <double>(guest_now_ns() - from_ns) / <double>(guest_ticks() - from_ticks)
+
+
+cdef int start_writer(Shared *s, uint32_t index) noexcept nogil:
+    cdef Writer *w = &s.writers[index]
+    w.shared = s
+    w.index = index
+    w.ack = STOP  # no command that a writer acknowledges
+    return guest_spawn(&w.thread, writer_main, w)
+
+
+cdef void join_writer(Shared *s, uint32_t index) noexcept nogil:
+    pthread_join(s.writers[index].thread, NULL)
+
+
+cdef void give_command(Shared *s, uint32_t mode) noexcept nogil:
+    guest_store32(&s.command, ((s.command >> 2) + 1) << 2 | mode)
+    guest_wake(&s.command)
+
+
+cdef bint wait_standing(Shared *s, int64_t deadline_ns) noexcept nogil:
+    cdef uint32_t seen, t, command = s.command
+    while True:
+        seen = guest_load32(&s.wakers)
+        for t in range(s.pattern.threads):
+            if guest_load32(&s.writers[t].ack) != command:
+                break
+        else:
+            return True
+        if guest_now_ns() >= deadline_ns:
+            return False
+        guest_wait(&s.wakers, seen, deadline_ns)
+
+
+def bucket_of(uint64_t ns):
+    """The number of the histogram bucket that counts `ns`."""
+    return guest_bucket(ns)
+
+
+def bucket_floor(unsigned bucket):
+    """The least nanoseconds that a histogram bucket counts."""
+    return bucket if bucket < 8 else <uint64_t>(8 + bucket % 8) << (bucket // 8 - 1)
