@@ -1,8 +1,9 @@
 """How an embedder builds against the installed package: its own setup.py, and `get_include()`."""
 
-import snapengine
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+import snapengine
 
 include = snapengine.get_include()
 flags = ["-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
