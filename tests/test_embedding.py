@@ -55,7 +55,7 @@ def value(embedder):
 
     def run(code):
         *lines, last = code.strip().splitlines()
-        return json.loads(embedder("-c", PRELUDE + "\n".join([*lines, f"print(json.dumps({last}))"])))
+        return json.loads(embedder("-c", PRELUDE + "\n".join([*lines, f"print(json.dumps(({last})))"])))
 
     return run
 

@@ -112,15 +112,15 @@ static PyObject *snapshot(PyObject *self, PyObject *args, PyObject *keywords) {
 /* A result struct of an older header: what lies behind it must stay as it is. */
 static PyObject *short_result(PyObject *self, PyObject *args) {
     snapengine_result result;
-    static char ram[16 * PAGE];
     int fd, err;
     (void)self;
     if (!load() || !PyArg_ParseTuple(args, "i", &fd))
         return NULL;
     memset(&result, 0x5a, sizeof result);
     result.struct_size = offsetof(snapengine_result, region_bytes);
-    memset(ram, 1, sizeof ram);
-    snapengine_capture *capture = api->snapshot_start(ram, sizeof ram, fd, NULL);
+    char *ram = malloc(16 * PAGE);
+    memset(ram, 1, 16 * PAGE);
+    snapengine_capture *capture = api->snapshot_start(ram, 16 * PAGE, fd, NULL);
     if (capture == NULL) {
         char text[256];
         api->last_error(text, sizeof text);
@@ -128,6 +128,7 @@ static PyObject *short_result(PyObject *self, PyObject *args) {
     }
     err = api->snapshot_wait(capture, &result);
     api->snapshot_free(capture);
+    free(ram);
     return Py_BuildValue("iKK", err, result.image_bytes, result.region_bytes);
 }
 
