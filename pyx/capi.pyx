@@ -16,9 +16,9 @@ import errno
 from snapengine.checksum cimport crc32c
 from snapengine.pages cimport copy_page, page_nonzero
 
-from snapengine.capture import Capture, snapshot
+from snapengine.capture import snapshot
 from snapengine.errors import CaptureCancelled, ImageError, UnsupportedError
-from snapengine.options import DIRTY_LOGGING, MIN_MEMORY_LIMIT, WRITE_TRACKING, Options
+from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.result import COMPLETED
 from snapengine.targets import BufferTarget
 

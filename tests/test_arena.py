@@ -91,10 +91,8 @@ def test_impossible_lengths(length):
 
 
 def test_more_than_the_address_space_has_left():
-    arenas = []
     with pytest.raises(MemoryError, match="mmap"):
-        for _ in range(8):
-            arenas.append(Arena((1 << 46) - PAGE))
+        [Arena((1 << 46) - PAGE) for _ in range(8)]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Claims: one winner for each page, and the counting and searching over them."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -22,22 +22,23 @@ def test_as_a_set(case):
         assert bitmap.next(first) == min((page for page in model if page >= first), default=pages)
 
 
-def test_every_page_is_won_once():
-    pages, threads = 20_000, 8
-    bitmap, start = Bitmap(pages), threading.Barrier(threads)
-    won = [[] for _ in range(threads)]
+@pytest.fixture(scope="module")
+def driver(build_driver):
+    return build_driver("bitmap_driver")
 
-    def run(mine):
-        start.wait()
-        mine += [page for page in range(pages) if bitmap.claim(page)]
 
-    workers = [threading.Thread(target=run, args=(mine,)) for mine in won]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert sorted(page for mine in won for page in mine) == list(range(pages))
-    assert bitmap.count() == pages
+@pytest.mark.slow_build
+@pytest.mark.parametrize("run", [1, 7, 64])
+def test_every_page_is_won_once(driver, run):
+    """Without the GIL, all threads on the same words at the same time."""
+    threads, words = 4, 50_000
+    bitmap = Bitmap(64 * words)
+    with ThreadPoolExecutor(threads) as pool:
+        races = [pool.submit(driver.claim_all, bitmap, run, threads) for _ in range(threads)]
+        won = [race.result() for race in races]
+    assert all(sum(word) == 2**64 - 1 for word in zip(*won, strict=True)), "each bit set in just one"
+    assert bitmap.count() == bitmap.pages
+    assert not bitmap.claim(0)
 
 
 @pytest.mark.parametrize("pages", [1, 63, 64, 65])

@@ -69,7 +69,7 @@ def test_a_cython_embedder(value):
     # RFC 3720, B.4: 32 bytes of zeros.
     assert value("cython_consumer.checksum(bytes(32))") == 0x8A9136AA
     assert value("cython_consumer.claims()") == [0xFF, 0xF00]
-    assert value("[cython_consumer.is_zero(page) for page in (bytes(4096), bytes(4095) + b'1')]") == [True, False]
+    assert value("[cython_consumer.is_zero(bytes(4095) + last) for last in (b'\\0', b'1')]") == [True, False]
 
 
 def test_a_cython_embedder_protects_by_itself(requires_uffd, value):

@@ -12,10 +12,10 @@ from snapengine.histogram import quantiles
 LARGEST = 2**64 - 1
 SHARES = (0.01, 0.25, 0.5, 0.9, 0.99, 1.0)
 
-latencies = st.lists(st.one_of(st.integers(0, 64), st.integers(0, 10**9), st.integers(0, LARGEST)), min_size=1)
+latency = st.one_of(st.integers(0, 64), st.integers(0, 10**9), st.integers(0, LARGEST))
 
 
-@given(latencies)
+@given(st.lists(latency, min_size=1))
 def test_against_the_sorted_values(values):
     *found, longest = quantiles(values, SHARES)
     assert longest == max(values)
