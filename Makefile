@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-build-isolation --editable
 SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/include/snapengine/*.h)
 

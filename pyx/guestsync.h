@@ -45,24 +45,4 @@ static inline void guest_wake(uint32_t *p) {
     syscall(SYS_futex, p, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, NULL, NULL, 0);
 }
 
-/* pthread_create with every signal blocked in the new thread. Returns an errno value. */
-static inline int guest_spawn(pthread_t *thread, void *(*main)(void *), void *arg) {
-    sigset_t all, old;
-    int err;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    err = pthread_create(thread, NULL, main, arg);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    return err;
-}
-
-/* Histogram bucket of v: 8 per power of two, exact below 8, at most 495. */
-static inline unsigned guest_bucket(uint64_t v) {
-    unsigned exponent;
-    if (v < 8)
-        return (unsigned)v;
-    exponent = 63 - (unsigned)__builtin_clzll(v);
-    return (exponent - 2) * 8 + (unsigned)(v >> (exponent - 3) & 7);
-}
-
 #endif

@@ -16,12 +16,11 @@ sides sleep by futex on the value they have looked at, so no wake-up is lost.
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
+from snapengine.histogram cimport bucket_of
+from snapengine.pthreads cimport pthread_join, pthread_t, snap_thread_start
 from snapengine.guestpattern cimport CLOCK_WORD, LAST_WORD, MAX_THREADS, PAGE_WORDS, page_of_write
 
 cdef extern from "guestsync.h" nogil:
-    ctypedef unsigned long pthread_t
-    int pthread_join(pthread_t thread, void **result)
-    int guest_spawn(pthread_t *thread, void *(*main)(void *) noexcept nogil, void *arg)
     uint64_t guest_load(const uint64_t *p)
     void guest_store(uint64_t *p, uint64_t v)
     uint32_t guest_load32(const uint32_t *p)
@@ -32,7 +31,6 @@ cdef extern from "guestsync.h" nogil:
     void guest_wake(uint32_t *p)
     int64_t guest_now_ns()
     uint64_t guest_ticks()
-    unsigned guest_bucket(uint64_t v)
 
 cdef void write_mark(Shared *s, Writer *w, uint64_t k, uint64_t *page) noexcept nogil:
     cdef uint64_t[MAX_THREADS] clock
@@ -52,7 +50,7 @@ cdef void count_stall(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil
     w.stalled_ns += ns
     if ns > w.max_ns:
         w.max_ns = ns
-    w.histogram[guest_bucket(ns)] += 1
+    w.histogram[bucket_of(ns)] += 1
 
 
 cdef void next_bin(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil:
@@ -139,7 +137,7 @@ cdef int start_writer(Shared *s, uint32_t index) noexcept nogil:
     w.shared = s
     w.index = index
     w.ack = STOP  # no command that a writer acknowledges
-    return guest_spawn(&w.thread, writer_main, w)
+    return snap_thread_start(&w.thread, writer_main, w)
 
 
 cdef void join_writer(Shared *s, uint32_t index) noexcept nogil:
@@ -163,13 +161,3 @@ cdef bint wait_standing(Shared *s, int64_t deadline_ns) noexcept nogil:
         if guest_now_ns() >= deadline_ns:
             return False
         guest_wait(&s.wakers, seen, deadline_ns)
-
-
-def bucket_of(uint64_t ns):
-    """The number of the histogram bucket that counts `ns`."""
-    return guest_bucket(ns)
-
-
-def bucket_floor(unsigned bucket):
-    """The least nanoseconds that a histogram bucket counts."""
-    return bucket if bucket < 8 else <uint64_t>(8 + bucket % 8) << (bucket // 8 - 1)

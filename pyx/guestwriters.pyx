@@ -21,7 +21,7 @@ from snapengine.guestthread cimport (
 )
 from snapengine.oserror cimport raise_oserror
 
-from .guestthread import bucket_floor
+from snapengine.histogram import bucket_floor
 
 cdef extern from "guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)

@@ -53,6 +53,16 @@ cdef uint64_t histogram_quantile(const histogram_t *histogram, double share) noe
     return histogram.longest
 
 
+def bucket_number(uint64_t ns):
+    """The number of the bucket that counts `ns`."""
+    return bucket_of(ns)
+
+
+def bucket_floor(int bucket):
+    """The least nanoseconds that a bucket counts."""
+    return bucket_top(bucket - 1) + 1 if bucket else 0
+
+
 def quantiles(values, shares=(0.5, 0.99)):
     """Quantiles of nanosecond `values` as this histogram gives them, and the exact maximum."""
     cdef histogram_t histogram

@@ -99,6 +99,10 @@ cdef int _register(capture_t *capture, region_t *region) noexcept nogil:
     cdef int err
     if region.missing:
         mode |= UFFDIO_REGISTER_MODE_MISSING
+    elif capture.pid:
+        # A peer may have registered for missing faults itself. With WP_UNPOPULATED its holes get markers,
+        # which no UFFDIO_ZEROPAGE fills (EEXIST): a fault on one could never be answered.
+        uffd_unregister(capture.uffds[0], region.track_start, region.track_end - region.track_start)
     err = uffd_register(capture.uffds[0], region.track_start, region.track_end - region.track_start, mode)
     if err:
         capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)

@@ -11,9 +11,8 @@ import select
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 
-from snapengine import cli_image, cli_save, cli_tools
+from snapengine import __version__, cli_image, cli_save, cli_tools
 from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_PIPE, Interrupted, interruptible, raw
 from snapengine.errors import SnapengineError
 
@@ -35,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="snapengine", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
-    parser.add_argument("--version", action="version", version=f"snapengine {version('snapengine')}")
+    parser.add_argument("--version", action="version", version=f"snapengine {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     cli_save.add_parser(commands)
     cli_image.add_parsers(commands)

@@ -30,6 +30,7 @@ exit codes:
   130  interrupted by Ctrl-C, 143 by SIGTERM: the target is released, nothing is left behind
   141  the reader of stdout went away"""
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 raw = argparse.RawDescriptionHelpFormatter
 
 
@@ -55,13 +56,13 @@ def interruptible() -> Iterator[None]:
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         raise Interrupted(signum)
 
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
                 previous[number] = signal.signal(number, interrupt)
     except ValueError:
@@ -69,8 +70,8 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number in previous:
+            signal.signal(number, previous[number])
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
 from snapengine.cli_common import EXIT_CODES, EXIT_OK, console, print_json, raw, say
+from snapengine.cli_stream import read_stream, stream_info, verify_stream
 from snapengine.errors import ImageError
+from snapengine.figures import figures_table
+from snapengine.result import Result
 from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
     from snapengine.image import Image
 
 PIECE_BYTES = 4 << 20  # read and written at once by `restore`
+
+REGION_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("region", "left"), ("address", "right"), ("size", "right"), ("page size", "right"), ("kind", "left"),
+)  # fmt: skip
 
 IMAGE_HELP = "the image: a file, or - for standard input"
 INFO = """\
@@ -33,7 +43,7 @@ first to the last, holes as zeros.
 """
 EXPORT = """\
 Write the memory into a raw file, as other tools read it. Zeros and holes take no room in it (the file is
-sparse). Without --region all regions are written one after another, each from a page boundary on.
+sparse). Without --region all regions are written, one behind the other.
 """
 
 
@@ -71,15 +81,23 @@ def _add(
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Image]:
-    """The image of the command line; errors name the file."""
-    from snapengine import open_image
+    """The image of the command line. A pipe is copied into an unnamed file first: pages come in any order."""
+    from snapengine.image import open_image
 
-    try:
-        with open_image(sys.stdin.buffer if path == "-" else path) as image:
-            yield image
-    except ImageError as error:
-        error.args = (f"{'standard input' if path == '-' else path}: {error}",)
-        raise
+    with contextlib.ExitStack() as stack:
+        file: Any = path
+        if path == "-":
+            file = sys.stdin.buffer
+            if not file.seekable():
+                file = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(sys.stdin.buffer, file, PIECE_BYTES)
+                file.flush()
+        yield stack.enter_context(open_image(file))
+
+
+def is_pipe(path: str) -> bool:
+    """The image can only be read once, front to back."""
+    return path == "-" and not sys.stdin.buffer.seekable()
 
 
 def region_name(image: Image, name: str | None) -> str:
@@ -88,7 +106,96 @@ def region_name(image: Image, name: str | None) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
-        raise ValueError(f"which region? The image has: {', '.join(names) or 'none'}")
+        raise ValueError(f"which region? {image.name} has: {', '.join(names) or 'none'}")
     if name not in names:
-        raise ValueError(f"there is no region {name!r}; the image has: {', '.join(names) or 'none'}")
+        raise ValueError(f"there is no region {name!r}; {image.name} has: {', '.join(names) or 'none'}")
     return name
+
+
+def read_info(path: str) -> dict[str, Any]:
+    """The figures of the capture, and beside them what the image holds."""
+    if is_pipe(path):
+        info = stream_info(read_stream())
+    else:
+        with opened(path) as image:
+            info = image.info()
+    stats: dict[str, Any] = info.pop("stats")
+    return stats | info
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """`info`."""
+    info = read_info(args.image)
+    if args.json:
+        print_json(info)
+    else:
+        print_info(info)
+    return EXIT_OK
+
+
+def print_info(info: dict[str, Any]) -> None:
+    """Figures, regions, blobs."""
+    out = console()
+    out.print(f"image {info['id']}, format {info['format']}, {format_size(info['file_bytes'])}\n")
+    names = {field.name for field in fields(Result)}
+    out.print(figures_table(Result(**{name: value for name, value in info.items() if name in names})))
+    table = Table(box=None, pad_edge=False, header_style="")
+    for title, justify in REGION_COLUMNS:
+        table.add_column(title, justify=justify)
+    for region in info["regions"]:
+        size, page = format_size(region["length"]), format_size(region["page_size"])
+        table.add_row(region["name"], f"{region['addr']:#x}", size, page, region["kind"])
+    out.print()
+    out.print(table)
+    for name, size in info["vmstate"].items():
+        out.print(f"\nvmstate {name}: {format_size(size)}")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """`verify`."""
+    try:
+        report = verify_stream() if is_pipe(args.image) else verify_file(args.image)
+    except ImageError as error:
+        if args.json:
+            print_json({"ok": False, "error": str(error), "offset": error.offset})
+        raise
+    if args.json:
+        print_json({"ok": True} | report)
+    else:
+        size, pages = format_size(report["file_bytes"]), format_count(report["data_pages"])
+        print(f"{args.image}: ok, {size}, {report['chunks']} chunks, {pages} data pages")
+    return EXIT_OK
+
+
+def verify_file(path: str) -> dict[str, Any]:
+    """What the image holds. Raises ImageError."""
+    with opened(path) as image:
+        return asdict(image.verify())
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    """`restore`."""
+    with opened(args.image) as image:
+        name = region_name(image, args.region)
+        if args.output == "-":
+            write_out(image, name)
+        else:
+            image.export_raw(name, args.output)
+    return EXIT_OK
+
+
+def write_out(image: Image, name: str) -> None:
+    """A region to stdout, in pieces."""
+    length = image.region(name).length
+    for offset in range(0, length, PIECE_BYTES):
+        sys.stdout.buffer.write(image.read(name, offset, min(PIECE_BYTES, length - offset)))
+    sys.stdout.buffer.flush()
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """`export`."""
+    with opened(args.image) as image:
+        name = None if args.region is None else region_name(image, args.region)
+        size = image.export_raw(name, args.output)
+    say(f"{args.output}: {format_size(size)}")
+    return EXIT_OK

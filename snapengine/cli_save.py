@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from snapengine.cli_common import (
     EXIT_CODES,
@@ -21,12 +21,9 @@ from snapengine.cli_common import (
 )
 from snapengine.figures import figures_table
 from snapengine.options import METHODS, Options
-from snapengine.progress import Bar
+from snapengine.progress import follow
 from snapengine.result import COMPLETED, Result
 from snapengine.units import parse_seconds, parse_size
-
-if TYPE_CHECKING:
-    from snapengine.capture import Capture
 
 DESCRIPTION = """\
 Save the memory of a running program. The program (a virtual machine monitor, or `snapengine guest`)
@@ -136,14 +133,6 @@ def report(result: Result, args: argparse.Namespace) -> None:
         console(out).print(figures_table(result))
 
 
-def follow(capture: Capture, quiet: bool) -> None:
-    """Show the progress until the capture is over."""
-    with Bar(quiet) as bar:
-        while not capture.wait(0.1):
-            bar.update(capture.progress())
-        bar.update(capture.progress())
-
-
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine import snapshot
@@ -157,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         args.parser.error("--vmstate: a name is given twice")
     vmstate = read_vmstate(args.vmstate)
-    target = PeerTarget(args.socket, timeout=args.timeout)
+    target = PeerTarget(args.socket, timeout=args.timeout, method=options.method)
     if not args.quiet:
         say(f"waiting for a peer on {args.socket}")
     with snapshot(target, args.sink, options, vmstate=vmstate) as capture:

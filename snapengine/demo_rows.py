@@ -29,7 +29,8 @@ class Row:
     consistent: bool | None
     """The restored memory is a state that the guest had at one instant; None: there is no image."""
     stall_ns: dict[str, int]
-    """``p50``, ``p99``, ``max``: how long a write of the guest took that was held up by the capture."""
+    """``p50``, ``p99``, ``max`` of the writes that took more than 3 microseconds during the capture; a pause
+    of the guest counts for the last."""
     writes_kept: float | None
     """Writes during the capture, as a share of the undisturbed ones; None at rate 0."""
 
@@ -70,7 +71,7 @@ def cells(row: Row) -> list[str]:
         format_ns(result.duration_ns),
         str(result.rounds),
         format_count(result.faults),
-        *(format_ns(row.stall_ns[name]) for name in ("p50", "p99", "max")),
+        *(format_ns(row.stall_ns[name]) if row.stall_ns[name] else "-" for name in ("p50", "p99", "max")),
         "-" if row.writes_kept is None else f"{row.writes_kept:.0%}",
         {True: "yes", False: "NO", None: "-"}[row.consistent],
     ]
@@ -84,3 +85,22 @@ def make_table(rows: Sequence[Row]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*cells(row), end_section=following is not None and following.rate_text != row.rate_text)
     return table
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What the table shows, one line a method."""
+    lines = []
+    for method in dict.fromkeys(row.result.method for row in rows):
+        own = [row for row in rows if row.result.method == method]
+        done = [row for row in own if row.completed]
+        parts = []
+        if done:
+            low, high = min(row.ratio for row in done), max(row.ratio for row in done)
+            parts.append(f"images of {low:.3f} to {high:.3f} x the memory that is not zero")
+            wrong = [row.rate_text for row in done if not row.consistent]
+            parts.append(f"NOT CONSISTENT at {', '.join(wrong)}" if wrong else "all of them consistent")
+        if len(done) < len(own):
+            rates = ", ".join(row.rate_text for row in own if not row.completed)
+            parts.append(f"did not converge at {rates} writes/s")
+        lines.append(f"{method}: {'; '.join(parts)}.")
+    return "\n".join(lines)

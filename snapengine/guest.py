@@ -25,7 +25,7 @@ EPILOG = """\
 examples:
   snapengine guest --socket /tmp/g.sock --size 1G --threads 2 --rate 100000
       1 GiB, two writers, together 100000 pages a second; every engine that listens at
-      /tmp/g.sock gets it (snapengine save --from /tmp/g.sock ...)
+      /tmp/g.sock gets it (snapengine save --socket /tmp/g.sock vm.img)
   snapengine guest --socket /tmp/g.sock --size 256M --backing memfd --pages thp --rate max \\
       --pattern hot --hot-size 16M --zero 30 --holes 20 --duration 60 --json
       shared memory of transparent huge pages, as fast as one writer can, only 16 MiB of it;

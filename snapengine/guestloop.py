@@ -22,8 +22,8 @@ from .guestparams import PAGE_BYTES, GuestParams
 from .guestsignals import EndSignals
 from .guestwriters import GuestWriters
 from .handover import CONTROLS, encode_offer, strict_json
-from .peer import open_uffd
 from .targets import Region
+from .uffd import Uffd, supported_features
 
 REGION = "ram"
 BLOB = "guest"
@@ -206,12 +206,10 @@ class GuestLoop:
             raise HandoverError("greeting: features: not an integer of 64 bits")
         region = self.guest.region()
         memfds = [region.memfd] if region.memfd >= 0 else []
-        uffd = open_uffd(features, missing=True)
-        try:
+        # Closed here at once: whoever held a copy would keep the RAM protected after the engine's death.
+        with Uffd(features & supported_features()) as uffd:
             offer = encode_offer([region], memfds, CONTROLS)
-            socket.send_fds(self._engine, [offer], [uffd, *memfds])
-        finally:
-            os.close(uffd)  # or the engine's death would not release the RAM
+            socket.send_fds(self._engine, [offer], [uffd.fd, *memfds])
         self._greeted = True
         self.guest.handovers += 1
 

@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from snapengine.guestpattern cimport MAX_THREADS, Pattern
+from snapengine.pthreads cimport pthread_t
 
 cdef enum:
     RUN, PAUSE, STOP                # mode: the low 2 bits of a command
@@ -16,7 +17,7 @@ cdef struct Writer:
     uint64_t progress               # writes completed; on a cache line of its own
     uint64_t[7] pad
     Shared *shared
-    unsigned long thread            # pthread_t
+    pthread_t thread
     uint32_t index
     uint32_t ack                    # the last command that this writer stood still for
     int64_t due_ns                  # throttled: when the next batch is due

@@ -13,6 +13,7 @@ import shutil
 import struct
 import tempfile
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from snapengine.errors import UffdPermissionError
@@ -155,17 +156,15 @@ def try_pidfd() -> str | None:
 def library_versions() -> dict[str, str]:
     """`Host.libraries`."""
     found = {}
-    try:
-        import zstandard
-
-        found["zstandard"] = f"{zstandard.__version__}, zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}"
-    except ImportError as error:
-        found["zstandard"] = f"missing: {error}"
+    for name in ("zstandard", "google-crc32c"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError as error:
+            found[name] = f"missing: {error}"
     try:
         import google_crc32c
 
-        kind = "C" if google_crc32c.implementation == "c" else "Python"
-        found["google-crc32c"] = f"{google_crc32c.__version__}, {kind} implementation"
+        found["google-crc32c"] += ", C" if google_crc32c.implementation == "c" else ", Python"
     except ImportError as error:
         found["google-crc32c"] = f"missing: {error}"
     return found

@@ -1,4 +1,4 @@
-"""The progress bar of `save`: on stderr, and only when that is a terminal."""
+"""The progress bar of a capture: on stderr, and only when that is a terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
+    from snapengine.capture import Capture
     from snapengine.capture import Progress as CaptureProgress
 
 WORDS = {"arming": "protecting", "saving": "saving", "writing": "writing out", "done": "done"}
@@ -66,3 +67,10 @@ class Bar:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+def follow(capture: Capture, quiet: bool = False) -> None:
+    """Show the progress until the capture is over."""
+    with Bar(quiet) as bar:
+        while not capture.wait(0.1):
+            bar.update(capture.progress())

@@ -564,7 +564,7 @@ def test_dirty_logging_needs_a_pause(tmp_path):
 
 
 def test_dirty_logging_that_does_not_converge_is_a_result(tmp_path):
-    buffer = anonymous(16 * MIB)
+    buffer = anonymous(48 * MIB)
     content = np.frombuffer(buffer, "u1")
     content[:] = 1
     stop = []
@@ -578,8 +578,8 @@ def test_dirty_logging_that_does_not_converge_is_a_result(tmp_path):
     target = snapengine.BufferTarget(buffer, pause=lambda: None, resume=lambda: None)
     try:
         result = snap(
-            target, tmp_path / "image", method="dirty-logging", max_rounds=3, rate_limit=64 * MIB,
-            downtime_limit=1e-9,
+            target, tmp_path / "image", method="dirty-logging", max_rounds=3, rate_limit=96 * MIB,
+            memory_limit=16 * MIB, downtime_limit=0.001,
         )  # fmt: skip
     finally:
         stop.append(True)
@@ -587,7 +587,7 @@ def test_dirty_logging_that_does_not_converge_is_a_result(tmp_path):
     assert result.status == "not-converged"
     assert result.rounds == 3
     assert result.duplicate_pages > 0
-    assert result.image_bytes > 16 * MIB
+    assert result.image_bytes > 48 * MIB
     assert not list(tmp_path.iterdir()), "an image that is not complete is not an image"
     del content
 

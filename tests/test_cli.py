@@ -217,7 +217,8 @@ def test_save_info_verify(image):
 def test_from_standard_input(image, tmp_path):
     path, _ = image
     for arguments in (("info", "-"), ("verify", "-")):
-        assert run(*arguments, stdin=path.open("rb")).returncode == 0
+        with path.open("rb") as file:
+            assert run(*arguments, stdin=file).returncode == 0
         with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as cat:
             assert run(*arguments, stdin=cat.stdout).returncode == 0
 
@@ -280,9 +281,19 @@ def test_through_a_command(socket, tmp_path):
 
 
 def test_dirty_logging_that_does_not_converge(socket, tmp_path):
-    with guest(socket):  # writes as fast as it can
-        done = run("save", "--socket", socket, "--method", "dirty-logging", "--max-rounds", 3, "--rate-limit",
-                   "32M", "--downtime-limit", "10ms", "--json", tmp_path / "vm.img")  # fmt: skip
+    with guest(socket, "--rate", "max"):
+        bounds = (
+            "--max-rounds",
+            3,
+            "--rate-limit",
+            "16M",
+            "--memory-limit",
+            "16M",
+            "--downtime-limit",
+            "10ms",
+        )
+        save = ("save", "--socket", socket, "--method", "dirty-logging", "--json")
+        done = run(*save, *bounds, tmp_path / "vm.img")
     assert done.returncode == 3, done.stderr
     assert json.loads(done.stdout)["status"] == NOT_CONVERGED
     assert "did not converge" in done.stderr

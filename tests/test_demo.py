@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from snapengine.demo import parse_rates
-from snapengine.demo_rows import COLUMNS, Row, cells, make_table
+from snapengine.demo_rows import COLUMNS, Row, cells, make_table, summary
+from snapengine.demo_run import Span
 from snapengine.options import DIRTY_LOGGING, METHODS, WRITE_TRACKING
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 
@@ -98,6 +99,34 @@ def test_the_table_shows_every_row(rows):
     assert lines[0].split()[:2] == ["method", "writes/s"]
     assert sum(line.startswith(METHODS) for line in lines) == len(rows)
     assert "max 1\u202f234\u202f567" in out.getvalue()
+
+
+def test_the_summary_says_what_the_table_shows(rows):
+    tracking, logging = summary(rows).splitlines()
+    assert (
+        tracking
+        == "write-tracking: images of 1.000 to 1.000 x the memory that is not zero; all of them consistent."
+    )
+    assert "1.000 to 4.000 x" in logging
+    assert "did not converge at 40\u202f000, max 1\u202f234\u202f567 writes/s" in logging
+    assert "NOT CONSISTENT at 2\u202f000" in summary([make_row(2000, consistent=False)])
+
+
+def test_stalls_of_a_span_are_those_between_its_ends():
+    before = {
+        "writes": [100, 50],
+        "now_ns": 10**9,
+        "stalls": {"max_ns": 5100, "histogram": [[4096, 7], [5120, 1]]},
+    }
+    after = {
+        "writes": [1100, 550],
+        "now_ns": 3 * 10**9,
+        "stalls": {"max_ns": 9999, "histogram": [[4096, 7], [5120, 90], [6144, 10], [9216, 1]]},
+    }
+    span = Span(before, after)
+    assert span.writes_per_second == 750
+    assert span.stalls() == {"p50": 5120, "p99": 6144, "max": 9999}
+    assert Span(after, after).stalls() == {"p50": 0, "p99": 0, "max": 0}
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

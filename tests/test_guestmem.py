@@ -19,7 +19,8 @@ from snapengine.guestcheck import check_cut
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams, parse_size
 from snapengine.guestpattern import class_of, initial_page, write_page
-from snapengine.guestthread import bucket_floor, bucket_of
+from snapengine.histogram import bucket_floor
+from snapengine.histogram import bucket_number as bucket_of
 from snapengine.guestwriters import GuestWriters
 
 MIB = 1 << 20

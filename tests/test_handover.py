@@ -26,8 +26,9 @@ from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
 from snapengine.handover import MAX_MAPPINGS, ArrayScanner, encode_offer, parse_offer, strict_json
 from snapengine.listener import Listener
-from snapengine.peer import PeerTarget, open_uffd
+from snapengine.peer import PeerTarget
 from snapengine.targets import Region, Target
+from snapengine.uffd import Uffd
 
 MIB = 1 << 20
 FEATURES = 1  # PAGEFAULT_FLAG_WP
@@ -61,7 +62,8 @@ class Peer:
 
     def __init__(self, path: Path, step_timeout: float = 5.0) -> None:
         self.memory = GuestMemory(GuestParams(size=MIB, backing="memfd"))
-        self.uffd = open_uffd(FEATURES)
+        with Uffd(FEATURES) as uffd:
+            self.uffd = os.dup(uffd.fd)
         self.target = PeerTarget(path, timeout=10.0, step_timeout=step_timeout)
         self._pool = ThreadPoolExecutor(1)
         self.opened: Future[tuple[int, int, list[Region]]] = self._pool.submit(self.target.open, FEATURES)

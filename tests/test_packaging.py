@@ -2,6 +2,7 @@
 
 import re
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -56,3 +57,10 @@ def test_no_path_of_the_build_machine(files, wheel, repository):
     # The search path of a Python that was not installed by the system is in every extension it builds.
     own = sysconfig.get_config_var("LDFLAGS") or ""
     assert not [(name, path) for name, path in found if not (name.endswith(".so") and path in own)]
+
+
+def test_the_version_is_stated_once_more_in_the_package(repository):
+    import snapengine
+
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert snapengine.__version__ == project["version"]

@@ -32,7 +32,9 @@ def test_parse_size(text, size):
         assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1", "+1", "1e6", "64MB", "64 MM", "1,5G", "0x10", "nan", "\u0661"])
+@pytest.mark.parametrize(
+    "text", ["", "M", "-1", "+1", "1e6", "64MB", "64 MM", "1,5G", "0x10", "nan", "\u0661"]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)

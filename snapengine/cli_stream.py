@@ -1,0 +1,56 @@
+"""`info` and `verify` of an image that comes through a pipe: read once, nothing is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from snapengine.errors import LostPagesError
+from snapengine.image import region_info
+from snapengine.stream import ImageStream, stream_image
+
+
+def read_stream() -> ImageStream:
+    """Standard input, read to its end, every checksum verified. Raises ImageError."""
+    stream = stream_image(sys.stdin.buffer)
+    for _ in stream:
+        pass
+    return stream
+
+
+def stream_info(stream: ImageStream) -> dict[str, Any]:
+    """The same keys as `Image.info`, without those that need the whole file at hand."""
+    parent = stream.header.parent_id
+    return {
+        "format": ".".join(map(str, stream.header.version)),
+        "id": str(stream.id),
+        "parent": parent.hex() if any(parent) else None,
+        "file_bytes": stream.stats["image_bytes"],
+        "chunks": stream.index.count,
+        "regions": [region_info(region) for region in stream.regions],
+        "vmstate": {name: len(blob) for name, blob in stream.vmstate.items()},
+        "stats": stream.stats,
+    }
+
+
+def verify_stream() -> dict[str, Any]:
+    """What the image holds, by the names of `VerifyReport`. Raises ImageError."""
+    stream = read_stream()
+    totals = [0, 0, 0, 0]  # data, zero, hole, lost
+    for region in stream.regions:
+        with contextlib.suppress(LostPagesError):  # the image says so itself, and is sound
+            stream.check_complete(region)
+        runs = stream.index.resolve(region.first_page, region.first_page + region.pages)
+        totals = [sum(pair) for pair in zip(totals, runs.totals(), strict=True)]
+    return {
+        "chunks": stream.index.count,
+        "file_bytes": stream.stats["image_bytes"],
+        "region_bytes": sum(region.length for region in stream.regions),
+        "data_pages": totals[0],
+        "zero_pages": totals[1],
+        "hole_pages": totals[2],
+        "lost_pages": totals[3],
+        "duplicate_pages": stream.index.data_pages() - totals[0],
+        "vmstate_bytes": sum(map(len, stream.vmstate.values())),
+    }

@@ -1,0 +1,111 @@
+"""One measurement of the demo: a guest, one live capture of it, and the proof that the image is right."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snapengine.capture import snapshot
+from snapengine.cli_common import say
+from snapengine.demo_rows import Row
+from snapengine.guestimage import check_image
+from snapengine.guestparams import GuestParams
+from snapengine.guestprocess import GuestProcess
+from snapengine.image import open_image
+from snapengine.options import Options
+from snapengine.peer import PeerTarget
+from snapengine.progress import follow
+from snapengine.result import COMPLETED, Result
+
+SETTLE_SECONDS = 0.3
+UNDISTURBED_SECONDS = 0.5
+
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the guest did between two looks at its counters."""
+
+    before: Stats
+    after: Stats
+
+    @property
+    def writes_per_second(self) -> float:
+        """Of all writers together."""
+        writes: int = sum(self.after["writes"]) - sum(self.before["writes"])
+        nanoseconds: int = self.after["now_ns"] - self.before["now_ns"]
+        return writes * 1e9 / nanoseconds
+
+    def stalls(self) -> dict[str, int]:
+        """``p50``, ``p99`` and ``max`` of the writes that were held up meanwhile (0 if none was).
+
+        From histograms with buckets an eighth wide; only a new record is exact.
+        """
+        earlier = {floor: count for floor, count in self.before["stalls"]["histogram"]}
+        counts = [
+            (floor, count - earlier.get(floor, 0)) for floor, count in self.after["stalls"]["histogram"]
+        ]
+        counts = sorted((floor, count) for floor, count in counts if count > 0)
+        if not counts:
+            return {"p50": 0, "p99": 0, "max": 0}
+        longest = self.after["stalls"]["max_ns"]
+        if longest == self.before["stalls"]["max_ns"]:
+            longest = counts[-1][0]
+        return {"p50": percentile(counts, 0.50), "p99": percentile(counts, 0.99), "max": longest}
+
+
+def percentile(counts: list[tuple[int, int]], share: float) -> int:
+    """The value below which `share` of them lie; `counts` are (value, how many), sorted."""
+    wanted = share * sum(count for _, count in counts)
+    seen = 0
+    for value, count in counts:
+        seen += count
+        if seen >= wanted:
+            return value
+    return counts[-1][0]
+
+
+def watch(guest: GuestProcess, seconds: float) -> Span:
+    """The guest undisturbed for a while."""
+    before = guest.stats()
+    time.sleep(seconds)
+    return Span(before, guest.stats())
+
+
+def capture(guest: GuestProcess, socket: Path, options: Options, image: Path) -> tuple[Result, Span]:
+    """One live capture, and what the guest did while it ran."""
+    before = guest.stats()
+    with snapshot(PeerTarget(socket, method=options.method), str(image), options) as running:
+        follow(running)
+    return running.result, Span(before, guest.stats())
+
+
+def prove(image: Path) -> bool:
+    """Verify every checksum, restore the memory, and check that it is a state the guest once had."""
+    with open_image(image) as opened:
+        opened.verify()
+        report = check_image(opened)
+    if not report.consistent:
+        say(f"{image.name} is not consistent: {report.violation}")
+    return report.consistent
+
+
+def measure(params: GuestParams, rate: int | None, options: Options, socket: Path, image: Path) -> Row:
+    """One row. `rate` is in pages a second, None for full speed; the image stays in `image`."""
+    with GuestProcess(socket, params, rate) as guest:
+        time.sleep(SETTLE_SECONDS)
+        undisturbed = watch(guest, UNDISTURBED_SECONDS).writes_per_second
+        result, span = capture(guest, socket, options, image)
+    stalls = span.stalls()
+    stalls["max"] = max(stalls["max"], result.stop_ns)  # a pause holds every writer up, between two writes
+    return Row(
+        result=result,
+        write_rate=undisturbed if rate is None else rate,
+        at_most=rate is None,
+        consistent=prove(image) if result.status == COMPLETED else None,
+        stall_ns=stalls,
+        writes_kept=span.writes_per_second / undisturbed if undisturbed else None,
+    )

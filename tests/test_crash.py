@@ -1,0 +1,104 @@
+"""No failure of the engine hangs or harms the target: SIGKILL at random moments, and the guest runs on."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import snapengine
+from snapengine.guestimage import check_image
+from snapengine.guestparams import GuestParams
+from snapengine.guestprocess import GuestProcess
+from snapengine.image import open_image
+from snapengine.peer import PeerTarget
+
+MIB = 1 << 20
+ENGINE = """
+import sys, snapengine
+from snapengine.peer import PeerTarget
+socket, path, method = sys.argv[1:]
+target = PeerTarget(socket, method=method)
+print("ready", flush=True)
+with snapengine.snapshot(target, path, method=method, memory_limit=16 << 20, rate_limit=150 << 20):
+    print("armed", flush=True)
+"""
+pytestmark = pytest.mark.usefixtures("requires_uffd")
+
+
+def start_engine(socket, path, method):
+    return subprocess.Popen(
+        [sys.executable, "-c", ENGINE, str(socket), str(path), method], stdout=subprocess.PIPE, text=True
+    )
+
+
+def writes_go_on(guest, seconds=5.0):
+    """Whether every writer of the guest completes another write soon."""
+    before = guest.stats()["writes"]
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = guest.stats()["writes"]
+        if all(after > then for after, then in zip(now, before, strict=True)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+@pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
+def test_killed_engine(tmp_path, backing, pages, method):
+    moments = random.Random(f"{backing}{pages}{method}")
+    params = GuestParams(size=48 * MIB, backing=backing, pages=pages, threads=2, hole_percent=10)
+    rate = None if method == "write-tracking" else 50_000
+    with GuestProcess(tmp_path / "socket", params, rate) as guest:
+        for turn in range(5):
+            engine = start_engine(tmp_path / "socket", tmp_path / "image", method)
+            with engine:
+                line = "ready" if turn % 2 else "armed"
+                while engine.stdout.readline().strip() not in (line, ""):
+                    pass
+                delay = time.monotonic() + moments.uniform(0, 0.08 if line == "ready" else 0.25)
+                while time.monotonic() < delay and engine.poll() is None:
+                    pass
+                engine.send_signal(signal.SIGKILL)
+            assert writes_go_on(guest)
+            assert not (tmp_path / "image").exists() or engine.returncode == 0
+        with snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image"):
+            pass
+        assert writes_go_on(guest)
+    with open_image(tmp_path / "image") as image:
+        image.verify()
+        report = check_image(image)
+    assert report.consistent, report
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_cancelled_engine(tmp_path, method):
+    with GuestProcess(tmp_path / "socket", GuestParams(size=48 * MIB, threads=2), 50_000) as guest:
+        for _ in range(5):
+            target = PeerTarget(tmp_path / "socket", method=method)
+            with (
+                pytest.raises(snapengine.CaptureCancelled),
+                snapengine.snapshot(target, tmp_path / "image", method=method, rate_limit=8 * MIB) as capture,
+            ):
+                capture.cancel()
+            assert writes_go_on(guest)
+        assert guest.stats()["ended"] == {"cancelled": 5}
+    assert not (tmp_path / "image").exists()
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+def test_target_that_dies(tmp_path, backing, method):
+    params = GuestParams(size=48 * MIB, backing=backing, threads=2)
+    with GuestProcess(tmp_path / "socket", params, 50_000) as guest:
+        target = PeerTarget(tmp_path / "socket", method=method)
+        with (
+            pytest.raises(snapengine.TargetGoneError, match=str(guest.pid)),
+            snapengine.snapshot(
+                target, tmp_path / "image", method=method, memory_limit=16 * MIB, rate_limit=32 * MIB
+            ),
+        ):
+            guest.kill()
+    assert [path.name for path in tmp_path.iterdir()] == []
