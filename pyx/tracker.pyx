@@ -181,9 +181,11 @@ cdef int _walk_region(capture_t *capture, lane_t *lane, region_t *region) noexce
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
     cdef uint64_t first, n, won
+    cdef int err
     while page < end:
-        if lane_room(capture.pool, &lane.slot, 64, True):
-            capture_fail(capture, errno, "queue", 0)
+        err = lane_room(capture.pool, &lane.slot, 64, True)
+        if err:
+            capture_fail(capture, err, "queue", 0)
         if snap_load(&capture.failed):
             return 1
         unit_of(capture, region, page, &first, &n)

@@ -139,15 +139,15 @@ def supported_features():
     """
     cdef int fd = _open()
     cdef uffdio_api api
-    cdef int status
+    cdef int err
     api.api = UFFD_API
     api.features = 0
     api.ioctls = 0
     with nogil:
-        status = ioctl(fd, IOCTL_UFFDIO_API, &api)
+        err = 0 if ioctl(fd, IOCTL_UFFDIO_API, &api) == 0 else errno
         close(fd)
-    if status < 0:
-        raise UffdError(errno, "UFFDIO_API: the kernel refuses the interface")
+    if err:
+        raise UffdError(err, "UFFDIO_API: the kernel refuses the interface")
     return api.features
 
 
