@@ -25,7 +25,9 @@ def crc32c_of(const unsigned char[::1] data not None, uint32_t crc=0):
     """CRC-32C (Castagnoli, RFC 3720) of a C-contiguous byte buffer, continuing from `crc`."""
     cdef size_t length = data.shape[0]
     cdef uint32_t value = crc
+    cdef const unsigned char *start
     if length:
+        start = &data[0]
         with nogil:
-            value = crc32c(crc, &data[0], length)
+            value = crc32c(crc, start, length)
     return value

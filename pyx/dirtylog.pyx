@@ -11,10 +11,7 @@ Documentation/admin-guide/mm/pagemap.rst.
 from libc.errno cimport ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 
-import os
-import time
-
-from snapengine.atomics cimport snap_load, snap_store
+from snapengine.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
@@ -24,10 +21,9 @@ from snapengine.linux cimport (
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
-from snapengine.session cimport Session, capture_fail, capture_t, lane_t, page_addr, region_t
+from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
 from snapengine.uffd cimport uffd_protect, uffd_register, unregister_gently
-from snapengine.atomics cimport snap_ctz
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -68,7 +64,7 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
         data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
         while data:
             first = snap_ctz(data)
-            run = min(snap_ctz(~(data >> first)), 64 - first) if ~(data >> first) else 64
+            run = min(<uint64_t>snap_ctz(~(data >> first)), 64 - first) if ~(data >> first) else 64
             err = lane_room(capture.pool, &lane.slot, run, wait)
             if err:
                 return err
@@ -135,7 +131,7 @@ cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept
             if err:
                 return err
             first = snap_ctz(rest)
-            run = min(snap_ctz(~(rest >> first)), 64 - first) if ~(rest >> first) else 64
+            run = min(<uint64_t>snap_ctz(~(rest >> first)), 64 - first) if ~(rest >> first) else 64
             put_pages(capture, lane, (page & ~<uint64_t>63) + first, run, SNAP_HOLE)
             rest &= ~bits_mask(first, run)
         page += n

@@ -9,13 +9,12 @@ discarded faults itself, as missing. Another fault thread answers it; if all of 
 at one time, the warden does, so that no target can hang us, nor itself.
 """
 
-from libc.errno cimport EAGAIN, EEXIST, EINTR, ESRCH, errno
+from libc.errno cimport EAGAIN, ESRCH
 
-from snapengine.atomics cimport snap_bump, snap_load, snap_pause, snap_peek, snap_store
+from snapengine.atomics cimport snap_bump, snap_load, snap_pause, snap_store
 from snapengine.bitmap cimport bits_claim, bits_test
 from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, pump, read_messages
 from snapengine.histogram cimport histogram_add
-from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport (
@@ -23,8 +22,8 @@ from snapengine.pthreads cimport (
     snap_usable_cpus,
 )
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
-from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr, region_at, region_t
-from snapengine.uffd cimport uffd_unprotect, uffd_wake, uffd_zeropage
+from snapengine.session cimport PRESENCE_BITS, capture_fail, region_at, region_t
+from snapengine.uffd cimport uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:

@@ -12,13 +12,12 @@ that are left; inside it they wait for the scheduler, never for the GIL, the sin
 from libc.errno cimport EINTR, EIO, ENOBUFS, errno
 from posix.unistd cimport pread, pwrite
 
-import os
 import tempfile
 
 from snapengine.arena cimport Arena
 from snapengine.atomics cimport snap_add, snap_load, snap_store
 from snapengine.image_format cimport (
-    SNAP_DATA, SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
+    SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
 )
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,

@@ -14,7 +14,7 @@ from snapengine.events cimport pump
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport snap_sleep_ns
-from snapengine.session cimport PRESENCE_BITS, READ_FILE, capture_fail, page_addr
+from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
 from snapengine.source cimport copy_run, populated, put_pages
 from snapengine.uffd cimport uffd_unprotect
 
@@ -27,7 +27,7 @@ cdef inline uint64_t _run_from(uint64_t mask, uint64_t *first) noexcept nogil:
     cdef uint64_t rest
     first[0] = snap_ctz(mask)
     rest = ~(mask >> first[0])
-    return min(snap_ctz(rest), 64 - first[0]) if rest else 64
+    return min(<uint64_t>snap_ctz(rest), 64 - first[0]) if rest else 64
 
 
 cdef void unit_of(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,

@@ -4,9 +4,7 @@ All of it lies in arenas, because capture threads write it while the target's me
 pages with anything on the heap) is protected.
 """
 
-from libc.errno cimport ESRCH
 from libc.stdint cimport uintptr_t
-from posix.unistd cimport close
 
 import os
 

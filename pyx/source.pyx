@@ -5,7 +5,7 @@ it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. A
 discarded after T is noticed after the copy (it is no longer protected) and put down as lost.
 """
 
-from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, ESRCH, errno
+from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
 from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
@@ -17,8 +17,7 @@ from snapengine.pages cimport copy_page, page_nonzero
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t, scan_written
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.session cimport (
-    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, READ_PROCESS,
-    page_addr,
+    PRESENCE_BITS, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, page_addr,
 )
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -38,7 +37,8 @@ cdef extern from "<unistd.h>" nogil:
 cdef uint64_t PAGE = 4096
 
 
-cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil:
+cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
+                    unsigned kind) noexcept nogil:
     cdef uint64_t i
     lane_entry(&lane.slot, page, n, kind)
     if kind == SNAP_DATA:
@@ -88,7 +88,7 @@ cdef uint64_t _by_seek(lane_t *lane, region_t *region, uint64_t page, uint64_t m
         if lane.extent_region != region or not lane.extent_start <= offset < lane.extent_end:
             _find_extent(lane, region, offset)
         n = min((lane.extent_end - offset + PAGE - 1) // PAGE, 64 - first)
-        n = max(n, 1)
+        n = max(n, <uint64_t>1)
         if lane.extent_data:
             result |= bits_mask(first, n) & mask
         mask &= ~bits_mask(first, n)
@@ -148,7 +148,8 @@ cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64
     return 0
 
 
-cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_t n, char *dst) noexcept nogil:
+cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_t n,
+                    char *dst) noexcept nogil:
     """Bytes of the run read into dst; -errno if none."""
     cdef iovec local
     cdef iovec remote
@@ -182,7 +183,8 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
                 memcpy(dst, base + i * PAGE, PAGE)
             dst += PAGE
             put_pages(capture, lane, page + i, 1, SNAP_DATA)
-        elif region.reading == READ_FILE and capture.data == NULL and not bits_test(capture.present, page + i):
+        elif region.reading == READ_FILE and capture.data == NULL \
+                and not bits_test(capture.present, page + i):
             # No page table entry and nothing but zeros: as good as a hole (rounds cannot tell: zero there).
             put_pages(capture, lane, page + i, 1, SNAP_HOLE)
         else:
@@ -201,7 +203,8 @@ cdef int _copy(capture_t *capture, lane_t *lane, region_t *region, uint64_t page
     return _from_elsewhere(capture, lane, region, page, n)
 
 
-cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                  uint64_t n) noexcept nogil:
     cdef lane_slot before = lane.slot
     cdef uint64_t last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
     cdef uint64_t data = lane.data_pages
@@ -230,7 +233,8 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
     return 0
 
 
-cdef void _note_run(capture_t *capture, region_t *region, uint64_t start, uint64_t end, bint huge) noexcept nogil:
+cdef void _note_run(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
+                    bint huge) noexcept nogil:
     cdef uint64_t first, n, unit, stop
     start = max(start, region.addr)
     end = min(end, region.addr + region.pages * PAGE)

@@ -16,17 +16,15 @@ from libc.errno cimport EAGAIN, EBUSY, ENXIO, errno
 from libc.stdint cimport uint64_t
 from posix.unistd cimport close, getpid, lseek, write
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_store
+from snapengine.atomics cimport snap_load, snap_store
 from snapengine.bitmap cimport bits_claim, bits_mask
 from snapengine.events cimport WATCH_PID, WATCH_STOP, close_children, pump, watch
 from snapengine.faults cimport fault_thread, serve_held, warden_thread
-from snapengine.linux cimport (
-    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
-)
+from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_join, pthread_mutex_lock, pthread_mutex_unlock,
-    pthread_t, snap_name_thread, snap_now_ns, snap_sleep_ns, snap_thread_start,
+    snap_name_thread, snap_now_ns, snap_sleep_ns, snap_thread_start,
 )
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
@@ -183,9 +181,11 @@ cdef int _walk_region(capture_t *capture, lane_t *lane, region_t *region) noexce
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
     cdef uint64_t first, n, won
+    cdef int err
     while page < end:
-        if lane_room(capture.pool, &lane.slot, 64, True):
-            capture_fail(capture, errno, "queue", 0)
+        err = lane_room(capture.pool, &lane.slot, 64, True)
+        if err:
+            capture_fail(capture, err, "queue", 0)
         if snap_load(&capture.failed):
             return 1
         unit_of(capture, region, page, &first, &n)

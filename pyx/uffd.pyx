@@ -2,7 +2,8 @@
 
 Any thread may call the ioctl functions; none of them allocates or needs the GIL. Features are
 negotiated once, when the descriptor is made: a kernel without one of them is an error then, never a
-surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.rst in Linux
+Documentation/admin-guide/mm.
 """
 
 from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM, errno
@@ -150,15 +151,15 @@ def supported_features():
     """
     cdef int fd = _open()
     cdef uffdio_api api
-    cdef int status
+    cdef int err
     api.api = UFFD_API
     api.features = 0
     api.ioctls = 0
     with nogil:
-        status = ioctl(fd, IOCTL_UFFDIO_API, &api)
+        err = 0 if ioctl(fd, IOCTL_UFFDIO_API, &api) == 0 else errno
         close(fd)
-    if status < 0:
-        raise UffdError(errno, "UFFDIO_API: the kernel refuses the interface")
+    if err:
+        raise UffdError(err, "UFFDIO_API: the kernel refuses the interface")
     return api.features
 
 
@@ -185,7 +186,7 @@ cdef class Uffd:
         UFFD_FEATURE bits to negotiate.
     fd:
         A descriptor to take over instead of opening one; it is negotiated with `features` unless its
-        owner did that already. It is closed by `close` like our own.
+        owner did that already. It is ours from the call on: closed by `close`, and if this raises.
 
     Raises
     ------
@@ -202,24 +203,27 @@ cdef class Uffd:
     def __init__(self, uint64_t features=0, int fd=-1):
         if self.fd >= 0:
             raise ValueError("already open")
-        negotiated = None
-        if fd >= 0:
-            negotiated = negotiated_features(fd)
-            os.set_blocking(fd, False)
         self.fd = _open() if fd < 0 else fd
-        if negotiated is None:
-            self._negotiate(features)
-        elif features & ~<uint64_t>negotiated:
-            missing = ", ".join(feature_names(features & ~<uint64_t>negotiated))
-            raise UnsupportedError(95, f"the handed-over userfaultfd lacks UFFD_FEATURE_ {missing}")
-        else:
-            self.features = negotiated
+        try:
+            negotiated = None
+            if fd >= 0:
+                negotiated = negotiated_features(fd)
+                os.set_blocking(fd, False)
+            if negotiated is None:
+                self._negotiate(features)
+            elif features & ~<uint64_t>negotiated:
+                missing = ", ".join(feature_names(features & ~<uint64_t>negotiated))
+                raise UnsupportedError(95, f"the handed-over userfaultfd lacks UFFD_FEATURE_ {missing}")
+            else:
+                self.features = negotiated
+        except BaseException:
+            self.close()            # at once: a traceback may keep the object for long
+            raise
 
     def _negotiate(self, uint64_t features):
         cdef int err = uffd_api(self.fd, features)
         if not err:
             return
-        self.close()
         offered = supported_features()
         if features & ~<uint64_t>offered:
             missing = ", ".join(feature_names(features & ~<uint64_t>offered)) or hex(features)

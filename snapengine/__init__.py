@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snapengine.capi import _C_API as _C_API  # the capsule is importable only by this name
 from snapengine.capture import Capture, Progress, snapshot
 from snapengine.errors import (
     AlreadyTrackedError,

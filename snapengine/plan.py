@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 
 from snapengine.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
@@ -181,7 +182,7 @@ class Plan:
 
 def _refuse_overlap(regions: list[Region]) -> None:
     by_addr = sorted(regions, key=lambda region: region.addr)
-    for left, right in zip(by_addr, by_addr[1:], strict=False):
+    for left, right in pairwise(by_addr):
         if left.addr + left.length > right.addr:
             raise ValueError(f"regions {left.name!r} and {right.name!r} overlap")
 

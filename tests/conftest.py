@@ -1,5 +1,6 @@
 """What all tests share: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -98,6 +99,34 @@ def pip(*arguments):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def build_driver(tmp_path_factory):
+    """``build_driver(name)``: embed/NAME.pyx, built against the package under test and imported."""
+
+    def build(name):
+        import snapengine
+
+        room = tmp_path_factory.mktemp(name)
+        shutil.copy2(Path(__file__).parent / "embed" / f"{name}.pyx", room)
+        include = snapengine.get_include()
+        (room / "setup.py").write_text(
+            "from Cython.Build import cythonize\n"
+            "from setuptools import Extension, setup\n"
+            f"extension = Extension({name!r}, ['{name}.pyx'], include_dirs={include!r})\n"
+            f"setup(ext_modules=cythonize([extension], include_path={include!r}, language_level=3))\n"
+        )
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        built = subprocess.run(command, cwd=room, capture_output=True, text=True, check=False)
+        assert built.returncode == 0, built.stdout + built.stderr
+        (path,) = room.glob(f"{name}.*.so")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return build
 
 
 @pytest.fixture

@@ -1,0 +1,3 @@
+from collections.abc import Iterable, Sequence
+
+def quantiles(values: Iterable[int], shares: Sequence[float] = (0.5, 0.99)) -> list[int]: ...

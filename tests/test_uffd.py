@@ -1,0 +1,561 @@
+"""userfaultfd as the capture relies on it: what traps, what does not, what releases a waiter."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from snapengine.errors import UffdPermissionError, UnsupportedError
+from snapengine.uffd import (
+    FEATURES,
+    MODE_MISSING,
+    MODE_WP,
+    Uffd,
+    feature_names,
+    negotiated_features,
+    supported_features,
+)
+
+pytestmark = pytest.mark.usefixtures("requires_uffd")
+
+PAGE = 4096
+DEADLINE_S = 20
+
+WP = FEATURES["PAGEFAULT_FLAG_WP"]
+SHMEM = FEATURES["WP_HUGETLBFS_SHMEM"]
+UNPOPULATED = FEATURES["WP_UNPOPULATED"]
+API = 0xC018AA3F  # UFFDIO_API
+EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP = 0x12, 0x13, 0x14
+FLAG_WRITE, FLAG_WP = 1, 2
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+# ctypes gives the GIL up for a call: a writer that waits in memset holds up no other thread.
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+
+
+class Memory:
+    """Pages of this process, by address: ``write`` may block, so it never runs with the GIL."""
+
+    def __init__(self, pages, shared=False):
+        self.pages, self.fd = pages, -1
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if shared:
+            self.fd = os.memfd_create("test")
+            os.ftruncate(self.fd, pages * PAGE)
+            flags = mmap.MAP_SHARED
+        self.addr = libc.mmap(None, pages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, self.fd, 0)
+        assert self.addr != ctypes.c_void_p(-1).value
+        self.length = pages * PAGE
+        libc.madvise(self.addr, self.length, mmap.MADV_NOHUGEPAGE)
+
+    def at(self, page):
+        return self.addr + page * PAGE
+
+    def write(self, page, byte):
+        libc.memset(self.at(page), byte, PAGE)
+
+    def read(self, page):
+        return ctypes.string_at(self.at(page), 1)[0]
+
+    def close(self):
+        libc.munmap(self.addr, self.length)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+@pytest.fixture
+def memory():
+    """``memory(pages, shared=False)``, unmapped after the test."""
+    made = []
+
+    def make(pages, shared=False):
+        made.append(Memory(pages, shared))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def tracked():
+    """``tracked(memory, features, mode)``: registered, and protected if the mode says so."""
+    made = []
+
+    def make(memory, features=WP, mode=MODE_WP):
+        uffd = Uffd(features)
+        made.append(uffd)
+        uffd.register(memory.addr, memory.length, mode)
+        if mode & MODE_WP:
+            uffd.protect(memory.addr, memory.length)
+        return uffd
+
+    yield make
+    for each in made:
+        each.close()
+
+
+class Writer(threading.Thread):
+    """Writes one page; ``done`` says whether it has come through."""
+
+    def __init__(self, memory, page, byte=1):
+        super().__init__(daemon=True)
+        self._arguments = memory, page, byte
+        self.start()
+
+    def run(self):
+        memory, page, byte = self._arguments
+        memory.write(page, byte)
+
+    def finish(self):
+        self.join(DEADLINE_S)
+        assert not self.is_alive(), "the writer was not released"
+
+
+class Message:
+    """One struct uffd_msg."""
+
+    def __init__(self, data):
+        self.event, self.flags, self.address = struct.unpack_from("<B7xQQ", data)
+        (self.child,) = struct.unpack_from("<I", data, 8)
+        self.old, self.new, self.moved = struct.unpack_from("<QQQ", data, 8)
+
+
+def read_message(fd):
+    """The next message, within the deadline. One at a time: reading an event lets its causer go on."""
+    until = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until:
+        try:
+            return Message(os.read(fd, 32))
+        except BlockingIOError:
+            time.sleep(0.001)
+    raise AssertionError("no message came")
+
+
+def nothing_to_read(fd):
+    with pytest.raises(BlockingIOError):
+        os.read(fd, 32)
+    return True
+
+
+def reap(pid):
+    """The exit code of a child, within the deadline; a child that hangs is killed."""
+    until = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("the child hangs")
+
+
+def fork_and(action):
+    """Fork without Python's own hooks; the child runs action and exits with what it returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            code = action() or 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+# -- what traps --
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_written_page_traps(memory, tracked, shared):
+    ram = memory(4, shared)
+    ram.write(2, 7)
+    uffd = tracked(ram, WP | (SHMEM if shared else 0))
+    assert nothing_to_read(uffd.fd)
+    writer = Writer(ram, 2, 8)
+    message = read_message(uffd.fd)
+    assert (message.event, message.address & -PAGE) == (EVENT_PAGEFAULT, ram.at(2))
+    assert message.flags & (FLAG_WRITE | FLAG_WP) == FLAG_WRITE | FLAG_WP
+    assert ram.read(2) == 7, "reading does not trap, and shows the bytes before the write"
+    assert writer.is_alive()
+    uffd.unprotect(ram.at(2), PAGE)
+    writer.finish()
+    assert ram.read(2) == 8
+
+
+def test_a_hole_without_markers_does_not_trap(memory, tracked):
+    """Why the capture registers private holes for missing faults where WP_UNPOPULATED is not used."""
+    ram = memory(4)
+    uffd = tracked(ram)
+    ram.write(1, 5)
+    assert nothing_to_read(uffd.fd)
+
+
+def test_a_hole_traps_as_missing(memory, tracked):
+    ram = memory(4)
+    uffd = tracked(ram, WP, MODE_WP | MODE_MISSING)
+    writer = Writer(ram, 1, 5)
+    message = read_message(uffd.fd)
+    assert message.address & -PAGE == ram.at(1)
+    assert not message.flags & FLAG_WP
+    uffd.zeropage(ram.at(1), PAGE)
+    writer.finish()
+    assert ram.read(1) == 5
+    with pytest.raises(OSError, match="UFFDIO_ZEROPAGE") as caught:
+        uffd.zeropage(ram.at(1), PAGE)
+    assert caught.value.errno == errno.EEXIST
+
+
+def test_a_hole_traps_by_its_marker(memory, tracked):
+    ram = memory(4)
+    uffd = tracked(ram, WP | UNPOPULATED)
+    writer = Writer(ram, 1, 5)
+    message = read_message(uffd.fd)
+    assert message.address & -PAGE == ram.at(1)
+    assert message.flags & FLAG_WP
+    uffd.unprotect(ram.at(1), PAGE)
+    writer.finish()
+
+
+def test_a_hole_of_shared_memory_traps_by_its_marker(memory, tracked):
+    ram = memory(4, shared=True)
+    uffd = tracked(ram, WP | SHMEM)
+    writer = Writer(ram, 3, 5)
+    message = read_message(uffd.fd)
+    assert message.address & -PAGE == ram.at(3)
+    assert message.flags & FLAG_WP
+    uffd.unprotect(ram.at(3), PAGE)
+    writer.finish()
+
+
+def test_hugetlb_traps_by_its_own_pages(tracked, hugetlb):
+    hugetlb(2)
+    size = 2 << 20
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000  # MAP_HUGETLB
+    ram = Memory.__new__(Memory)
+    ram.addr, ram.length, ram.fd = libc.mmap(None, size, 3, flags, -1, 0), size, -1
+    ram.write(0, 1)
+    try:
+        uffd = tracked(ram, WP | SHMEM)
+        writer = Writer(ram, 300, 2)
+        message = read_message(uffd.fd)
+        assert message.address & -size == ram.addr
+        with pytest.raises(OSError, match="UFFDIO_WRITEPROTECT") as caught:
+            uffd.unprotect(ram.at(300), PAGE)
+        assert caught.value.errno == errno.EINVAL
+        uffd.unprotect(ram.addr, size)
+        writer.finish()
+    finally:
+        ram.close()
+
+
+# -- what releases --
+
+
+def test_unprotect_releases_only_its_pages(memory, tracked):
+    ram = memory(4)
+    for page in range(4):
+        ram.write(page, 1)
+    uffd = tracked(ram)
+    first, second = Writer(ram, 0, 2), Writer(ram, 3, 2)
+    assert {read_message(uffd.fd).address & -PAGE for _ in range(2)} == {ram.at(0), ram.at(3)}
+    uffd.unprotect(ram.at(0), PAGE)
+    first.finish()
+    assert second.is_alive()
+    assert ram.read(3) == 1
+    uffd.unprotect(ram.at(1), 3 * PAGE)
+    second.finish()
+
+
+def test_wake_alone_makes_the_writer_fault_again(memory, tracked):
+    ram = memory(1)
+    ram.write(0, 1)
+    uffd = tracked(ram)
+    writer = Writer(ram, 0, 2)
+    for _ in range(3):
+        assert read_message(uffd.fd).address & -PAGE == ram.addr
+        uffd.wake(ram.addr, PAGE)
+    read_message(uffd.fd)
+    assert ram.read(0) == 1
+    uffd.unprotect(ram.addr, PAGE)
+    writer.finish()
+
+
+@pytest.mark.parametrize("how", ["close", "unregister", "with", "garbage"])
+def test_the_end_of_tracking_releases(memory, how):
+    ram = memory(2)
+    ram.write(1, 1)
+    uffd = Uffd(WP)
+    uffd.register(ram.addr, ram.length)
+    uffd.protect(ram.addr, ram.length)
+    writer = Writer(ram, 1, 2)
+    read_message(uffd.fd)
+    if how == "close":
+        uffd.close()
+        assert uffd.fd == -1
+        uffd.close()
+    elif how == "unregister":
+        uffd.unregister(ram.addr, ram.length)
+    elif how == "with":
+        with uffd:
+            pass
+    del uffd
+    writer.finish()
+    assert ram.read(1) == 2
+
+
+# -- what is refused --
+
+
+@pytest.mark.parametrize("call", ["protect", "unprotect"])
+def test_memory_that_is_not_registered(memory, call):
+    ram = memory(1)
+    with Uffd(WP) as uffd, pytest.raises(FileNotFoundError, match="UFFDIO_WRITEPROTECT"):
+        getattr(uffd, call)(ram.addr, PAGE)
+
+
+def test_another_userfaultfd_is_in_the_way(memory, tracked):
+    ram = memory(1)
+    uffd = tracked(ram)
+    uffd.register(ram.addr, PAGE)  # the same one again is no error
+    with Uffd(WP) as other, pytest.raises(OSError, match="UFFDIO_REGISTER") as caught:
+        other.register(ram.addr, PAGE)
+    assert caught.value.errno == errno.EBUSY
+
+
+def test_memory_of_a_file_cannot_be_tracked():
+    with open(sys.executable, "rb") as file, Uffd(WP | SHMEM) as uffd:
+        addr = libc.mmap(None, PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, file.fileno(), 0)
+        with pytest.raises(OSError, match="UFFDIO_REGISTER") as caught:
+            uffd.register(addr, PAGE)
+        libc.munmap(addr, PAGE)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_odd_addresses(memory, tracked):
+    ram = memory(2)
+    uffd = tracked(ram)
+    for call in (uffd.register, uffd.unregister, uffd.protect, uffd.unprotect):
+        for addr, length in ((ram.addr + 1, PAGE), (ram.addr, PAGE + 1), (ram.addr, 0)):
+            with pytest.raises(OSError, match="Invalid argument"):
+                call(addr, length)
+
+
+def test_a_closed_one(memory):
+    uffd = Uffd(WP)
+    uffd.close()
+    with pytest.raises(OSError, match="UFFDIO_REGISTER") as caught:
+        uffd.register(memory(1).addr, PAGE)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_an_open_one_is_not_opened_again():
+    with Uffd(WP) as uffd:
+        before = uffd.fd
+        with pytest.raises(ValueError, match="already open"):
+            uffd.__init__(WP)
+        assert uffd.fd == before
+
+
+# -- features --
+
+
+def test_names_of_features():
+    assert feature_names(WP | SHMEM) == ["PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM"]
+    assert feature_names(0) == []
+    assert supported_features() & WP
+
+
+def test_an_unknown_feature():
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UnsupportedError, match="0x40000000"):
+        Uffd(1 << 30)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_error_of_a_failed_negotiation_is_its_own():
+    """Nothing of the Uffd remains: it is closed, and a second try is a first one."""
+    uffd = Uffd.__new__(Uffd)
+    with pytest.raises(UnsupportedError):
+        uffd.__init__(1 << 30)
+    assert uffd.fd == -1
+    uffd.__init__(WP)
+    assert negotiated_features(uffd.fd) & WP
+    uffd.close()
+
+
+def test_what_was_negotiated():
+    with Uffd(WP | SHMEM) as uffd:
+        assert uffd.features == WP | SHMEM
+        found = negotiated_features(uffd.fd)
+        assert found & (WP | SHMEM) == WP | SHMEM
+
+
+def test_what_is_no_userfaultfd():
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(OSError, match="not a userfaultfd"):
+            negotiated_features(file.fileno())
+        own = os.dup(file.fileno())
+        with pytest.raises(OSError, match="not a userfaultfd"):
+            Uffd(WP, own)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(own)  # taken over by the call, so closed by its failure
+    with pytest.raises(FileNotFoundError):
+        negotiated_features(9999)
+
+
+# -- a descriptor that another process handed over --
+
+
+def raw_uffd(features=None):
+    """A userfaultfd as its owner would make it: blocking, and negotiated or not."""
+    fd = libc.syscall(323, os.O_CLOEXEC)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    if features is not None:
+        fcntl.ioctl(fd, API, bytearray(struct.pack("<QQQ", 0xAA, features, 0)))
+    return fd
+
+
+def test_handed_over_with_features():
+    fd = raw_uffd(WP | SHMEM | UNPOPULATED)
+    with Uffd(WP | SHMEM, fd) as uffd:
+        assert uffd.fd == fd
+        assert uffd.features == WP | SHMEM | UNPOPULATED, "all that its owner asked for"
+        assert not os.get_blocking(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_handed_over_before_the_negotiation():
+    fd = raw_uffd()
+    assert negotiated_features(fd) is None
+    with Uffd(WP | SHMEM, fd) as uffd:
+        assert uffd.features == WP | SHMEM
+        assert negotiated_features(fd) & (WP | SHMEM) == WP | SHMEM
+
+
+def test_handed_over_without_a_feature():
+    fd = raw_uffd(WP)
+    with pytest.raises(UnsupportedError, match="lacks UFFD_FEATURE_ WP_ASYNC") as caught:
+        Uffd(WP | FEATURES["WP_ASYNC"], fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+# -- fork and mremap --
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fork_without_the_event(memory, tracked, shared):
+    ram = memory(2, shared)
+    ram.write(0, 1)
+    uffd = tracked(ram, WP | (SHMEM if shared else 0))
+    pid = fork_and(lambda: ram.write(0, 2))
+    assert reap(pid) == 0, "the child's write neither traps nor hangs"
+    assert nothing_to_read(uffd.fd)
+    assert ram.read(0) == (2 if shared else 1)
+    writer = Writer(ram, 0, 3)
+    assert read_message(uffd.fd).address & -PAGE == ram.addr, "the parent is still protected"
+    uffd.unprotect(ram.addr, PAGE)
+    writer.finish()
+
+
+def test_fork_with_the_event(memory, tracked):
+    ram = memory(2, shared=True)
+    ram.write(0, 1)
+    uffd = tracked(ram, WP | SHMEM | FEATURES["EVENT_FORK"])
+    pids, messages = [], []
+    reader = threading.Thread(target=lambda: messages.append(read_message(uffd.fd)))
+    reader.start()  # fork() returns only after somebody has read the event
+    pids.append(fork_and(lambda: ram.write(0, 2)))
+    reader.join(DEADLINE_S)
+    (message,) = messages
+    assert message.event == EVENT_FORK
+    child = message.child
+    fault = read_message(child)
+    assert fault.event == EVENT_PAGEFAULT
+    assert fault.address & -PAGE == ram.addr
+    assert ram.read(0) == 1
+    with Uffd(WP, child) as tracked_child:
+        tracked_child.unprotect(ram.addr, PAGE)
+        assert reap(pids[0]) == 0
+    assert ram.read(0) == 2
+
+
+def move(ram):
+    """Move the pages elsewhere. To a fixed place: mremap to the same length would stay where it is."""
+    room = Memory(ram.pages)
+    new = libc.mremap(ram.addr, ram.length, ram.length, MREMAP_MAYMOVE | MREMAP_FIXED, room.addr)
+    assert new == room.addr, os.strerror(ctypes.get_errno())
+    ram.addr = new
+
+
+def test_mremap_without_the_event(memory, tracked):
+    ram = memory(2)
+    ram.write(0, 1)
+    uffd = tracked(ram)
+    move(ram)
+    ram.write(0, 2)
+    assert nothing_to_read(uffd.fd), "the protection is lost, silently"
+
+
+def test_mremap_with_the_event(memory, tracked):
+    ram = memory(2)
+    ram.write(0, 1)
+    old = ram.addr
+    uffd = tracked(ram, WP | FEATURES["EVENT_REMAP"])
+    mover = threading.Thread(target=move, args=[ram], daemon=True)
+    mover.start()
+    message = read_message(uffd.fd)
+    mover.join(DEADLINE_S)
+    assert (message.event, message.old, message.new) == (EVENT_REMAP, old, ram.addr)
+    assert message.moved == ram.length
+    writer = Writer(ram, 0, 2)
+    assert read_message(uffd.fd).address & -PAGE == ram.addr
+    uffd.unprotect(ram.addr, PAGE)
+    writer.finish()
+
+
+# -- permission --
+
+
+def test_without_permission_the_text_names_the_ways():
+    code = (
+        "import os; from snapengine import uffd\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: uffd.supported_features()\n"
+        "except Exception as error: print(type(error).__name__, error.errno, error)\n"
+        "else: print('allowed')\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    device = Path("/dev/userfaultfd")
+    open_to_all = device.exists() and device.stat().st_mode & 0o006 == 0o006
+    allowed = open_to_all or Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+    if allowed:
+        assert done.stdout == "allowed\n"
+        return
+    name, number, text = done.stdout.split(maxsplit=2)
+    assert name == UffdPermissionError.__name__
+    assert int(number) in (errno.EPERM, errno.EACCES)
+    for way in ("CAP_SYS_PTRACE", "/dev/userfaultfd", "vm.unprivileged_userfaultfd"):
+        assert way in text
