@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ import struct
 import time
 from typing import Any
 
-from .errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError, UffdError
+from .errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
 from .handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
 from .listener import Listener
 from .memorymap import check_mapped

@@ -134,7 +134,7 @@ def test_several_buffers_that_share_pages(tmp_path):
         (lambda: np.zeros((10, 10))[:, ::2], ValueError, "contiguous"),
         (lambda: 5, TypeError, "neither a buffer nor a tensor"),
         (lambda: Tensor(np.zeros(4), device="cuda:0"), ValueError, "cuda:0"),
-        (lambda: {}, ValueError, "no buffers"),
+        (dict, ValueError, "no buffers"),
     ],
 )
 def test_what_is_no_buffer(tmp_path, make, error, text):
@@ -185,7 +185,7 @@ def test_a_writer_that_holds_the_gil_never_waits_for_the_sink(tmp_path):
     capture = snapengine.snapshot(
         buffer, MemorySink(), memory_limit=16 * MIB, rate_limit=4 * MIB, spill_dir=str(tmp_path)
     )
-    with pytest.raises(snapengine.CaptureCancelled), capture:
+    with pytest.raises(snapengine.CaptureCancelled), capture:  # noqa: PT012 - the block is what is tested
         for offset in range(0, size, PAGE):
             buffer[offset] = 0
         assert capture.progress().phase == "writing"  # every page is saved, few have left
@@ -193,7 +193,6 @@ def test_a_writer_that_holds_the_gil_never_waits_for_the_sink(tmp_path):
         capture.cancel()
     assert content[0] == 0
     assert before[0] != 0
-    del content
 
 
 def test_the_spilled_image_is_right(tmp_path):
@@ -212,7 +211,6 @@ def test_the_spilled_image_is_right(tmp_path):
     assert result.spilled_bytes > 0
     assert result.peak_buffer_bytes <= 16 * MIB
     assert saved(tmp_path / "image") == before
-    del content
 
 
 def test_progress_result_and_one_run_only(tmp_path):
@@ -433,7 +431,7 @@ def test_sparse_memory_is_armed_without_page_tables(tmp_path):
         buffer.write(b"s" * (16 * MIB))
     before = page_table_kib()
     with snapengine.snapshot(buffer, NullSink()) as capture:
-        while not capture.progress().phase == "done" and not capture.wait(0.01):
+        while capture.progress().phase != "done" and not capture.wait(0.01):
             pass
         grown = page_table_kib() - before
     assert capture.result.hole_pages == (size - 256 * MIB) // PAGE
@@ -510,7 +508,8 @@ except KeyboardInterrupt:
     buffer[0] = 1
     print("interrupted")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "interrupted", done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -554,7 +553,6 @@ def test_dirty_logging_of_a_buffer(tmp_path):
     assert result.rounds >= 2
     assert saved(tmp_path / "image") == at_t[0]
     assert result.hole_pages == 8 * MIB // PAGE
-    del content
 
 
 def test_dirty_logging_needs_a_pause(tmp_path):
@@ -589,7 +587,6 @@ def test_dirty_logging_that_does_not_converge_is_a_result(tmp_path):
     assert result.duplicate_pages > 0
     assert result.image_bytes > 48 * MIB
     assert not list(tmp_path.iterdir()), "an image that is not complete is not an image"
-    del content
 
 
 def test_signal_handlers_run_on_the_callers_thread(tmp_path):

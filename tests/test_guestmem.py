@@ -19,9 +19,9 @@ from snapengine.guestcheck import check_cut
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams, parse_size
 from snapengine.guestpattern import class_of, initial_page, write_page
+from snapengine.guestwriters import GuestWriters
 from snapengine.histogram import bucket_floor
 from snapengine.histogram import bucket_number as bucket_of
-from snapengine.guestwriters import GuestWriters
 
 MIB = 1 << 20
 LAST = 511

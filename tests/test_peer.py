@@ -68,12 +68,14 @@ def peer(path, **how):
     ],
 )
 def test_a_peer_in_firecrackers_form(tmp_path, registered, features):
-    with peer(tmp_path / "socket", registered=registered, features=features) as process:
-        with snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image") as capture:
-            process.stdin.write("\n")
-            process.stdin.flush()
-            addr = int(process.stdout.readline())
-            assert process.stdout.readline() == "written\n"
+    with (
+        peer(tmp_path / "socket", registered=registered, features=features) as process,
+        snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image") as capture,
+    ):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        addr = int(process.stdout.readline())
+        assert process.stdout.readline() == "written\n"
     result = capture.result
     assert result.pages_saved == 4 * MIB // 4096
     assert result.zero_pages + result.hole_pages == 4 * MIB // 4096
