@@ -52,12 +52,14 @@ cdef class Arena:
         self.base = aligned
         self.length = rounded
 
-    def touch(self):
-        """Make every page present, in huge pages where the kernel has them: a first touch costs 11 µs a
-        page where the hypervisor backs memory lazily, and must not happen while a writer waits."""
+    def touch(self, length=None):
+        """Make the first `length` bytes (None: all) present, in huge pages where the kernel has them: a first
+        touch costs 11 µs a page where the hypervisor backs memory lazily, and must not happen while a
+        writer waits."""
+        cdef uint64_t wanted = self.length if length is None else min(length, self.length)
         with nogil:
             madvise(self.base, self.length, MADV_HUGEPAGE)
-            memset(self.base, 0, self.length)
+            memset(self.base, 0, wanted)
 
     def __dealloc__(self):
         if self.base != NULL:

@@ -23,7 +23,7 @@ from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister
+from snapengine.uffd cimport uffd_protect, uffd_register, unregister_gently
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -312,8 +312,7 @@ cdef class DirtyLog:
             with nogil:
                 for i in range(capture.n_regions):
                     region = &capture.regions[i]
-                    uffd_unregister(capture.uffds[0], region.track_start,
-                                    region.track_end - region.track_start)
+                    unregister_gently(capture.uffds[0], region.track_start, region.track_end)
         with nogil:
             if lane_close(capture.pool, &capture.lanes[0].slot):
                 capture_fail(capture, ESRCH, "queue", 0)

@@ -29,7 +29,7 @@ from snapengine.pthreads cimport (
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister
+from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister, unregister_gently
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
@@ -218,7 +218,7 @@ cdef void _release_all(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        uffd_unregister(capture.uffds[0], region.track_start, region.track_end - region.track_start)
+        unregister_gently(capture.uffds[0], region.track_start, region.track_end)
     pump(capture, lane)             # a fork whose event nobody reads would never return
     lane.n_held = 0                 # unregistering woke them
     close_children(capture)

@@ -6,7 +6,7 @@ surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.r
 Documentation/admin-guide/mm.
 """
 
-from libc.errno cimport EACCES, EPERM, ENOSYS, errno
+from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM, errno
 from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
@@ -43,6 +43,8 @@ FEATURES = {
 MODE_MISSING = UFFDIO_REGISTER_MODE_MISSING
 MODE_WP = UFFDIO_REGISTER_MODE_WP
 
+cdef uint64_t UNREGISTER_PIECE = 16 << 20   # a multiple of a huge page
+
 PERMISSION_HELP = (
     "userfaultfd is not allowed for this user; one of these allows it: "
     "run as root or with CAP_SYS_PTRACE; give the user read and write access to /dev/userfaultfd; "
@@ -72,6 +74,16 @@ cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
     arg.start = start
     arg.len = length
     return 0 if ioctl(fd, IOCTL_UFFDIO_UNREGISTER, &arg) == 0 else errno
+
+
+cdef void unregister_gently(int fd, uint64_t start, uint64_t end) noexcept nogil:
+    cdef uint64_t piece
+    while start < end:
+        piece = min(UNREGISTER_PIECE, end - start)
+        if uffd_unregister(fd, start, piece) == EINVAL:
+            # Nothing is mapped there any more, or its pages are larger than a piece.
+            uffd_unregister(fd, start, end - start)
+        start += piece
 
 
 cdef int _writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil:

@@ -31,7 +31,9 @@ from snapengine.errors import (
     UnsupportedError,
     UnsupportedVersionError,
 )
+from snapengine.image import Image, open_image
 from snapengine.options import Options
+from snapengine.peer import PeerTarget
 from snapengine.result import Result
 from snapengine.targets import BufferTarget, Region, Target
 
@@ -44,9 +46,11 @@ __all__ = [
     "CaptureCancelled",
     "CorruptImageError",
     "HandoverError",
+    "Image",
     "ImageError",
     "LostPagesError",
     "Options",
+    "PeerTarget",
     "Progress",
     "Region",
     "RegisterError",
@@ -61,6 +65,7 @@ __all__ = [
     "UnsupportedError",
     "UnsupportedVersionError",
     "get_include",
+    "open_image",
     "snapshot",
 ]
 

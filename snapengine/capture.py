@@ -232,6 +232,7 @@ class Capture:
         wanted = _wanted_features(options.method)
         pid, fd, regions = self._target.open(wanted)
         self._opened = True
+        self._began = time.monotonic_ns()  # without the wait for a peer
         if not tracking and not self._target.can_pause:
             raise ValueError("dirty logging needs a target that can pause: give pause and resume")
         if fd < 0:

@@ -29,6 +29,7 @@ cdef struct pool_t:
     bint closed                     # no more chunks will come
     uint64_t failed                 # atomic: set once; read without the lock
     uint64_t starved                # atomic: threads waiting for room, a hint for the encoders
+    uint32_t touched                # slots below this number have their memory
     uint64_t spill_end              # bytes of the spill file in use
     uint64_t spilled_bytes
     # Fixed after set-up.
