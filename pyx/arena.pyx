@@ -54,7 +54,8 @@ cdef class Arena:
 
     def touch(self, length=None):
         """Make the first `length` bytes (None: all) present, in huge pages where the kernel has them: a first
-        touch costs 11 µs a page where the hypervisor backs memory lazily, and no writer should wait for it."""
+        touch costs 11 µs a page where the hypervisor backs memory lazily, and must not happen while a
+        writer waits."""
         cdef uint64_t wanted = self.length if length is None else min(length, self.length)
         with nogil:
             madvise(self.base, self.length, MADV_HUGEPAGE)

@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -478,26 +479,36 @@ def test_fork_without_the_event(memory, tracked, shared):
     writer.finish()
 
 
-def test_fork_with_the_event(memory, tracked):
+def forks_while_tracked(ram, sender):
+    """The body of a process that hands its userfaultfd over and forks; its child writes page 0."""
+    uffd = Uffd(WP | SHMEM | FEATURES["EVENT_FORK"])
+    uffd.register(ram.addr, ram.length)
+    uffd.protect(ram.addr, ram.length)
+    socket.send_fds(sender, [b"u"], [uffd.fd])
+    return reap(fork_and(lambda: ram.write(0, 2)))
+
+
+def test_fork_with_the_event(memory):
+    """In another process: fork() waits, with the GIL, until the event has been read."""
     ram = memory(2, shared=True)
     ram.write(0, 1)
-    uffd = tracked(ram, WP | SHMEM | FEATURES["EVENT_FORK"])
-    pids, messages = [], []
-    reader = threading.Thread(target=lambda: messages.append(read_message(uffd.fd)))
-    reader.start()  # fork() returns only after somebody has read the event
-    pids.append(fork_and(lambda: ram.write(0, 2)))
-    reader.join(DEADLINE_S)
-    (message,) = messages
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        pid = fork_and(lambda: forks_while_tracked(ram, sender))
+        receiver.settimeout(DEADLINE_S)
+        _, (uffd,), _, _ = socket.recv_fds(receiver, 1, 1)
+    os.set_blocking(uffd, False)
+    message = read_message(uffd)
     assert message.event == EVENT_FORK
-    child = message.child
-    fault = read_message(child)
-    assert fault.event == EVENT_PAGEFAULT
-    assert fault.address & -PAGE == ram.addr
-    assert ram.read(0) == 1
-    with Uffd(WP, child) as tracked_child:
-        tracked_child.unprotect(ram.addr, PAGE)
-        assert reap(pids[0]) == 0
+    with Uffd(WP, message.child) as child:
+        fault = read_message(child.fd)
+        assert fault.event == EVENT_PAGEFAULT
+        assert fault.address & -PAGE == ram.addr
+        assert ram.read(0) == 1
+        child.unprotect(ram.addr, PAGE)
+        assert reap(pid) == 0
     assert ram.read(0) == 2
+    os.close(uffd)
 
 
 def move(ram):
