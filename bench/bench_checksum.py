@@ -5,13 +5,14 @@ from benchkit import MIB
 
 from snapengine.checksum import crc32c_of
 
+pytestmark = pytest.mark.benchmark(group="checksum")
+
 BLOCK = bytes(range(256)) * (MIB // 256)
 
 
 def note_rate(benchmark):
     """Bytes a second of each round."""
     rates = [MIB / seconds for seconds in benchmark.stats.stats.data]
-    benchmark.group = "checksum"
     benchmark.extra_info["samples"] = {"checksum_rate": rates}
 
 
@@ -22,7 +23,5 @@ def bench_crc32c_without_gil(benchmark):
 
 def bench_xxh3_64_with_gil(benchmark):
     xxhash = pytest.importorskip("xxhash", reason="pip install 'snapengine[bench]'")
-    benchmark.pedantic(
-        xxhash.xxh3_64_intdigest, args=(BLOCK,), rounds=200, iterations=10, warmup_rounds=20
-    )
+    benchmark.pedantic(xxhash.xxh3_64_intdigest, args=(BLOCK,), rounds=200, iterations=10, warmup_rounds=20)
     note_rate(benchmark)

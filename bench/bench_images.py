@@ -26,6 +26,7 @@ def writing_guest(request, tmp_path_factory):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.benchmark(group="images")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sink_rate", [0, 200 * MIB, 50 * MIB], ids=lambda rate: f"sink-{rate // MIB}")
 def bench_image(benchmark, writing_guest, sink_rate, method):
@@ -40,7 +41,6 @@ def bench_image(benchmark, writing_guest, sink_rate, method):
 
     result = benchmark.pedantic(save, rounds=1)
     ratio = result.image_bytes / result.nonzero_bytes
-    benchmark.group = "images"
     benchmark.extra_info.update({name: getattr(result, name) for name in FIGURES})
     benchmark.extra_info.update(
         size=SIZE, method=method, write_rate=write_rate, sink_rate=sink_rate, ratio=ratio

@@ -30,6 +30,7 @@ def save(guest, socket, rate_limit):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.benchmark(group="stalls")
 def bench_stalls(benchmark, floors, start_guest):
     guest, socket = start_guest(GuestParams(size=SIZE), None)
     memory = small_pages(min(SIZE, 64 * MIB))
@@ -49,5 +50,4 @@ def bench_stalls(benchmark, floors, start_guest):
 
     save(guest, socket, 0)
     benchmark.pedantic(alternate, rounds=PAIRS)
-    benchmark.group = "stalls"
     benchmark.extra_info.update(size=SIZE, sink_rate=SINK_RATE, memory_limit=LIMIT, samples=samples)

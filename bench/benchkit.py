@@ -91,7 +91,7 @@ def guest_ram(pid: int, length: int) -> int:
 
 @contextmanager
 def protected(floors: ModuleType, memory: mmap.mmap, sync: bool = False) -> Iterator[tuple[int, int, int]]:
-    """A userfaultfd with `memory` registered: (descriptor, address, length). `sync`: the descriptor blocks."""
+    """A userfaultfd with `memory` registered: (descriptor, address, length). `sync`: reads of it block."""
     addr, length = floors.address_of(memory), len(memory)
     with Uffd(FEATURES["PAGEFAULT_FLAG_WP"]) as uffd:
         os.set_blocking(uffd.fd, sync)
@@ -113,11 +113,11 @@ def fault_floor(floors: ModuleType, memory: mmap.mmap, handlers: int = 2) -> dic
     """p50 and p99 of a write fault with one blocked handler per CPU that does nothing but its duty."""
     with protected(floors, memory, sync=True) as (fd, addr, length):
         floors.write_protect_ns(fd, addr, length, length, True)
-        loop = floors.FaultLoop(fd, addr, length)
+        loop = floors.FaultLoop(fd, addr, length, handlers)
         threads = [threading.Thread(target=loop.serve, args=(cpu,), daemon=True) for cpu in range(handlers)]
         for thread in threads:
             thread.start()
-        taken = sorted(loop.run(handlers))
+        taken = sorted(loop.run())
         for thread in threads:
             thread.join(10)
     return {"floor_p50_ns": taken[len(taken) // 2], "floor_p99_ns": taken[len(taken) * 99 // 100]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchkit import TMPFS, is_tmpfs
+
 from snapengine.errors import SnapengineError
 from snapengine.guestprocess import GuestProcess
 from snapengine.uffd import supported_features

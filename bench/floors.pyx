@@ -94,45 +94,48 @@ def write_protect_ns(int fd, uint64_t addr, uint64_t length, uint64_t piece, bin
 cdef class FaultLoop:
     """The least that serving a write fault takes: blocking read, memcpy of the page, un-protect it.
 
-    `fd` is a blocking userfaultfd that has `length` bytes at `addr` registered and protected. Threads that call
-    `serve` are the handlers; then `run` writes to one page after another. It ends them by one more
-    write each, so the memory must have that many pages in reserve.
+    `fd` is a blocking userfaultfd that has `length` bytes at `addr` registered and protected. Threads that
+    call `serve` are the handlers; then `run` writes to one page after another. A handler ends when it has
+    served one of the last pages, of which there is one for each.
     """
     cdef int fd
-    cdef uint64_t addr, length
-    cdef int stopping, err
+    cdef uint64_t addr, length, last
+    cdef int handlers, err
 
-    def __init__(self, int fd, uint64_t addr, uint64_t length):
+    def __init__(self, int fd, uint64_t addr, uint64_t length, int handlers):
         self.fd = fd
         self.addr = addr
         self.length = length
+        self.handlers = handlers
+        self.last = addr + length - handlers * PAGE
 
     def serve(self, int cpu):
         """A handler, on the cpu-th usable CPU, until `run` ends it."""
         cdef char[4096] page
         with nogil:
             snap_pin_to(cpu)
-            while self._serve_one(page) and not self.stopping:
+            while self._serve_one(page) < self.last:
                 pass
 
-    cdef bint _serve_one(self, char *page) noexcept nogil:
+    cdef uint64_t _serve_one(self, char *page) noexcept nogil:
+        # The address that was served; ~0 after an error.
         cdef uffd_msg message
         cdef uint64_t at
         cdef ssize_t got = read(self.fd, &message, sizeof(message))
         if got < 0 and errno == EINTR:
-            return True
+            return 0
         if got != sizeof(message) or message.event != UFFD_EVENT_PAGEFAULT:
             self.err = errno if got < 0 else 5
             uffd_unregister(self.fd, self.addr, self.length)  # or the writer waits for ever
-            return False
+            return ~<uint64_t>0
         at = message.arg.pagefault.address & ~(PAGE - 1)
         memcpy(page, <const void *><uintptr_t>at, PAGE)
         uffd_unprotect(self.fd, at, PAGE)
-        return True
+        return at
 
-    def run(self, int handlers):
+    def run(self):
         """The nanoseconds of each write: an array."""
-        cdef uint64_t count = self.length // PAGE - handlers
+        cdef uint64_t count = self.length // PAGE - self.handlers
         cdef uint64_t i, began
         cdef uint64_t[::1] taken
         result = array("Q", bytes(8 * count))
@@ -142,8 +145,7 @@ cdef class FaultLoop:
                 began = snap_now_ns()
                 (<volatile_char *><uintptr_t>(self.addr + i * PAGE))[0] = 1
                 taken[i] = snap_now_ns() - began
-            self.stopping = 1
-            for i in range(count, count + handlers):
+            for i in range(count, count + self.handlers):
                 (<volatile_char *><uintptr_t>(self.addr + i * PAGE))[0] = 1
         if self.err:
             raise_oserror(self.err, b"userfaultfd")
