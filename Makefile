@@ -26,13 +26,16 @@ test: $(VENV)/.test  ## Run the tests
 lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nogil code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 110 pyx snapengine tests
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 110 pyx snapengine tests bench
 	PATH="$(abspath $(BIN)):$$PATH" .ci/cython-hints
 
 .PHONY: bench
-bench: $(VENV)/.test  ## Measure; writes build/bench.json
-	@mkdir -p build
-	$(BIN)/python -m pytest -q bench --benchmark-json=build/bench.json $(BENCH)
+bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build/bench/*.png
+	@mkdir -p build/bench
+	$(BIN)/python bench/setup_floors.py
+	$(BIN)/python -m pytest -q bench --benchmark-quiet --benchmark-json=build/bench.json $(BENCH)
+	$(BIN)/python bench/plots.py
+	@$(BIN)/python bench/report.py
 
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
@@ -76,6 +79,11 @@ $(VENV)/.base: $(VENV)/.created $(SOURCES)
 $(VENV)/.test: $(VENV)/.base
 	@echo "installing the test tools"
 	@$(INSTALL) '.[plot,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@echo "installing the bench tools"
+	@$(INSTALL) '.[bench]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -1,0 +1,83 @@
+"""Copy rate without writers into the null sink, against one memcpy of the same bytes, in alternation."""
+
+import time
+
+import pytest
+from benchkit import PIECE, ROUNDS, Samples, guest_ram, huge_pages, protect_floor, size, small_pages
+
+import snapengine
+from snapengine.guestparams import GuestParams
+from snapengine.peer import PeerTarget
+
+SIZE = size("COPY_SIZE", "1G")
+LEAST = ("ioctl_protect_ns", "memcpy_ns", "ioctl_unprotect_64_ns")
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="copy")]
+
+
+@pytest.fixture(scope="module")
+def destination(floors):
+    """As many bytes to copy into, warm."""
+    memory = huge_pages(SIZE)
+    floors.fill(memory, 1)
+    return memory
+
+
+@pytest.fixture(scope="module")
+def source(floors):
+    """The bytes, warm, in 4 KiB pages."""
+    memory = small_pages(SIZE)
+    floors.fill(memory)
+    return memory
+
+
+def save(make_target, samples):
+    """One capture into the null sink, with its time in parts."""
+    began = time.monotonic_ns()
+    with snapengine.snapshot(make_target(), "null:") as capture:
+        at_t = time.monotonic_ns()
+    ended = time.monotonic_ns()
+    result = capture.result
+    assert result.faults == 0
+    assert result.pages_saved == SIZE // 4096
+    samples.note(
+        capture_ns=ended - began,
+        prepare_ns=at_t - began - result.arm_ns,
+        arm_ns=result.arm_ns,
+        save_ns=ended - at_t,
+    )
+
+
+def measure(benchmark, make_target, floor):
+    """Alternate `floor`, which returns samples, with captures; the first pair only warms."""
+    samples = Samples()
+    benchmark.extra_info.update(size=SIZE, samples=samples)
+    floor()
+    save(make_target, Samples())
+    benchmark.pedantic(save, setup=lambda: samples.note(**floor()),
+                       args=(make_target, samples), rounds=ROUNDS)  # fmt: skip
+    pairs = zip(samples["memcpy_ns"], samples["capture_ns"], strict=True)
+    samples["memcpy_ratio"] = [memcpy / capture for memcpy, capture in pairs]
+    if "ioctl_protect_ns" in samples:  # the least that one thread needs: protect, copy, un-protect
+        parts = zip(*(samples[name] for name in LEAST), samples["capture_ns"], strict=True)
+        samples["least_work_ratio"] = [sum(least) / capture for *least, capture in parts]
+
+
+def bench_copy_own_buffer(benchmark, floors, source, destination):
+    def floor():
+        return {"memcpy_ns": floors.copy_ns(destination, source), **protect_floor(floors, source)}
+
+    measure(benchmark, lambda: snapengine.BufferTarget(source), floor)
+
+
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+def bench_copy_guest(benchmark, floors, source, destination, start_guest, backing):
+    guest, socket = start_guest(GuestParams(size=SIZE, backing=backing, incompressible=True), 0)
+    addr = guest_ram(guest.pid, SIZE)
+    piece = memoryview(destination)[:PIECE]
+
+    def floor():
+        read = floors.vm_read_ns(guest.pid, addr, SIZE, piece)
+        return {"memcpy_ns": floors.copy_ns(destination, source), "process_vm_readv_ns": read}
+
+    measure(benchmark, lambda: PeerTarget(socket), floor)

@@ -1,0 +1,50 @@
+"""Dirty logging against write tracking: the image on a guest that writes, over write rate and sink rate."""
+
+import pytest
+from benchkit import MIB, size
+
+import snapengine
+from snapengine.guestparams import GuestParams
+from snapengine.guestprocess import GuestProcess
+from snapengine.options import METHODS, WRITE_TRACKING
+from snapengine.peer import PeerTarget
+
+SIZE = size("SIZE", "128M")
+FIGURES = (
+    "status", "image_bytes", "nonzero_bytes", "duplicate_pages", "rounds", "faults", "arm_ns", "stop_ns",
+    "duration_ns", "spilled_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[0, 1000, 10_000, 50_000, None], ids=lambda rate: f"rate-{rate}")
+def writing_guest(request, tmp_path_factory):
+    """(write rate, socket) of a guest whose writers run."""
+    path = tmp_path_factory.mktemp("guest") / "socket"
+    params = GuestParams(size=SIZE, zero_percent=20, hole_percent=10)
+    with GuestProcess(path, params, request.param):
+        yield request.param, str(path)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.benchmark(group="images")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sink_rate", [0, 200 * MIB, 50 * MIB], ids=lambda rate: f"sink-{rate // MIB}")
+def bench_image(benchmark, writing_guest, sink_rate, method):
+    write_rate, socket = writing_guest
+
+    def save():
+        target = PeerTarget(socket, method=method)
+        options = {"rate_limit": sink_rate, "max_rounds": 12, "max_seconds": 15}
+        with snapengine.snapshot(target, "null:", method=method, **options) as capture:
+            pass
+        return capture.result
+
+    result = benchmark.pedantic(save, rounds=1)
+    ratio = result.image_bytes / result.nonzero_bytes
+    benchmark.extra_info.update({name: getattr(result, name) for name in FIGURES})
+    benchmark.extra_info.update(
+        size=SIZE, method=method, write_rate=write_rate, sink_rate=sink_rate, ratio=ratio
+    )
+    if method == WRITE_TRACKING:
+        assert result.duplicate_pages == 0
+        assert SIZE < 64 * MIB or ratio <= 1.005  # the fixed parts weigh more in a tiny image

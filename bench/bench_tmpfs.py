@@ -1,0 +1,89 @@
+"""Into a tmpfs: with a writer at full speed over all of the memory, and zstd against no compression."""
+
+import gc
+import time
+
+import pytest
+from benchkit import ROUNDS, Samples, process_status, reset_peak, size, warm_file
+
+import snapengine
+from snapengine.guestparams import GuestParams
+from snapengine.options import MIB, Options
+from snapengine.peer import PeerTarget
+
+SIZE = size("COPY_SIZE", "1G")
+ZSTD_SIZE = size("ZSTD_SIZE", "256M")
+LIMIT = 64 * MIB
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="tmpfs")]
+
+
+def save(socket, path, samples, options):
+    """One capture; the engine is this process, so its memory is what this process grows by."""
+    resident = process_status("VmRSS")
+    shared = process_status("RssShmem")
+    reset_peak()
+    began = time.monotonic_ns()
+    with snapengine.snapshot(PeerTarget(socket), path, options) as capture:
+        pass
+    samples.note(capture_ns=time.monotonic_ns() - began)
+    result = capture.result
+    grown = process_status("VmHWM") - resident
+    assert process_status("RssShmem") == shared
+    samples.note(
+        grown_bytes=grown,
+        grown_over_limit_bytes=grown - options.memory_limit,
+        peak_buffer_bytes=result.peak_buffer_bytes,
+        spilled_bytes=result.spilled_bytes,
+        image_bytes=result.image_bytes,
+        faults=result.faults,
+        stop_ns=result.stop_ns,
+    )
+    return result
+
+
+def make_room(path, length):
+    """Free memory that the host has already given, and a heap without garbage."""
+    path.unlink(missing_ok=True)
+    warm_file(path, length + length // 64)
+    gc.collect()
+
+
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+def bench_full_speed_writer(benchmark, start_guest, tmpfs, backing):
+    _, socket = start_guest(GuestParams(size=SIZE, backing=backing, incompressible=True), None)
+    samples = Samples()
+    options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
+    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples)
+    make_room(tmpfs, SIZE)
+    save(socket, tmpfs, Samples(), options)
+    benchmark.pedantic(
+        save,
+        args=(socket, tmpfs, samples, options),
+        setup=lambda: make_room(tmpfs, SIZE),
+        rounds=ROUNDS if backing == "anon" else min(3, ROUNDS),
+    )
+    if backing == "memfd":  # the guest's RAM, mapped here, counts as ours in VmHWM
+        del samples["grown_bytes"], samples["grown_over_limit_bytes"]
+
+
+def bench_zstd(benchmark, start_guest, tmpfs):
+    """Alternates the two. The bytes could shrink to a quarter; chunks that would hold it up stay raw."""
+    _, socket = start_guest(GuestParams(size=ZSTD_SIZE), 0)
+    both = {"none": Samples(), "zstd:1": Samples()}
+
+    def pair():
+        for compress, samples in both.items():
+            make_room(tmpfs, ZSTD_SIZE)
+            save(socket, tmpfs, samples, Options(compress=compress))
+
+    pair()
+    for samples in both.values():
+        samples.clear()
+    benchmark.pedantic(pair, rounds=min(3, ROUNDS))
+    named = {
+        f"{compress}_{name}": both[compress][name]
+        for compress in both
+        for name in ("capture_ns", "image_bytes")
+    }
+    benchmark.extra_info.update(size=ZSTD_SIZE, samples=named)

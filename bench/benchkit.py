@@ -1,0 +1,140 @@
+"""What the benches share: sizes from the environment, warm memory, and what /proc says of this process."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from snapengine.maps import read_maps
+from snapengine.uffd import FEATURES, Uffd
+from snapengine.units import parse_size
+
+KIB = 1 << 10
+MIB = 1 << 20
+TMPFS = Path(os.environ.get("SNAPENGINE_BENCH_TMPFS", "/dev/shm"))
+ROUNDS = int(os.environ.get("SNAPENGINE_BENCH_ROUNDS", "5"))
+PIECE = 64 * 4096
+MAP_NORESERVE = 0x4000  # linux/mman.h; Python's mmap has it from 3.13 on
+
+
+def size(name: str, default: str) -> int:
+    """Bytes from the environment variable SNAPENGINE_BENCH_`name`."""
+    return parse_size(os.environ.get(f"SNAPENGINE_BENCH_{name}", default))
+
+
+def small_pages(length: int) -> mmap.mmap:
+    """`length` bytes of private memory in 4 KiB pages, not yet touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, length, flags=flags)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def huge_pages(length: int) -> mmap.mmap:
+    """`length` bytes of private memory in huge pages where the kernel has them, not yet touched."""
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Samples(dict[str, list[float]]):
+    """Named figures, one value per round, in `extra_info["samples"]` of a benchmark.
+
+    The name ends with the unit: ``_ns``, ``_bytes``, ``_rate`` (bytes per second) or ``_ratio``.
+    """
+
+    def note(self, **values: float) -> None:
+        """One value each."""
+        for name, value in values.items():
+            self.setdefault(name, []).append(value)
+
+
+def process_status(name: str) -> int:
+    """Bytes of a Vm or Rss line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * KIB
+    raise KeyError(name)
+
+
+def reset_peak() -> None:
+    """Let VmHWM, the peak of VmRSS, begin anew (proc(5): clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def is_tmpfs(path: Path) -> bool:
+    """Whether a tmpfs is mounted at `path`."""
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return any(fields[1] == str(path) and fields[2] == "tmpfs" for fields in mounts)
+
+
+def warm_file(path: Path, length: int) -> None:
+    """Write and delete a file: the host gives the memory that the next file there will take."""
+    block = bytes(4 * MIB)
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(0, length, len(block)):
+            file.write(block)
+    path.unlink()
+
+
+def guest_ram(pid: int, length: int) -> int:
+    """Where the RAM of a guest begins: its only mapping of that length (neighbours may have merged)."""
+    fitting = [mapping for mapping in read_maps(pid) if mapping.end - mapping.start >= length]
+    return min(fitting, key=lambda mapping: mapping.end - mapping.start).start
+
+
+@contextmanager
+def protected(floors: ModuleType, memory: mmap.mmap, sync: bool = False) -> Iterator[tuple[int, int, int]]:
+    """A userfaultfd with `memory` registered: (descriptor, address, length). `sync`: reads of it block."""
+    addr, length = floors.address_of(memory), len(memory)
+    with Uffd(FEATURES["PAGEFAULT_FLAG_WP"]) as uffd:
+        os.set_blocking(uffd.fd, sync)
+        uffd.register(addr, length)
+        yield uffd.fd, addr, length
+
+
+def protect_floor(floors: ModuleType, memory: mmap.mmap) -> dict[str, float]:
+    """Nanoseconds of the bare ioctls over `memory`: protect all, un-protect all or 64 pages at a time."""
+    with protected(floors, memory) as (fd, addr, length):
+        whole = floors.write_protect_ns(fd, addr, length, length, True)
+        release = floors.write_protect_ns(fd, addr, length, length, False)
+        floors.write_protect_ns(fd, addr, length, length, True)
+        pieces = floors.write_protect_ns(fd, addr, length, PIECE, False)
+    return {"ioctl_protect_ns": whole, "ioctl_unprotect_ns": release, "ioctl_unprotect_64_ns": pieces}
+
+
+def fault_floor(floors: ModuleType, memory: mmap.mmap, handlers: int = 2) -> dict[str, float]:
+    """p50 and p99 of a write fault with one blocked handler per CPU that does nothing but its duty."""
+    with protected(floors, memory, sync=True) as (fd, addr, length):
+        floors.write_protect_ns(fd, addr, length, length, True)
+        loop = floors.FaultLoop(fd, addr, length, handlers)
+        threads = [threading.Thread(target=loop.serve, args=(cpu,), daemon=True) for cpu in range(handlers)]
+        for thread in threads:
+            thread.start()
+        taken = sorted(loop.run())
+        for thread in threads:
+            thread.join(10)
+    return {"floor_p50_ns": taken[len(taken) // 2], "floor_p99_ns": taken[len(taken) * 99 // 100]}
+
+
+def stall_quantiles(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """Of a guest's stalls between two of its `stats`: count, p50 and p99 (least ns of the bucket)."""
+    counts = dict(map(tuple, after["stalls"]["histogram"]))
+    for floor, count in before["stalls"]["histogram"]:
+        counts[floor] -= count
+    total, seen = sum(counts.values()), 0
+    found = {"p50_ns": 0, "p99_ns": 0}
+    for floor in sorted(counts):
+        seen += counts[floor]
+        if seen >= 0.5 * total and not found["p50_ns"]:
+            found["p50_ns"] = floor
+        if seen >= 0.99 * total:
+            found["p99_ns"] = floor
+            break
+    return {"stalls": total, **found}
