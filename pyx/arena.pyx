@@ -27,10 +27,10 @@ cdef class Arena:
 
     Raises MemoryError. The mapping lives as long as the object. After a fork the child sees zeros
     (MADV_WIPEONFORK, Linux 4.14): the child cannot use a capture of its parent, and the parent's
-    capture threads must not pay a copy for each page of it.
+    capture threads must not pay a copy for each page of it. `keep_on_fork` gives the child a copy.
     """
 
-    def __cinit__(self, uint64_t length):
+    def __cinit__(self, uint64_t length, bint keep_on_fork=False):
         cdef uint64_t slack = HUGE if length >= HUGE else 0
         cdef uint64_t rounded = (length + 4095) & ~<uint64_t>4095
         cdef char *start
@@ -48,7 +48,8 @@ cdef class Arena:
                 munmap(start, aligned - start)
             if aligned < start + slack:
                 munmap(aligned + rounded, start + slack - aligned)
-        madvise(aligned, rounded, MADV_WIPEONFORK)
+        if not keep_on_fork:
+            madvise(aligned, rounded, MADV_WIPEONFORK)
         self.base = aligned
         self.length = rounded
 

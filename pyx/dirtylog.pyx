@@ -13,6 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
+from snapengine.events cimport forget_all
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
@@ -23,7 +24,7 @@ from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register, unregister_gently
+from snapengine.uffd cimport uffd_protect, uffd_register
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -224,7 +225,9 @@ cdef class DirtyLog:
                                     region.track_end - region.track_start, UFFDIO_REGISTER_MODE_WP)
                 if err:
                     capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
-                elif region.shared and not region.sparse:
+                else:
+                    capture.n_registered = i + 1
+                if not err and region.shared and not region.sparse:
                     # Pages of the file that the target has not mapped get markers.
                     err = uffd_protect(capture.uffds[0], region.track_start,
                                        region.track_end - region.track_start)
@@ -305,14 +308,10 @@ cdef class DirtyLog:
     def release(self):
         """Unregister everything and close the queue. Idempotent."""
         cdef capture_t *capture = self.session.capture
-        cdef region_t *region
-        cdef int i
         if self.registered:
             self.registered = False
             with nogil:
-                for i in range(capture.n_regions):
-                    region = &capture.regions[i]
-                    unregister_gently(capture.uffds[0], region.track_start, region.track_end)
+                forget_all(capture)
         with nogil:
             if lane_close(capture.pool, &capture.lanes[0].slot):
                 capture_fail(capture, ESRCH, "queue", 0)

@@ -9,14 +9,14 @@ a userfaultfd of the child's; it joins the list. Without it the child is not pro
 right for private memory: the child has its own copy.
 """
 
-from libc.errno cimport EAGAIN, EINTR, EMFILE, errno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ESRCH, errno
 from posix.unistd cimport close, read
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_store
 from snapengine.linux cimport UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
-from snapengine.uffd cimport uffd_protect, uffd_unregister
+from snapengine.uffd cimport uffd_protect, uffd_unregister, uffd_wake, unregister_gently
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -66,20 +66,40 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
     return False
 
 
+cdef void _forget(capture_t *capture, int fd) noexcept nogil:
+    """Release all that a userfaultfd protects, then close it. Closing alone is not enough: a process that
+    was forked meanwhile may hold a copy of the descriptor."""
+    cdef int i
+    cdef region_t *region
+    for i in range(<int>capture.n_registered):
+        region = &capture.regions[i]
+        unregister_gently(fd, region.track_start, region.track_end, region.unit_pages * 4096)
+    close(fd)
+
+
+cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
+    cdef int i
+    cdef int err = 0
+    cdef region_t *region
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        if region.shared and not err:
+            err = uffd_protect(fd, region.track_start, region.track_end - region.track_start)
+    return err
+
+
 cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
     """Until T the child must be protected as its parent is: the fork may have copied page tables
     between two protect calls. After T it inherited exactly what is still protected."""
-    cdef int i, err
+    cdef int err = 0
     cdef uint64_t n
-    cdef region_t *region
     if not _has_shared(capture):
         close(fd)
         return
     if not snap_load(&capture.armed):
-        for i in range(capture.n_regions):
-            region = &capture.regions[i]
-            if region.shared:
-                uffd_protect(fd, region.track_start, region.track_end - region.track_start)
+        err = _protect_child(capture, fd)
+        if err and err != ESRCH:    # ESRCH: the child has ended already
+            capture_fail(capture, err, "protecting a forked child", 0)
     pthread_mutex_lock(&capture.lock)
     n = snap_peek(&capture.n_uffds)
     if n < UFFDS_MAX:
@@ -87,7 +107,7 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
         snap_store(&capture.n_uffds, n + 1)
     pthread_mutex_unlock(&capture.lock)
     if n == UFFDS_MAX:
-        close(fd)
+        _forget(capture, fd)
         capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
         return
     err = watch(capture, fd, n)
@@ -118,12 +138,17 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
                 lane.held[lane.n_held] = messages[i]
                 lane.held_uffd[lane.n_held] = <unsigned int>index
                 lane.n_held += 1
-            # else: dropped; its thread sleeps until the walk or the final release reaches the page.
+            else:                   # no room: it faults again
+                uffd_wake(capture.uffds[index], messages[i].arg.pagefault.address & ~<uint64_t>4095, 4096)
         index += 1
 
 
-cdef void close_children(capture_t *capture) noexcept nogil:
+cdef void forget_all(capture_t *capture) noexcept nogil:
     cdef uint64_t index
-    for index in range(1, snap_load(&capture.n_uffds)):
-        close(capture.uffds[index])
+    cdef int fd
+    for index in range(snap_load(&capture.n_uffds)):
+        fd = capture.uffds[index]
+        capture.uffds[index] = -1   # before the close: a child forked in between must not close a reused fd
+        if fd >= 0:
+            _forget(capture, fd)
     snap_store(&capture.n_uffds, 1)

@@ -11,7 +11,7 @@ at one time, the warden does, so that no target can hang us, nor itself.
 
 from libc.errno cimport EAGAIN, ESRCH
 
-from snapengine.atomics cimport snap_bump, snap_load, snap_pause, snap_store
+from snapengine.atomics cimport snap_add, snap_bump, snap_load, snap_pause, snap_store
 from snapengine.bitmap cimport bits_claim, bits_test
 from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, pump, read_messages
 from snapengine.histogram cimport histogram_add
@@ -22,7 +22,8 @@ from snapengine.pthreads cimport (
     snap_usable_cpus,
 )
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
-from snapengine.session cimport PRESENCE_BITS, capture_fail, region_at, region_t
+from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
+from snapengine.source cimport populated
 from snapengine.uffd cimport uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -46,6 +47,7 @@ cdef extern from "<poll.h>" nogil:
 cdef uint64_t PAGE = 4096
 cdef uint64_t STUCK_NS = 20000000
 cdef int WARDEN_TICK_MS = 10
+cdef int SPINS = 10000
 
 
 cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
@@ -56,10 +58,12 @@ cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) 
         if err != EAGAIN:
             break
         if snap_load(&capture.failed):
+            uffd_wake(capture.uffds[uffd], addr, PAGE)
             return
         pump(capture, lane)
     if err == ESRCH:
-        capture_fail(capture, ESRCH, "the target ended", addr)
+        if uffd == 0:
+            capture_fail(capture, ESRCH, "the target ended", addr)
     elif err:
         # EEXIST: another thread filled it; anything else: let the writer try again.
         uffd_wake(capture.uffds[uffd], addr, PAGE)
@@ -77,14 +81,15 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
             capture_fail(capture, err, "spill file", 0)
         elif bits_claim(capture.claimed, page >> 6, bit):
             # A page of the file that this process has not mapped does not fault as missing: no data here.
-            save_window(capture, lane, region, page & ~<uint64_t>63, bit)
+            save_window(capture, lane, region, page & ~<uint64_t>63, bit, 0)
     _fill(capture, lane, uffd, addr)
 
 
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
                        uint64_t page) noexcept nogil:
-    cdef uint64_t first, n, addr, length
+    cdef uint64_t first, n, addr, length, bit, data
     cdef int err
+    cdef int spins = 0
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
     if snap_load(&capture.failed):
@@ -95,15 +100,22 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
         if err:
             capture_fail(capture, err, "spill file", 0)
             return
-        if n == 1 and bits_claim(capture.claimed, first >> 6, <uint64_t>1 << (first & 63)):
-            save_window(capture, lane, region, first & ~<uint64_t>63, <uint64_t>1 << (first & 63))
+        bit = <uint64_t>1 << (first & 63)
+        data = populated(capture, lane, region, first & ~<uint64_t>63, bit)
+        if n == 1 and bits_claim(capture.claimed, first >> 6, bit):
+            save_window(capture, lane, region, first & ~<uint64_t>63, bit, data)
         elif n > 1 and claim_unit(capture, first, n):
             save_unit(capture, lane, region, first, n)
     if uffd:
         # A child's page is released by nobody else. Who claimed it is copying and waits for nothing.
-        while not bits_test(capture.saved, first) and not snap_load(&capture.failed):
+        # Not for ever, though: the answer that it needs may be in this thread's own list.
+        while not bits_test(capture.saved, first) and not snap_load(&capture.failed) and spins < SPINS:
             snap_pause()
-        release(capture, lane, uffd, addr, length)
+            spins += 1
+        if spins < SPINS:
+            release(capture, lane, uffd, addr, length)
+        else:
+            uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
     elif bits_test(capture.saved, first):
         # Saved by another thread, perhaps before this message was read: releasing again is harmless.
         release(capture, lane, 0, addr, length)
@@ -122,7 +134,7 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
         else:
             release(capture, lane, uffd, addr, PAGE)
         return
-    page = region.first_page + (addr - region.addr) // PAGE
+    page = page_at(region, addr)
     if missing:
         _serve_missing(capture, lane, uffd, region, page, addr)
     else:
@@ -141,7 +153,7 @@ cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t 
     cdef uffd_msg messages[64]
     cdef int i
     cdef int n = read_messages(capture, capture.uffds[uffd], messages)
-    # A missing page first: the one who waits for it may be a fault thread.
+    # Events first: while one waits, nothing can be released.
     for i in range(n):
         if messages[i].event != UFFD_EVENT_PAGEFAULT:
             handle_event(capture, uffd, &messages[i])
@@ -150,6 +162,15 @@ cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t 
             _serve(capture, lane, uffd, &messages[i])
             snap_bump(&lane.faults, 1)
             histogram_add(&lane.histogram, snap_now_ns() - seen)
+
+
+cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
+    pump(capture, lane)
+    while lane.n_held:
+        lane.n_held -= 1
+        if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP:
+            _fill(capture, lane, lane.held_uffd[lane.n_held],
+                  lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
 
 
 cdef bint _await_arming(capture_t *capture) noexcept nogil:
@@ -161,9 +182,7 @@ cdef bint _await_arming(capture_t *capture) noexcept nogil:
     return snap_load(&capture.armed) != 0
 
 
-cdef void *fault_thread(void *arg) noexcept nogil:
-    cdef lane_t *lane = <lane_t *>arg
-    cdef capture_t *capture = lane.capture
+cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef epoll_event ready[8]
     cdef uint64_t seen, word
     cdef int i, n
@@ -173,7 +192,7 @@ cdef void *fault_thread(void *arg) noexcept nogil:
     if capture.n_fault_lanes == snap_usable_cpus():
         snap_pin_to(lane.index - 1)
     if not capture.early and not _await_arming(capture):
-        return NULL
+        return
     while not snap_load(&capture.stopping):
         n = epoll_wait(capture.epoll, ready, 8, -1)
         seen = snap_now_ns()
@@ -187,6 +206,12 @@ cdef void *fault_thread(void *arg) noexcept nogil:
                 _serve_uffd(capture, lane, word, seen)
         serve_held(capture, lane)
         snap_store(&lane.busy_since, 0)
+
+
+cdef void *fault_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    _serve_until_stopped(lane.capture, lane)
+    snap_add(&lane.capture.running, <uint64_t>-1)   # the last that the walk waits for
     return NULL
 
 
@@ -201,15 +226,13 @@ cdef bint _all_stuck(capture_t *capture) noexcept nogil:
     return True
 
 
-cdef void *warden_thread(void *arg) noexcept nogil:
-    cdef lane_t *lane = <lane_t *>arg
-    cdef capture_t *capture = lane.capture
+cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     cdef pollfd stop
     cdef uint64_t addr, uffd, page
     snap_name_thread("snap-warden")
     if not _await_arming(capture):
-        return NULL
+        return
     stop.fd = capture.stop_event
     stop.events = POLLIN
     while not snap_load(&capture.stopping):
@@ -221,10 +244,16 @@ cdef void *warden_thread(void *arg) noexcept nogil:
             addr = lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1)
             uffd = lane.held_uffd[lane.n_held]
             region = region_at(capture, addr)
-            page = region.first_page + (addr - region.addr) // PAGE if region != NULL else 0
+            page = page_at(region, addr) if region != NULL else 0
             if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
                     region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
                 _fill(capture, lane, uffd, addr)
             else:
                 uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
+
+
+cdef void *warden_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    _watch_until_stopped(lane.capture, lane)
+    snap_add(&lane.capture.running, <uint64_t>-1)
     return NULL

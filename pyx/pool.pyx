@@ -350,5 +350,8 @@ cdef class Pool:
         return self.pool.stride
 
     def close(self):
-        """Close the spill file (it has no name: its space is free then). Idempotent."""
+        """Free the slots and the spill file (it has no name: its space is free then). Idempotent. Only after
+        all threads have ended."""
         self.spill_file.close()
+        self.memory = None
+        self.queue = None

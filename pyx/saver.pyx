@@ -15,8 +15,8 @@ from snapengine.image_format cimport SNAP_HOLE
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
-from snapengine.source cimport copy_run, populated, put_pages
-from snapengine.uffd cimport uffd_unprotect
+from snapengine.source cimport copy_run, put_pages
+from snapengine.uffd cimport uffd_unprotect, uffd_wake
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t RUN = 64              # pages copied between two looks at the clock and the pool
@@ -80,8 +80,8 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
             break
         if snap_load(&capture.failed):
             return
-        # An event waits: a fault thread reads it; the walk leaves that to them.
-        if lane.index:
+        # An event waits: a fault thread reads it; the walk leaves that to them once they serve.
+        if lane.index or not snap_load(&capture.armed):
             pump(capture, lane)
         else:
             snap_sleep_ns(20000)
@@ -89,15 +89,17 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
         # Part of the run is unmapped by now: the rest must still be released.
         for offset in range(length // PAGE):
             uffd_unprotect(capture.uffds[uffd], addr + offset * PAGE, PAGE)
+    elif err == ENOENT:
+        uffd_wake(capture.uffds[uffd], addr, length)
     elif err == ESRCH:
-        capture_fail(capture, ESRCH, "the target ended", addr)
-    elif err and err != ENOENT:
+        if uffd == 0:               # of a forked child: it has ended, and waits for nothing
+            capture_fail(capture, ESRCH, "the target ended", addr)
+    elif err:
         capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
 
 
 cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                     uint64_t won) noexcept nogil:
-    cdef uint64_t data = populated(capture, lane, region, page, won)
+                     uint64_t won, uint64_t data) noexcept nogil:
     cdef uint64_t mask = data
     cdef uint64_t first, n
     cdef int err

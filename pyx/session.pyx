@@ -6,6 +6,8 @@ pages with anything on the heap) is protected.
 
 from libc.stdint cimport uintptr_t
 
+from posix.unistd cimport close
+
 import os
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
@@ -48,6 +50,11 @@ cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil:
     return region.addr + (page - region.first_page) * 4096
 
 
+cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil:
+    addr = min(max(addr, region.addr), region.addr + (region.pages - 1) * 4096)
+    return region.first_page + (addr - region.addr) // 4096
+
+
 cdef class Session:
     """State of one capture.
 
@@ -56,7 +63,7 @@ cdef class Session:
     plans:
         `snapengine.plan.RegionPlan` objects: how each region is tracked and read.
     uffd:
-        Descriptor of the target's userfaultfd (borrowed).
+        Descriptor of the target's userfaultfd; the session owns it once it is made.
     pid, pidfd:
         The target process and its pidfd, or 0 and -1 for this process (borrowed).
     memory_limit, fault_threads, encoders, spill_dir:
@@ -91,7 +98,11 @@ cdef class Session:
         capture.arm_piece = arm_piece
         capture.stop_event = -1
         capture.epoll = -1
-        capture.uffds[0] = uffd
+        self.descriptors = Arena(UFFDS_MAX * sizeof(int), True)
+        self.descriptors.touch()
+        capture.uffds = <int *>self.descriptors.base
+        for i in range(UFFDS_MAX):
+            capture.uffds[i] = -1
         capture.n_uffds = 1
         pthread_mutex_init(&capture.lock, NULL)
         pthread_cond_init(&capture.changed, NULL)
@@ -112,6 +123,7 @@ cdef class Session:
         self.owned_fds.append(capture.pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
+        capture.uffds[0] = uffd         # ours from here on
 
     cdef int _set_region(self, region_t *region, plan) except -1:
         region.start = plan.region.addr
@@ -255,10 +267,24 @@ cdef class Session:
 
     def close(self):
         """Free what the capture used. Only after its threads have ended. Idempotent."""
-        for fd in self.owned_fds:
+        fds, self.owned_fds = self.owned_fds, []
+        for fd in fds:
             os.close(fd)
-        self.owned_fds = []
+        self.close_uffds()
         self.pool.close()
+        self.bitmaps = []
+
+    def close_uffds(self):
+        """Close all userfaultfds that are still open: the kernel releases what they protect. A forked
+        child calls it too: whoever holds a copy keeps the protection alive."""
+        cdef int *uffds = <int *>self.descriptors.base
+        cdef int i, fd
+        for i in range(UFFDS_MAX):
+            fd = uffds[i]
+            uffds[i] = -1
+            if fd >= 0:
+                with nogil:
+                    close(fd)
 
 
 _FAILURES = {}

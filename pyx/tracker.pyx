@@ -8,7 +8,7 @@ Life of a capture, on the walk thread (no Python state, no GIL, no allocation):
 
 Shared words: capture.armed, stopping and finished are written by the walk thread only (release) and
 read by all (acquire). capture.failed is set once by whoever fails first. If the walk stops anywhere
-before `finished`, writers of unsaved pages wait; every failure path therefore runs through _release_all,
+before `finished`, writers of unsaved pages wait; every failure path therefore runs through forget_all,
 and the death of the process closes the userfaultfd, which does the same in the kernel.
 """
 
@@ -18,8 +18,9 @@ from posix.unistd cimport close, getpid, lseek, write
 
 from snapengine.atomics cimport snap_load, snap_store
 from snapengine.bitmap cimport bits_claim, bits_mask
-from snapengine.events cimport WATCH_PID, WATCH_STOP, close_children, pump, watch
-from snapengine.faults cimport fault_thread, serve_held, warden_thread
+from snapengine.events cimport WATCH_PID, WATCH_STOP, forget_all, pump, watch
+from snapengine.faults cimport answer_missing, fault_thread, serve_held, warden_thread
+from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport (
@@ -27,9 +28,9 @@ from snapengine.pthreads cimport (
     snap_name_thread, snap_now_ns, snap_sleep_ns, snap_thread_start,
 )
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of
-from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
-from snapengine.source cimport copy_run, scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister, unregister_gently
+from snapengine.session cimport Session, capture_fail, capture_t, lane_t, page_addr, region_t
+from snapengine.source cimport copy_run, populated, put_pages, scan_presence
+from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
@@ -58,6 +59,8 @@ cdef int _protect(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t leng
         if err == EAGAIN:
             # A fork is under way in the target: its event must be read before anything is protected.
             # Faults that come along are kept: none is served before T.
+            if snap_load(&capture.failed):
+                return err
             pump(capture, lane)
             continue
         if err:
@@ -119,30 +122,56 @@ cdef bint _shared_with_another(capture_t *capture, region_t *region, uint64_t ad
     return False
 
 
-cdef int _save_shared_pages(capture_t *capture, lane_t *lane, bint copied) noexcept nogil:
+cdef uint64_t _edge(capture_t *capture, int i, int which, uint64_t *addr) noexcept nogil:
+    """Page number and address of the first or last page of region i."""
+    cdef region_t *region = &capture.regions[i]
+    cdef uint64_t page = region.first_page + (region.pages - 1 if which else 0)
+    addr[0] = page_addr(region, page)
+    return page
+
+
+cdef void _claim_shared_pages(capture_t *capture) noexcept nogil:
     """Pages in which one region ends and another begins: unprotecting such a page for the one would let
-    the other's bytes change. So all of them are copied before any fault is served (first call), and
-    then released (second call, `copied`). Regions do not overlap: only edge pages can be shared."""
-    cdef int i, edge, err
+    the other's bytes change. They are claimed before any fault is served; who faults on one waits."""
+    cdef int i, which
     cdef uint64_t page, addr
+    for i in range(capture.n_regions):
+        for which in range(2):
+            page = _edge(capture, i, which, &addr)
+            if _shared_with_another(capture, &capture.regions[i], addr):
+                bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63))
+
+
+cdef int _save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
+    """Copy them for every region first; only then call them saved, and release them."""
+    cdef int i, which, err
+    cdef uint64_t page, addr, bit
     cdef region_t *region
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        for edge in range(2):
-            page = region.first_page + (region.pages - 1 if edge else 0)
-            addr = region.addr + (page - region.first_page) * PAGE
-            if not _shared_with_another(capture, region, addr):
+        for which in range(2):
+            page = _edge(capture, i, which, &addr)
+            if not _shared_with_another(capture, region, addr) or (which and region.pages == 1):
                 continue
-            if copied:
-                release(capture, lane, 0, addr, PAGE)
-            elif bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63)):
-                err = lane_room(capture.pool, &lane.slot, 1, False)
-                if not err:
-                    err = copy_run(capture, lane, region, page, 1)
-                if err:
-                    capture_fail(capture, err, "copy of a shared page", addr)
-                    return err
+            bit = <uint64_t>1 << (page & 63)
+            err = lane_room(capture.pool, &lane.slot, 1, False)
+            if not err and populated(capture, lane, region, page & ~<uint64_t>63, bit):
+                err = copy_run(capture, lane, region, page, 1)
+            elif not err:
+                put_pages(capture, lane, page, 1, SNAP_HOLE)
+            if err:
+                capture_fail(capture, err, "copy of a shared page", addr)
+                return err
+    for i in range(capture.n_regions):
+        for which in range(2):
+            page = _edge(capture, i, which, &addr)
+            if _shared_with_another(capture, &capture.regions[i], addr):
                 bits_claim(capture.saved, page >> 6, <uint64_t>1 << (page & 63))
+    for i in range(capture.n_regions):
+        for which in range(2):
+            _edge(capture, i, which, &addr)
+            if _shared_with_another(capture, &capture.regions[i], addr):
+                release(capture, lane, 0, addr, PAGE)
     return 0
 
 
@@ -154,6 +183,7 @@ cdef int _arm(capture_t *capture, lane_t *lane) noexcept nogil:
     for i in range(capture.n_regions):
         if _register(capture, &capture.regions[i]):
             return 1
+        capture.n_registered = i + 1    # what is not ours by now is never unregistered by us
     for i in range(capture.n_regions):
         region = &capture.regions[i]
         if region.sparse:
@@ -167,12 +197,12 @@ cdef int _arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
         return 1
-    if capture.n_regions > 1:
-        if _save_shared_pages(capture, lane, False) or _save_shared_pages(capture, lane, True):
-            return 1
+    _claim_shared_pages(capture)
     capture.arm_ns = snap_now_ns() - begin
     capture.rounds = 1
     _publish(capture, &capture.armed)
+    if _save_shared_pages(capture, lane):
+        return 1
     serve_held(capture, lane)
     return 0
 
@@ -180,7 +210,7 @@ cdef int _arm(capture_t *capture, lane_t *lane) noexcept nogil:
 cdef int _walk_region(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
-    cdef uint64_t first, n, won
+    cdef uint64_t first, n, won, mask, data
     cdef int err
     while page < end:
         err = lane_room(capture.pool, &lane.slot, 64, True)
@@ -195,33 +225,25 @@ cdef int _walk_region(capture_t *capture, lane_t *lane, region_t *region) noexce
             page = first + n
         else:
             n = min(64 - (page & 63), end - page)
-            won = bits_claim(capture.claimed, page >> 6, bits_mask(page & 63, n))
-            if won and save_window(capture, lane, region, page & ~<uint64_t>63, won):
+            mask = bits_mask(page & 63, n)
+            data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
+            won = bits_claim(capture.claimed, page >> 6, mask)
+            if won and save_window(capture, lane, region, page & ~<uint64_t>63, won, data & won):
                 return 1
             page += n
     return 0
 
 
-cdef void _stop_fault_threads(capture_t *capture) noexcept nogil:
+cdef void _stop_fault_threads(capture_t *capture, lane_t *lane) noexcept nogil:
+    """Wait until the last has left, by a count: pthread_join frees memory, and free() would write to pages
+    that may be protected still. One of them may wait for a missing page itself: it is answered here."""
     cdef uint64_t one = 1
-    cdef int i
     _publish(capture, &capture.stopping)
     write(capture.stop_event, &one, 8)
-    for i in range(1, capture.n_fault_lanes + 2):
-        pthread_join(capture.lanes[i].thread, NULL)
-
-
-cdef void _release_all(capture_t *capture, lane_t *lane) noexcept nogil:
-    """After it no page of the target is protected and nobody waits. No fault thread runs any more, so
-    no page is released that is still being copied."""
-    cdef int i
-    cdef region_t *region
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        unregister_gently(capture.uffds[0], region.track_start, region.track_end)
-    pump(capture, lane)             # a fork whose event nobody reads would never return
-    lane.n_held = 0                 # unregistering woke them
-    close_children(capture)
+    while snap_load(&capture.running):
+        answer_missing(capture, lane)
+        if snap_load(&capture.running):
+            snap_sleep_ns(20000)
 
 
 cdef void *_walk_thread(void *arg) noexcept nogil:
@@ -233,8 +255,9 @@ cdef void *_walk_thread(void *arg) noexcept nogil:
         for i in range(capture.n_regions):
             if _walk_region(capture, lane, &capture.regions[i]):
                 break
-    _stop_fault_threads(capture)
-    _release_all(capture, lane)
+    _stop_fault_threads(capture, lane)
+    # No fault thread runs any more, so no page is released that is still being copied.
+    forget_all(capture)
     for i in range(capture.n_fault_lanes + 1):
         if lane_close(capture.pool, &capture.lanes[i].slot):
             capture_fail(capture, EBUSY, "queue", 0)
@@ -286,6 +309,7 @@ cdef class Tracker:
         cdef int err = 0
         cdef int i
         cdef lane_t *lane
+        capture.running = capture.n_fault_lanes + 1
         for i in range(1, capture.n_fault_lanes + 2):
             lane = &capture.lanes[i]
             if i <= capture.n_fault_lanes:
@@ -318,12 +342,16 @@ cdef class Tracker:
 
     def join(self):
         """Wait until the target is released and the threads are gone. Idempotent."""
-        cdef capture_t *capture = self.session.capture
         if self.running:
             with nogil:
-                pthread_join(capture.lanes[0].thread, NULL)
+                self._join_all()
             self.running = False
             self._drop_epoll()
+
+    cdef void _join_all(self) noexcept nogil:
+        cdef int i
+        for i in range(self.session.capture.n_fault_lanes + 2):
+            pthread_join(self.session.capture.lanes[i].thread, NULL)
 
     cdef int _drop_epoll(self) except -1:
         if self.session.capture.epoll >= 0:
@@ -337,4 +365,4 @@ cdef class Tracker:
         if self.running and getpid() == self.owner:
             with nogil:
                 capture_fail(self.session.capture, EBUSY, "abandoned", 0)
-                pthread_join(self.session.capture.lanes[0].thread, NULL)
+                self._join_all()

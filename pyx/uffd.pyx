@@ -43,7 +43,7 @@ FEATURES = {
 MODE_MISSING = UFFDIO_REGISTER_MODE_MISSING
 MODE_WP = UFFDIO_REGISTER_MODE_WP
 
-cdef uint64_t UNREGISTER_PIECE = 16 << 20   # a multiple of a huge page
+cdef uint64_t UNREGISTER_PIECE = 16 << 20   # bytes: half a millisecond of 4 KiB pages
 
 PERMISSION_HELP = (
     "userfaultfd is not allowed for this user; one of these allows it: "
@@ -76,13 +76,22 @@ cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
     return 0 if ioctl(fd, IOCTL_UFFDIO_UNREGISTER, &arg) == 0 else errno
 
 
-cdef void unregister_gently(int fd, uint64_t start, uint64_t end) noexcept nogil:
+cdef void _unregister_piece(int fd, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
+    """EINVAL for the whole piece when a part of it cannot be registered, such as a file that the target
+    has mapped over it: the rest must be released all the same."""
+    cdef uint64_t half
+    if uffd_unregister(fd, start, length) != EINVAL or length <= unit:
+        return
+    half = length // 2 // unit * unit
+    _unregister_piece(fd, start, half, unit)
+    _unregister_piece(fd, start + half, length - half, unit)
+
+
+cdef void unregister_gently(int fd, uint64_t start, uint64_t end, uint64_t unit) noexcept nogil:
     cdef uint64_t piece
     while start < end:
-        piece = min(UNREGISTER_PIECE, end - start)
-        if uffd_unregister(fd, start, piece) == EINVAL:
-            # Nothing is mapped there any more, or its pages are larger than a piece.
-            uffd_unregister(fd, start, end - start)
+        piece = min(max(UNREGISTER_PIECE, unit), end - start)
+        _unregister_piece(fd, start, piece, unit)
         start += piece
 
 
@@ -253,6 +262,12 @@ cdef class Uffd:
     def wake(self, uint64_t start, uint64_t length):
         """UFFDIO_WAKE. Raises OSError."""
         _check(uffd_wake(self.fd, start, length), b"UFFDIO_WAKE")
+
+    def detach(self):
+        """Give the descriptor up to the caller, who must close it."""
+        cdef int fd = self.fd
+        self.fd = -1
+        return fd
 
     def close(self):
         """Close the descriptor: the kernel releases what it protected. Idempotent."""

@@ -120,6 +120,7 @@ class Capture:
         self._uffd: Uffd | None = None
         self._plan: Plan | None = None
         self._tracker: Tracker | None = None
+        self._encoder: Encoder | None = None
         self._finisher: threading.Thread | None = None
         self._encoders: list[threading.Thread] = []
         self._began = self._stop_ns = 0
@@ -168,7 +169,9 @@ class Capture:
                 engine: Tracker | DirtyLog = self._arm()
             else:
                 engine = DirtyLog(self._session)
-            self._finisher = threading.Thread(target=self._finish, args=(engine,), name="snapengine-finish")
+            self._finisher = threading.Thread(
+                target=self._finish, args=(engine,), name="snapengine-finish", daemon=True
+            )
             self._finisher.start()
         except BaseException as error:
             if self._finisher is not None and self._finisher.ident is not None:
@@ -190,6 +193,8 @@ class Capture:
     def cancel(self) -> None:
         """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
         self._cancelled = True
+        if not self._opened and hasattr(self._target, "cancel"):
+            self._target.cancel()  # it may be waiting for a peer
         if self._session is not None and not self._done.is_set():
             self._session.fail(errno.ECANCELED)
         if self._writer is not None:
@@ -258,13 +263,16 @@ class Capture:
             encoders=encoders, spill_dir=options.spill_dir, rounds=not tracking,
             **self._session_extra,
         )  # fmt: skip
+        self._uffd.detach()  # the session closes it
         if not tracking and not self._session.has_scan:
             raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
         self._writer = Writer(self._sink, rate_limit=options.rate_limit)
         self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions])
         self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
         for number in range(encoders):
-            thread = threading.Thread(target=self._encode, args=(number,), name=f"snapengine-encode-{number}")
+            thread = threading.Thread(
+                target=self._encode, args=(number,), name=f"snapengine-encode-{number}", daemon=True
+            )
             thread.start()
             self._encoders.append(thread)
         if self._cancelled:
@@ -304,6 +312,7 @@ class Capture:
 
     def _encode(self, number: int) -> None:
         assert self._session is not None
+        assert self._encoder is not None
         try:
             self._encoder.run(number)
         except BaseException as error:
@@ -363,6 +372,7 @@ class Capture:
         assert session is not None
         assert writer is not None
         assert self._plan is not None
+        assert self._encoder is not None
         counts = session.counters()
         data, holes = counts["data"], counts["hole"]
         final = data
@@ -391,7 +401,7 @@ class Capture:
             spilled_bytes=session.pool.spilled_bytes,
             lost_pages=counts["lost"],
             lost_runs=session.lost_runs(),
-            warnings=self._warnings,
+            warnings=self._warnings + self._plan.warnings,
         )
 
     # -- failure --
@@ -431,6 +441,7 @@ class Capture:
     def _clean_up(self, status: str) -> None:
         """Free everything; every step is tried, the first error of a step after a success is kept."""
         _live.discard(self)
+        self._encoder = None  # its buffers, and below the pool's, go at once
         with contextlib.ExitStack() as stack:
             if self._sink is not None:
                 stack.callback(self._sink.abort)
@@ -473,6 +484,7 @@ def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:
 
 
 def _cancel_all() -> None:
+    """At interpreter exit: the threads are daemons, so that this runs before anybody waits for them."""
     for capture in list(_live):
         capture.cancel()
         capture.wait(10)
@@ -482,8 +494,8 @@ def _drop_in_child() -> None:
     """A forked child must not keep the parent's userfaultfd open: the kernel releases a target when the last
     copy is closed, and that must be when the parent dies. The child has no capture threads to wait for."""
     for capture in list(_live):
-        if capture._uffd is not None:
-            capture._uffd.close()
+        if capture._session is not None:
+            capture._session.close_uffds()
         capture._error = CaptureCancelled("the capture belongs to the parent process")
         capture._done = threading.Event()  # the old one's lock may be held by a thread that is not here
         capture._done.set()

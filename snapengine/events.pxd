@@ -16,5 +16,5 @@ cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *messag
 cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil
 # Watch a descriptor with the capture's epoll. 0 or errno.
 cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil
-# Close the userfaultfds of forked children: releases what they protect.
-cdef void close_children(capture_t *capture) noexcept nogil
+# Unregister and close every userfaultfd of the capture: after it nothing is protected, nobody waits.
+cdef void forget_all(capture_t *capture) noexcept nogil

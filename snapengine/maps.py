@@ -23,6 +23,11 @@ class Mapping:
         """A MAP_SHARED mapping: other mappings of the same memory may exist."""
         return self.perms[3] == "s"
 
+    def same_file(self, other: Mapping) -> bool:
+        """Whether both are shared mappings of one file: where their ranges overlap, of the same pages."""
+        mine, its = (self.device, self.inode), (other.device, other.inode)
+        return self.shared and other.shared and self.inode != 0 and mine == its
+
     @property
     def backing(self) -> Literal["anonymous", "memory file", "file"]:
         """What holds the pages: nothing but this mapping, a memory file (memfd, /dev/shm), or a file."""

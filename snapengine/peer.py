@@ -64,6 +64,7 @@ class PeerTarget:
         self._method = method
         self._wire: Wire | None = None
         self._memfds: list[int] = []
+        self._owner = os.getpid()
         self._cancelled = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
@@ -194,7 +195,8 @@ class PeerTarget:
         self.can_pause = False
 
     def __del__(self) -> None:
-        if getattr(self, "_cancelled", -1) >= 0:
+        # Not in a forked child: the socket is the parent's, too.
+        if getattr(self, "_cancelled", -1) >= 0 and self._owner == os.getpid():
             self.close("failed")
 
     def _request(self, command: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Plan:
         self.pid = pid
         self.features = features
         self.regions: list[RegionPlan] = []
+        self.warnings: list[str] = []
         self._fds: list[int] = []
         self._views: list[FileView] = []
         try:
@@ -59,6 +60,8 @@ class Plan:
             for region in regions:
                 self.regions.append(self._plan(region, mappings, first_page))
                 first_page = self.regions[-1].first_page + self.regions[-1].pages
+            _refuse_shared_units(self.regions)
+            self._look_for_other_mappings(mappings)
         except BaseException:
             self.close()
             raise
@@ -168,6 +171,34 @@ class Plan:
         self._views.append(view)
         return view.addr
 
+    def _look_for_other_mappings(self, mappings: list[Mapping]) -> None:
+        """Shared memory that is mapped twice can be written through the other mapping, unseen."""
+        seen: list[tuple[Mapping, int, int, str]] = []
+        for plan in self.regions:
+            if not plan.shared:
+                continue
+            for mapping in covering(mappings, plan.region.addr, plan.region.addr + plan.region.length):
+                start = max(plan.addr, mapping.start) - mapping.start + mapping.offset
+                end = min(plan.track_end, mapping.end) - mapping.start + mapping.offset
+                for other, begin, stop, name in seen:
+                    if mapping.same_file(other) and start < stop and begin < end:
+                        raise RegisterError(
+                            errno.EINVAL,
+                            f"regions {name!r} and {plan.region.name!r} are two mappings of the same memory: "
+                            "a write through one is not seen in the other",
+                        )
+                seen.append((mapping, start, end, plan.region.name))
+        ours = {mapping.start for mapping, *_ in seen}
+        for mapping, start, end, name in seen:
+            for other in mappings:
+                last = other.offset + other.end - other.start
+                overlaps = other.same_file(mapping) and other.offset < end and start < last
+                if overlaps and other.start not in ours and "w" in other.perms:
+                    self.warnings.append(
+                        f"region {name!r} is mapped a second time at {other.start:#x}: "
+                        "writes there are not seen"
+                    )
+
     def _need(self, plan: RegionPlan) -> None:
         need = FEATURES["PAGEFAULT_FLAG_WP"]
         if plan.region.kind != "anon":
@@ -185,6 +216,16 @@ def _refuse_overlap(regions: list[Region]) -> None:
     for left, right in pairwise(by_addr):
         if left.addr + left.length > right.addr:
             raise ValueError(f"regions {left.name!r} and {right.name!r} overlap")
+
+
+def _refuse_shared_units(plans: list[RegionPlan]) -> None:
+    """Two regions in one huge page would be released together."""
+    by_addr = sorted(plans, key=lambda plan: plan.track_start)
+    for left, right in pairwise(by_addr):
+        if left.track_end > right.track_start and max(left.unit_pages, right.unit_pages) > 1:
+            raise ValueError(
+                f"regions {left.region.name!r} and {right.region.name!r} share a huge page: save them as one"
+            )
 
 
 def _swap_in_use() -> bool:

@@ -10,8 +10,10 @@ cdef void unit_of(capture_t *capture, region_t *region, uint64_t page, uint64_t 
 cdef bint claim_unit(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil
 # Save, then release, pages that the caller claimed. The lane has room for them.
 # Return 0 or an errno, which has ended the capture.
+# `data`: those of `won` that are populated. Ask before the claim: once a page is claimed, a fault thread
+# may fill a hole for the writer that waits for it, and then it looks populated.
 cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                     uint64_t won) noexcept nogil
+                     uint64_t won, uint64_t data) noexcept nogil
 cdef int save_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t first,
                    uint64_t n) noexcept nogil
 # Unprotect and wake, through userfaultfd number `uffd`.

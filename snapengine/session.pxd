@@ -101,7 +101,9 @@ cdef struct capture_t:
     uint64_t failed_addr
     uint64_t stopping               # atomic: fault threads leave (walk writes)
     uint64_t n_uffds                # atomic: grows (under `lock`) as children fork
-    int uffds[UFFDS_MAX]
+    int *uffds                      # closed by who releases: the walk, or Session.close; -1 then
+    uint64_t n_registered           # regions registered by this capture (walk writes)
+    uint64_t running                # atomic: fault threads and warden that have not left (each, once)
     uint64_t arm_ns
     uint64_t t_ns                   # CLOCK_MONOTONIC at T
     uint64_t rounds
@@ -112,6 +114,8 @@ cdef struct capture_t:
 cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t addr) noexcept nogil
 cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil
 cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil
+# The page of a fault; the kernel may name the start of a huge page, which can lie before the region.
+cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil
 
 
 cdef class Session:
@@ -121,6 +125,7 @@ cdef class Session:
     cdef readonly int fault_lanes
     cdef Arena control
     cdef Arena lanes
+    cdef Arena descriptors                # uffds: readable in a forked child, which must close them
     cdef list bitmaps
     cdef object owned_fds
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL

@@ -7,4 +7,5 @@ cdef class Tracker:
     cdef bint running
     cdef int owner                        # pid
     cdef int _make_threads(self, capture_t *capture) except -1
+    cdef void _join_all(self) noexcept nogil
     cdef int _drop_epoll(self) except -1
