@@ -311,7 +311,7 @@ cdef class DirtyLog:
         if self.registered:
             self.registered = False
             with nogil:
-                forget_all(capture)
+                forget_all(capture, &capture.lanes[0])
         with nogil:
             if lane_close(capture.pool, &capture.lanes[0].slot):
                 capture_fail(capture, ESRCH, "queue", 0)

@@ -9,14 +9,14 @@ a userfaultfd of the child's; it joins the list. Without it the child is not pro
 right for private memory: the child has its own copy.
 """
 
-from libc.errno cimport EAGAIN, EINTR, EMFILE, ESRCH, errno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ESRCH, errno
 from posix.unistd cimport close, read
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_store
+from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
 from snapengine.linux cimport UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP
-from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock
+from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
-from snapengine.uffd cimport uffd_protect, uffd_unregister, uffd_wake, unregister_gently
+from snapengine.uffd cimport uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake, unregister_gently
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -47,13 +47,22 @@ cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
 
 cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
     cdef ssize_t got
+    cdef uint64_t spare
     while True:
         got = read(uffd, messages, 64 * sizeof(uffd_msg))
         if got >= 0:
             return <int>(got // <ssize_t>sizeof(uffd_msg))
         if errno == EAGAIN:         # another thread took them; also the answer for a dead target
             return 0
-        if errno != EINTR:
+        if errno == EMFILE or errno == ENFILE:
+            # A fork event brings a descriptor, and there is no room for it. It must be read all the same,
+            # or the fork never returns: the reserved place is given up for it, and the capture fails.
+            spare = snap_swap(&capture.spare_fd, <uint64_t>-1)
+            capture_fail(capture, EMFILE, "no descriptor is left for a fork of the target", 0)
+            if spare == <uint64_t>-1:
+                return 0
+            close(<int>spare)
+        elif errno != EINTR:
             capture_fail(capture, errno, "read of the userfaultfd", 0)
             return 0
 
@@ -66,15 +75,14 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
     return False
 
 
-cdef void _forget(capture_t *capture, int fd) noexcept nogil:
-    """Release all that a userfaultfd protects, then close it. Closing alone is not enough: a process that
-    was forked meanwhile may hold a copy of the descriptor."""
+cdef void _unregister_all(capture_t *capture, int fd) noexcept nogil:
+    """Release all that a userfaultfd protects. Closing it would not be enough: a process that was forked
+    meanwhile may hold a copy of the descriptor."""
     cdef int i
     cdef region_t *region
     for i in range(<int>capture.n_registered):
         region = &capture.regions[i]
         unregister_gently(fd, region.track_start, region.track_end, region.unit_pages * 4096)
-    close(fd)
 
 
 cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
@@ -107,7 +115,8 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
         snap_store(&capture.n_uffds, n + 1)
     pthread_mutex_unlock(&capture.lock)
     if n == UFFDS_MAX:
-        _forget(capture, fd)
+        _unregister_all(capture, fd)
+        close(fd)
         capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
         return
     err = watch(capture, fd, n)
@@ -130,7 +139,7 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t index = 0
     cdef int i, n
     while index < snap_load(&capture.n_uffds):
-        n = read_messages(capture, capture.uffds[index], messages)
+        n = read_messages(capture, capture.uffds[index], messages) if capture.uffds[index] >= 0 else 0
         for i in range(n):
             if messages[i].event != UFFD_EVENT_PAGEFAULT:
                 handle_event(capture, index, &messages[i])
@@ -143,12 +152,29 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
         index += 1
 
 
-cdef void forget_all(capture_t *capture) noexcept nogil:
-    cdef uint64_t index
+cdef void _await_events(capture_t *capture, lane_t *lane, int fd) noexcept nogil:
+    """Read what is still to come. A fork that has begun answers EAGAIN here until its event is read; closing
+    would not end its wait, since the child that it makes holds a copy of the descriptor already."""
+    cdef region_t *region = &capture.regions[0]
+    while uffd_unprotect(fd, region.track_start, region.unit_pages * 4096) == EAGAIN:
+        pump(capture, lane)
+        if snap_load(&capture.failed) and capture.spare_fd == <uint64_t>-1:
+            return
+        snap_sleep_ns(20000)
+
+
+cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef uint64_t index = 0
     cdef int fd
-    for index in range(snap_load(&capture.n_uffds)):
+    while index < snap_load(&capture.n_uffds):
         fd = capture.uffds[index]
-        capture.uffds[index] = -1   # before the close: a child forked in between must not close a reused fd
+        if fd >= 0 and capture.n_registered:
+            _unregister_all(capture, fd)
+            _await_events(capture, lane, fd)
+        # Before the close: a child forked in between must not close a reused descriptor.
+        capture.uffds[index] = -1
         if fd >= 0:
-            _forget(capture, fd)
+            close(fd)
+        index += 1
+    lane.n_held = 0                 # unregistering woke them
     snap_store(&capture.n_uffds, 1)

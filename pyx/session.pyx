@@ -97,6 +97,7 @@ cdef class Session:
         capture.early = early
         capture.arm_piece = arm_piece
         capture.stop_event = -1
+        capture.spare_fd = <uint64_t>-1
         capture.epoll = -1
         self.descriptors = Arena(UFFDS_MAX * sizeof(int), True)
         self.descriptors.touch()
@@ -123,6 +124,7 @@ cdef class Session:
         self.owned_fds.append(capture.pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
+        capture.spare_fd = os.dup(capture.stop_event)
         capture.uffds[0] = uffd         # ours from here on
 
     cdef int _set_region(self, region_t *region, plan) except -1:
@@ -270,6 +272,9 @@ cdef class Session:
         fds, self.owned_fds = self.owned_fds, []
         for fd in fds:
             os.close(fd)
+        if <int>self.capture.spare_fd >= 0:
+            os.close(self.capture.spare_fd)
+            self.capture.spare_fd = <uint64_t>-1
         self.close_uffds()
         self.pool.close()
         self.bitmaps = []

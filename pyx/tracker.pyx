@@ -257,7 +257,7 @@ cdef void *_walk_thread(void *arg) noexcept nogil:
                 break
     _stop_fault_threads(capture, lane)
     # No fault thread runs any more, so no page is released that is still being copied.
-    forget_all(capture)
+    forget_all(capture, lane)
     for i in range(capture.n_fault_lanes + 1):
         if lane_close(capture.pool, &capture.lanes[i].slot):
             capture_fail(capture, EBUSY, "queue", 0)

@@ -17,4 +17,4 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil
 # Watch a descriptor with the capture's epoll. 0 or errno.
 cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil
 # Unregister and close every userfaultfd of the capture: after it nothing is protected, nobody waits.
-cdef void forget_all(capture_t *capture) noexcept nogil
+cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil

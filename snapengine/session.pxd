@@ -101,6 +101,7 @@ cdef struct capture_t:
     uint64_t failed_addr
     uint64_t stopping               # atomic: fault threads leave (walk writes)
     uint64_t n_uffds                # atomic: grows (under `lock`) as children fork
+    uint64_t spare_fd               # atomic: a descriptor to give up when the table is full; -1: given up
     int *uffds                      # closed by who releases: the walk, or Session.close; -1 then
     uint64_t n_registered           # regions registered by this capture (walk writes)
     uint64_t running                # atomic: fault threads and warden that have not left (each, once)
