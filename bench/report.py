@@ -51,7 +51,7 @@ class Figure:
 
 
 def figures(benches: Sequence[dict[str, Any]]) -> list[Figure]:
-    """All that the issue asks for, as far as the run has it."""
+    """All that must be reached, as far as the run has it."""
     return [
         *image_figures(benches),
         *sample_figures({bench["name"]: bench["extra_info"] for bench in benches}),

@@ -15,9 +15,10 @@ from typing import Any
 
 from .guestimage import check_image
 from .guestloop import Guest, GuestLoop, write_line
-from .guestparams import BACKINGS, PAGES, PATTERNS, GuestParams, parse_size
+from .guestparams import BACKINGS, PAGES, PATTERNS, GuestParams
 from .guestprocess import GuestProcess
 from .guestsignals import EndSignals
+from .units import parse_size
 
 __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
 

@@ -5,7 +5,6 @@ The guest puts them into its vmstate, the checker of a cut takes them from there
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ MAX_THREADS = 8
 BACKINGS = ("anon", "memfd")
 PAGES = ("4k", "thp", "2m")
 PATTERNS = ("uniform", "hot", "sequential")
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +86,3 @@ class GuestParams:
             return cls(**data)
         except TypeError as error:
             raise ValueError(f"guest parameters: {error}") from None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``"4096"``, ``"64K"``, ``"256M"``, ``"1GiB"``. ValueError if it is none."""
-    match = _SIZE.match(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size (such as 4096, 64K, 256M, 1G)")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()]

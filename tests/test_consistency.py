@@ -31,6 +31,12 @@ class EarlyCapture(Capture):
     _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
 
 
+class OlderKernelCapture(Capture):
+    """As on Linux before 6.7: no PAGEMAP_SCAN, so what is populated comes from /proc/PID/pagemap."""
+
+    _session_extra = {"use_scan": False}  # noqa: RUF012
+
+
 def snap(guest_socket, path, make=None, **options):
     target = SoftTarget(guest_socket, method="write-tracking")
     if make is None:
@@ -123,3 +129,24 @@ def test_dirty_logging_is_consistent(guest, tmp_path, backing, pages, threads):
     assert unique + result.zero_pages + result.hole_pages == result.pages_total
     assert result.rounds >= 2
     assert result.stop_ns > 0
+
+
+@pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
+def test_older_kernels(guest, tmp_path, backing, pages):
+    params = GuestParams(size=32 * MIB, backing=backing, pages=pages, threads=2, hole_percent=20)
+    with guest(params) as socket:
+        result, report = snap(socket, tmp_path / "image", OlderKernelCapture)
+    assert report.consistent, report
+    assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
+
+
+def test_dirty_logging_on_an_older_kernel_says_what_it_needs(guest, tmp_path):
+    options = Options(method="dirty-logging")
+    with guest(GuestParams(size=MIB), rate=0) as socket:
+        target = PeerTarget(socket, method="dirty-logging")
+        with (
+            pytest.raises(snapengine.UnsupportedError, match=r"Linux 6\.7"),
+            OlderKernelCapture(target, tmp_path / "image", options, {}),
+        ):
+            pass
+    assert not (tmp_path / "image").exists()

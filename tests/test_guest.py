@@ -24,7 +24,7 @@ from snapengine.peer import PeerTarget
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from toyengine import ToyEngine, ToyImage  # noqa: E402
+from minimal_engine import MinimalEngine, MinimalImage  # noqa: E402
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -69,7 +69,7 @@ def moves(guest: GuestProcess) -> None:
 
 
 @contextlib.contextmanager
-def closing(engine: ToyEngine, status: str = "failed") -> Iterator[ToyEngine]:
+def closing(engine: MinimalEngine, status: str = "failed") -> Iterator[MinimalEngine]:
     try:
         yield engine
     finally:
@@ -80,7 +80,7 @@ def closing(engine: ToyEngine, status: str = "failed") -> Iterator[ToyEngine]:
 def engine_process(path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """An engine that holds the guest protected (or paused) until it is killed."""
     with subprocess.Popen(
-        [sys.executable, str(HERE / "toyengine.py"), str(path), *arguments],
+        [sys.executable, str(HERE / "minimal_engine.py"), str(path), *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=PYTHON,
     ) as engine:  # fmt: skip
         try:
@@ -147,7 +147,7 @@ def test_hand_over_and_controls(path: Path, guest: GuestProcess) -> None:
 
 
 def test_guest_keeps_no_copy_of_the_uffd(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)):
+    with closing(MinimalEngine(path)):
         until(lambda: not [link for link in links(guest.pid) if "userfaultfd" in link])
 
 
@@ -167,7 +167,7 @@ def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: s
         with GuestProcess(path, params) as guest:
             for _ in range(3):
                 until(lambda: min(guest.stats()["writes"]) > 0)
-                with closing(ToyEngine(path), "completed") as engine:
+                with closing(MinimalEngine(path), "completed") as engine:
                     engine.protect()
                     image = engine.copy()
                     engine.protect(False)
@@ -181,30 +181,30 @@ def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: s
 
 def test_copy_without_protection_is_not_a_cut(path: Path, guest: GuestProcess) -> None:
     moves(guest)
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         image = engine.copy()
     assert not check_image(image).consistent
 
 
 def test_paused_cut_is_exact(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         engine.target.pause()
         image = engine.copy()
         assert check_image(image).consistent
         engine.target.resume()
         moves(guest)
         engine.target.pause()
-        late = ToyImage(image.regions, engine.target.vmstate(), image.data)
+        late = MinimalImage(image.regions, engine.target.vmstate(), image.data)
         assert "it stood paused after" in str(check_image(late).violation)
 
 
 def test_check_image_prefers_restore_into(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         engine.target.pause()
         image = engine.copy()
     calls = []
 
-    class Restoring(ToyImage):
+    class Restoring(MinimalImage):
         def restore_into(self, region: Any, buffer: Any) -> None:
             calls.append(region.name)
             buffer[:] = self.data[region.name]
@@ -215,14 +215,14 @@ def test_check_image_prefers_restore_into(path: Path, guest: GuestProcess) -> No
 
 def test_check_image_refuses_other_images() -> None:
     with pytest.raises(ValueError, match="no vmstate 'guest'"):
-        check_image(ToyImage([], {}))
+        check_image(MinimalImage([], {}))
     state = json.dumps({"params": GuestParams(size=MIB).to_json(), "writes": [0], "paused": True})
     with pytest.raises(ValueError, match="no region 'ram'"):
-        check_image(ToyImage([], {"guest": state.encode()}))
+        check_image(MinimalImage([], {"guest": state.encode()}))
 
 
 def test_guest_answers_while_its_writers_stand_in_faults(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         engine.protect()
         until(lambda: (lambda one: one == writes(guest))(writes(guest)))
         counts = guest.stats()["writes"]
@@ -244,7 +244,7 @@ def test_engine_killed_while_memory_is_protected(path: Path, guest: GuestProcess
             engine.wait()
             moves(guest)
         until(lambda rounds=rounds: guest.stats()["ended"] == {"lost": rounds})
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         engine.protect()
         assert check_image(engine.copy()).consistent
 
@@ -268,14 +268,14 @@ def test_engines_that_come_and_go(path: Path, guest: GuestProcess) -> None:
 
 
 def test_guest_killed_during_a_hand_over(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         guest.kill()
         with pytest.raises(TargetGoneError, match=f"process {guest.pid}"):
             engine.target.pause()
 
 
 def test_sigterm_while_writers_stand_in_faults(path: Path, guest: GuestProcess) -> None:
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         engine.protect()
         os.kill(guest.pid, signal.SIGTERM)
         until(lambda: not alive(guest.pid))
@@ -340,7 +340,7 @@ def test_strange_engine(path: Path, guest: GuestProcess, greeting: bytes) -> Non
     with sock, contextlib.suppress(ConnectionError):
         sock.sendall(greeting + b"\n")
         assert sock.recv(1) == b""
-    with closing(ToyEngine(path)) as engine:
+    with closing(MinimalEngine(path)) as engine:
         assert engine.pid == guest.pid
 
 
@@ -411,7 +411,7 @@ def test_guest_that_cannot_start(path: Path) -> None:
 
 def test_two_engines_at_one_path(path: Path, guest: GuestProcess) -> None:
     """The guest is with the first; the second waits in vain, then gets it."""
-    with closing(ToyEngine(path)), pytest.raises(HandoverError, match="no peer connected"):
+    with closing(MinimalEngine(path)), pytest.raises(HandoverError, match="no peer connected"):
         PeerTarget(path, timeout=0.1).open(1)
-    with closing(ToyEngine(path)) as second:
+    with closing(MinimalEngine(path)) as second:
         assert second.pid == guest.pid

@@ -17,7 +17,7 @@ import pytest
 
 from snapengine.guestcheck import check_cut
 from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams, parse_size
+from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams
 from snapengine.guestpattern import class_of, initial_page, write_page
 from snapengine.guestwriters import GuestWriters
 from snapengine.histogram import bucket_floor
@@ -533,12 +533,3 @@ def test_parameters_go_through_json() -> None:
     assert GuestParams.from_json(PARAMS.to_json()) == PARAMS
     with pytest.raises(ValueError, match="guest parameters"):
         GuestParams.from_json({"size": MIB, "colour": 1})
-
-
-def test_sizes() -> None:
-    assert [parse_size(text) for text in ("4096", "64K", "256M", "1GiB", "2g")] == [
-        4096, 65536, 256 * MIB, 1 << 30, 2 << 30,
-    ]  # fmt: skip
-    for text in ("", "x", "-1", "1.5G", "1P", "1 2"):
-        with pytest.raises(ValueError, match="size"):
-            parse_size(text)

@@ -21,7 +21,7 @@ REGISTER_MODE_WP = 2
 
 
 @dataclass
-class ToyImage:
+class MinimalImage:
     """What `check_image` asks of an image."""
 
     regions: list[Region]
@@ -32,7 +32,7 @@ class ToyImage:
         return bytes(self.data[region.name][offset : offset + length])
 
 
-class ToyEngine:
+class MinimalEngine:
     """One write-tracking capture in which no fault is served before everything is copied."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,8 +47,8 @@ class ToyEngine:
             request = struct.pack("=QQQ", region.addr, region.length, int(on))
             fcntl.ioctl(self.uffd, UFFDIO_WRITEPROTECT, request)
 
-    def copy(self) -> ToyImage:
-        image = ToyImage(self.regions, self.target.vmstate())
+    def copy(self) -> MinimalImage:
+        image = MinimalImage(self.regions, self.target.vmstate())
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
             for region in self.regions:
                 data = bytearray(region.length)
@@ -67,7 +67,7 @@ class ToyEngine:
 
 
 if __name__ == "__main__":
-    engine = ToyEngine(sys.argv[1])
+    engine = MinimalEngine(sys.argv[1])
     if len(sys.argv) > 2:
         engine.target.pause()
     else:
