@@ -207,7 +207,7 @@ def test_the_spilled_image_is_right(tmp_path):
         for offset in range(0, size, PAGE):
             buffer[offset] = 0
 
-    result = snap(buffer, tmp_path / "image", write, memory_limit=16 * MIB, rate_limit=100 * MIB)
+    result = snap(buffer, tmp_path / "image", write, memory_limit=16 * MIB, rate_limit=24 * MIB)
     assert result.spilled_bytes > 0
     assert result.peak_buffer_bytes <= 16 * MIB
     assert saved(tmp_path / "image") == before

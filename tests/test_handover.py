@@ -458,7 +458,8 @@ def test_range_that_is_not_mapped(peer: Peer) -> None:
 def test_range_with_a_gap(peer: Peer) -> None:
     peer.send(peer.message(size=64 << 30))
     text = peer.refused()
-    assert "is not mapped" in text or "different kinds" in text
+    # What lies behind the memory, up to the end of the address space, is up to the kernel.
+    assert any(reason in text for reason in ("is not mapped", "different kinds", "beyond the address space"))
 
 
 def test_beyond_everything(peer: Peer) -> None:

@@ -105,14 +105,13 @@ def test_forks_while_shared_pages_are_armed():
     view = memoryview(mmap.mmap(-1, 4 * PAGE, flags=PRIVATE))
     view[:] = b"x" * len(view)
     parts = {"shared": shared, "a": view[: PAGE // 2], "b": view[PAGE // 2 : 2 * PAGE]}
-    holding = ctypes.PyDLL(None)  # keeps the GIL, so that the child has it
     stop = []
 
     def fork_all_the_time():
         while not stop:
-            child = holding.fork()  # without Python's hooks: nothing is closed in the child
+            child = os.fork()
             if child == 0:
-                holding._exit(0)
+                os._exit(0)
             os.waitpid(child, 0)
 
     thread = threading.Thread(target=fork_all_the_time)
