@@ -27,6 +27,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     const int EPOLL_CTL_ADD
     const unsigned int EPOLLIN
+    const unsigned int EPOLLET
 
 cdef extern from * nogil:
     """
@@ -40,7 +41,9 @@ cdef extern from * nogil:
 
 cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
     cdef epoll_event event
-    event.events = EPOLLIN
+    # Edge-triggered for userfaultfds: a level wakes every fault thread for each fault, and all but one find
+    # nothing (57 µs of CPU time a fault, against 25). Who is woken reads until there is no more.
+    event.events = EPOLLIN | EPOLLET if word < UFFDS_MAX else EPOLLIN
     event.data.u64 = word
     return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_ADD, fd, &event) == 0 else errno
 

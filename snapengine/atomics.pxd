@@ -8,6 +8,7 @@ cdef extern from "snapengine/atomics.h" nogil:
     uint64_t snap_add(uint64_t *word, uint64_t value)                   # relaxed; returns the old value
     void snap_bump(uint64_t *word, uint64_t value)                      # relaxed; one writer only
     uint64_t snap_peek(const uint64_t *word)                            # relaxed
+    void snap_leave(uint64_t *count)                                    # release; one less
     uint64_t snap_swap(uint64_t *word, uint64_t value)                  # acquire + release; the old value
     bint snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value)  # compare-and-swap
     void snap_pause()

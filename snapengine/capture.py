@@ -236,7 +236,7 @@ class Capture:
 
     def _prepare(self) -> None:
         options = self._options
-        encoders = options.encoder_threads or (1 if options.zstd_level is None else 2)
+        encoders = options.encoder_threads or 2
         lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
         tracking = options.method == WRITE_TRACKING
         self._sink = open_sink(self._sink_spec)

@@ -48,7 +48,7 @@ class Options:
     """Threads that serve write faults; 0: one per usable CPU, at most 4."""
 
     encoder_threads: int = 0
-    """Threads that checksum, compress and write; 0: one, or with zstd two."""
+    """Threads that checksum, compress and write (one at a time); 0: two."""
 
     downtime_limit: float = 0.3
     """Dirty logging: the longest pause, in seconds, that the last round may take at the copy rate

@@ -32,7 +32,7 @@ cdef extern from "snapengine/threads.h" nogil:
     int snap_thread_start(pthread_t *thread, void *(*start)(void *) noexcept nogil, void *arg)
     # Bind the calling thread to the n-th CPU that the process may use.
     int snap_pin_to(int n)
-    int snap_usable_cpus()
     unsigned long long snap_now_ns()        # CLOCK_MONOTONIC
     void snap_sleep_ns(unsigned long long ns)
     void snap_name_thread(const char *name)
+    void snap_nice(int value)               # of the calling thread; does nothing where it is not allowed

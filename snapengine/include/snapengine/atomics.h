@@ -19,6 +19,8 @@ static inline void snap_bump(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + value, __ATOMIC_RELAXED);
 }
 static inline uint64_t snap_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+/* The last act of a thread: all it did before is visible to who then reads the count. */
+static inline void snap_leave(uint64_t *count) { __atomic_fetch_sub(count, 1, __ATOMIC_RELEASE); }
 static inline uint64_t snap_swap(uint64_t *word, uint64_t value) {
     return __atomic_exchange_n(word, value, __ATOMIC_ACQ_REL);
 }

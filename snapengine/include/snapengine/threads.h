@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <time.h>
 
 /* Signals belong to the program's own threads: a handler that ran here could touch protected memory. */
@@ -19,13 +20,6 @@ static inline int snap_thread_start(pthread_t *thread, void *(*start)(void *), v
     int err = pthread_create(thread, 0, start, arg);
     pthread_sigmask(SIG_SETMASK, &before, 0);
     return err;
-}
-
-static inline int snap_usable_cpus(void) {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set))
-        return 1;
-    return CPU_COUNT(&set);
 }
 
 static inline int snap_pin_to(int n) {
@@ -52,6 +46,10 @@ static inline void snap_sleep_ns(unsigned long long ns) {
     struct timespec left = {(time_t)(ns / 1000000000ull), (long)(ns % 1000000000ull)};
     clock_nanosleep(CLOCK_MONOTONIC, 0, &left, 0);
 }
+
+/* Nice value of the calling thread (Linux: of the thread, not the process). Below 0 it wants CAP_SYS_NICE;
+ * without it nothing changes. */
+static inline void snap_nice(int value) { setpriority(PRIO_PROCESS, 0, value); }
 
 static inline void snap_name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
 
