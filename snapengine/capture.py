@@ -29,7 +29,7 @@ from snapengine.errors import (
     UffdError,
     UnsupportedError,
 )
-from snapengine.maps import covering, read_maps
+from snapengine.maps import covering, has_ended, read_maps
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.plan import Plan
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
@@ -420,8 +420,10 @@ class Capture:
     def _explain(self, err: int, call: str, addr: int) -> SnapengineError:
         assert self._session is not None
         assert self._plan is not None
-        if err == errno.ESRCH:
-            return TargetGoneError(err, f"the target process {self._plan.pid} ended during the capture")
+        # A target that dies gives ESRCH to most calls, but ENOMEM to UFFDIO_REGISTER.
+        pid = self._plan.pid
+        if err == errno.ESRCH or (pid and has_ended(pid)):
+            return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
         if call == "UFFDIO_REGISTER":
             return _explain_register(err, addr, self._plan)
         return UffdError(err, f"{call}: {os.strerror(err)}" + (f" at {addr:#x}" if addr else ""))

@@ -57,6 +57,15 @@ def read_maps(pid: int | str = "self") -> list[Mapping]:
     return mappings
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process has no memory any more: it is dying, dead or reaped. (A pidfd becomes readable
+    later than that: after the memory is torn down, which takes long for a large process.)"""
+    try:
+        return not read_maps(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
     """The mappings that hold [start, end), if they hold all of it; otherwise an empty list."""
     found = [m for m in mappings if m.start < end and m.end > start]

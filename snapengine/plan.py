@@ -52,8 +52,10 @@ class Plan:
         self._views: list[FileView] = []
         try:
             mappings = read_maps(pid or "self")
-        except FileNotFoundError:
-            raise TargetGoneError(errno.ESRCH, f"process {pid} has ended") from None
+        except (FileNotFoundError, ProcessLookupError):
+            mappings = []
+        if not mappings:
+            raise TargetGoneError(errno.ESRCH, f"the target process {pid} has ended")
         _refuse_overlap(regions)
         first_page = 0
         try:

@@ -102,3 +102,26 @@ def test_target_that_dies(tmp_path, backing, method):
         ):
             guest.kill()
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [("write-tracking", "Writer"), ("dirty-logging", "Writer"), ("write-tracking", "Plan")],
+)
+def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step):
+    """UFFDIO_REGISTER answers ENOMEM, not ESRCH, once the memory of the target is gone."""
+    with GuestProcess(tmp_path / "socket", GuestParams(size=8 * MIB)) as guest:
+        real = getattr(snapengine.capture, step)
+
+        def dies_first(*args, **fields):
+            guest.kill()
+            return real(*args, **fields)
+
+        monkeypatch.setattr(snapengine.capture, step, dies_first)
+        target = PeerTarget(tmp_path / "socket", method=method)
+        with (
+            pytest.raises(snapengine.TargetGoneError, match=str(guest.pid)),
+            snapengine.snapshot(target, tmp_path / "image", method=method),
+        ):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == []
