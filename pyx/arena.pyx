@@ -19,6 +19,9 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MADV_HUGEPAGE
     const int MADV_WIPEONFORK
 
+cdef extern from "snapengine/linux_compat.h" nogil:
+    const int MADV_POPULATE_WRITE
+
 cdef uint64_t HUGE = 2 << 20
 
 
@@ -60,7 +63,8 @@ cdef class Arena:
         cdef uint64_t wanted = self.length if length is None else min(length, self.length)
         with nogil:
             madvise(self.base, self.length, MADV_HUGEPAGE)
-            memset(self.base, 0, wanted)
+            if madvise(self.base, (wanted + 4095) & ~<uint64_t>4095, MADV_POPULATE_WRITE) != 0:
+                memset(self.base, 0, wanted)
 
     def __dealloc__(self):
         if self.base != NULL:

@@ -13,9 +13,10 @@ from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ESRCH, errno
 from posix.unistd cimport close, read
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
+from snapengine.bitmap cimport bits_test
 from snapengine.linux cimport UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
-from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
+from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, page_addr, region_t
 from snapengine.uffd cimport uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake, unregister_gently
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -78,14 +79,33 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
     return False
 
 
-cdef void _unregister_all(capture_t *capture, int fd) noexcept nogil:
+cdef void _unregister_rest(capture_t *capture, int fd, region_t *region) noexcept nogil:
+    """All of a region but the units that a walker has unregistered: somebody else may track those by now."""
+    cdef uint64_t last = region.first_page + region.pages - 1
+    cdef uint64_t unit = region.first_page >> 9
+    cdef uint64_t start = region.track_start
+    cdef uint64_t addr
+    while unit <= last >> 9:
+        if bits_test(capture.gone, unit):
+            addr = page_addr(region, unit << 9)
+            unregister_gently(fd, start, addr, region.unit_pages * 4096)
+            start = addr + (2 << 20)
+        unit += 1
+    unregister_gently(fd, start, region.track_end, region.unit_pages * 4096)
+
+
+cdef void _unregister_all(capture_t *capture, int fd, bint children) noexcept nogil:
     """Release all that a userfaultfd protects. Closing it would not be enough: a process that was forked
-    meanwhile may hold a copy of the descriptor."""
+    meanwhile may hold a copy of the descriptor. What walkers have unregistered, they did for the target
+    alone, not for its `children`."""
     cdef int i
     cdef region_t *region
     for i in range(<int>capture.n_registered):
         region = &capture.regions[i]
-        unregister_gently(fd, region.track_start, region.track_end, region.unit_pages * 4096)
+        if children:
+            unregister_gently(fd, region.track_start, region.track_end, region.unit_pages * 4096)
+        else:
+            _unregister_rest(capture, fd, region)
 
 
 cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
@@ -118,7 +138,7 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
         snap_store(&capture.n_uffds, n + 1)
     pthread_mutex_unlock(&capture.lock)
     if n == UFFDS_MAX:
-        _unregister_all(capture, fd)
+        _unregister_all(capture, fd, True)
         close(fd)
         capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
         return
@@ -172,7 +192,7 @@ cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil:
     while index < snap_load(&capture.n_uffds):
         fd = capture.uffds[index]
         if fd >= 0 and capture.n_registered:
-            _unregister_all(capture, fd)
+            _unregister_all(capture, fd, index > 0)
             _await_events(capture, lane, fd)
         # Before the close: a child forked in between must not close a reused descriptor.
         capture.uffds[index] = -1

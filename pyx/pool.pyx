@@ -32,12 +32,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
 
-cdef extern from * nogil:
-    """
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23 /* Linux 5.14 */
-    #endif
-    """
+cdef extern from "snapengine/linux_compat.h" nogil:
     const int MADV_POPULATE_WRITE
 
 cdef uint64_t PAGE = 4096
@@ -184,6 +179,18 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
         _use_slot(pool, lane, lane.slot)
         return 0
     return _spill(pool, lane)
+
+
+cdef uint64_t lane_pages(pool_t *pool, lane_slot *lane) noexcept nogil:
+    return min((pool.slot_bytes - lane.used) // PAGE, <uint64_t>(ENTRIES_MAX - lane.n_entries))
+
+
+cdef bint pool_has_room(pool_t *pool, uint32_t slots) noexcept nogil:
+    cdef bint has
+    pthread_mutex_lock(&pool.lock)
+    has = pool.n_free >= pool.reserve + slots
+    pthread_mutex_unlock(&pool.lock)
+    return has
 
 
 cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned kind) noexcept nogil:

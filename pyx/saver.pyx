@@ -80,8 +80,8 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
             break
         if snap_load(&capture.failed):
             return
-        # An event waits: a fault thread reads it; the walk leaves that to them once they serve.
-        if lane.index or not snap_load(&capture.armed):
+        # An event waits: a fault thread reads it; a walker leaves that to them once they serve.
+        if not lane.walks or not snap_load(&capture.armed):
             pump(capture, lane)
         else:
             snap_sleep_ns(20000)

@@ -66,8 +66,8 @@ cdef class Session:
         Descriptor of the target's userfaultfd; the session owns it once it is made.
     pid, pidfd:
         The target process and its pidfd, or 0 and -1 for this process (borrowed).
-    memory_limit, fault_threads, encoders, spill_dir:
-        As in `snapengine.Options`.
+    memory_limit, fault_threads, encoders, walkers, spill_dir:
+        As in `snapengine.Options`, none of them 0.
     rounds:
         Keep what dirty logging needs to count duplicates.
 
@@ -75,15 +75,18 @@ cdef class Session:
     """
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
-                 uint64_t memory_limit, int fault_threads, int encoders, spill_dir=None,
+                 uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
                  bint rounds=False, bint use_scan=True, bint early=False, uint64_t arm_piece=0):
         cdef capture_t *capture
         cdef int i
-        if not 1 <= fault_threads <= LANES_MAX - 2:
-            raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {LANES_MAX - 2}")
+        if not 1 <= fault_threads <= FAULT_LANES_MAX:
+            raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {FAULT_LANES_MAX}")
+        if not 1 <= walkers <= WALKERS_MAX:
+            raise ValueError(f"walkers: {walkers} is not in 1 ... {WALKERS_MAX}")
         self.bitmaps = []
         self.owned_fds = []
         self.fault_lanes = fault_threads
+        self.walkers = walkers
         self.control = Arena(sizeof(capture_t) + len(plans) * sizeof(region_t))
         self.control.touch()
         self.capture = capture = <capture_t *>self.control.base
@@ -94,6 +97,7 @@ cdef class Session:
         capture.features = features
         capture.has_scan = use_scan and has_pagemap_scan()
         capture.n_fault_lanes = fault_threads
+        capture.n_lanes = fault_threads + 1 + walkers
         capture.early = early
         capture.arm_piece = arm_piece
         capture.stop_event = -1
@@ -116,7 +120,7 @@ cdef class Session:
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
                 capture.regions[i].keep_huge = False
-        self.pool = Pool(memory_limit, capture.total_pages, fault_threads + 1, encoders, spill_dir)
+        self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
         capture.pool = self.pool.pool
         self._make_bitmaps(rounds)
         self._make_lanes()
@@ -162,19 +166,21 @@ cdef class Session:
         self.capture.lost = self._bitmap(pages)
         self.capture.present = self._bitmap(pages)
         self.capture.huge = self._bitmap((pages >> 9) + 1)
+        self.capture.gone = self._bitmap((pages >> 9) + 1)
         if rounds:
             self.capture.data = self._bitmap(pages)
         return 0
 
     cdef int _make_lanes(self) except -1:
         cdef int i
-        cdef int n = self.fault_lanes + 2
+        cdef int n = self.capture.n_lanes
         self.lanes = Arena(n * sizeof(lane_t))
         self.lanes.touch()
         self.capture.lanes = <lane_t *>self.lanes.base
         for i in range(n):
             self.capture.lanes[i].capture = self.capture
             self.capture.lanes[i].index = i
+            self.capture.lanes[i].walks = i == 0 or i > self.fault_lanes + 1
             self.capture.lanes[i].slot.slot = NO_SLOT
         return 0
 
@@ -198,7 +204,7 @@ cdef class Session:
         cdef uint64_t data = 0, zero = 0, hole = 0, lost = 0, faults = 0
         cdef int i
         cdef lane_t *lane
-        for i in range(self.fault_lanes + 2):
+        for i in range(self.capture.n_lanes):
             lane = &self.capture.lanes[i]
             data += snap_peek(&lane.data_pages)
             zero += snap_peek(&lane.zero_pages)
@@ -216,7 +222,7 @@ cdef class Session:
         cdef histogram_t total
         cdef int i
         total = self.capture.lanes[0].histogram
-        for i in range(1, self.fault_lanes + 2):
+        for i in range(1, self.capture.n_lanes):
             histogram_merge(&total, &self.capture.lanes[i].histogram)
         return {
             "p50": histogram_quantile(&total, 0.5),

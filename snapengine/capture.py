@@ -40,6 +40,8 @@ from snapengine.tracker import Tracker
 from snapengine.uffd import FEATURES, Uffd, supported_features
 from snapengine.writer import Writer
 
+SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
+
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
@@ -260,7 +262,8 @@ class Capture:
         self._session = Session(
             self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
-            encoders=encoders, spill_dir=options.spill_dir, rounds=not tracking,
+            encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
+            spill_dir=options.spill_dir, rounds=not tracking,
             **self._session_extra,
         )  # fmt: skip
         self._uffd.detach()  # the session closes it
@@ -277,6 +280,12 @@ class Capture:
             self._encoders.append(thread)
         if self._cancelled:
             self._session.fail(errno.ECANCELED)
+
+    def _walkers(self, regions: list[Region]) -> int:
+        if self._options.walk_threads:
+            return self._options.walk_threads
+        small = sum(region.length for region in regions) < SMALL_TARGET_BYTES
+        return 1 if small else min(2, len(os.sched_getaffinity(0)))
 
     def _note_pins(self, pid: int) -> None:
         """Pages that a device or io_uring has pinned can change without a fault (KERNEL: GUP pins)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,18 +44,26 @@ class Mapping:
         return f"{self.start:#x}-{self.end:#x} ({kind}, {self.backing}{name})"
 
 
-def read_maps(pid: int | str = "self") -> list[Mapping]:
-    """All mappings of a process, by address. Raises OSError."""
+def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> list[Mapping]:
+    """The mappings of a process that overlap [start, end), by address. Raises OSError.
+
+    Only those are parsed: a Python process has hundreds, which take milliseconds.
+    """
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        lines = file.read().splitlines()
     mappings = []
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.rstrip("\n").split(maxsplit=5)
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            path = fields[5] if len(fields) > 5 else ""
-            mappings.append(
-                Mapping(start, end, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path)
-            )
+    for number in range(bisect.bisect_right(lines, start, key=_end_of), len(lines)):
+        fields = lines[number].decode("utf-8", "surrogateescape").split(maxsplit=5)
+        first, last = (int(part, 16) for part in fields[0].split("-"))
+        if first >= end:
+            break
+        path = fields[5] if len(fields) > 5 else ""
+        mappings.append(Mapping(first, last, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path))
     return mappings
+
+
+def _end_of(line: bytes) -> int:
+    return int(line[line.index(b"-") + 1 : line.index(b" ")], 16)
 
 
 def has_ended(pid: int) -> bool:

@@ -47,6 +47,10 @@ class Options:
     fault_threads: int = 0
     """Threads that serve write faults; 0: one per usable CPU, at most 4."""
 
+    walk_threads: int = 0
+    """Threads that save the pages that nobody writes to (at most 16); 0: two, or one where only one CPU
+    is usable. Set 1 to leave the other CPUs to the target, at the price of a longer capture."""
+
     encoder_threads: int = 0
     """Threads that checksum, compress and write (one at a time); 0: two."""
 
@@ -72,6 +76,8 @@ class Options:
             raise ValueError("rate_limit: must not be negative")
         if not 0 <= self.fault_threads <= 64:
             raise ValueError("fault_threads: must be in 0 ... 64")
+        if not 0 <= self.walk_threads <= 16:
+            raise ValueError("walk_threads: must be in 0 ... 16")
         if not 0 <= self.encoder_threads <= 64:
             raise ValueError("encoder_threads: must be in 0 ... 64")
         if self.downtime_limit <= 0 or self.max_seconds <= 0 or self.max_rounds < 1:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from snapengine.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
-from snapengine.maps import Mapping, covering, read_maps
+from snapengine.maps import Mapping, covering, has_ended, read_maps
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, feature_names
 
@@ -51,10 +51,10 @@ class Plan:
         self._fds: list[int] = []
         self._views: list[FileView] = []
         try:
-            mappings = read_maps(pid or "self")
+            mappings = self._read_maps(regions)
         except (FileNotFoundError, ProcessLookupError):
             mappings = []
-        if not mappings:
+        if pid and not mappings and has_ended(pid):
             raise TargetGoneError(errno.ESRCH, f"the target process {pid} has ended")
         _refuse_overlap(regions)
         first_page = 0
@@ -76,6 +76,13 @@ class Plan:
             view.close()
         self._fds.clear()
         self._views.clear()
+
+    def _read_maps(self, regions: list[Region]) -> list[Mapping]:
+        pid = self.pid or "self"
+        if any(region.kind in ("shared", "hugetlb-shared") for region in regions):
+            return read_maps(pid)  # all: the same memory may be mapped anywhere
+        start = min((region.addr for region in regions), default=0)
+        return read_maps(pid, start, max((region.addr + region.length for region in regions), default=0))
 
     def _plan(self, region: Region, mappings: list[Mapping], after: int) -> RegionPlan:
         covered = covering(mappings, region.addr, region.addr + region.length)

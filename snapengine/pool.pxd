@@ -61,6 +61,10 @@ cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil
 # Make room for `pages` data pages and as many entries: 0, or an errno. With `wait` it waits until an
 # encoder frees a slot; without, it takes the reserve and then spills to the file, and never waits.
 cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil
+# Data pages that the open slot still takes, whatever their entries.
+cdef uint64_t lane_pages(pool_t *pool, lane_slot *lane) noexcept nogil
+# Whether so many slots are free beside the reserve. A moment later another thread may have them.
+cdef bint pool_has_room(pool_t *pool, uint32_t slots) noexcept nogil
 # Append to the page map, merging with the entry before it.
 cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned kind) noexcept nogil
 # Queue what the slot holds and give the slot up. 0 or errno.

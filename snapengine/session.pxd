@@ -8,7 +8,8 @@ from snapengine.pool cimport Pool, lane_slot, pool_t
 from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
-    LANES_MAX = 66                  # walk + 64 fault threads + warden
+    FAULT_LANES_MAX = 64
+    WALKERS_MAX = 16
     UFFDS_MAX = 17                  # the target's, and those of 16 forked children
     HELD_MAX = 256
 
@@ -48,7 +49,10 @@ cdef struct region_t:               # fixed before the threads start
 cdef struct lane_t:                 # one capture thread; only it writes, except where noted
     capture_t *capture
     lane_slot slot
-    int index                       # 0: the walk; 1 ...: fault threads
+    int index                       # 0: the first walker; then fault threads, warden, other walkers
+    bint walks
+    bint asked                      # a walker's: whether faults_seen says anything
+    uint64_t faults_seen
     pthread_t thread
     uint64_t data_pages             # counters: read by others at any time
     uint64_t zero_pages
@@ -80,6 +84,7 @@ cdef struct capture_t:
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t features
     int n_fault_lanes
+    int n_lanes
     int stop_event
     int epoll
     bint early                      # negative control of the tests only: serve faults before T
@@ -90,10 +95,14 @@ cdef struct capture_t:
     uint64_t *lost
     uint64_t *present               # PRESENCE_BITS: written by the walk before T, read after
     uint64_t *huge                  # by page >> 9; like `present`
+    uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
     pthread_mutex_t lock
-    pthread_cond_t changed          # armed, finished or failed changed
+    pthread_cond_t changed          # arm_pieces, arm_busy, armed, finished or failed changed
+    uint64_t arm_pieces             # how many there are; 0 until everything is registered
+    uint64_t arm_next               # pieces taken
+    uint64_t arm_busy               # walkers that protect one
     uint64_t armed                  # atomic: T is fixed (walk writes, once)
     uint64_t finished               # atomic: everything is released, no thread touches the target
     uint64_t failed                 # atomic: 0 or the errno of the first failure; any thread, once
@@ -105,6 +114,8 @@ cdef struct capture_t:
     int *uffds                      # closed by who releases: the walk, or Session.close; -1 then
     uint64_t n_registered           # regions registered by this capture (walk writes)
     uint64_t running                # atomic: fault threads and warden that have not left (each, once)
+    uint64_t walking                # atomic: walkers beside the first that have not left (each, once)
+    uint64_t next_unit              # atomic: units of 512 pages taken by walkers
     uint64_t arm_ns
     uint64_t t_ns                   # CLOCK_MONOTONIC at T
     uint64_t rounds
@@ -124,6 +135,7 @@ cdef class Session:
     cdef capture_t *capture
     cdef readonly Pool pool
     cdef readonly int fault_lanes
+    cdef readonly int walkers
     cdef Arena control
     cdef Arena lanes
     cdef Arena descriptors                # uffds: readable in a forked child, which must close them

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from snapengine.maps import Mapping, covering, page_size_of, read_maps
+from snapengine.maps import covering, page_size_of, read_maps
 
 PAGE_BYTES = 4096
 KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
@@ -106,8 +106,7 @@ class BufferTarget:
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """The buffers as regions of this process; the capture opens the userfaultfd."""
-        mappings = read_maps()
-        return 0, -1, [held.region(mappings) for held in self._held.values()]
+        return 0, -1, [held.region() for held in self._held.values()]
 
     def pause(self) -> None:
         """Call the caller's `pause`."""
@@ -155,8 +154,9 @@ class _Held:
         self._export = (ctypes.c_char * view.nbytes).from_buffer(view)
         return ctypes.addressof(self._export), view.nbytes
 
-    def region(self, mappings: list[Mapping]) -> Region:
-        covered = covering(mappings, self.addr, self.addr + self.length)
+    def region(self) -> Region:
+        end = self.addr + self.length
+        covered = covering(read_maps("self", self.addr, end), self.addr, end)
         sizes = {page_size_of(mapping) for mapping in covered} or {PAGE_BYTES}
         shared = {mapping.shared for mapping in covered}
         if len(sizes) > 1 or len(shared) > 1:

@@ -9,8 +9,13 @@
 #include <linux/userfaultfd.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
 
 #ifndef USERFAULTFD_IOC_NEW /* Linux 6.1 */
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
