@@ -46,7 +46,8 @@ class Mapping:
 def read_maps(pid: int | str = "self") -> list[Mapping]:
     """All mappings of a process, by address. Raises OSError."""
     mappings = []
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+    # Only a line feed ends a line: the kernel leaves a carriage return in a name as it is.
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             fields = line.rstrip("\n").split(maxsplit=5)
             start, end = (int(part, 16) for part in fields[0].split("-"))
