@@ -73,7 +73,7 @@ def add_parsers(commands: argparse._SubParsersAction[Any]) -> None:
     export.add_argument("--region", metavar="NAME", help="raw: only this region")
     export.add_argument("--format", choices=["raw", "core"], default="raw", help="default: raw")
     export.add_argument("--lost", choices=["refuse", "omit"],
-        help="core: pages that were lost at capture time (default: refuse; omit leaves them out)")  # fmt: skip
+        help="core: pages lost at capture time (default: refuse; omit leaves them out)")  # fmt: skip
     export.set_defaults(parser=export)
 
 

@@ -2,12 +2,12 @@
 
 Memory is in one of two states in the core:
 
-- *stored*: a PT_LOAD whose p_filesz is all of it. Zero pages and holes are holes in the file: they take no
-  room.
-- *absent*: in no PT_LOAD. A debugger reads it from the mapped file where NT_FILE names one, and else says that
-  it cannot. (The kernel writes a PT_LOAD with p_filesz 0. gdb 13.1 reads that as zeros unless it finds a file.)
-  NT_FILE names a file only for memory that is as the file has it: what is stored anyway, what the process may
-  not write, and private pages that it had not populated.
+- *stored*: a PT_LOAD whose p_filesz is all of it. Zero pages and holes are holes in the file: they take
+  no room.
+- *absent*: in no PT_LOAD. A debugger reads it from the mapped file where NT_FILE names one, and else says
+  that it cannot. (The kernel writes a PT_LOAD with p_filesz 0; gdb 13.1 reads that as zeros unless it finds
+  a file.) NT_FILE names a file only for memory that is as the file has it: what is stored anyway, what the
+  process may not write, and private pages that it had not populated.
 
 ```
 mapping     r-x libc      rw- libc .data            rw- heap
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 Lost = Literal["refuse", "omit"]
 MAX_FILE_BYTES = (1 << 63) - 1
+MAX_FILE_NOTE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Layout:
         # Counted from the start of the memory in the file: the count of segments decides where that is.
         self._offsets, self._memory_bytes = self._place_regions()
         self._pieces = list(merged(piece for mapping in mappings for piece in self._pieces_of(mapping)))
-        self._notes = notes(record, list(file_ranges(self._pieces)))
+        self._notes = notes(record, self._files())
         self._threads = len(record.threads)
         self._segments = 1 + sum(piece.stored for piece in self._pieces)
         head = EHDR.size + PHDR.size * self._segments + len(section_headers(self._segments))
@@ -137,6 +138,16 @@ class Layout:
         self._memory_at = -(-(head + len(self._notes)) // PAGE_BYTES) * PAGE_BYTES
         if self._memory_at + self._memory_bytes > MAX_FILE_BYTES:
             raise CorruptImageError(f"{image.name}: its regions are more than a file can hold")
+
+    def _files(self) -> list[FileRange]:
+        """NT_FILE repeats a name for every range: that must not multiply what the image says without end."""
+        files, total = [], 0
+        for item in file_ranges(self._pieces):
+            files.append(item)
+            total += 24 + len(item.path) + 1
+            if total > MAX_FILE_NOTE_BYTES:
+                raise CorruptImageError(f"{self._image.name}: has more mapped files than a process can have")
+        return files
 
     def _check_regions(self) -> None:
         for one, two in itertools.pairwise(self._regions):
@@ -179,7 +190,8 @@ class Layout:
             end = min((page + pages) * PAGE_BYTES + shift, high)
             stored = kind != LOST and (kind != HOLE or holes_are_zero(mapping))
             position = self._offsets[number] + start - region.addr
-            yield Piece(mapping, start, end, stored, kind != LOST, position, kind == LOST)
+            from_file = stored or (kind == HOLE and not mapping.shared)
+            yield Piece(mapping, start, end, stored, from_file, position, kind == LOST)
 
     def write(self, fd: int) -> None:
         """Everything into an empty file. Raises OSError and ImageError."""
@@ -216,12 +228,15 @@ class Layout:
 def holes_are_zero(mapping: Mapping) -> bool:
     """Whether an unpopulated page of the mapping reads as zeros.
 
-    In a private mapping of a file it reads as the file, and in [vdso] and the like as what the kernel has there.
+    In a mapping of a file on disk, or a private one of a memory file, it reads as the file; in [vdso] and the
+    like as the kernel has it.
     """
     if mapping.path.startswith("[v"):
         return False
     anonymous = ("/dev/zero", "/anon_hugepage")  # files of the kernel's behind anonymous memory
-    return mapping.shared or mapping.inode == 0 or mapping.path.startswith(anonymous)
+    if mapping.shared:
+        return mapping.backing != "file"
+    return mapping.inode == 0 or mapping.path.startswith(anonymous)
 
 
 def _not_captured(mapping: Mapping, start: int, end: int) -> Iterator[Piece]:

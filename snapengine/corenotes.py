@@ -1,7 +1,7 @@
 """ELF to the byte, for x86-64 cores: headers and notes. Where things go in the file is `snapengine.core`'s.
 
 Layouts: elf(5), core(5); <linux/elfcore.h>, which glibc shows as <sys/procfs.h>, for NT_PRSTATUS and
-NT_PRPSINFO; the kernel's fs/binfmt_elf.c (6.1) for NT_FILE and the order of the notes, on which debuggers rely.
+NT_PRPSINFO; the kernel's fs/binfmt_elf.c (6.1) for NT_FILE. Debuggers rely on the order of the notes.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def flags_of(perms: str) -> int:
 def notes(record: ProcessRecord, files: Sequence[FileRange]) -> bytes:
     """All notes. The registers of a thread follow its NT_PRSTATUS; the first is the main thread's.
 
-    A soft cut has no NT_PRSTATUS: gdb then finds the threads through libthread_db and says that their registers
-    are unavailable, where registers of zeros would look like a thread that jumped to address 0.
+    A soft cut has no NT_PRSTATUS: gdb then finds the threads through libthread_db and says that their
+    registers are unavailable, where registers of zeros would look like a thread that jumped to address 0.
     """
     threads = sorted(record.threads, key=lambda thread: thread.tid != record.pid)
     parts = [_note(NT_PRPSINFO, prpsinfo(record))]

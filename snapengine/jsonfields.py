@@ -16,6 +16,8 @@ _ESCAPES = re.compile(rb"\\(\\|x[89a-f][0-9a-f]|)")
 
 def escape(name: str) -> str:
     r"""A name in plain Unicode: ``\\`` is a backslash, ``\xHH`` a byte that is not part of valid UTF-8."""
+    if name.isascii() and "\\" not in name:  # nearly every name, and a process may have 65 000 mappings
+        return name
     return name.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapengine.jsonfields import escape, printable, unescape
-from snapengine.processrecord import ProcessRecord
+from snapengine.processrecord import ProcessRecord, not_captured_object
 from snapengine.sections import ImageRegion
 from snapengine.units import format_count, format_size
 
@@ -41,16 +41,7 @@ def process_info(record: ProcessRecord | None, regions: Sequence[ImageRegion]) -
         "mapped_bytes": sum(mapping.end - mapping.start for mapping in record.mappings),
         "captured_mappings": sum(size > 0 for size in sizes),
         "captured_bytes": sum(sizes),
-        "not_captured": [
-            {
-                "start": item.start,
-                "end": item.end,
-                "perms": item.perms,
-                "path": escape(item.path),
-                "reason": escape(item.reason),
-            }
-            for item in record.not_captured
-        ],
+        "not_captured": [not_captured_object(item) for item in record.not_captured],
     }
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
@@ -26,6 +26,7 @@ __all__ = ["PROCESS_BLOBS", "Cut", "NotCaptured", "ProcessRecord", "check_sizes"
 Cut = Literal["soft", "stop"]
 VERSION = 1
 PAGE_BYTES = 4096
+PATH_MAX = 4 * PAGE_BYTES  # the kernel shows a page at most, before it escapes line feeds
 PROCESS_BLOBS = {"process": 64 << 20, "process.auxv": 64 << 10, "process.threads": 256 << 20}
 """The names that are reserved, and the most bytes that each blob may have."""
 
@@ -50,9 +51,9 @@ class ProcessRecord:
     """One process at T. Text from the kernel is decoded with surrogateescape, so it keeps every byte.
 
     ``uid`` and ``gid`` are the real ids. ``exe`` is the path that /proc/PID/exe names, or "" if that cannot
-    be read. ``cut`` says how T was made: ``"soft"``, while the threads ran on, or ``"stop"``, with all of them
-    stopped. Registers belong to the memory only in a stop cut: a soft cut has no ``threads``. ``mappings``
-    are those of /proc/PID/maps, in its order and with its escapes; ``auxv`` is /proc/PID/auxv.
+    be read. ``cut`` says how T was made: ``"soft"``, while the threads ran on, or ``"stop"``, with all of
+    them stopped. Registers belong to the memory only in a stop cut: a soft cut has no ``threads``.
+    ``mappings`` are those of /proc/PID/maps, in its order and with its escapes; ``auxv`` is /proc/PID/auxv.
     """
 
     pid: int
@@ -91,8 +92,8 @@ class ProcessRecord:
             "cmdline": [escape(argument) for argument in self.cmdline],
             "exe": escape(self.exe),
             "cut": self.cut,
-            "mappings": [_escaped(mapping) for mapping in self.mappings],
-            "not_captured": [_escaped(item) for item in self.not_captured],
+            "mappings": [_mapping_object(mapping) for mapping in self.mappings],
+            "not_captured": [not_captured_object(item) for item in self.not_captured],
         }
         return json.dumps(record, separators=(",", ":")).encode("ascii")
 
@@ -120,8 +121,27 @@ def check_sizes(sizes: Mapping[str, int], image_name: str) -> None:
             raise CorruptImageError(f"{image_name}: the blob {name} has {sizes[name]} bytes")
 
 
-def _escaped(item: MemoryMapping | NotCaptured) -> dict[str, Any]:
-    return {key: escape(value) if isinstance(value, str) else value for key, value in asdict(item).items()}
+def _mapping_object(mapping: MemoryMapping) -> dict[str, Any]:
+    return {
+        "start": mapping.start,
+        "end": mapping.end,
+        "perms": mapping.perms,
+        "offset": mapping.offset,
+        "device": mapping.device,
+        "inode": mapping.inode,
+        "path": escape(mapping.path),
+    }
+
+
+def not_captured_object(item: NotCaptured) -> dict[str, Any]:
+    """In JSON types, as in the blob."""
+    return {
+        "start": item.start,
+        "end": item.end,
+        "perms": item.perms,
+        "path": escape(item.path),
+        "reason": escape(item.reason),
+    }
 
 
 def _parse(blobs: dict[str, bytes]) -> ProcessRecord:
@@ -153,10 +173,17 @@ def _parse(blobs: dict[str, bytes]) -> ProcessRecord:
 
 
 def _range(item: Fields) -> tuple[int, int]:
-    start, end = item.number("start", 64), item.number("end", 65)
-    if start >= end or end > 1 << 64 or start % PAGE_BYTES or end % PAGE_BYTES:
+    start, end = item.number("start", 64), item.number("end", 64)
+    if start >= end or start % PAGE_BYTES or end % PAGE_BYTES:
         raise ValueError(f"{start:#x}-{end:#x} are no pages")
     return start, end
+
+
+def _path(item: Fields) -> str:
+    path = item.text("path")
+    if len(path) > PATH_MAX:
+        raise ValueError("a 'path' is too long")
+    return path
 
 
 def _mappings(items: Iterable[Fields]) -> list[MemoryMapping]:
@@ -167,7 +194,7 @@ def _mappings(items: Iterable[Fields]) -> list[MemoryMapping]:
             offset=item.number("offset", 64),
             device=item.text("device", DEVICE),
             inode=item.number("inode", 64),
-            path=item.text("path"),
+            path=_path(item),
         )
         for item in items
     ]
@@ -178,9 +205,7 @@ def _mappings(items: Iterable[Fields]) -> list[MemoryMapping]:
 
 
 def _not_captured(item: Fields) -> NotCaptured:
-    return NotCaptured(
-        *_range(item), item.text("perms", PERMS), path=item.text("path"), reason=item.text("reason")
-    )
+    return NotCaptured(*_range(item), item.text("perms", PERMS), path=_path(item), reason=item.text("reason"))
 
 
 def read_process(
@@ -212,7 +237,7 @@ def read_process(
             not_captured=list(not_captured),
         )
     except (FileNotFoundError, ProcessLookupError):
-        raise TargetGoneError(f"process {pid}: there is no such process") from None
+        raise TargetGoneError(f"process {pid}: there is no such process (any more)") from None
 
 
 def _read(pid: int, name: str) -> bytes:

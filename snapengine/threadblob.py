@@ -18,6 +18,8 @@ MAX_TID = (1 << 31) - 1
 def pack_threads(threads: Sequence[ThreadState]) -> bytes:
     """The blob. ``ValueError``: a register set has a wrong size, or a name is too long."""
     parts = [HEAD.pack(VERSION, len(threads))]
+    if len({thread.tid for thread in threads}) < len(threads):
+        raise ValueError("a thread is there twice")
     for thread in threads:
         comm = thread.comm.encode("utf-8", "surrogateescape")
         _check(thread.tid, len(thread.xstate))

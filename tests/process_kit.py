@@ -9,7 +9,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import time
 
 import pytest
@@ -39,7 +38,7 @@ PROGRAM = r"""
 
 int global_variable = 1;
 const char constant_text[] = "never written";
-char untouched[3 * 4096] __attribute__((aligned(4096))) = "as in the file";
+char untouched[3 * 4096] __attribute__((aligned(4096))) = {[4096] = 'a', 's', ' ', 'E', 'L', 'F'};
 char *heap_text;
 char *big;
 double inner_value;
@@ -238,8 +237,3 @@ def gdb(program, core, *commands):
         [*command, str(program), str(core)], capture_output=True, text=True, timeout=60, check=False
     )
     return done.stdout + done.stderr
-
-
-if __name__ == "__main__":  # an image of a running process, for trying things by hand
-    with stopped(int(sys.argv[1])) as states:
-        sys.stdout.buffer.write(image_of(int(sys.argv[1]), "stop", states))
