@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -17,10 +17,12 @@ from snapengine.cli_common import EXIT_CODES, EXIT_OK, console, print_json, raw,
 from snapengine.cli_stream import read_stream, stream_info, verify_stream
 from snapengine.errors import ImageError
 from snapengine.figures import figures_table
+from snapengine.processinfo import process_rows
 from snapengine.result import Result
 from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
+    from snapengine.core import Lost
     from snapengine.image import Image
 
 PIECE_BYTES = 4 << 20  # read and written at once by `restore`
@@ -31,7 +33,8 @@ REGION_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 
 IMAGE_HELP = "the image: a file, or - for standard input"
 INFO = """\
-Print what is in an image: the figures of the capture, the regions of memory, the named blobs.
+Print what is in an image: the figures of the capture, the process (if it was attached to), the regions of
+memory, the named blobs.
 Checks the index, not every page: that is `verify`.
 """
 VERIFY = """\
@@ -42,8 +45,10 @@ Write the memory of one region, as it was at T, into a file or to standard outpu
 first to the last, holes as zeros.
 """
 EXPORT = """\
-Write the memory into a raw file, as other tools read it. Zeros and holes take no room in it (the file is
-sparse). Without --region all regions are written, one behind the other.
+Write the memory as other tools read it. Zeros and holes take no room in the file (it is sparse).
+
+  --format raw   the bytes of the memory; without --region all regions, one behind the other
+  --format core  an attached process as an ELF core, for gdb: memory, threads, mapped files
 """
 
 
@@ -60,11 +65,16 @@ def add_parsers(commands: argparse._SubParsersAction[Any]) -> None:
                    run_restore)  # fmt: skip
     restore.add_argument("region", nargs="?", metavar="REGION", help="its name; needed if there are several")
     restore.add_argument("-o", "--output", required=True, metavar="FILE", help="a file, or - for stdout")
-    export = _add(commands, "export", "the memory as a sparse raw file", EXPORT,
-                  "snapengine export vm.img ram.raw --region ram0", run_export)  # fmt: skip
+    export = _add(commands, "export", "the memory as a raw file or an ELF core", EXPORT,
+                  "snapengine export vm.img ram.raw --region ram0\n"
+                  "  snapengine export --format core app.img app.core && gdb app app.core",
+                  run_export)  # fmt: skip
     export.add_argument("output", metavar="OUT", help="the file to write")
-    export.add_argument("--region", metavar="NAME", help="only this region")
-    export.add_argument("--format", choices=["raw"], default="raw", help="default: raw, the only one so far")
+    export.add_argument("--region", metavar="NAME", help="raw: only this region")
+    export.add_argument("--format", choices=["raw", "core"], default="raw", help="default: raw")
+    export.add_argument("--lost", choices=["refuse", "omit"],
+        help="core: pages lost at capture time (default: refuse; omit leaves them out)")  # fmt: skip
+    export.set_defaults(parser=export)
 
 
 def _add(
@@ -134,17 +144,25 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def print_info(info: dict[str, Any]) -> None:
-    """Figures, regions, blobs."""
+    """Figures, the process, regions, blobs."""
     out = console()
     out.print(f"image {info['id']}, format {info['format']}, {format_size(info['file_bytes'])}\n")
     names = {field.name for field in fields(Result)}
-    out.print(figures_table(Result(**{name: value for name, value in info.items() if name in names})))
+    needed = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING}
+    if needed <= info.keys():  # an embedder that writes an image itself may give no figures
+        out.print(figures_table(Result(**{name: value for name, value in info.items() if name in names})))
     table = Table(box=None, pad_edge=False, header_style="")
     for title, justify in REGION_COLUMNS:
         table.add_column(title, justify=justify)
     for region in info["regions"]:
         size, page = format_size(region["length"]), format_size(region["page_size"])
         table.add_row(region["name"], f"{region['addr']:#x}", size, page, region["kind"])
+    if info["process"] is not None:
+        process = Table.grid(padding=(0, 2))
+        for row in process_rows(info["process"]):
+            process.add_row(*row)
+        out.print()
+        out.print(process)
     out.print()
     out.print(table)
     for name, size in info["vmstate"].items():
@@ -194,8 +212,26 @@ def write_out(image: Image, name: str) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
+    if args.format == "core" and args.region is not None:
+        args.parser.error("--region goes with --format raw: a core has all of the memory")
+    if args.format == "raw" and args.lost is not None:
+        args.parser.error("--lost goes with --format core: a raw file has no place for a lost page")
     with opened(args.image) as image:
-        name = None if args.region is None else region_name(image, args.region)
-        size = image.export_raw(name, args.output)
-    say(f"{args.output}: {format_size(size)}")
+        if args.format == "core":
+            write_core(image, args.output, args.lost or "refuse")
+        else:
+            name = None if args.region is None else region_name(image, args.region)
+            say(f"{args.output}: {format_size(image.export_raw(name, args.output))}")
     return EXIT_OK
+
+
+def write_core(image: Image, path: str, lost: Lost) -> None:
+    """A core, and what is not in it, in one line each."""
+    core = image.export_core(path, lost=lost)
+    process = image.process
+    threads = f"{format_count(core.threads)} thread{'s' * (core.threads != 1)}"
+    say(f"{path}: {format_size(core.stored_bytes)} of memory, {threads}")
+    if process is not None and process.cut == "soft":
+        say("a soft cut has no registers: debuggers see the memory, but no backtraces")
+    if core.lost_bytes:
+        say(f"left out: {format_size(core.lost_bytes)} that were lost at capture time")

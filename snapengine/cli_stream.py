@@ -8,6 +8,8 @@ from typing import Any
 
 from snapengine.errors import LostPagesError
 from snapengine.image import region_info
+from snapengine.processinfo import process_info
+from snapengine.processrecord import ProcessRecord
 from snapengine.stream import ImageStream, stream_image
 
 
@@ -30,8 +32,16 @@ def stream_info(stream: ImageStream) -> dict[str, Any]:
         "chunks": stream.index.count,
         "regions": [region_info(region) for region in stream.regions],
         "vmstate": {name: len(blob) for name, blob in stream.vmstate.items()},
+        "process": process_info(process_of(stream), stream.regions),
         "stats": stream.stats,
     }
+
+
+def process_of(stream: ImageStream) -> ProcessRecord | None:
+    """The process record of a stream that was read to its end. Raises ImageError."""
+    if "process" not in stream.vmstate:
+        return None
+    return ProcessRecord.from_vmstate(stream.vmstate, stream.name)
 
 
 def verify_stream() -> dict[str, Any]:

@@ -13,11 +13,15 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Literal, Self
 
+from snapengine.core import CoreFile, Lost, export_core
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, TruncatedImageError
 from snapengine.export import export_raw
 from snapengine.packing import LOST
+from snapengine.processinfo import process_info
+from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.reader import PageIndex
 from snapengine.records import Record, diagnose, read_file_header, read_payload, read_record
 from snapengine.restorer import Restorer
@@ -160,6 +164,14 @@ class Image:
         record = read_record(self._source, self.trailer.stat_offset, expect=b"STAT")
         return parse_stats(self._source, record, read_payload(self._source, record))
 
+    @cached_property
+    def process(self) -> ProcessRecord | None:
+        """The process that the image was taken of by attaching to it; None: of something else."""
+        if "process" not in self.vmstate:
+            return None
+        check_sizes(self.vmstate.sizes(), self.name)
+        return ProcessRecord.from_vmstate(self.vmstate, self.name)
+
     def info(self) -> dict[str, Any]:
         """What the image is, in JSON types. Reads every page map, but no payload."""
         encodings = {"raw": 0, "zstd": 0}
@@ -175,6 +187,7 @@ class Image:
             "encodings": encodings,
             "regions": [region_info(region) for region in self.regions],
             "vmstate": self.vmstate.sizes(),
+            "process": process_info(self.process, self.regions),
             "stats": self.stats,
         }
 
@@ -280,6 +293,10 @@ class Image:
         """
         chosen = self.regions if region is None else [self.region(region)]
         return export_raw(self, chosen, path, zeros == "write")
+
+    def export_core(self, path: str | os.PathLike[str], *, lost: Lost = "refuse") -> CoreFile:
+        """Write an attached process as an ELF core for a debugger; see `snapengine.core.export_core`."""
+        return export_core(self, path, lost=lost)
 
     def verify(self) -> VerifyReport:
         """Read and check the whole file: every record, the index, and that every page is there."""

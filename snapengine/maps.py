@@ -50,7 +50,10 @@ def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> li
     Only those are parsed: a Python process has hundreds, which take milliseconds.
     """
     with open(f"/proc/{pid}/maps", "rb") as file:
-        lines = file.read().splitlines()
+        # Only a line feed ends a line: the kernel leaves a carriage return in a name as it is.
+        lines = file.read().removesuffix(b"\n").split(b"\n")
+    if lines == [b""]:
+        return []
     mappings = []
     for number in range(bisect.bisect_right(lines, start, key=_end_of), len(lines)):
         fields = lines[number].decode("utf-8", "surrogateescape").split(maxsplit=5)

@@ -1,0 +1,316 @@
+"""The image of a process as an ELF core, which a debugger opens. `snapengine.corenotes` packs the bytes.
+
+Memory is in one of two states in the core:
+
+- *stored*: a PT_LOAD whose p_filesz is all of it. Zero pages and holes are holes in the file: they take
+  no room.
+- *absent*: in no PT_LOAD. A debugger reads it from the mapped file where NT_FILE names one, and else says
+  that it cannot. (The kernel writes a PT_LOAD with p_filesz 0; gdb 13.1 reads that as zeros unless it finds
+  a file.) NT_FILE names a file only for memory that is as the file has it: what is stored anyway, what the
+  process may not write, and private pages that it had not populated.
+
+```
+mapping     r-x libc      rw- libc .data            rw- heap
+image                   │▒▒▒▒▒▒▒│  hole │ lost  │▒▒▒▒▒▒▒▒│  hole
+core        absent      │stored │absent │absent │stored (sparse)
+NT_FILE     libc        │libc   │libc   │       │
+```
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from snapengine.corenotes import (
+    EHDR,
+    PAGE_BYTES,
+    PHDR,
+    FileRange,
+    Load,
+    elf_header,
+    flags_of,
+    notes,
+    program_headers,
+    section_headers,
+)
+from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError
+from snapengine.maps import Mapping
+from snapengine.packing import HOLE, LOST
+from snapengine.processrecord import ProcessRecord
+from snapengine.restorer import Restorer
+from snapengine.sections import ImageRegion, page_text
+from snapengine.sinks import FileSink
+
+if TYPE_CHECKING:
+    from snapengine.image import Image
+
+Lost = Literal["refuse", "omit"]
+MAX_FILE_BYTES = (1 << 63) - 1
+MAX_FILE_NOTE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CoreFile:
+    """What `export_core` wrote. ``file_bytes`` is the length of the sparse file, not its room on disk."""
+
+    file_bytes: int
+    segments: int
+    threads: int
+    stored_bytes: int
+    absent_bytes: int
+    lost_bytes: int
+    """Of the absent bytes, those that were lost at capture time."""
+
+
+class Piece(NamedTuple):
+    """A part of one mapping. ``position`` counts from the start of the memory in the file, if it is stored.
+
+    ``from_file``: NT_FILE may name the mapping's file for it.
+    """
+
+    mapping: Mapping
+    start: int
+    end: int
+    stored: bool
+    from_file: bool
+    position: int
+    lost: bool = False
+
+
+def export_core(image: Image, path: str | os.PathLike[str], *, lost: Lost = "refuse") -> CoreFile:
+    """Write the core; the file appears, complete, under its name at the end. Mode 0600, as an image has it.
+
+    Pages that were lost at capture time are refused, or with ``lost="omit"`` absent from the core and from
+    NT_FILE: gdb says of them that it cannot access them, also where they were a program's data.
+
+    `ImageError`: the image holds no process, or is damaged; `LostPagesError`: it has lost pages. `SinkError`:
+    the file cannot be written. Nothing is left of it after an error.
+    """
+    record = image.process
+    if record is None:
+        raise ImageError(f"{image.name}: a core needs a process record, and this image has none")
+    if lost == "refuse":
+        _refuse_lost(image)
+    layout = Layout(image, record)
+    sink = FileSink(path)
+    try:
+        layout.write(sink.fd)
+    except OSError as error:
+        sink.abort()
+        raise SinkError(error.errno or errno.EIO, f"{sink.name}: {error.strerror}") from None
+    except BaseException:
+        sink.abort()
+        raise
+    sink.commit()
+    return layout.summary()
+
+
+def _refuse_lost(image: Image) -> None:
+    for region in image.regions:
+        page = image.resolve(region, 0, region.length).first_of(LOST)
+        if page is not None:
+            raise LostPagesError(f"{image.name}: {page_text(region, page)} was lost at capture time")
+
+
+class Layout:
+    """What goes where in the file: headers, notes, and each region in one piece, so that it is read once."""
+
+    def __init__(self, image: Image, record: ProcessRecord) -> None:
+        self._image = image
+        self._regions = sorted(image.regions, key=lambda region: region.addr)
+        self._starts = [region.addr for region in self._regions]
+        self._check_regions()
+        mappings = with_unmapped(record.mappings, self._regions)
+        # Counted from the start of the memory in the file: the count of segments decides where that is.
+        self._offsets, self._memory_bytes = self._place_regions()
+        self._pieces = list(merged(piece for mapping in mappings for piece in self._pieces_of(mapping)))
+        self._notes = notes(record, self._files())
+        self._threads = len(record.threads)
+        self._segments = 1 + sum(piece.stored for piece in self._pieces)
+        head = EHDR.size + PHDR.size * self._segments + len(section_headers(self._segments))
+        self._notes_at = head
+        self._memory_at = -(-(head + len(self._notes)) // PAGE_BYTES) * PAGE_BYTES
+        if self._memory_at + self._memory_bytes > MAX_FILE_BYTES:
+            raise CorruptImageError(f"{image.name}: its regions are more than a file can hold")
+
+    def _files(self) -> list[FileRange]:
+        """NT_FILE repeats a name for every range: that must not multiply what the image says without end."""
+        files, total = [], 0
+        for item in file_ranges(self._pieces):
+            files.append(item)
+            total += 24 + len(item.path) + 1
+            if total > MAX_FILE_NOTE_BYTES:
+                raise CorruptImageError(f"{self._image.name}: has more mapped files than a process can have")
+        return files
+
+    def _check_regions(self) -> None:
+        for one, two in itertools.pairwise(self._regions):
+            if one.addr + one.length > two.addr:
+                raise CorruptImageError(f"{self._image.name}: two regions hold address {two.addr:#x}")
+        for region in self._regions:
+            runs = self._image.resolve(region, 0, region.length)
+            gap = runs.first_gap(region.first_page, region.first_page + region.pages)
+            if gap is not None:
+                raise ImageError(f"{self._image.name}: {page_text(region, gap)} is not in the image")
+
+    def _place_regions(self) -> tuple[list[int], int]:
+        """Offset of each region, congruent to its address modulo the page size (p_align), and the end."""
+        offsets, end = [], 0
+        for region in self._regions:
+            end += (region.addr - end) % PAGE_BYTES
+            offsets.append(end)
+            end += region.length
+        return offsets, end
+
+    def _pieces_of(self, mapping: Mapping) -> Iterator[Piece]:
+        """The mapping cut where regions begin and end, and where pages are absent."""
+        at = mapping.start
+        for number in range(max(bisect_right(self._starts, at) - 1, 0), len(self._regions)):
+            region = self._regions[number]
+            if region.addr >= mapping.end:
+                break
+            low, high = max(at, region.addr), min(mapping.end, region.addr + region.length)
+            if low < high:
+                yield from _not_captured(mapping, at, low)
+                yield from self._captured(mapping, number, low, high)
+                at = high
+        yield from _not_captured(mapping, at, mapping.end)
+
+    def _captured(self, mapping: Mapping, number: int, low: int, high: int) -> Iterator[Piece]:
+        region = self._regions[number]
+        shift = region.addr - region.start_byte
+        for page, pages, kind in self._image.resolve(region, low - region.addr, high - low):
+            start = max(page * PAGE_BYTES + shift, low)
+            end = min((page + pages) * PAGE_BYTES + shift, high)
+            stored = kind != LOST and (kind != HOLE or holes_are_zero(mapping))
+            position = self._offsets[number] + start - region.addr
+            from_file = stored or (kind == HOLE and not mapping.shared)
+            yield Piece(mapping, start, end, stored, from_file, position, kind == LOST)
+
+    def write(self, fd: int) -> None:
+        """Everything into an empty file. Raises OSError and ImageError."""
+        os.ftruncate(fd, self._memory_at + self._memory_bytes)  # what is not written stays a hole
+        loads = [
+            Load(piece.start, piece.end, flags_of(piece.mapping.perms), self._memory_at + piece.position)
+            for piece in self._pieces
+            if piece.stored
+        ]
+        headers = program_headers(self._notes_at, len(self._notes), loads)
+        head = (elf_header(self._segments), *headers, section_headers(self._segments), self._notes)
+        _write_all(fd, b"".join(head))
+        for region, offset in zip(self._regions, self._offsets, strict=True):
+            runs = self._image.resolve(region, 0, region.length)
+            end = region.start_byte + region.length
+            plan = Restorer(self._image.index, runs, region.start_byte, end)
+            plan.into_file(fd, self._memory_at + offset, 0, plan.jobs)
+
+    def summary(self) -> CoreFile:
+        """What was written."""
+        sizes = {True: 0, False: 0}
+        for piece in self._pieces:
+            sizes[piece.stored] += piece.end - piece.start
+        return CoreFile(
+            file_bytes=self._memory_at + self._memory_bytes,
+            segments=self._segments,
+            threads=self._threads,
+            stored_bytes=sizes[True],
+            absent_bytes=sizes[False],
+            lost_bytes=sum(piece.end - piece.start for piece in self._pieces if piece.lost),
+        )
+
+
+def holes_are_zero(mapping: Mapping) -> bool:
+    """Whether an unpopulated page of the mapping reads as zeros.
+
+    In a mapping of a file on disk, or a private one of a memory file, it reads as the file; in [vdso] and the
+    like as the kernel has it.
+    """
+    if mapping.path.startswith("[v"):
+        return False
+    anonymous = ("/dev/zero", "/anon_hugepage")  # files of the kernel's behind anonymous memory
+    if mapping.shared:
+        return mapping.backing != "file"
+    return mapping.inode == 0 or mapping.path.startswith(anonymous)
+
+
+def _not_captured(mapping: Mapping, start: int, end: int) -> Iterator[Piece]:
+    if start < end:
+        yield Piece(mapping, start, end, stored=False, from_file=mapping.perms[1] == "-", position=0)
+
+
+def with_unmapped(mappings: list[Mapping], regions: list[ImageRegion]) -> list[Mapping]:
+    """The mappings, and one without a name wherever a region (sorted by address) lies in none of them."""
+    found: list[Mapping] = []
+    starts = [mapping.start for mapping in mappings]
+    for region in regions:
+        at, end = region.addr, region.addr + region.length
+        for number in range(max(bisect_right(starts, at) - 1, 0), len(mappings)):
+            mapping = mappings[number]
+            if mapping.start >= end:
+                break
+            if at < mapping.start:
+                found.append(_unnamed(at, mapping.start))
+            at = max(at, mapping.end)
+        if at < end:
+            found.append(_unnamed(at, end))
+    return sorted(mappings + found, key=lambda mapping: mapping.start)
+
+
+def _unnamed(start: int, end: int) -> Mapping:
+    return Mapping(start, end, "rw-p", 0, "00:00", 0, "")
+
+
+def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, where neighbours that differ in nothing are one: a zero page is no reason for a segment."""
+    held: Piece | None = None
+    for piece in pieces:
+        if held is not None and _continues(held, piece):
+            held = held._replace(end=piece.end)
+            continue
+        if held is not None:
+            yield held
+        held = piece
+    if held is not None:
+        yield held
+
+
+def _continues(held: Piece, piece: Piece) -> bool:
+    same = held.mapping is piece.mapping and held.end == piece.start
+    kind = (held.stored, held.from_file, held.lost) == (piece.stored, piece.from_file, piece.lost)
+    in_file = not held.stored or held.position + (held.end - held.start) == piece.position
+    return same and kind and in_file
+
+
+def file_ranges(pieces: Iterable[Piece]) -> Iterator[FileRange]:
+    """NT_FILE: the parts of file mappings that may be read from the file."""
+    held: FileRange | None = None
+    for piece in pieces:
+        mapping = piece.mapping
+        if not (piece.from_file and mapping.path.startswith("/")):
+            continue
+        offset = mapping.offset + piece.start - mapping.start
+        if held is not None and held.end == piece.start and piece.start != mapping.start:
+            held = held._replace(end=piece.end)
+            continue
+        if held is not None:
+            yield held
+        held = FileRange(piece.start, piece.end, offset, file_name(mapping))
+    if held is not None:
+        yield held
+
+
+def file_name(mapping: Mapping) -> bytes:
+    r"""The file's name as the file system has it: /proc/PID/maps writes a line feed as ``\012`` (proc(5))."""
+    return mapping.path.encode("utf-8", "surrogateescape").replace(b"\\012", b"\n")
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view, position = memoryview(data), 0
+    while position < len(view):
+        position += os.pwrite(fd, view[position:], position)
