@@ -93,9 +93,10 @@ def test_threads_and_what_is_not_captured_are_given():
 def test_a_program_and_arguments_with_strange_names(tmp_path):
     name = os.fsencode(tmp_path) + b"/s\nl\\e\xffp"
     shutil.copy("/bin/sh", name)
-    arguments = [name, b"-c", b"read line", b"", b"0\xfe\n"]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE) as process:
+    arguments = [name, b"-c", b"echo; read line", b"", b"0\xfe\n"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout.readline() == b"\n"  # Popen returns before the exec is complete
             found = read_process(process.pid, "soft")
         finally:
             process.kill()
