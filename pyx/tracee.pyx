@@ -9,11 +9,11 @@ what ended with ERESTARTSYS and its kin, as long as both registers are as they w
 not put right are `tracee_settle`'s job; its comments say what and why.
 """
 
-from libc.errno cimport ECHILD, EINTR, errno
+from libc.errno cimport EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.stdio cimport snprintf
+from libc.stdio cimport snprintf, sscanf
 from libc.stdlib cimport strtoull
-from libc.string cimport strlen, strstr
+from libc.string cimport strcspn, strlen, strrchr, strstr
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
 from posix.types cimport pid_t
 from posix.unistd cimport close, read
@@ -51,6 +51,8 @@ cdef extern from "snapengine/ptrace.h" nogil:
 
 cdef enum:
     STATUS_BYTES = 4096             # /proc/PID/status is about 1500 bytes long
+    # include/linux/sched.h: PF_EXITING, PF_IO_WORKER, PF_USER_WORKER, PF_KTHREAD
+    UNTRACEABLE = 0x4 | 0x10 | 0x4000 | 0x200000
 
 
 cdef int tracee_seize(int tid, int options) noexcept nogil:
@@ -66,9 +68,7 @@ cdef int tracee_detach(int tid) noexcept nogil:
 
 
 cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil:
-    cdef unsigned long message = 0
     cdef int status = 0
-    cdef int event
     cdef pid_t seen = waitpid(tid, &status, __WALL | WNOHANG)
     if seen < 0:
         return ENDED if errno == ECHILD else RUNNING
@@ -76,7 +76,21 @@ cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil:
         return RUNNING
     if not WIFSTOPPED(status):
         return ENDED
-    event = status >> 16
+    return _classify(tid, request, status >> 16, WSTOPSIG(status), born)
+
+
+cdef stand_t tracee_look(int tid, int request, int *born) noexcept nogil:
+    cdef int info[32]                                   # siginfo_t: si_signo, si_errno, si_code
+    cdef int err = snap_ptrace(PTRACE_GETSIGINFO, tid, 0, info)
+    if err == EINVAL:
+        return STANDING                                 # a group stop has no siginfo
+    if err:
+        return RUNNING
+    return _classify(tid, request, info[2] >> 8 if info[2] > 0 else 0, info[0], born)
+
+
+cdef stand_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:
+    cdef unsigned long message = 0
     if event == PTRACE_EVENT_STOP:
         return STANDING
     if event == PTRACE_EVENT_CLONE:
@@ -84,36 +98,65 @@ cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil:
         born[0] = <int>message
         snap_ptrace(request, tid, 0, NULL)
         return CLONED
-    if event == 0 and WSTOPSIG(status) == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
+    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
         return IN_SYSCALL
     # A signal that came before the stop: delivered now, with its siginfo, so none is lost or reordered.
     # The stop that was asked for follows once its handler's frame is set up.
-    snap_ptrace(request, tid, 0, <void *><uintptr_t>(WSTOPSIG(status) if event == 0 else 0))
+    snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
     return RUNNING
 
 
-cdef uint64_t _mask_after(const char *status, const char *name) noexcept nogil:
+cdef ssize_t _read_file(int pid, int tid, const char *name, char *text, size_t room) noexcept nogil:
+    """/proc/PID/task/TID/NAME, NUL-terminated; its length, or -1."""
+    cdef char path[64]
+    cdef ssize_t count
+    snprintf(path, sizeof(path), b"/proc/%d/task/%d/%s", pid, tid, name)
+    cdef int fd = c_open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return -1
+    count = read(fd, text, room - 1)
+    close(fd)
+    text[max(count, 0)] = 0
+    return count
+
+
+cdef uint64_t _number_after(const char *status, const char *name, int base) noexcept nogil:
     cdef const char *found = strstr(status, name)
-    return strtoull(found + strlen(name), NULL, 16) if found != NULL else 0
+    return strtoull(found + strlen(name), NULL, base) if found != NULL else 0
+
+
+cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
+    cdef char text[STATUS_BYTES]
+    cdef const char *after_name
+    cdef char state = 0
+    cdef unsigned flags = 0
+    if _read_file(pid, tid, b"stat", text, sizeof(text)) <= 0:
+        return 0
+    after_name = strrchr(text, c")")
+    if after_name == NULL or sscanf(after_name + 1, b" %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2:
+        return EPERM
+    if state in (c"Z", c"X", c"x") or flags & UNTRACEABLE:
+        return 0
+    if _read_file(pid, tid, b"status", text, sizeof(text)) <= 0:
+        return 0
+    tracer[0] = <int>_number_after(text, b"\nTracerPid:", 10)
+    return EBUSY if tracer[0] else EPERM
+
+
+cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil:
+    comm[0] = 0
+    _read_file(pid, tid, b"comm", comm, 16)
+    comm[strcspn(comm, b"\n")] = 0
 
 
 cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) noexcept nogil:
     """/proc, not PTRACE_GETSIGMASK: that gives the mask before sigsuspend or epoll_pwait changed it, and a
     signal is due by the one that holds now."""
-    cdef char path[64]
     cdef char status[STATUS_BYTES]
-    cdef ssize_t count
-    snprintf(path, sizeof(path), b"/proc/%d/task/%d/status", pid, tid)
-    cdef int fd = c_open(path, O_RDONLY | O_CLOEXEC)
-    if fd < 0:
+    if _read_file(pid, tid, b"status", status, sizeof(status)) <= 0:
         return False
-    count = read(fd, status, sizeof(status) - 1)
-    close(fd)
-    if count <= 0:
-        return False
-    status[count] = 0
-    pending[0] = _mask_after(status, b"\nSigPnd:") | _mask_after(status, b"\nShdPnd:")
-    blocked[0] = _mask_after(status, b"\nSigBlk:")
+    pending[0] = _number_after(status, b"\nSigPnd:", 16) | _number_after(status, b"\nShdPnd:", 16)
+    blocked[0] = _number_after(status, b"\nSigBlk:", 16)
     return True
 
 

@@ -161,7 +161,7 @@ def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSErr
         states = [thread for thread in live_threads(info.pid) if thread.tid in tried]
         if states:
             each = ", ".join(f"{thread.tid} ({_state(thread.tid, thread.state)})" for thread in states[:4])
-            text = f"{who}: no thread stopped within {deadline:g} s: {each}"
+            text = f"{who} did not stop within {deadline:g} s: thread {each}"
             return AttachError(errno.ETIMEDOUT, text)
     return TargetGoneError(errno.ESRCH, f"{who} ended while it was being attached to")
 

@@ -37,3 +37,4 @@ cdef extern from "snapengine/ptrace.h" nogil:
     # A stopped thread goes first; what it was before, for snap_calm_thread, or -1.
     int snap_hurry_thread(int tid)
     void snap_calm_thread(int tid, int before)
+    size_t snap_xstate_bytes()

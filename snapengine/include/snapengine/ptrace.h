@@ -6,6 +6,8 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <cpuid.h>
+#include <elf.h>
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
@@ -128,6 +130,12 @@ static inline void snap_calm_thread(pid_t tid, int before) {
     struct sched_param none = {.sched_priority = 0};
     if (before >= 0)
         sched_setscheduler(tid, before, &none);
+}
+
+/* Room for the largest NT_X86_XSTATE of this CPU. (cpuid leaf 0xD, ecx: all features it has.) */
+static inline size_t snap_xstate_bytes(void) {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid_count(0xD, 0, &a, &b, &c, &d) && c > 576 ? c : 576;
 }
 
 #endif
