@@ -16,6 +16,7 @@ from snapengine.capi import _C_API as _C_API  # the capsule is importable only b
 from snapengine.capture import Capture, Progress, snapshot
 from snapengine.errors import (
     AlreadyTrackedError,
+    AttachError,
     CaptureCancelled,
     CorruptImageError,
     HandoverError,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyTrackedError",
+    "AttachError",
     "BufferTarget",
     "Capture",
     "CaptureCancelled",

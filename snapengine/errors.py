@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "AlreadyTrackedError",
+    "AttachError",
     "CaptureCancelled",
     "CorruptImageError",
     "HandoverError",
@@ -48,6 +49,11 @@ class RegisterError(UffdError):
 
 class AlreadyTrackedError(RegisterError):
     """The memory is already registered with another userfaultfd (EBUSY)."""
+
+
+class AttachError(SnapengineError, OSError):
+    """A running process cannot be attached to; the text says which and why. ``errno``: ESRCH no such
+    process, EPERM not allowed, EBUSY traced already, ETIMEDOUT it did not stop, EOPNOTSUPP never possible."""
 
 
 class HandoverError(SnapengineError, ValueError):

@@ -1,0 +1,497 @@
+"""All threads of another process stopped at one moment, and their registers.
+
+A thread of the freezer's own does all ptrace calls, because ptrace(2) binds a tracee to the OS thread that
+seized it: callers may be any. It holds no lock while it works, and its end lets go of everything, which is
+also the only way to let go of a thread that did not stop. If the whole process ends, by SIGKILL too, the
+kernel does the same: the target runs on.
+
+What it cannot stop: a thread in uninterruptible sleep (the parent of a vfork; a fault inside a system
+call on memory under somebody's userfaultfd, until that is answered): the deadline ends the attempt.
+Workers of io_uring are the kernel's own and cannot be traced; they may go on writing to buffers that the
+target gave to the kernel.
+
+While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of another thread of this
+process may take a report away; the stop is then found by asking.
+"""
+
+from libc.errno cimport EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT, errno
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport atoi, calloc, free, realloc
+from libc.string cimport memset
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from posix.types cimport pid_t
+from posix.unistd cimport getpid
+
+from snapengine.ptrace cimport (
+    NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
+    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_hurry, snap_ptrace, snap_xstate_bytes,
+    user_regs_struct,
+)
+from snapengine.pthreads cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_wait,
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, pthread_t, snap_name_thread, snap_now_ns, snap_sleep_ns, snap_thread_start,
+)
+from snapengine.tracee cimport (
+    CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_interrupt, tracee_look,
+    tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
+)
+
+import os
+
+from snapengine import attach, injectplan
+from snapengine.errors import TargetGoneError
+from snapengine.threadstate import ThreadState
+
+cdef extern from "<dirent.h>" nogil:
+    ctypedef struct DIR:
+        pass
+    struct dirent:
+        char *d_name
+    DIR *opendir(const char *name)
+    dirent *readdir(DIR *folder)
+    int closedir(DIR *folder)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "<unistd.h>" nogil:
+    long c_syscall "syscall"(long number, ...)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_tgkill, SYS_gettid
+
+cdef enum:
+    REGS_BYTES = 216                # struct user_regs_struct
+    FPREGS_BYTES = 512              # struct user_fpregs_struct
+    SPARE_THREADS = 64              # born while the others are being stopped
+    REFUSALS = 20                   # EPERM of a thread that exits is a matter of microseconds
+
+cdef uint64_t POLL_NS = 20000       # between looks at threads that do not stand yet
+cdef uint64_t LOOK_NS = 2000000     # until a report counts as taken by another thread
+
+cdef enum phase_t:
+    STOPPING
+    FROZEN
+    THAWED
+
+
+cdef struct thread_t:
+    int tid
+    bint standing
+    bint gone                       # ended, or of another process
+    uint64_t sigmask
+    uint64_t xstate_bytes
+    char comm[16]
+
+
+cdef struct freezer_t:
+    int pid
+    uint64_t limit_ns
+    bint registers                  # capture them
+    thread_t *threads
+    int n
+    int room
+    char *area                      # per thread: regs, fpregs, xstate
+    size_t stride
+    int area_room                   # threads that `area` is made for
+    uint64_t from_ns                # CLOCK_MONOTONIC at the first PTRACE_INTERRUPT
+    uint64_t frozen_ns              # from then until the last thread was let go
+    int err
+    int at_tid                      # the thread that `err` is about
+    int tracer
+    # Under `lock`.
+    pthread_mutex_t lock
+    pthread_cond_t changed
+    phase_t phase
+    bint thaw                       # the owner wants it to run
+
+
+cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
+    cdef int i
+    for i in range(freezer.n):
+        if freezer.threads[i].tid == tid and not freezer.threads[i].gone:
+            return i
+    return -1
+
+
+cdef int _add(freezer_t *freezer, int tid) noexcept nogil:
+    cdef void *more
+    cdef thread_t *thread
+    if _find(freezer, tid) >= 0:
+        return 0
+    if freezer.n == freezer.room:
+        more = realloc(freezer.threads, (freezer.room * 2 + SPARE_THREADS) * sizeof(thread_t))
+        if more == NULL:
+            return ENOMEM
+        freezer.threads = <thread_t *>more
+        freezer.room = freezer.room * 2 + SPARE_THREADS
+    thread = &freezer.threads[freezer.n]
+    memset(thread, 0, sizeof(thread_t))
+    thread.tid = tid
+    tracee_comm(freezer.pid, tid, thread.comm)
+    freezer.n += 1
+    return 0
+
+
+cdef int _seize_one(freezer_t *freezer, int tid) noexcept nogil:
+    """0, EAGAIN-like -1 (refused, look again), or an errno."""
+    cdef int tracer = 0
+    cdef int err = tracee_seize(tid, PTRACE_O_TRACECLONE)
+    if err == 0:
+        return _add(freezer, tid)
+    if err == ESRCH:
+        return 0
+    freezer.at_tid = tid
+    if err != EPERM:
+        return err
+    err = tracee_refusal(freezer.pid, tid, &tracer)
+    if err == EBUSY and tracer == c_syscall(SYS_gettid):
+        return _add(freezer, tid)               # born to a thread that we trace
+    freezer.tracer = tracer
+    return -1 if err == EPERM else err
+
+
+cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
+    """Seize the threads that are not ours yet; `found`: there were some."""
+    cdef char path[32]
+    cdef dirent *entry
+    cdef DIR *folder
+    cdef int tid
+    cdef int before = freezer.n
+    cdef int err = 0, worst = 0
+    snprintf(path, sizeof(path), b"/proc/%d/task", freezer.pid)
+    folder = opendir(path)
+    if folder == NULL:
+        return ESRCH
+    while worst <= 0:
+        entry = readdir(folder)
+        if entry == NULL:
+            break
+        tid = atoi(entry.d_name)
+        if tid > 0 and _find(freezer, tid) < 0:
+            err = _seize_one(freezer, tid)
+            if err:
+                worst = err
+    closedir(folder)
+    found[0] = freezer.n > before
+    return worst
+
+
+cdef int _seize_all(freezer_t *freezer) noexcept nogil:
+    """Until a whole listing brings nothing new: threads that are seized report what they clone."""
+    cdef bint found = True
+    cdef int refused = 0
+    cdef int err
+    while True:
+        err = _seize_new(freezer, &found)
+        if err > 0:
+            return err
+        if err == 0 and not found:
+            return 0 if freezer.n else ESRCH
+        if err < 0:
+            refused += 1
+            if refused > REFUSALS:
+                return EPERM
+            snap_sleep_ns(POLL_NS)
+
+
+cdef int _make_room(freezer_t *freezer) noexcept nogil:
+    """Before anything stands still: first touches of memory are slow."""
+    cdef void *area
+    if not freezer.registers or freezer.n <= freezer.area_room:
+        return 0
+    freezer.stride = (REGS_BYTES + FPREGS_BYTES + snap_xstate_bytes() + 63) & ~<size_t>63
+    area = realloc(freezer.area, (freezer.n + SPARE_THREADS) * freezer.stride)
+    if area == NULL:
+        return ENOMEM
+    memset(area, 0, (freezer.n + SPARE_THREADS) * freezer.stride)
+    freezer.area = <char *>area
+    freezer.area_room = freezer.n + SPARE_THREADS
+    return 0
+
+
+cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil:
+    cdef int tid = freezer.threads[i].tid
+    cdef int tracer = 0
+    if state == ENDED:
+        freezer.threads[i].gone = True
+    elif state == CLONED:
+        return _add(freezer, born)
+    elif state == STANDING:
+        # clone(2) of a process that shares the memory is reported like that of a thread.
+        if c_syscall(SYS_tgkill, freezer.pid, tid, 0) != 0:
+            tracee_detach(tid)
+            freezer.threads[i].gone = True
+        else:
+            freezer.threads[i].standing = True
+    return 0
+
+
+cdef int _wait_standing(freezer_t *freezer) noexcept nogil:
+    cdef uint64_t began = snap_now_ns()
+    cdef uint64_t until = freezer.from_ns + freezer.limit_ns
+    cdef uint64_t look = began + LOOK_NS
+    cdef uint64_t now
+    cdef bint late
+    cdef int i, waiting, err
+    cdef int born = 0, tracer = 0
+    cdef stand_t state
+    while True:
+        now = snap_now_ns()
+        late = now >= look
+        if late:
+            look = now + LOOK_NS
+        waiting = 0
+        i = 0
+        while i < freezer.n:
+            if not freezer.threads[i].standing and not freezer.threads[i].gone:
+                waiting += 1
+                freezer.at_tid = freezer.threads[i].tid
+                state = tracee_poll(freezer.at_tid, PTRACE_CONT, &born)
+                if state == RUNNING and late:
+                    state = tracee_look(freezer.at_tid, PTRACE_CONT, &born)
+                    # The end of a leader is not reported before that of the last thread.
+                    if state == RUNNING and tracee_refusal(freezer.pid, freezer.at_tid, &tracer) == 0:
+                        state = ENDED
+                err = _see(freezer, i, state, born)
+                if err:
+                    return err
+            i += 1
+        if waiting == 0:
+            return 0
+        if now >= until:
+            return ETIMEDOUT
+        snap_sleep_ns(POLL_NS)
+
+
+cdef int _stop_all(freezer_t *freezer) noexcept nogil:
+    cdef int asked = 0, i
+    cdef bint found = True
+    cdef int err = _seize_all(freezer)
+    if err == 0:
+        err = _make_room(freezer)
+    freezer.from_ns = snap_now_ns()
+    while err == 0 and found:
+        for i in range(asked, freezer.n):
+            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, which the wait will see
+        asked = freezer.n
+        err = _wait_standing(freezer)
+        if err == 0:
+            err = _seize_new(freezer, &found)
+        if err < 0:                                     # an exiting thread, or one that was refused before
+            snap_sleep_ns(POLL_NS)
+            err = ETIMEDOUT if snap_now_ns() > freezer.from_ns + freezer.limit_ns else 0
+            found = True
+    return err
+
+
+cdef uint64_t _regset(int tid, int kind, char *into, size_t room) noexcept nogil:
+    """The bytes that the kernel gave, 0 if it has none of that kind."""
+    cdef iovec part
+    part.iov_base = into
+    part.iov_len = room
+    if snap_ptrace(PTRACE_GETREGSET, tid, <uintptr_t>kind, &part):
+        return 0
+    return part.iov_len
+
+
+cdef void _capture(freezer_t *freezer, int i) noexcept nogil:
+    cdef thread_t *thread = &freezer.threads[i]
+    cdef char *slot = freezer.area + <size_t>i * freezer.stride
+    cdef size_t fixed = REGS_BYTES + FPREGS_BYTES
+    _regset(thread.tid, NT_PRSTATUS, slot, REGS_BYTES)
+    _regset(thread.tid, NT_PRFPREG, slot + REGS_BYTES, FPREGS_BYTES)
+    thread.xstate_bytes = _regset(thread.tid, NT_X86_XSTATE, slot + fixed, freezer.stride - fixed)
+    snap_ptrace(PTRACE_GETSIGMASK, thread.tid, sizeof(thread.sigmask), &thread.sigmask)
+
+
+cdef int _settle_all(freezer_t *freezer) noexcept nogil:
+    """Put every thread where it will go on, then take its registers: the image shows it so."""
+    cdef user_regs_struct regs
+    cdef int i
+    cdef int err = _make_room(freezer)
+    for i in range(freezer.n):
+        if err or not freezer.threads[i].standing:
+            continue
+        if snap_ptrace(PTRACE_GETREGS, freezer.threads[i].tid, 0, &regs):
+            freezer.threads[i].standing = False         # SIGKILL takes a thread out of its stop
+            freezer.threads[i].gone = True
+            continue
+        if tracee_settle(freezer.pid, freezer.threads[i].tid, &regs, False):
+            snap_ptrace(PTRACE_SETREGS, freezer.threads[i].tid, 0, &regs)
+        if freezer.registers:
+            _capture(freezer, i)
+    return err
+
+
+cdef void *_run(void *arg) noexcept nogil:
+    cdef freezer_t *freezer = <freezer_t *>arg
+    cdef int i
+    snap_name_thread(b"snap-freezer")
+    snap_hurry()
+    freezer.err = _stop_all(freezer)
+    if freezer.err == 0:
+        freezer.err = _settle_all(freezer)
+    if freezer.err == 0:
+        pthread_mutex_lock(&freezer.lock)
+        freezer.phase = FROZEN
+        pthread_cond_broadcast(&freezer.changed)
+        while not freezer.thaw:
+            pthread_cond_wait(&freezer.changed, &freezer.lock)
+        pthread_mutex_unlock(&freezer.lock)
+    for i in range(freezer.n):
+        if not freezer.threads[i].gone:
+            tracee_detach(freezer.threads[i].tid)       # of one that did not stop: by our end
+    freezer.frozen_ns = snap_now_ns() - freezer.from_ns
+    pthread_mutex_lock(&freezer.lock)
+    freezer.phase = THAWED
+    pthread_cond_broadcast(&freezer.changed)
+    pthread_mutex_unlock(&freezer.lock)
+    return NULL
+
+
+cdef class Freezer:
+    """Stops a process: ``with Freezer(pid) as freezer: ...``, or `stop` and `resume`.
+
+    Any thread may call any method, one at a time. A process that was stopped (SIGSTOP) stays so after
+    `resume`. An object that is dropped resumes.
+
+    Parameters
+    ----------
+    pid:
+        A 64-bit process that this user may trace (ptrace(2)).
+    deadline:
+        Seconds for all of its threads to stand still, after which it runs on and `stop` raises.
+    """
+
+    cdef freezer_t *state
+    cdef pthread_t thread
+    cdef bint running                   # `thread` is to be joined
+    cdef int owner                      # the pid that made it: a fork has no such thread
+    cdef readonly int pid
+    cdef readonly double deadline
+
+    def __cinit__(self, int pid, *, double deadline=1.0):
+        self.state = <freezer_t *>calloc(1, sizeof(freezer_t))
+        if self.state == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self.state.lock, NULL)
+        pthread_cond_init(&self.state.changed, NULL)
+        self.owner = getpid()
+        self.pid = pid
+        self.deadline = deadline
+        self.state.phase = THAWED
+
+    @property
+    def frozen(self):
+        """Whether the process stands still."""
+        return self.running and self.state.phase == FROZEN
+
+    @property
+    def stop_ns(self):
+        """Nanoseconds from the first PTRACE_INTERRUPT until the last thread was let go, of the last stop.
+        A thread that waited for its turn on a CPU stood later than the interrupt."""
+        return 0 if self.running else self.state.frozen_ns
+
+    def stop(self, *, bint registers=True):
+        """Stop all threads. `registers`: take them, for `threads`; 10 µs a thread while it stands.
+
+        Raises AttachError (the text says why; after that nothing is stopped any more) or TargetGoneError.
+        """
+        cdef int err
+        if self.running:
+            raise RuntimeError(f"process {self.pid} is stopped already")
+        info = attach.check(self.pid)
+        self.state.pid = self.pid
+        self.state.limit_ns = <uint64_t>(max(self.deadline, 0.0) * 1e9)
+        self.state.registers = registers
+        self.state.n = self.state.err = self.state.at_tid = self.state.tracer = 0
+        self.state.thaw = False
+        self.state.phase = STOPPING
+        err = snap_thread_start(&self.thread, _run, self.state)
+        if err:
+            raise OSError(err, f"pthread_create: {os.strerror(err)}")
+        self.running = True
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            while self.state.phase == STOPPING:
+                pthread_cond_wait(&self.state.changed, &self.state.lock)
+            pthread_mutex_unlock(&self.state.lock)
+        if self.state.phase == THAWED:
+            self.resume()
+            raise self._failure(info)
+
+    def _failure(self, info):
+        err, tid = self.state.err, self.state.at_tid
+        if err == ETIMEDOUT:
+            return injectplan.nobody_stopped(info, {tid}, self.deadline)
+        if err == ESRCH:
+            return TargetGoneError(err, f"process {info.pid} ({info.name}) has ended")
+        if err == ENOMEM:
+            return MemoryError()
+        return injectplan.explain(info, tid, "seize", err, None)
+
+    def resume(self):
+        """Let the process run on. Idempotent."""
+        if not self.running or self.owner != getpid():
+            return
+        with nogil:
+            pthread_mutex_lock(&self.state.lock)
+            self.state.thaw = True
+            pthread_cond_broadcast(&self.state.changed)
+            pthread_mutex_unlock(&self.state.lock)
+            pthread_join(self.thread, NULL)
+        self.running = False
+
+    def threads(self):
+        """The `ThreadState` of every thread at the last stop, by tid; may be called after `resume`.
+
+        ``regs`` shows where the thread goes on. ``orig_rax`` is -1 where it computes. Otherwise it was in
+        that system call, and ``rax`` is its result, or says how the kernel is to go on with it: -512, -513
+        and -514 (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND) make the call again, -516
+        (ERESTART_RESTARTBLOCK) goes on with the time left. Calls that a stop ends with EINTR are
+        already set back to their syscall instruction.
+        """
+        cdef int i
+        found = []
+        for i in range(self.state.n):
+            if self.state.threads[i].standing:
+                found.append(self._thread(i))
+        return sorted(found, key=lambda thread: thread.tid)
+
+    cdef _thread(self, int i):
+        cdef thread_t *thread = &self.state.threads[i]
+        cdef char *slot = self.state.area + <size_t>i * self.state.stride
+        cdef bint taken = self.state.registers
+        return ThreadState(
+            tid=thread.tid,
+            comm=(<bytes>thread.comm).decode("utf-8", "replace"),
+            regs=PyBytes_FromStringAndSize(slot, REGS_BYTES) if taken else b"",
+            fpregs=PyBytes_FromStringAndSize(slot + REGS_BYTES, FPREGS_BYTES) if taken else b"",
+            xstate=PyBytes_FromStringAndSize(slot + REGS_BYTES + FPREGS_BYTES, <ssize_t>thread.xstate_bytes)
+            if taken else b"",
+            sigmask=thread.sigmask,
+        )
+
+    def __enter__(self):
+        self.stop()
+        return self
+
+    def __exit__(self, *exc_info):
+        self.resume()
+
+    def __dealloc__(self):
+        if self.state == NULL:
+            return
+        if self.owner != getpid():
+            return                      # a fork: the memory is shared with nobody, the thread is not here
+        self.resume()
+        pthread_cond_destroy(&self.state.changed)
+        pthread_mutex_destroy(&self.state.lock)
+        free(self.state.threads)
+        free(self.state.area)
+        free(self.state)

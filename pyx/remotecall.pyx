@@ -1,0 +1,191 @@
+"""System calls made by a stopped thread of another process, which notices nothing of them.
+
+Runs in the helper process of an injection; allocates nothing. The calls use PTRACE_SYSCALL, not single
+steps: a step ends in SIGTRAP, and forcing that on a program which ignores or blocks it resets its handler
+(kernel/signal.c, force_sig_info_to_task).
+
+All signals but SIGKILL and SIGSTOP are blocked in the thread meanwhile. They stay pending, or go to other
+threads, and come after PTRACE_DETACH; nothing is taken off a queue, so none is lost. That detach sets
+TIF_SIGPENDING, which also makes the kernel restart the call that the stop had interrupted.
+"""
+
+from libc.errno cimport EFAULT, EOPNOTSUPP, ESRCH, ETIMEDOUT, errno
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.types cimport pid_t
+
+from snapengine.ptrace cimport (
+    PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
+    PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS, PTRACE_SETSIGMASK, PTRACE_SYSCALL,
+    snap_await_child, snap_calm_thread, snap_hurry_thread, snap_ptrace, snap_sud_config, user_regs_struct,
+)
+from snapengine.pthreads cimport snap_now_ns
+from snapengine.tracee cimport (
+    ENDED, IN_SYSCALL, STANDING, stand_t, tracee_detach, tracee_interrupt, tracee_poll, tracee_seize,
+    tracee_settle,
+)
+
+cdef extern from "<unistd.h>" nogil:
+    long c_syscall "syscall"(long number, ...)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_tgkill, SYS_pidfd_send_signal
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
+                             const iovec *remote, unsigned long n_remote, unsigned long flags)
+    ssize_t process_vm_writev(pid_t pid, const iovec *local, unsigned long n_local,
+                              const iovec *remote, unsigned long n_remote, unsigned long flags)
+
+cdef enum:
+    USER_CS_64 = 0x33               # arch/x86/include/asm/segment.h: __USER_CS
+    SWAP_BYTES = 128
+
+cdef uint64_t LOOK_AGAIN_NS = 10000000
+
+
+cdef stand_t _await(int tid, int request, uint64_t until) noexcept nogil:
+    """The next stop of the thread, or RUNNING at the deadline."""
+    cdef stand_t state
+    cdef uint64_t now
+    cdef int born
+    while True:
+        state = tracee_poll(tid, request, &born)
+        if state in (STANDING, IN_SYSCALL, ENDED):
+            return state
+        now = snap_now_ns()
+        if now >= until:
+            return state
+        snap_await_child(min(until - now, LOOK_AGAIN_NS))
+
+
+cdef bint _is_the_target(remote_t *remote, int pidfd) noexcept nogil:
+    """The thread that we hold is one of the process that `pidfd` was opened for, not of a later one with
+    its number: both are alive now, and ours cannot go away unseen."""
+    if c_syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) != 0:
+        return False
+    return c_syscall(SYS_tgkill, remote.pid, remote.tid, 0) == 0
+
+
+cdef void _quiet_dispatch(remote_t *remote) noexcept nogil:
+    """Syscall User Dispatch would turn our call into SIGSYS. Kernels without it leave `mode` at 0."""
+    cdef snap_sud_config off
+    memset(&remote.dispatch, 0, sizeof(remote.dispatch))
+    snap_ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(off), &remote.dispatch)
+    if remote.dispatch.mode:
+        memset(&off, 0, sizeof(off))
+        snap_ptrace(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(off), &off)
+
+
+cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns, bint repair,
+                     step_t *step) noexcept nogil:
+    cdef uint64_t everything = <uint64_t>-1
+    cdef stand_t state
+    remote.scheduling = -1
+    step[0] = STEP_SEIZE
+    cdef int err = tracee_seize(remote.tid, options)
+    if err:
+        return err
+    step[0] = STEP_STOP
+    remote.stopped_ns = snap_now_ns()
+    err = tracee_interrupt(remote.tid)
+    if err:
+        return err
+    state = _await(remote.tid, PTRACE_CONT, remote.stopped_ns + limit_ns)
+    if state != STANDING:
+        return ESRCH if state == ENDED else ETIMEDOUT
+    err = snap_ptrace(PTRACE_GETREGS, remote.tid, 0, &remote.saved)
+    if err == 0 and not _is_the_target(remote, pidfd):
+        err = ESRCH
+    if err == 0 and remote.saved.cs != USER_CS_64:
+        step[0] = STEP_COMPAT
+        err = EOPNOTSUPP
+    if err == 0:
+        if repair:
+            tracee_settle(remote.pid, remote.tid, &remote.saved, True)
+        err = snap_ptrace(PTRACE_GETSIGMASK, remote.tid, sizeof(remote.mask), &remote.mask)
+    if err == 0:
+        remote.scheduling = snap_hurry_thread(remote.tid)
+        _quiet_dispatch(remote)
+        err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(everything), &everything)
+    if err:
+        snap_calm_thread(remote.tid, remote.scheduling)
+        tracee_detach(remote.tid)
+    return err
+
+
+cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
+    cdef uint64_t until = snap_now_ns() + limit_ns
+    cdef bint given_up = False
+    cdef stand_t state
+    cdef int err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)
+    while err == 0:
+        state = _await(tid, PTRACE_SYSCALL, until)
+        if state == IN_SYSCALL:
+            return 0
+        if state == ENDED:
+            return ESRCH
+        if state == STANDING:
+            if given_up:
+                return ETIMEDOUT
+            err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)     # a group stop on the way
+        elif limit_ns and not given_up:
+            # The freezer of cgroup v2 holds it; it still answers this.
+            given_up = True
+            err = tracee_interrupt(tid)
+            until = <uint64_t>-1
+    return err
+
+
+cdef int remote_call(remote_t *remote, long call, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
+                     uint64_t limit_ns, int64_t *result) noexcept nogil:
+    cdef user_regs_struct regs = remote.saved
+    regs.rip = remote.insn
+    regs.rax = <unsigned long long>call
+    regs.orig_rax = <unsigned long long>-1      # else the kernel would take our rip for a call to restart
+    regs.rdi = a
+    regs.rsi = b
+    regs.rdx = c
+    regs.r10 = d
+    cdef int err = snap_ptrace(PTRACE_SETREGS, remote.tid, 0, &regs)
+    if err == 0:
+        err = _run_to_syscall_stop(remote.tid, limit_ns)            # entry
+    if err == 0:
+        err = _run_to_syscall_stop(remote.tid, 0)                   # exit
+    if err == 0:
+        err = snap_ptrace(PTRACE_GETREGS, remote.tid, 0, &regs)
+    if err == 0:
+        result[0] = <int64_t>regs.rax
+    return err
+
+
+cdef int remote_swap(remote_t *remote, uint64_t addr, char *data, size_t length) noexcept nogil:
+    cdef char before[SWAP_BYTES]
+    cdef iovec local, there
+    if length > sizeof(before):
+        return EFAULT
+    local.iov_base = before
+    there.iov_base = <void *>addr
+    local.iov_len = there.iov_len = length
+    if process_vm_readv(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
+        return errno
+    local.iov_base = data
+    if process_vm_writev(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
+        return errno
+    memcpy(data, before, length)
+    return 0
+
+
+cdef int remote_release(remote_t *remote) noexcept nogil:
+    if remote.dispatch.mode:
+        snap_ptrace(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(remote.dispatch),
+                    &remote.dispatch)
+    cdef int err = snap_ptrace(PTRACE_SETREGS, remote.tid, 0, &remote.saved)
+    if err == 0:
+        err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(remote.mask), &remote.mask)
+    snap_calm_thread(remote.tid, remote.scheduling)
+    tracee_detach(remote.tid)
+    return err

@@ -1,0 +1,228 @@
+"""One stopped thread of another process: seize, see it stand, put right what the stop disturbed, let go.
+
+Runs in whatever thread or helper process traces; ptrace(2) binds a tracee to the OS thread that seized it.
+Nothing here allocates, takes the GIL or blocks.
+
+A stop of PTRACE_INTERRUPT is seen on the way back to user mode, so a thread that was in a system call has
+its outcome in rax. orig_rax says which call it was, -1 that it was in none. The kernel itself restarts
+what ended with ERESTARTSYS and its kin, as long as both registers are as they were. Two things it does
+not put right are `tracee_settle`'s job; its comments say what and why.
+"""
+
+from libc.errno cimport EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdio cimport snprintf, sscanf
+from libc.stdlib cimport strtoull
+from libc.string cimport strcspn, strlen, strrchr, strstr
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
+from posix.types cimport pid_t
+from posix.unistd cimport close, read
+
+from snapengine.ptrace cimport (
+    PTRACE_CONT, PTRACE_DETACH, PTRACE_EVENT_CLONE, PTRACE_EVENT_STOP, PTRACE_GETEVENTMSG,
+    PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_GETSIGINFO, PTRACE_GETSIGMASK, PTRACE_INTERRUPT, PTRACE_SEIZE,
+    SNAP_RSEQ_CS_OFFSET, snap_ptrace, snap_rseq_config, snap_rseq_cs, user_regs_struct,
+)
+
+cdef extern from "<sys/wait.h>" nogil:
+    int __WALL, WNOHANG
+    bint WIFSTOPPED(int status)
+    int WSTOPSIG(int status)
+    pid_t waitpid(pid_t pid, int *status, int options)
+
+cdef extern from "<signal.h>" nogil:
+    int SIGTRAP
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
+                             const iovec *remote, unsigned long n_remote, unsigned long flags)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_accept, SYS_accept4, SYS_connect
+    long SYS_sendto, SYS_recvfrom, SYS_sendmsg, SYS_recvmsg, SYS_sendmmsg, SYS_recvmmsg
+    long SYS_semop, SYS_semtimedop, SYS_rt_sigtimedwait, SYS_io_getevents, SYS_io_pgetevents
+    long SYS_epoll_wait, SYS_epoll_pwait, SYS_io_uring_enter
+
+cdef extern from "snapengine/ptrace.h" nogil:
+    long SYS_epoll_pwait2
+
+cdef enum:
+    STATUS_BYTES = 4096             # /proc/PID/status is about 1500 bytes long
+    # include/linux/sched.h: PF_EXITING, PF_IO_WORKER, PF_USER_WORKER, PF_KTHREAD
+    UNTRACEABLE = 0x4 | 0x10 | 0x4000 | 0x200000
+
+
+cdef int tracee_seize(int tid, int options) noexcept nogil:
+    return snap_ptrace(PTRACE_SEIZE, tid, 0, <void *><uintptr_t>options)
+
+
+cdef int tracee_interrupt(int tid) noexcept nogil:
+    return snap_ptrace(PTRACE_INTERRUPT, tid, 0, NULL)
+
+
+cdef int tracee_detach(int tid) noexcept nogil:
+    return snap_ptrace(PTRACE_DETACH, tid, 0, NULL)
+
+
+cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil:
+    cdef int status = 0
+    cdef pid_t seen = waitpid(tid, &status, __WALL | WNOHANG)
+    if seen < 0:
+        return ENDED if errno == ECHILD else RUNNING
+    if seen == 0:
+        return RUNNING
+    if not WIFSTOPPED(status):
+        return ENDED
+    return _classify(tid, request, status >> 16, WSTOPSIG(status), born)
+
+
+cdef stand_t tracee_look(int tid, int request, int *born) noexcept nogil:
+    cdef int info[32]                                   # siginfo_t: si_signo, si_errno, si_code
+    cdef int err = snap_ptrace(PTRACE_GETSIGINFO, tid, 0, info)
+    if err == EINVAL:
+        return STANDING                                 # a group stop has no siginfo
+    if err:
+        return RUNNING
+    return _classify(tid, request, info[2] >> 8 if info[2] > 0 else 0, info[0], born)
+
+
+cdef stand_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:
+    cdef unsigned long message = 0
+    if event == PTRACE_EVENT_STOP:
+        return STANDING
+    if event == PTRACE_EVENT_CLONE:
+        snap_ptrace(PTRACE_GETEVENTMSG, tid, 0, &message)
+        born[0] = <int>message
+        snap_ptrace(request, tid, 0, NULL)
+        return CLONED
+    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
+        return IN_SYSCALL
+    # A signal that came before the stop: delivered now, with its siginfo, so none is lost or reordered.
+    # The stop that was asked for follows once its handler's frame is set up.
+    snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
+    return RUNNING
+
+
+cdef ssize_t _read_file(int pid, int tid, const char *name, char *text, size_t room) noexcept nogil:
+    """/proc/PID/task/TID/NAME, NUL-terminated; its length, or -1."""
+    cdef char path[64]
+    cdef ssize_t count
+    snprintf(path, sizeof(path), b"/proc/%d/task/%d/%s", pid, tid, name)
+    cdef int fd = c_open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return -1
+    count = read(fd, text, room - 1)
+    close(fd)
+    text[max(count, 0)] = 0
+    return count
+
+
+cdef uint64_t _number_after(const char *status, const char *name, int base) noexcept nogil:
+    cdef const char *found = strstr(status, name)
+    return strtoull(found + strlen(name), NULL, base) if found != NULL else 0
+
+
+cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
+    cdef char text[STATUS_BYTES]
+    cdef const char *after_name
+    cdef char state = 0
+    cdef unsigned flags = 0
+    if _read_file(pid, tid, b"stat", text, sizeof(text)) <= 0:
+        return 0
+    after_name = strrchr(text, c")")
+    if after_name == NULL or sscanf(after_name + 1, b" %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2:
+        return EPERM
+    if state in (c"Z", c"X", c"x") or flags & UNTRACEABLE:
+        return 0
+    if _read_file(pid, tid, b"status", text, sizeof(text)) <= 0:
+        return 0
+    tracer[0] = <int>_number_after(text, b"\nTracerPid:", 10)
+    return EBUSY if tracer[0] else EPERM
+
+
+cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil:
+    comm[0] = 0
+    _read_file(pid, tid, b"comm", comm, 16)
+    comm[strcspn(comm, b"\n")] = 0
+
+
+cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) noexcept nogil:
+    """/proc, not PTRACE_GETSIGMASK: that gives the mask before sigsuspend or epoll_pwait changed it, and a
+    signal is due by the one that holds now."""
+    cdef char status[STATUS_BYTES]
+    if _read_file(pid, tid, b"status", status, sizeof(status)) <= 0:
+        return False
+    pending[0] = _number_after(status, b"\nSigPnd:", 16) | _number_after(status, b"\nShdPnd:", 16)
+    blocked[0] = _number_after(status, b"\nSigBlk:", 16)
+    return True
+
+
+cdef bint _repeatable(long call) noexcept nogil:
+    """Calls that a stop ends with EINTR (signal(7), "Interruption of system calls ... by stop signals")
+    before they have done anything: to make them again is to go on with them. Those of sockets do so only
+    with SO_RCVTIMEO or SO_SNDTIMEO. A relative timeout starts anew."""
+    return call in (
+        SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_rt_sigtimedwait, SYS_semop, SYS_semtimedop,
+        SYS_io_getevents, SYS_io_pgetevents, SYS_io_uring_enter, SYS_accept, SYS_accept4, SYS_connect,
+        SYS_sendto, SYS_recvfrom, SYS_sendmsg, SYS_recvmsg, SYS_sendmmsg, SYS_recvmmsg,
+        SYS_read, SYS_readv, SYS_write, SYS_writev,
+    )
+
+
+cdef bint _repeat_call(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil:
+    """A program that sees EINTR may take it for a signal it waits for: it must see it for signals only.
+
+    A signal that is due is why the call ended, or may be: then EINTR stays. But one that is blocked by the
+    outer mask, which is in force from now on (`remasked`), is delivered inside the repeated call only.
+    """
+    cdef uint64_t pending = 0, blocked = 0, outer = 0
+    if <int64_t>regs.rax != -EINTR or not _repeatable(<long>regs.orig_rax):
+        return False
+    if not _signal_masks(pid, tid, &pending, &blocked):
+        return False
+    if pending & ~blocked:
+        if not remasked or snap_ptrace(PTRACE_GETSIGMASK, tid, sizeof(outer), &outer) or outer == blocked:
+            return False
+    regs.rax = regs.orig_rax
+    regs.rip -= 2                                   # the length of the syscall instruction
+    regs.orig_rax = <unsigned long long>-1          # in no call: nothing more to restart
+    return True
+
+
+cdef bint _peek(int pid, uint64_t addr, void *data, size_t length) noexcept nogil:
+    cdef iovec local, remote
+    local.iov_base = data
+    remote.iov_base = <void *>addr
+    local.iov_len = remote.iov_len = length
+    return process_vm_readv(pid, &local, 1, &remote, 1, 0) == <ssize_t>length
+
+
+cdef bint _abort_rseq(int tid, user_regs_struct *regs) noexcept nogil:
+    """rseq(2): a thread that lost its CPU inside a critical section goes on at the abort address. The
+    kernel sees to that by the rip at the return to user mode; while we have set another one, it would
+    take the section for left, and our restored rip would finish it on what may be the wrong CPU."""
+    cdef snap_rseq_config config
+    cdef snap_rseq_cs section
+    cdef uint64_t section_addr = 0
+    # The result is the number of bytes: only the content tells of an error.
+    config.rseq_abi_pointer = 0
+    snap_ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, sizeof(config), &config)
+    if config.rseq_abi_pointer == 0:
+        return False
+    if not _peek(tid, config.rseq_abi_pointer + SNAP_RSEQ_CS_OFFSET, &section_addr, sizeof(section_addr)):
+        return False
+    if section_addr == 0 or not _peek(tid, section_addr, &section, sizeof(section)):
+        return False
+    if regs.rip - section.start_ip >= section.post_commit_offset:
+        return False
+    regs.rip = section.abort_ip
+    return True
+
+
+cdef bint tracee_settle(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil:
+    if <int64_t>regs.orig_rax < 0:
+        return _abort_rseq(tid, regs)
+    return _repeat_call(pid, tid, regs, remasked)

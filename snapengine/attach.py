@@ -1,0 +1,280 @@
+"""Before a process is attached to: what it is, why it cannot be, which thread to stop.
+
+Reads /proc only; changes nothing, stops nobody. What it says can be outdated a moment later, so who
+attaches must still deal with every refusal of the kernel; here the reasons are found that the kernel's
+one EPERM does not tell. Source: proc(5), ptrace(2), and fs/proc of Linux.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import AttachError, TargetGoneError
+
+CAP_SYS_PTRACE = 19
+CAP_SYS_ADMIN = 21
+
+# include/linux/sched.h: flags of /proc/PID/stat that no manual page lists.
+PF_EXITING = 0x4
+PF_IO_WORKER = 0x10
+PF_USER_WORKER = 0x4000
+PF_KTHREAD = 0x200000
+NOT_TO_BE_TRACED = PF_EXITING | PF_IO_WORKER | PF_USER_WORKER | PF_KTHREAD
+
+# x86-64 numbers of calls in which a thread is stopped at a price. PARTIAL: a transfer that has begun returns
+# a short count. TIMED: EINTR, which we undo, but a relative timeout starts anew.
+PARTIAL_CALLS = frozenset({1, 18, 20, 40, 44, 46, 275, 276, 296, 307, 326})
+TIMED_CALLS = frozenset({45, 47, 65, 128, 208, 220, 232, 281, 299, 333, 426, 441})
+
+MAX_CANDIDATES = 8
+MAX_THREADS_LOOKED_AT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadStat:
+    """/proc/PID/task/TID/stat, the parts that matter here."""
+
+    tid: int
+    name: str
+    state: str
+    flags: int
+
+    @property
+    def alive(self) -> bool:
+        """Neither ended nor about to end."""
+        return self.state not in "ZXx" and not self.flags & PF_EXITING
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """A process as /proc shows it. None: it could not be read."""
+
+    pid: int
+    name: str
+    state: str
+    """One letter, proc(5): of the leader, which may have ended before the other threads."""
+    uid: int
+    """Real user."""
+    fsuid: int
+    """The user as whom it opens files."""
+    capabilities: int
+    """In effect, a bit mask (capabilities(7))."""
+    threads: int
+    tracer: int
+    """The thread that traces it; 0: none."""
+    tracer_name: str
+    seccomp: int
+    """Mode: 0 none, 1 strict, 2 filter."""
+    bits: int | None
+    """32 or 64, from the ELF header of its program."""
+    kernel_thread: bool
+    same_mount_namespace: bool | None
+    same_user_namespace: bool | None
+    ksm_pages: int | None
+    """Pages that KSM has merged (Linux 5.19); merging drops a page's write protection."""
+    thread_ids: tuple[int, ...]
+    """Threads that are alive and can be traced, at most 256."""
+
+    @property
+    def ended(self) -> bool:
+        """No thread of it runs any more."""
+        return not self.thread_ids and not self.kernel_thread
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def status_of(path: str) -> dict[str, str]:
+    """The lines of a /proc status file."""
+    pairs = (line.partition(":") for line in _text(path).splitlines())
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def thread_stat(pid: int, tid: int) -> ThreadStat:
+    """Raises OSError (ESRCH or ENOENT: it has ended)."""
+    head, _, tail = _text(f"/proc/{pid}/task/{tid}/stat").rpartition(")")
+    fields = tail.split()
+    return ThreadStat(tid, head.partition("(")[2], fields[0], int(fields[6]))
+
+
+def live_threads(pid: int) -> list[ThreadStat]:
+    """The threads that can be traced; kernel workers (io_uring) that show up among them cannot."""
+    found = []
+    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task")))[:MAX_THREADS_LOOKED_AT]:
+        try:
+            stat = thread_stat(pid, tid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if stat.alive and not stat.flags & NOT_TO_BE_TRACED:
+            found.append(stat)
+    return found
+
+
+def _bits(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as program:
+            head = program.read(5)
+    except OSError:
+        return None
+    return {b"\x7fELF\x01": 32, b"\x7fELF\x02": 64}.get(head)
+
+
+def _same_namespace(pid: int, kind: str) -> bool | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/{kind}").st_ino == os.stat(f"/proc/self/ns/{kind}").st_ino
+    except OSError:
+        return None
+
+
+def _ksm_pages(pid: int) -> int | None:
+    try:
+        return int(_text(f"/proc/{pid}/ksm_merging_pages"))
+    except (OSError, ValueError):
+        return None
+
+
+def name_of(pid: int) -> str:
+    """The name of a process or thread, "?" if it is gone."""
+    try:
+        return _text(f"/proc/{pid}/comm").rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def describe(pid: int) -> ProcessInfo:
+    """What /proc says of a process. Raises AttachError (ESRCH) if there is none of that number."""
+    if pid <= 0:
+        raise AttachError(errno.ESRCH, f"{pid} is not a process id")
+    try:
+        status = status_of(f"/proc/{pid}/status")
+        leader = thread_stat(pid, pid)
+        threads = live_threads(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        raise AttachError(errno.ESRCH, f"no such process: {pid}") from None
+    group = int(status["Tgid"])
+    if group != pid:
+        text = f"{pid} is a thread of process {group} ({name_of(group)}): give that number"
+        raise AttachError(errno.ESRCH, text)
+    user = status["Uid"].split()
+    tracer = int(status["TracerPid"])
+    one = threads[0].tid if threads else pid  # an ended leader shows neither program nor namespaces
+    return ProcessInfo(
+        pid=pid,
+        name=leader.name,
+        state=leader.state,
+        uid=int(user[0]),
+        fsuid=int(user[3]),
+        capabilities=int(status["CapEff"], 16),
+        threads=int(status["Threads"]),
+        tracer=tracer,
+        tracer_name=name_of(tracer) if tracer else "",
+        seccomp=int(status.get("Seccomp", 0)),
+        bits=_bits(one),
+        kernel_thread=bool(leader.flags & PF_KTHREAD),
+        same_mount_namespace=_same_namespace(one, "mnt"),
+        same_user_namespace=_same_namespace(one, "user"),
+        ksm_pages=_ksm_pages(one),
+        thread_ids=tuple(thread.tid for thread in threads),
+    )
+
+
+def mergeable_mappings(pid: int) -> int:
+    """How many mappings KSM may merge (VmFlags "mg"). Reads smaps, which walks all page tables: 20 ms a
+    GiB. Raises OSError."""
+    lines = _text(f"/proc/{pid}/smaps").splitlines()
+    return sum(line.startswith("VmFlags:") and " mg" in line for line in lines)
+
+
+def has_capability(bit: int) -> bool:
+    """Whether this process has the capability in effect."""
+    return bool(int(status_of("/proc/self/status")["CapEff"], 16) >> bit & 1)
+
+
+def _may_not_trace(info: ProcessInfo) -> str | None:
+    """Opening its memory asks the same question as attaching (PTRACE_MODE_ATTACH), Yama included."""
+    try:
+        os.close(os.open(f"/proc/{info.thread_ids[0]}/mem", os.O_RDONLY | os.O_CLOEXEC))
+    except PermissionError:
+        return denied_because(info)
+    except OSError:
+        return None  # it ends just now: attaching will say so
+    return None
+
+
+def denied_because(info: ProcessInfo) -> str:
+    """Why the kernel does not let this user trace that process, as far as it can be told from outside."""
+    who = f"process {info.pid} ({info.name})"
+    if info.uid != os.geteuid():
+        return f"{who} belongs to uid {info.uid}: attaching needs root or CAP_SYS_PTRACE"
+    if info.same_user_namespace is False:
+        return f"{who} is in another user namespace: attaching needs CAP_SYS_PTRACE there"
+    try:
+        scope = int(_text("/proc/sys/kernel/yama/ptrace_scope"))
+    except (OSError, ValueError):
+        scope = 0
+    if scope == 3:
+        return f"{who}: kernel.yama.ptrace_scope is 3, which forbids attaching until the next boot"
+    if scope:
+        return f"{who}: kernel.yama.ptrace_scope is {scope}: attaching needs root or CAP_SYS_PTRACE"
+    return f"{who} is protected (not dumpable, or more privileged): attaching needs CAP_SYS_PTRACE"
+
+
+def refuse_reason(info: ProcessInfo) -> OSError | None:
+    """The error to raise for a process that cannot be attached to; None: nothing speaks against it."""
+    who = f"process {info.pid} ({info.name})"
+    if info.pid == os.getpid():
+        return AttachError(errno.EINVAL, f"{who} is this process: use BufferTarget for its memory")
+    if info.kernel_thread:
+        return AttachError(errno.EOPNOTSUPP, f"{who} is a kernel thread: it has no memory of its own")
+    if info.ended:
+        return TargetGoneError(errno.ESRCH, f"{who} has ended")
+    if info.tracer:
+        by = f"{info.tracer} ({info.tracer_name})"
+        return AttachError(errno.EBUSY, f"{who} is being traced by {by}: one tracer at a time")
+    if info.bits == 32:
+        return AttachError(errno.EOPNOTSUPP, f"{who} is a 32-bit program: only 64-bit ones can be attached")
+    denied = _may_not_trace(info)
+    if denied:
+        return AttachError(errno.EPERM, denied)
+    if info.seccomp and not has_capability(CAP_SYS_ADMIN):
+        return AttachError(errno.EPERM, f"{who} has a seccomp filter: suspending it needs CAP_SYS_ADMIN")
+    return None
+
+
+def check(pid: int) -> ProcessInfo:
+    """`describe`, or the error that says why the process cannot be attached to.
+
+    Raises AttachError, or TargetGoneError if the process has ended.
+    """
+    info = describe(pid)
+    reason = refuse_reason(info)
+    if reason is not None:
+        raise reason
+    return info
+
+
+def _price_of_stopping(pid: int, thread: ThreadStat) -> int:
+    """Lower is better: asleep in a call that is resumed unseen, computing, in a call that we must repeat
+    or that may be cut short, asleep where no stop reaches it (D)."""
+    if thread.state == "D":
+        return 4
+    if thread.state != "S":
+        return 1
+    try:
+        call = _text(f"/proc/{pid}/task/{thread.tid}/syscall").split()[0]
+    except (OSError, IndexError):
+        return 3
+    if call == "running":
+        return 1
+    return 3 if int(call) in PARTIAL_CALLS else 2 if int(call) in TIMED_CALLS else 0
+
+
+def threads_to_stop(pid: int) -> list[int]:
+    """Threads by how well they bear being stopped for a moment, best first, at most 8. Raises OSError."""
+    threads = live_threads(pid)
+    threads.sort(key=lambda thread: _price_of_stopping(pid, thread))
+    return [thread.tid for thread in threads[:MAX_CANDIDATES]]

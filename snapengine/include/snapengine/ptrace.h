@@ -1,0 +1,141 @@
+/* ptrace(2) beyond the oldest headers, the wire formats it reads, and how its callers run: a helper
+ * process that shares our memory, and the scheduling that keeps a stop short. */
+#ifndef SNAPENGINE_PTRACE_H
+#define SNAPENGINE_PTRACE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <cpuid.h>
+#include <elf.h>
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifndef PTRACE_GET_RSEQ_CONFIGURATION /* Linux 5.13 */
+#define PTRACE_GET_RSEQ_CONFIGURATION 0x420f
+#endif
+#ifndef PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG /* Linux 6.4 */
+#define PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG 0x4210
+#define PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211
+#endif
+#ifndef NT_X86_XSTATE
+#define NT_X86_XSTATE 0x202
+#endif
+#ifndef SYS_epoll_pwait2 /* Linux 5.11 */
+#define SYS_epoll_pwait2 441
+#endif
+#ifndef SYS_pidfd_getfd /* Linux 5.6 */
+#define SYS_pidfd_getfd 438
+#endif
+
+/* struct ptrace_rseq_configuration of linux/ptrace.h, which cannot be included beside sys/ptrace.h. */
+struct snap_rseq_config {
+    uint64_t rseq_abi_pointer;
+    uint32_t rseq_abi_size;
+    uint32_t signature;
+    uint32_t flags;
+    uint32_t pad;
+};
+/* struct rseq_cs of linux/rseq.h, a critical section; its address is at byte 8 of struct rseq. */
+struct snap_rseq_cs {
+    uint32_t version;
+    uint32_t flags;
+    uint64_t start_ip;
+    uint64_t post_commit_offset;
+    uint64_t abort_ip;
+};
+#define SNAP_RSEQ_CS_OFFSET 8
+/* struct ptrace_sud_config of linux/ptrace.h: Syscall User Dispatch (Wine). */
+struct snap_sud_config {
+    uint64_t mode;
+    uint64_t selector;
+    uint64_t offset;
+    uint64_t len;
+};
+
+/* ptrace() of glibc is variadic in effect; this is not. Returns 0 or an errno value. */
+static inline int snap_ptrace(int request, pid_t tid, uintptr_t addr, void *data) {
+    return ptrace((enum __ptrace_request)request, tid, (void *)addr, data) < 0 ? errno : 0;
+}
+
+/* Run fn(arg) in a process of its own that shares our memory and descriptors, and wait for its end: the
+ * way of posix_spawn. It outlives us: a SIGKILL that hits the caller leaves it running to its end.
+ *
+ * All signals are blocked meanwhile, so no handler runs in the child on the caller's data. The exit signal
+ * is 0: no SIGCHLD handler of the program sees it, and no wait(-1) of another thread reaps it.
+ * Returns 0 or an errno value. */
+static inline int snap_run_apart(int (*fn)(void *), void *arg, void *stack, size_t stack_bytes) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int child = clone(fn, (char *)stack + stack_bytes, CLONE_VM | CLONE_FILES | CLONE_VFORK, arg);
+    int err = child < 0 ? errno : 0;
+    if (child > 0)
+        while (waitpid(child, 0, __WALL) < 0 && errno == EINTR)
+            ;
+    pthread_sigmask(SIG_SETMASK, &before, 0);
+    return err;
+}
+
+/* In the child of snap_run_apart: out of the caller's process group and session, so that a signal for
+ * those does not hit; SIGCHLD is to be had by sigtimedwait whatever the caller did with it. */
+static inline void snap_stand_apart(void) {
+    struct sigaction plain;
+    memset(&plain, 0, sizeof plain);
+    plain.sa_handler = SIG_DFL;
+    setsid();
+    sigaction(SIGCHLD, &plain, 0);
+}
+
+/* Wait at most `ns` for a child or tracee of this process to change; SIGCHLD must be blocked. */
+static inline void snap_await_child(uint64_t ns) {
+    struct timespec left = {(time_t)(ns / 1000000000ull), (long)(ns % 1000000000ull)};
+    sigset_t child;
+    sigemptyset(&child);
+    sigaddset(&child, SIGCHLD);
+    sigtimedwait(&child, 0, &left);
+}
+
+/* The calling thread goes before those of the target while it holds them: real time where that is allowed
+ * (CAP_SYS_NICE or RLIMIT_RTPRIO), else the best nice value that is, else as it was. */
+static inline void snap_hurry(void) {
+    struct sched_param first = {.sched_priority = 10};
+    if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
+        setpriority(PRIO_PROCESS, 0, -19);
+}
+
+/* The stopped thread `tid` comes before all others, so that it makes its calls at once; on a loaded machine
+ * each of its turns would otherwise take milliseconds. Returns what snap_calm_thread needs, or -1 if nothing
+ * was changed. sched_setscheduler keeps the nice value and the slice, which sched_setattr would not. */
+static inline int snap_hurry_thread(pid_t tid) {
+    struct sched_param first = {.sched_priority = 10};
+    int before = sched_getscheduler(tid), policy = before & ~SCHED_RESET_ON_FORK;
+    if (before < 0 || (policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE))
+        return -1;
+    return sched_setscheduler(tid, SCHED_FIFO | (before & SCHED_RESET_ON_FORK), &first) ? -1 : before;
+}
+
+static inline void snap_calm_thread(pid_t tid, int before) {
+    struct sched_param none = {.sched_priority = 0};
+    if (before >= 0)
+        sched_setscheduler(tid, before, &none);
+}
+
+/* Room for the largest NT_X86_XSTATE of this CPU. (cpuid leaf 0xD, ecx: all features it has.) */
+static inline size_t snap_xstate_bytes(void) {
+    unsigned a, b, c = 0, d;
+    return __get_cpuid_count(0xD, 0, &a, &b, &c, &d) && c > 576 ? c : 576;
+}
+
+#endif

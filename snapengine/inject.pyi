@@ -1,0 +1,11 @@
+import os
+from typing import NamedTuple
+
+class Injected(NamedTuple):
+    fd: int
+    stop_ns: int
+    tid: int
+
+def inject_userfaultfd(
+    pid: int, *, device: str | os.PathLike[str] | None = None, deadline: float = 1.0, _repair: bool = True
+) -> Injected: ...

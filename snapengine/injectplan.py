@@ -1,0 +1,216 @@
+"""What an injection is to try, in which order, and what its failures mean. Judges; stops nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from dataclasses import dataclass
+
+from .attach import (
+    CAP_SYS_PTRACE,
+    ProcessInfo,
+    denied_because,
+    has_capability,
+    live_threads,
+    name_of,
+    status_of,
+    thread_stat,
+)
+from .errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
+from .maps import Mapping, read_maps
+from .uffd import PERMISSION_HELP
+
+SYSCALL = b"\x0f\x05"  # the instruction, wherever its two bytes stand
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+MISC_MAJOR = 10
+SEARCH_BYTES = 4 << 20
+FOLDERS = ("/tmp", "/var/tmp", "/run", "/dev", "/dev/shm", "/")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A device node. `node` and `folder` are ours to make and remove; empty: `device` is there already."""
+
+    device: str
+    """Path for the target."""
+    node: str = ""
+    folder: str = ""
+    number: int = 0
+
+
+def open_pidfd(pid: int, tid: int) -> int:
+    """A pidfd whose descriptor table is the thread's. Raises OSError.
+
+    An ended leader has no table any more: only a pidfd of the thread (Linux 6.9) helps there.
+    """
+    try:
+        return os.pidfd_open(tid, PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.pidfd_open(pid)
+
+
+def _search(memory: int, mapping: Mapping) -> int | None:
+    try:
+        code = os.pread(memory, min(mapping.end - mapping.start, SEARCH_BYTES), mapping.start)
+    except OSError:
+        return None
+    found = code.find(SYSCALL)
+    return None if found < 0 else mapping.start + found
+
+
+def syscall_instruction(tid: int) -> int:
+    """Address of a syscall instruction in a thread's memory: the vdso's, or any in mapped code.
+
+    Raises AttachError if there is none, OSError if the thread has ended.
+    """
+    code = [mapping for mapping in read_maps(tid) if mapping.perms.startswith("r-x")]
+    code.sort(key=lambda mapping: mapping.path != "[vdso]")
+    memory = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for mapping in code:
+            found = _search(memory, mapping)
+            if found is not None:
+                return found
+    finally:
+        os.close(memory)
+    if not code:
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} has no memory any more")
+    text = f"thread {tid} maps no syscall instruction: nothing to call with"
+    raise AttachError(errno.EOPNOTSUPP, text)
+
+
+def device_number() -> int | None:
+    """Of the userfaultfd device, or None (before Linux 6.1, or not built in)."""
+    with contextlib.suppress(OSError):
+        return os.stat("/dev/userfaultfd").st_rdev
+    with contextlib.suppress(OSError), open("/proc/misc", encoding="ascii") as lines:
+        for line in lines:
+            minor, _, name = line.strip().partition(" ")
+            if name == "userfaultfd":
+                return os.makedev(MISC_MAJOR, int(minor))
+    return None
+
+
+def _usable_folder(seen: str) -> bool:
+    """Whether a device node there can be opened by any user."""
+    try:
+        status, filesystem = os.stat(seen), os.statvfs(seen)
+    except OSError:
+        return False
+    return bool(status.st_mode & 1) and not filesystem.f_flag & (os.ST_NODEV | os.ST_RDONLY)
+
+
+def private_places(info: ProcessInfo) -> list[Place]:
+    """Nodes of our own, in the target's root and mount namespace: that is where it will open them."""
+    number = device_number()
+    if number is None or os.geteuid() != 0:
+        return []
+    root = f"/proc/{info.thread_ids[0]}/root"
+    found = []
+    for folder in FOLDERS:
+        if _usable_folder(root + folder):
+            own = f"{folder.rstrip('/')}/.snapengine-{secrets.token_hex(12)}"
+            found.append(Place(f"{own}/uffd", f"{root}{own}/uffd", root + own, number))
+    return found
+
+
+def _may_call(info: ProcessInfo) -> bool:
+    """Whether userfaultfd(2) is likely to be allowed to the target: a guess that saves a vain stop."""
+    with contextlib.suppress(OSError), open("/proc/sys/vm/unprivileged_userfaultfd", "rb") as knob:
+        if knob.read().strip() == b"1":
+            return True
+    return bool(info.capabilities >> CAP_SYS_PTRACE & 1)
+
+
+def places(info: ProcessInfo, device: str | os.PathLike[str] | None) -> list[Place | None]:
+    """The ways to try, in order. None stands for userfaultfd(2)."""
+    if device is not None:
+        return [Place(os.fspath(device))]
+    private = private_places(info)
+    return [None, *private] if _may_call(info) or not private else [*private]
+
+
+def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
+    """Whether this failure is the thread's own: it is about to end, or did not stop."""
+    if step == "stop":
+        return True
+    if step != "seize":
+        return False
+    if err == errno.EPERM:
+        # EPERM of a thread that may be traced says that it is exiting.
+        try:
+            return not thread_stat(pid, tid).alive
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+    return err == errno.ESRCH
+
+
+def is_for_another_place(step: str, err: int) -> bool:
+    """Whether another way to open a userfaultfd may do."""
+    return step == "node" or (step in ("call", "open") and err != errno.ESRCH and err != errno.EMFILE)
+
+
+def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSError:
+    """The error for a process of which no thread stopped in time."""
+    who = f"process {info.pid} ({info.name})"
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        states = [thread for thread in live_threads(info.pid) if thread.tid in tried]
+        if states:
+            each = ", ".join(f"{thread.tid} ({_state(thread.tid, thread.state)})" for thread in states[:4])
+            text = f"{who} did not stop within {deadline:g} s: thread {each}"
+            return AttachError(errno.ETIMEDOUT, text)
+    return TargetGoneError(errno.ESRCH, f"{who} ended while it was being attached to")
+
+
+def _state(tid: int, state: str) -> str:
+    if state != "D":
+        return f"state {state}"
+    try:
+        with open(f"/proc/{tid}/wchan", encoding="ascii") as lines:
+            where = lines.read().strip("\0\n0 ")
+    except OSError:
+        where = ""
+    return "uninterruptible sleep" + (f" in {where}" if where else "")
+
+
+def _seize_refused(info: ProcessInfo, tid: int, err: int) -> AttachError:
+    who = f"process {info.pid} ({info.name})"
+    if err != errno.EPERM:
+        what = "with its seccomp filter suspended " if info.seccomp else ""
+        return AttachError(err, f"{who} cannot be seized {what}(PTRACE_SEIZE: {os.strerror(err)})")
+    tracer = 0
+    with contextlib.suppress(OSError):
+        tracer = int(status_of(f"/proc/{tid}/status")["TracerPid"])
+    if tracer:
+        return AttachError(errno.EBUSY, f"{who} is being traced by {tracer} ({name_of(tracer)})")
+    if info.seccomp and has_capability(CAP_SYS_PTRACE):
+        return AttachError(err, f"{who} has a seccomp filter, and this user may not suspend it")
+    return AttachError(err, denied_because(info))
+
+
+def explain(info: ProcessInfo, tid: int, step: str, err: int, place: Place | None) -> OSError:
+    """The error to raise for a failed attempt."""
+    who = f"process {info.pid} ({info.name})"
+    if step == "seize":
+        return _seize_refused(info, tid, err)
+    if err == errno.ESRCH:
+        return TargetGoneError(err, f"{who} ended while it was being attached to")
+    if step == "compat":
+        return AttachError(err, f"{who} runs 32-bit code: only 64-bit programs can be attached")
+    if err == errno.EMFILE:
+        return AttachError(err, f"{who} has no free descriptor (or this process has none)")
+    if err == errno.ETIMEDOUT:
+        return AttachError(err, f"{who} stands, but does not run: is its cgroup frozen?")
+    if step == "call" and err == errno.ENOSYS:
+        return UnsupportedError(err, "this kernel is built without userfaultfd (CONFIG_USERFAULTFD)")
+    if step == "stack":
+        return AttachError(err, f"{who}: no room for a path on the stack of thread {tid}")
+    if step in ("call", "open", "ioctl", "node"):
+        with_what = place.device if place else "userfaultfd(2)"
+        text = f"{who}, uid {info.fsuid}: {with_what}: {os.strerror(err)}; in that process, {PERMISSION_HELP}"
+        return UffdPermissionError(err, text)
+    return AttachError(err, f"{who}: {step}: {os.strerror(err)}")

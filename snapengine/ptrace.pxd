@@ -1,0 +1,40 @@
+# extern-only: no matching .pyx. ptrace(2) under its kernel names.
+from libc.stddef cimport size_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+
+cdef extern from "snapengine/ptrace.h" nogil:
+    int PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_CONT, PTRACE_SYSCALL, PTRACE_DETACH
+    int PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_GETREGSET, PTRACE_GETSIGMASK, PTRACE_SETSIGMASK
+    int PTRACE_GETSIGINFO, PTRACE_GETEVENTMSG, PTRACE_GET_RSEQ_CONFIGURATION
+    int PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG
+    int PTRACE_O_TRACECLONE, PTRACE_O_TRACESYSGOOD, PTRACE_O_SUSPEND_SECCOMP
+    int PTRACE_EVENT_STOP, PTRACE_EVENT_CLONE
+    int NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE
+    int SNAP_RSEQ_CS_OFFSET
+
+    struct user_regs_struct:
+        unsigned long long rsp, rip, rax, orig_rax, cs
+        unsigned long long rdi, rsi, rdx, r10, r8, r9
+    struct snap_rseq_config:
+        uint64_t rseq_abi_pointer
+        uint32_t rseq_abi_size
+    struct snap_rseq_cs:
+        uint64_t start_ip
+        uint64_t post_commit_offset
+        uint64_t abort_ip
+    struct snap_sud_config:
+        uint64_t mode
+        uint64_t selector
+        uint64_t offset
+        uint64_t len
+
+    int snap_ptrace(int request, int tid, uintptr_t addr, void *data)    # 0 or errno
+    # fn(arg) in a process that shares our memory and outlives us; waits for its end. 0 or errno.
+    int snap_run_apart(int (*fn)(void *) noexcept nogil, void *arg, void *stack, size_t stack_bytes)
+    void snap_stand_apart()
+    void snap_await_child(uint64_t ns)
+    void snap_hurry()
+    # A stopped thread goes first; what it was before, for snap_calm_thread, or -1.
+    int snap_hurry_thread(int tid)
+    void snap_calm_thread(int tid, int before)
+    size_t snap_xstate_bytes()

@@ -1,0 +1,45 @@
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint64_t
+
+from snapengine.ptrace cimport snap_sud_config, user_regs_struct
+
+# System calls made by a stopped thread of another process. Functions return 0 or an errno value. Between
+# remote_stop and remote_release the target's thread stands with registers that are not its own.
+
+
+cdef enum step_t:
+    # How far an injection came; names what failed.
+    STEP_SEIZE
+    STEP_STOP
+    STEP_COMPAT                     # the thread runs 32-bit code
+    STEP_NODE                       # making the private device node
+    STEP_STACK                      # the path on the thread's stack
+    STEP_CALL                       # userfaultfd(2)
+    STEP_OPEN                       # open(2) of the device
+    STEP_IOCTL                      # USERFAULTFD_IOC_NEW
+    STEP_GETFD
+    STEP_CLOSE
+    STEP_DONE
+
+
+cdef struct remote_t:
+    int pid
+    int tid
+    uint64_t insn                   # address of a syscall instruction in the target
+    uint64_t stopped_ns             # CLOCK_MONOTONIC when PTRACE_INTERRUPT was issued
+    user_regs_struct saved          # what the thread goes on with
+    uint64_t mask                   # its signal mask
+    int scheduling                  # its policy; -1: left alone
+    snap_sud_config dispatch        # its Syscall User Dispatch
+
+
+# Seize and stop the thread within `limit_ns`. On failure `step` says at what, and only the end of the
+# calling thread lets go of a thread that did not stop. `repair`: False shows EINTR (tests).
+cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns, bint repair,
+                     step_t *step) noexcept nogil
+# `limit_ns`: when a thread that does not run (frozen cgroup) is given up, ETIMEDOUT, the call not made.
+cdef int remote_call(remote_t *remote, long call, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
+                     uint64_t limit_ns, int64_t *result) noexcept nogil
+# Swap `length` bytes at `addr` of the target with those in `data`.
+cdef int remote_swap(remote_t *remote, uint64_t addr, char *data, size_t length) noexcept nogil
+cdef int remote_release(remote_t *remote) noexcept nogil

@@ -1,0 +1,112 @@
+"""Small C programs to be attached to, and the words that they share with the test."""
+
+import functools
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "targets"
+READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h
+DEADLINE_S = 20
+
+
+@functools.cache
+def _room():
+    """Open to every user: some targets run as another one."""
+    room = Path(tempfile.mkdtemp(prefix="snapengine-targets-"))
+    room.chmod(0o755)
+    return room
+
+
+def remove_programs():
+    if _room.cache_info().currsize:
+        shutil.rmtree(_room())
+
+
+@functools.cache
+def program(name, *flags):
+    """The path of targets/NAME.c, compiled."""
+    path = _room() / name
+    command = ["gcc", "-O2", "-Wall", "-Werror", *flags, "-o", str(path), str(SOURCES / f"{name}.c")]
+    built = subprocess.run([*command, "-pthread"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    path.chmod(0o755)
+    return str(path)
+
+
+def until(condition, what="it did not happen in time"):
+    """Wait for `condition()` to be true."""
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+
+
+def state_of(pid, tid=None):
+    """The state letter of a thread (proc(5)); "" if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{tid or pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+def status_line(pid, name):
+    """One line of /proc/PID/status."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return line.split(":", 1)[1].strip()
+    raise KeyError(name)
+
+
+def descriptors(pid):
+    return {fd: os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+
+
+class Target:
+    """A running program: ``with Target("compute", 3) as target``. ``words[i]`` are its words."""
+
+    def __init__(self, name, *arguments, ready=1, **popen):
+        self._memfd = os.memfd_create("words")
+        os.fchmod(self._memfd, 0o666)
+        os.ftruncate(self._memfd, 4096)
+        self._mapped = mmap.mmap(self._memfd, 4096)
+        self.words = memoryview(self._mapped).cast("Q")
+        command = [program(name), str(self._memfd), *map(str, arguments)]
+        self.process = subprocess.Popen(command, pass_fds=[self._memfd], **popen)
+        self.pid = self.process.pid
+        until(lambda: self.words[READY] >= ready or self.process.poll() is not None, "not ready")
+        assert self.process.poll() is None, f"{command} ended with {self.process.returncode}"
+
+    @property
+    def tids(self):
+        return sorted(map(int, os.listdir(f"/proc/{self.pid}/task")))
+
+    def counters(self, n):
+        return list(self.words[COUNTERS : COUNTERS + n])
+
+    def check_running(self, n=1):
+        """It lives, found nothing wrong with itself, and each of its `n` counters goes on."""
+        before = self.counters(n)
+        until(
+            lambda: self.process.poll() is not None
+            or all(now > then for now, then in zip(self.counters(n), before, strict=True)),
+            f"it stands still: {state_of(self.pid)}",
+        )
+        assert self.process.poll() is None, f"it ended: {self.process.returncode}"
+        assert self.words[ERRORS] == 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.words.release()
+        self._mapped.close()
+        os.close(self._memfd)

@@ -1,0 +1,458 @@
+"""Injection: the target gives its userfaultfd away and notices nothing."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from targetkit import (
+    COUNTERS,
+    ERRORS,
+    MEMORY,
+    PAGES,
+    SOURCES,
+    VALUES,
+    Target,
+    descriptors,
+    remove_programs,
+    state_of,
+    status_line,
+    until,
+)
+
+import snapengine
+from snapengine import attach
+from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError
+from snapengine.inject import inject_userfaultfd
+from snapengine.uffd import FEATURES, Uffd
+
+pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
+
+PAGE = 4096
+NOBODY = 65534
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    yield
+    remove_programs()
+
+
+@pytest.fixture
+def as_root():
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+def inject(pid, **options):
+    """An injection whose descriptor is closed at once: the `Injected`."""
+    injected = inject_userfaultfd(pid, **options)
+    os.close(injected.fd)
+    return injected
+
+
+# The descriptor
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_descriptor_works_from_outside(threads):
+    with Target("compute", threads) as target:
+        before = descriptors(target.pid)
+        injected = inject_userfaultfd(target.pid)
+        assert injected.tid in target.tids
+        assert 0 < injected.stop_ns < 10**9
+        assert not os.get_inheritable(injected.fd)
+        assert descriptors(target.pid) == before
+        start, length = target.words[MEMORY], target.words[PAGES] * PAGE
+        with Uffd(FEATURES["PAGEFAULT_FLAG_WP"], fd=injected.fd) as uffd:
+            uffd.register(start, length)
+            uffd.protect(start, length)
+            faults = set()
+            until(lambda: faults.update(released(uffd, start)) or len(faults) == target.words[PAGES])
+            target.check_running(threads)
+        before = target.counters(threads)
+        until(lambda: min(a - b for a, b in zip(target.counters(threads), before, strict=True)) > 3000)
+        target.check_running(threads)
+
+
+def released(uffd, start):
+    """The pages whose write faults were read and answered."""
+    try:
+        message = os.read(uffd.fd, 32)
+    except BlockingIOError:
+        return []
+    event, flags, address = struct.unpack_from("<B7xQQ", message)
+    assert event == 0x12
+    assert flags & 2, "not a write-protect fault"
+    page = address // PAGE * PAGE
+    uffd.unprotect(page, PAGE)
+    return [(page - start) // PAGE]
+
+
+# What the target might notice
+
+
+@pytest.mark.parametrize("arguments", [[1], [3], [64], [2, "leave"]], ids=str)
+def test_registers_are_kept(arguments):
+    vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
+    with Target("compute", *arguments, *vector) as target:
+        for _ in range(40):
+            inject(target.pid)
+        target.check_running(arguments[0])
+        assert "(deleted)" not in "".join(descriptors(target.tids[-1]).values())
+
+
+def test_an_ignored_sigtrap_stays_ignored():
+    with Target("compute", 1, "notrap") as target:
+        ignored = status_line(target.pid, "SigIgn")
+        for _ in range(10):
+            inject(target.pid)
+        target.check_running()
+        assert status_line(target.pid, "SigIgn") == ignored
+
+
+def test_scheduling_and_masks_are_kept():
+    with Target("signals", "masked") as target:
+        os.setpriority(os.PRIO_PROCESS, target.pid, 5)
+        until(lambda: state_of(target.pid) == "S")
+        before = [os.sched_getscheduler(target.pid), os.getpriority(os.PRIO_PROCESS, target.pid)]
+        mask = status_line(target.pid, "SigBlk")
+        inject(target.pid)
+        assert [os.sched_getscheduler(target.pid), os.getpriority(os.PRIO_PROCESS, target.pid)] == before
+        until(lambda: status_line(target.pid, "SigBlk") == mask)
+
+
+def test_a_restartable_sequence_is_aborted():
+    """Its thread may have been moved to another CPU: it must not finish as if nothing had been."""
+    with Target("rseq") as target:
+        for _ in range(30):
+            inject(target.pid)
+            time.sleep(0.001)
+        target.check_running(2)
+
+
+def test_a_restartable_sequence_would_break_without_care():
+    with Target("rseq") as target:
+        for _ in range(30):
+            inject(target.pid, _repair=False)
+            time.sleep(0.001)
+        assert target.words[ERRORS] > 0
+
+
+CALLS = [
+    *("epoll_wait", "epoll_wait_timeout", "epoll_pwait", "epoll_pwait2", "recv_timeout", "read_socket_timeout"),
+    *("accept_timeout", "semtimedop", "sigtimedwait", "io_getevents", "io_uring_enter", "msgrcv", "nanosleep"),
+    *("futex", "poll", "pselect", "pause", "sigsuspend", "read_pipe", "read_eventfd"),
+]
+
+
+def interrupted(call, repair):
+    """EINTR seen, and other returns, of a call that 30 injections have hit."""
+    with Target("blocking", call) as target:
+        for _ in range(30):
+            until(lambda: state_of(target.pid) == "S")
+            inject(target.pid, _repair=repair)
+        until(lambda: state_of(target.pid) == "S")
+        return target.words[COUNTERS], target.words[COUNTERS + 64]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_call_ends_early(call):
+    assert interrupted(call, repair=True) == (0, 0)
+
+
+def test_calls_would_end_early_without_repair():
+    assert interrupted("epoll_wait", repair=False)[0] >= 20
+
+
+def queue_signals(pid, count):
+    for value in range(1, count + 1):
+        while libc.sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) != 0:
+            assert ctypes.get_errno() == errno.EAGAIN
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("mode", ["busy", "epoll", "masked"])
+def test_no_signal_is_lost(mode):
+    count = 3000
+    with Target("signals", mode) as target:
+        sender = threading.Thread(target=queue_signals, args=(target.pid, count))
+        sender.start()
+        injections = 0
+        while sender.is_alive() or injections < 10:
+            inject(target.pid)
+            injections += 1
+        sender.join()
+        until(lambda: target.words[COUNTERS] >= count, "signals were lost")
+        time.sleep(0.05)
+        assert target.words[COUNTERS] == count
+        assert target.words[VALUES] == count * (count + 1) // 2
+        assert target.words[ERRORS] == 0
+        assert target.words[PAGES] == 0, "an EINTR without a signal"
+
+
+def test_a_stopped_process_stays_stopped():
+    with Target("compute", 3) as target:
+        os.kill(target.pid, signal.SIGSTOP)
+        until(lambda: {state_of(target.pid, tid) for tid in target.tids} == {"T"})
+        before = target.counters(3)
+        for _ in range(5):
+            inject(target.pid)
+        until(lambda: {state_of(target.pid, tid) for tid in target.tids} == {"T"})
+        assert target.counters(3) == before
+        os.kill(target.pid, signal.SIGCONT)
+        target.check_running(3)
+
+
+def test_stops_and_continues_meanwhile():
+    with Target("compute", 2) as target:
+        for _ in range(20):
+            os.kill(target.pid, signal.SIGSTOP)
+            inject(target.pid)
+            os.kill(target.pid, signal.SIGCONT)
+            inject(target.pid)
+        target.check_running(2)
+
+
+def test_churn():
+    with Target("churn") as target:
+        for _ in range(60):
+            inject(target.pid)
+        target.check_running(2)
+
+
+# Who cannot be attached to, and how it is said
+
+
+def refusal(pid, kind=AttachError, **options):
+    with pytest.raises(kind) as caught:
+        inject(pid, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_no_such_process():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert refusal(ended.pid).errno == errno.ESRCH
+    assert "not a process id" in str(refusal(0))
+    assert "not a process id" in str(refusal(-1))
+
+
+def test_a_thread_is_not_a_process():
+    with Target("compute", 2) as target:
+        assert f"thread of process {target.pid}" in str(refusal(target.tids[-1]))
+
+
+def test_our_own_process():
+    assert "BufferTarget" in str(refusal(os.getpid()))
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_kernel_thread():
+    if Path("/proc/2/comm").read_text() != "kthreadd\n":
+        pytest.skip("pid 2 is not kthreadd: a pid namespace")
+    assert "kernel thread" in str(refusal(2))
+
+
+def test_a_zombie():
+    with Target("odd", "zombie") as target:
+        assert "has ended" in str(refusal(target.words[VALUES], TargetGoneError))
+
+
+@pytest.mark.host_optional
+def test_a_32_bit_program(tmp_path):
+    path = tmp_path / "plain32"
+    flags = ["-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pie", "-no-pie"]
+    built = subprocess.run(["gcc", *flags, "-o", path, SOURCES / "plain32.c"], check=False, capture_output=True)
+    if built.returncode:
+        pytest.skip("this gcc makes no 32-bit programs")
+    try:
+        process = subprocess.Popen([path])
+    except OSError as error:
+        pytest.skip(f"this kernel runs no 32-bit programs: {error}")
+    try:
+        assert "32-bit" in str(refusal(process.pid))
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def traced(pid):
+    """Traced by a process of ours, whose pid is given; it prints a line once it has attached."""
+    script = (
+        "import ctypes, sys; libc = ctypes.CDLL(None);"
+        "libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p];"
+        f"assert libc.ptrace(0x4206, {pid}, None, None) == 0;"
+        "print(flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as tracer:
+        assert tracer.stdout.readline() == b"\n"
+        yield tracer.pid
+        tracer.stdin.close()
+
+
+def test_a_traced_process():
+    with Target("compute", 1) as target:
+        with traced(target.pid) as tracer:
+            error = refusal(target.pid)
+            assert error.errno == errno.EBUSY
+            assert f"traced by {tracer} (python" in str(error)
+        target.check_running()
+        inject(target.pid)
+
+
+def test_a_traced_process_found_too_late(monkeypatch):
+    """It was not traced when it was looked at: the kernel's EPERM is explained."""
+    monkeypatch.setattr(attach, "refuse_reason", lambda info: None)
+    with Target("compute", 1) as target, traced(target.pid) as tracer:
+        assert f"traced by {tracer}" in str(refusal(target.pid))
+
+
+def test_the_parent_of_a_vfork():
+    with Target("odd", "vfork") as target:
+        until(lambda: state_of(target.pid) == "D")
+        began = time.monotonic()
+        error = refusal(target.pid, deadline=0.2)
+        assert 0.2 <= time.monotonic() - began < 2
+        assert error.errno == errno.ETIMEDOUT
+        assert "uninterruptible sleep" in str(error)
+        assert status_line(target.pid, "TracerPid") == "0"
+        target.words[MEMORY] = 1
+        target.check_running()
+        inject(target.pid)
+
+
+def test_it_dies_meanwhile():
+    for _ in range(15):
+        with Target("compute", 2) as target:
+            killer = threading.Timer(random.uniform(0, 0.004), os.kill, (target.pid, signal.SIGKILL))
+            killer.start()
+            with contextlib.suppress(TargetGoneError, AttachError):
+                while True:
+                    inject(target.pid)
+            killer.join()
+            assert target.process.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_seccomp_filter_is_suspended():
+    with Target("odd", "seccomp") as target:
+        assert status_line(target.pid, "Seccomp") == "2"
+        for _ in range(3):
+            inject(target.pid)
+        target.check_running()
+        assert status_line(target.pid, "Seccomp") == "2"
+
+
+def test_a_seccomp_filter_that_may_not_be_suspended(monkeypatch):
+    monkeypatch.setattr(attach, "has_capability", lambda bit: False)
+    with Target("odd", "seccomp") as target:
+        assert "seccomp filter" in str(refusal(target.pid))
+        target.check_running()
+
+
+# Another user's process
+
+
+def leftovers(pid):
+    folders = ("/tmp", "/var/tmp", "/run", "/dev", "/dev/shm", "/")
+    return [name for folder in folders for name in os.listdir(folder) if name.startswith(".snapengine-")]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_another_user_opens_a_private_node():
+    with Target("compute", 1, user=NOBODY, group=NOBODY, extra_groups=[]) as target:
+        before = descriptors(target.pid)
+        injected = inject_userfaultfd(target.pid)
+        with Uffd(FEATURES["PAGEFAULT_FLAG_WP"], fd=injected.fd) as uffd:
+            uffd.register(target.words[MEMORY], PAGE)
+        assert descriptors(target.pid) == before
+        assert leftovers(target.pid) == []
+        target.check_running()
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_node_that_may_not_be_opened():
+    with Target("compute", 1, user=NOBODY, group=NOBODY, extra_groups=[]) as target:
+        error = refusal(target.pid, UffdPermissionError, device="/dev/userfaultfd")
+        assert error.errno == errno.EACCES
+        assert "/dev/userfaultfd" in str(error)
+        assert "vm.unprivileged_userfaultfd" in str(error)
+        target.check_running()
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_device_that_may_be_opened():
+    with Target("compute", 1) as target:
+        inject(target.pid, device="/dev/userfaultfd")
+        target.check_running()
+        assert "No such file" in str(refusal(target.pid, UffdPermissionError, device="/dev/no-such-device"))
+
+
+@pytest.mark.usefixtures("as_root")
+def test_we_may_not_trace_another_users_process():
+    script = (
+        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from snapengine.errors import AttachError\n"
+        "from snapengine.inject import inject_userfaultfd\n"
+        "try: inject_userfaultfd(int(sys.argv[1]))\n"
+        "except AttachError as error: print(error.errno, error)\n"
+    )
+    with Target("compute", 1) as target:
+        done = run_engine(script, target.pid)
+        assert done.stdout.startswith("1 "), done.stderr
+        assert "belongs to uid 0: attaching needs root or CAP_SYS_PTRACE" in done.stdout
+
+
+def run_engine(script, *arguments):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    room = Path(snapengine.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(room), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# The engine dies
+
+
+INJECT_FOR_EVER = """
+import os, sys
+from snapengine.inject import inject_userfaultfd
+print(flush=True)
+while True:
+    os.close(inject_userfaultfd(int(sys.argv[1])).fd)
+"""
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+def test_the_engine_is_killed_at_any_moment(group):
+    """30 times each: the target runs on with its registers and without a descriptor more."""
+    room = Path(snapengine.__file__).parent.parent
+    with Target("compute", 2) as target:
+        before = descriptors(target.pid)
+        for _ in range(30):
+            with subprocess.Popen(
+                [sys.executable, "-c", INJECT_FOR_EVER, str(target.pid)],
+                env={**os.environ, "PYTHONPATH": str(room)},
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            ) as engine:
+                engine.stdout.readline()
+                time.sleep(random.uniform(0, 0.01))
+                (os.killpg if group else os.kill)(engine.pid, signal.SIGKILL)
+            until(lambda: status_line(target.pid, "TracerPid") == "0")
+            target.check_running(2)
+            assert descriptors(target.pid) == before
+        assert {os.sched_getscheduler(tid) for tid in target.tids} == {os.SCHED_OTHER}
