@@ -11,20 +11,20 @@ Documentation/admin-guide/mm/pagemap.rst.
 from libc.errno cimport ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 
+from snapengine.arming cimport register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
 from snapengine.events cimport forget_all
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
-    UFFDIO_REGISTER_MODE_WP,
 )
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register
+from snapengine.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -221,11 +221,8 @@ cdef class DirtyLog:
         for i in range(capture.n_regions):
             region = &capture.regions[i]
             with nogil:
-                err = uffd_register(capture.uffds[0], region.track_start,
-                                    region.track_end - region.track_start, UFFDIO_REGISTER_MODE_WP)
-                if err:
-                    capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
-                else:
+                err = register_region(capture, region)
+                if not err:
                     capture.n_registered = i + 1
                 if not err and region.shared and not region.sparse:
                     # Pages of the file that the target has not mapped get markers.

@@ -70,13 +70,15 @@ cdef class Session:
         As in `snapengine.Options`, none of them 0.
     rounds:
         Keep what dirty logging needs to count duplicates.
+    attached:
+        The target does not cooperate: regions may be unmapped or replaced before they are protected.
 
     Raises MemoryError, ValueError or OSError.
     """
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
-                 bint rounds=False, bint use_scan=True, bint early=False, uint64_t arm_piece=0):
+                 bint rounds=False, bint attached=False, bint use_scan=True, bint early=False, uint64_t arm_piece=0):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:
@@ -126,6 +128,11 @@ cdef class Session:
         self._make_lanes()
         capture.pagemap = os.open(f"/proc/{pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self.owned_fds.append(capture.pagemap)
+        capture.attached = attached
+        capture.mem = -1
+        if pid:
+            capture.mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self.owned_fds.append(capture.mem)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
         capture.spare_fd = os.dup(capture.stop_event)

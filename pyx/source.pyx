@@ -167,6 +167,18 @@ cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_
             return got if got >= 0 else -errno
 
 
+cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """A page that process_vm_readv refuses: PROT_NONE, which /proc/PID/mem reads; or not mapped any more."""
+    cdef char *dst = lane.slot.data + lane.slot.used
+    if capture.mem < 0 or pread(capture.mem, dst, PAGE, <long>page_addr(region, page)) != <ssize_t>PAGE:
+        put_pages(capture, lane, page, 1, SNAP_LOST)
+    elif page_nonzero(dst):
+        lane.slot.used += PAGE
+        put_pages(capture, lane, page, 1, SNAP_DATA)
+    else:
+        put_pages(capture, lane, page, 1, SNAP_ZERO)
+
+
 cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                          uint64_t n) noexcept nogil:
     cdef char *base = lane.slot.data + lane.slot.used
@@ -190,8 +202,8 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
         else:
             put_pages(capture, lane, page + i, 1, SNAP_ZERO)
     lane.slot.used += dst - base
-    if got < n:                     # not mapped there any more
-        put_pages(capture, lane, page + got, 1, SNAP_LOST)
+    if got < n:
+        _one_unreadable(capture, lane, region, page + got)
         if got + 1 < n:
             return _from_elsewhere(capture, lane, region, page + got + 1, n - got - 1)
     return 0

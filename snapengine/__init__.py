@@ -35,6 +35,7 @@ from snapengine.errors import (
 from snapengine.image import Image, open_image
 from snapengine.options import Options
 from snapengine.peer import PeerTarget
+from snapengine.process import ProcessTarget
 from snapengine.result import Result
 from snapengine.targets import BufferTarget, Region, Target
 
@@ -53,6 +54,7 @@ __all__ = [
     "LostPagesError",
     "Options",
     "PeerTarget",
+    "ProcessTarget",
     "Progress",
     "Region",
     "RegisterError",

@@ -1,8 +1,10 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.session cimport capture_t, lane_t
+from snapengine.session cimport capture_t, lane_t, region_t
 
 # Register and protect everything, fix T, note what is populated. 0, or 1: the capture has failed.
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil
 # Another walker's part of it: protect pieces until none is left.
 cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil
+# UFFDIO_REGISTER for one region, as the method wants it. 0, or an errno: the capture has failed.
+cdef int register_region(capture_t *capture, region_t *region) noexcept nogil

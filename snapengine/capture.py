@@ -20,21 +20,16 @@ from typing import Any, ClassVar
 
 from snapengine.dirtylog import DirtyLog
 from snapengine.encoder import Encoder
-from snapengine.errors import (
-    AlreadyTrackedError,
-    CaptureCancelled,
-    RegisterError,
-    SnapengineError,
-    TargetGoneError,
-    UffdError,
-    UnsupportedError,
-)
-from snapengine.maps import covering, has_ended, read_maps
+from snapengine.errors import CaptureCancelled, LostPagesError, UnsupportedError
+from snapengine.failures import explain
+from snapengine.frozen import write_frozen
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.plan import Plan
+from snapengine.processrecord import not_captured_object
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.session import Session
 from snapengine.sinks import Sink, open_sink
+from snapengine.tally import Extra, figures
 from snapengine.targets import BufferTarget, Region, Target
 from snapengine.tracker import Tracker
 from snapengine.uffd import FEATURES, Uffd, supported_features
@@ -129,6 +124,9 @@ class Capture:
         self._ended = 0
         self._opened = False
         self._pidfd = -1
+        self._attached = False
+        self._frozen: list[tuple[Region, int]] = []  # regions that the engine does not see, first pages
+        self._extra = Extra()
         self._warnings: list[str] = []
 
     # -- what callers use --
@@ -245,32 +243,37 @@ class Capture:
         wanted = _wanted_features(options.method)
         pid, fd, regions = self._target.open(wanted)
         self._opened = True
+        self._attached = getattr(self._target, "attached", False)
         self._began = time.monotonic_ns()  # without the wait for a peer
         if not tracking and not self._target.can_pause:
             raise ValueError("dirty logging needs a target that can pause: give pause and resume")
+        shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
+        if not (shared and tracking):
+            wanted &= ~FEATURES["EVENT_FORK"]
         if fd < 0:
-            shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
-            if not (shared and tracking):
-                wanted &= ~FEATURES["EVENT_FORK"]
             self._uffd = Uffd(wanted)
+        elif self._attached:
+            self._uffd = Uffd(wanted, fd)
+            self._pidfd = os.pidfd_open(pid)
         else:
             required = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
             self._uffd = Uffd(required, fd)
             self._pidfd = os.pidfd_open(pid)
         self._note_pins(pid)
-        self._plan = Plan(regions, pid, self._uffd.features)
+        self._plan = Plan(regions, pid, self._uffd.features, attached=self._attached)
         self._session = Session(
             self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
             encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
-            spill_dir=options.spill_dir, rounds=not tracking,
+            spill_dir=options.spill_dir, rounds=not tracking, attached=self._attached,
             **self._session_extra,
         )  # fmt: skip
         self._uffd.detach()  # the session closes it
         if not tracking and not self._session.has_scan:
             raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
         self._writer = Writer(self._sink, rate_limit=options.rate_limit)
-        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions])
+        self._frozen = self._plan.place(getattr(self._target, "frozen_regions", []))
+        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions] + self._frozen)
         self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
         for number in range(encoders):
             thread = threading.Thread(
@@ -311,10 +314,12 @@ class Capture:
         finally:
             if paused:
                 self._target.resume()
-                self._stop_ns = time.monotonic_ns() - stopped
+                self._stop_ns = getattr(self._target, "stop_ns", time.monotonic_ns() - stopped)
         if self._session.failure:
             tracker.join()
             self._raise_failure()
+        if self._attached:
+            self._target.armed()
         return tracker
 
     # -- the finisher thread --
@@ -366,51 +371,47 @@ class Capture:
         assert self._sink is not None
         level = self._options.zstd_level
         if status == COMPLETED:
+            self._write_frozen(level)
             for name, blob in self._vmstate.items():
                 self._writer.vmstate(name, blob, level)
-        result = self._figures(status)
+        result = self._make_result(status)
         if status != COMPLETED:
             return result
+        if self._options.strict and result.lost_pages:
+            raise LostPagesError(
+                f"{result.lost_pages} pages were discarded by the target before they were saved (strict)"
+            )
         stats = result.to_json()
         self._writer.finish(stats)
         self._sink.commit()
         return Result(**{**stats, "lost_runs": result.lost_runs})
 
-    def _figures(self, status: str) -> Result:
-        session, writer = self._session, self._writer
-        assert session is not None
-        assert writer is not None
+    def _write_frozen(self, level: int | None) -> None:
+        """What an attached target's `frozen_regions` held at T, and what describes it."""
+        assert self._writer is not None
+        for number, (region, first_page) in enumerate(self._frozen):
+            data = self._target.frozen_bytes(number)
+            write_frozen(self._writer, region, first_page, data, level, self._extra)
+        if self._attached:
+            self._vmstate.update(self._target.record())
+
+    def _make_result(self, status: str) -> Result:
+        assert self._session is not None
+        assert self._writer is not None
         assert self._plan is not None
         assert self._encoder is not None
-        counts = session.counters()
-        data, holes = counts["data"], counts["hole"]
-        final = data
-        zeros = counts["zero"]
-        if self._options.method == DIRTY_LOGGING:
-            final = session.final_pages()
-            zeros = session.total_pages - final - holes
         return Result(
             method=self._options.method,
             status=status,
-            image_bytes=writer.image_bytes,
-            region_bytes=sum(plan.region.length for plan in self._plan.regions),
-            nonzero_bytes=final * 4096,
-            pages_total=session.total_pages,
-            pages_saved=data,
-            zero_pages=zeros,
-            hole_pages=holes,
-            duplicate_pages=data - final,
-            faults=counts["faults"],
-            rounds=session.rounds,
-            arm_ns=session.arm_ns,
+            image_bytes=self._writer.image_bytes,
             stop_ns=self._stop_ns,
             duration_ns=time.monotonic_ns() - self._began,
-            fault_ns=session.fault_ns(),
-            peak_buffer_bytes=session.pool.peak_bytes + self._encoder.scratch_bytes,
-            spilled_bytes=session.pool.spilled_bytes,
-            lost_pages=counts["lost"],
-            lost_runs=session.lost_runs(),
+            peak_buffer_bytes=self._session.pool.peak_bytes + self._encoder.scratch_bytes,
             warnings=self._warnings + self._plan.warnings,
+            cut=getattr(self._target, "cut", ""),
+            injection_ns=getattr(self._target, "injection_ns", 0),
+            not_captured=[not_captured_object(item) for item in getattr(self._target, "not_captured", [])],
+            **figures(self._session, self._plan, self._options.method, self._extra),
         )
 
     # -- failure --
@@ -424,18 +425,8 @@ class Capture:
             raise self._error
         failure = self._session.failure
         if failure is not None:
-            raise self._explain(*failure)
-
-    def _explain(self, err: int, call: str, addr: int) -> SnapengineError:
-        assert self._session is not None
-        assert self._plan is not None
-        # A target that dies gives ESRCH to most calls, but ENOMEM to UFFDIO_REGISTER.
-        pid = self._plan.pid
-        if err == errno.ESRCH or (pid and has_ended(pid)):
-            return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
-        if call == "UFFDIO_REGISTER":
-            return _explain_register(err, addr, self._plan)
-        return UffdError(err, f"{call}: {os.strerror(err)}" + (f" at {addr:#x}" if addr else ""))
+            assert self._plan is not None
+            raise explain(*failure, self._plan)
 
     def _abandon(self, error: BaseException) -> None:
         """start() failed: undo all that it made."""
@@ -477,21 +468,6 @@ def _wanted_features(method: str) -> int:
     else:
         wanted = base | FEATURES["MISSING_SHMEM"] | FEATURES["EVENT_FORK"]
     return wanted & int(supported_features()) | FEATURES["PAGEFAULT_FLAG_WP"]
-
-
-def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:
-    region: Region = next(p.region for p in plan.regions if p.track_start == addr)
-    found = covering(read_maps(plan.pid or "self"), region.addr, region.addr + region.length)
-    where = f"region {region.name!r} in {found[0] if found else hex(region.addr)} cannot be tracked: "
-    if err == errno.EBUSY:
-        return AlreadyTrackedError(err, where + "it is already being tracked by another userfaultfd")
-    if err == errno.EINVAL:
-        why = "the kernel write-protects only anonymous memory and memory files (memfd, /dev/shm, hugetlb)"
-    elif err == errno.EPERM:
-        why = "the mapping is sealed or may not be written"
-    else:
-        why = os.strerror(err)
-    return RegisterError(err, where + why)
 
 
 def _cancel_all() -> None:

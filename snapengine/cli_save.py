@@ -1,4 +1,4 @@
-"""`snapengine save`: one live snapshot of a peer that hands its memory over on a Unix socket."""
+"""`snapengine save`: one live snapshot, of a peer that hands its memory over, or of any process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from snapengine.figures import figures_table
 from snapengine.options import METHODS, Options
 from snapengine.progress import follow
 from snapengine.result import COMPLETED, Result
+from snapengine.selection import ELSEWHERE, parse_regions
+from snapengine.targets import Target
 from snapengine.units import parse_seconds, parse_size
 
 DESCRIPTION = """\
-Save the memory of a running program. The program (a virtual machine monitor, or `snapengine guest`)
-connects to the Unix socket PATH and hands over its memory map and its userfaultfd; it goes on running
-while its pages are saved. The image holds the state at one instant.
+Save the memory of a running program, which goes on running while its pages are saved. The image holds
+the state at one instant. Either the program cooperates (--socket: a virtual machine monitor, or
+`snapengine guest`, connects to the Unix socket PATH and hands over its memory map and its
+userfaultfd), or it knows nothing of it (--pid: any process that this user may trace).
 """
 EPILOG = f"""\
 SINK is where the image goes:
@@ -37,9 +40,14 @@ SINK is where the image goes:
   fd:N             an open file descriptor
   -                standard output; figures and --json then go to stderr
 
+LIST names what to save of a process: all, or some of anon, heap, stack, shared, files and START-END
+(hexadecimal), separated by commas. What is not saved is listed in the result, with the reason.
+
 SIZE is a number of bytes, or has a unit: 64M, 1.5GiB (powers of 1024).
 
 examples:
+  snapengine save --pid 4711 redis.img
+  snapengine save --pid 4711 --cut stop app.img && snapengine export --format core app.img app.core
   snapengine save --socket /run/vm.sock vm.img
   snapengine save --socket /run/vm.sock --compress zstd --json vm.img
   snapengine save --socket /run/vm.sock --vmstate devices=dev.bin 'exec:ssh backup "cat > vm.img"'
@@ -61,7 +69,15 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     size, seconds = argument(parse_size), argument(parse_seconds)
     add = parser.add_argument
     add("sink", metavar="SINK", help="where the image goes (see below)")
-    add("--socket", required=True, metavar="PATH", help="Unix socket to make; the peer connects to it")
+    whom = parser.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--socket", metavar="PATH", help="Unix socket to make; the peer connects to it")
+    whom.add_argument("--pid", type=int, metavar="PID", help="attach to this process")
+    add("--regions", type=argument(parse_regions), metavar="LIST", help="--pid: what to save (default: all)")
+    add("--cut", choices=("soft", "stop"),
+        help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while the "
+        "memory is protected, and saves registers and what cannot be protected")  # fmt: skip
+    add("--strict", action="store_true", default=None,
+        help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
@@ -118,6 +134,16 @@ def exit_code(result: Result) -> int:
     return EXIT_LOST if result.lost_pages else EXIT_OK
 
 
+def missing_text(result: Result) -> str:
+    """One line on the mappings that an image of a process lacks and that no file holds; "" if there are none."""
+    lacking = [item for item in result.not_captured if item["reason"] not in ELSEWHERE]
+    if not lacking:
+        return ""
+    size = sum(item["end"] - item["start"] for item in lacking)
+    reasons = ", ".join(sorted({item["reason"] for item in lacking}))
+    return f"{len(lacking)} mappings ({size >> 10} KiB) are not in the image: {reasons}"
+
+
 def report(result: Result, args: argparse.Namespace) -> None:
     """Print the figures; on stderr where stdout is the image."""
     out: TextIO = sys.stderr if args.sink in ("-", "fd:1") else sys.stdout
@@ -127,16 +153,34 @@ def report(result: Result, args: argparse.Namespace) -> None:
         say("dirty logging did not converge: the writes outrun the sink; there is no image")
     if result.lost_pages:
         say(f"warning: {result.lost_pages} pages were discarded by the target before they were saved")
+    if missing := missing_text(result):
+        say(f"warning: {missing}")
     if args.json:
         print_json(result.to_json(), out)
     elif not args.quiet:
         console(out).print(figures_table(result))
 
 
+def make_target(args: argparse.Namespace, options: Options) -> Target:
+    """The target that --socket or --pid names."""
+    from snapengine.peer import PeerTarget
+    from snapengine.process import ProcessTarget
+
+    if args.pid is not None:
+        if args.cut == "soft" and options.method != METHODS[0]:
+            args.parser.error("--cut soft: dirty logging ends with a stop")
+        regions = args.regions or parse_regions("all")
+        return ProcessTarget(args.pid, regions, cut=args.cut or "soft", method=options.method)
+    if args.regions is not None or args.cut is not None:
+        args.parser.error("--regions and --cut go with --pid")
+    if not args.quiet:
+        say(f"waiting for a peer on {args.socket}")
+    return PeerTarget(args.socket, timeout=args.timeout, method=options.method)
+
+
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine import snapshot
-    from snapengine.peer import PeerTarget
 
     try:
         options = make_options(args)
@@ -146,9 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         args.parser.error("--vmstate: a name is given twice")
     vmstate = read_vmstate(args.vmstate)
-    target = PeerTarget(args.socket, timeout=args.timeout, method=options.method)
-    if not args.quiet:
-        say(f"waiting for a peer on {args.socket}")
+    target = make_target(args, options)
     with snapshot(target, args.sink, options, vmstate=vmstate) as capture:
         follow(capture, args.quiet)
     result = capture.result

@@ -81,6 +81,7 @@ cdef extern from "snapengine/linux_compat.h" nogil:
         uint64_t return_mask
     const unsigned long IOCTL_PAGEMAP_SCAN "PAGEMAP_SCAN"
     const uint64_t PAGE_IS_WRITTEN
+    const uint64_t PAGE_IS_FILE
     const uint64_t PAGE_IS_PRESENT
     const uint64_t PAGE_IS_SWAPPED
     const uint64_t PAGE_IS_PFNZERO

@@ -54,6 +54,10 @@ class Options:
     encoder_threads: int = 0
     """Threads that checksum, compress and write (one at a time); 0: two."""
 
+    strict: bool = False
+    """Fail, and leave no image, if the target discarded memory before it was saved. Otherwise the result
+    lists it (`Result.lost_runs`), and reading it from the image is an error."""
+
     downtime_limit: float = 0.3
     """Dirty logging: the longest pause, in seconds, that the last round may take at the copy rate
     measured so far."""

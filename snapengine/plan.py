@@ -43,8 +43,9 @@ class RegionPlan:
 class Plan:
     """The plans of all regions, and the descriptors and mappings they need. `close` frees those."""
 
-    def __init__(self, regions: list[Region], pid: int, features: int) -> None:
+    def __init__(self, regions: list[Region], pid: int, features: int, *, attached: bool = False) -> None:
         self.pid = pid
+        self.attached = attached
         self.features = features
         self.regions: list[RegionPlan] = []
         self.warnings: list[str] = []
@@ -68,6 +69,16 @@ class Plan:
             self.close()
             raise
 
+    def place(self, regions: list[Region]) -> list[tuple[Region, int]]:
+        """Page numbers for regions that the engine does not see: behind all others."""
+        last = self.regions[-1]
+        after = last.first_page + last.pages
+        placed = []
+        for region in regions:
+            placed.append((region, after))
+            after += -(-region.length // PAGE_BYTES)
+        return placed
+
     def close(self) -> None:
         """Close what was opened. Only after the capture's threads have ended. Idempotent."""
         for fd in self._fds:
@@ -86,6 +97,8 @@ class Plan:
 
     def _plan(self, region: Region, mappings: list[Mapping], after: int) -> RegionPlan:
         covered = covering(mappings, region.addr, region.addr + region.length)
+        if not covered and self.attached:
+            covered = self._what_is_left(mappings, region)
         if not covered:
             raise RegisterError(
                 errno.ENOMEM,
@@ -111,6 +124,14 @@ class Plan:
         self._how_to_read(plan, covered)
         self._need(plan)
         return plan
+
+    def _what_is_left(self, mappings: list[Mapping], region: Region) -> list[Mapping]:
+        """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
+        end = region.addr + region.length
+        left = [m for m in mappings if m.start < end and m.end > region.addr]
+        like = {"anon": "anonymous"}.get(region.kind, "memory file")
+        same = [m for m in left if m.backing == like]
+        return same or [Mapping(region.addr, end, "rw-p", 0, "00:00", 0, "")]
 
     def _how_to_read(self, plan: RegionPlan, covered: list[Mapping]) -> None:
         region = plan.region
@@ -148,6 +169,8 @@ class Plan:
             plan.presence = "all" if self.pid or _swap_in_use() else "mincore"
             plan.reading = "process" if self.pid else "memory"
         plan.file, plan.file_offset = file, offset
+        # Shared memory that the target unmaps goes on in its file, where others may write it unseen.
+        plan.check = self.attached and not plan.sparse
         if self.pid and plan.presence == "seek":
             plan.source = self._map(plan)
             plan.reading = "memory"

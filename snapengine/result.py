@@ -51,6 +51,15 @@ class Result:
     before it was saved. Reading it from the image raises `LostPagesError`."""
     warnings: list[str] = field(default_factory=list)
 
+    cut: str = ""
+    """Of an attached process: ``"soft"`` (no thread stopped while its memory was protected; registers are
+    not part of the image) or ``"stop"`` (all of them stood)."""
+    injection_ns: int = 0
+    """Of an attached process: how long one thread stood before the capture, to open the userfaultfd."""
+    not_captured: list[dict[str, Any]] = field(default_factory=list)
+    """Mappings of an attached process that are not in the image: ``start``, ``end``, ``perms``, ``path`` and
+    ``reason``."""
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, keys in the order of the fields."""
         return asdict(self)

@@ -80,7 +80,9 @@ cdef struct capture_t:
     pool_t *pool
     int pid                         # 0: this process
     int pidfd
+    bint attached                   # the target knows nothing of us: its mappings may change at any time
     int pagemap
+    int mem                         # /proc/PID/mem, for pages that process_vm_readv may not read; or -1
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t features
     int n_fault_lanes

@@ -1,0 +1,249 @@
+"""ProcessTarget: any running process, without its cooperation.
+
+One thread is stopped for a fraction of a millisecond and made to open a userfaultfd, which is taken out
+and closed there at once (`snapengine.inject`). Everything else is done from outside.
+
+Two cuts. *Soft*: the threads run on while their memory is protected. No fault is served before the
+last protect call has returned, so a write that is in the image was complete before T, and so was all
+that happened before it: the image is causally consistent, though at no instant did all threads stand
+still. *Stop*: all threads stand while the memory is protected; registers, and what the kernel cannot
+write-protect, are captured then, so the image makes a real core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+
+from snapengine import attach
+from snapengine.errors import AttachError, TargetGoneError
+from snapengine.freezer import Freezer
+from snapengine.inject import inject_userfaultfd
+from snapengine.maps import Mapping, read_maps
+from snapengine.options import METHODS, WRITE_TRACKING
+from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
+from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
+from snapengine.selection import Selection, Selector, parse_regions, select
+from snapengine.targets import PAGE_BYTES, Region
+
+APPEARED = "mapped while the snapshot began"
+
+
+class ProcessTarget:
+    """A running process, by its id.
+
+    Parameters
+    ----------
+    pid:
+        The process.
+    regions:
+        What to capture: ``"all"``, or a list of ``anon``, ``heap``, ``stack``, ``shared``, ``files`` and hexadecimal
+        ``START-END``, separated by commas.
+    cut:
+        ``"soft"`` or ``"stop"``. Dirty logging always stops all threads, at the end.
+    method:
+        As in `Options`; a capture with another method refuses the target.
+    deadline:
+        Seconds that a thread may take to stop (it may be in an uninterruptible wait) before all is undone.
+
+    Raises (when the capture opens it)
+    ----------------------------------
+    AttachError
+        No such process, a kernel thread, a 32-bit or a traced process, no permission, seccomp; the text says.
+    TargetGoneError
+        The process ended.
+    """
+
+    attached = True
+
+    def __init__(
+        self,
+        pid: int,
+        regions: str | Selector = "all",
+        *,
+        cut: Cut = "soft",
+        method: str = WRITE_TRACKING,
+        deadline: float = 1.0,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method: {method!r} is none of {', '.join(METHODS)}")
+        if cut not in ("soft", "stop"):
+            raise ValueError(f"cut: {cut!r} is none of soft, stop")
+        self.pid = int(pid)
+        self.method = method
+        self.cut: Cut = "stop" if method != WRITE_TRACKING else cut
+        self.can_pause = self.cut == "stop"
+        self.injection_ns = 0
+        """How long the one thread stood for the injection, in nanoseconds."""
+        self.not_captured: list[NotCaptured] = []
+        self.frozen_regions: list[Region] = []
+        """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
+        self._selector = parse_regions(regions) if isinstance(regions, str) else regions
+        self._deadline = deadline
+        self._freezer: Freezer | None = None
+        self._frozen: list[bytes | None] = []
+        self._tracked: list[Region] = []
+        self._mappings: list[Mapping] = []
+        self._record: ProcessRecord | None = None
+
+    # -- what a capture calls --
+
+    def open(self, features: int) -> tuple[int, int, list[Region]]:
+        """Attach. The descriptor is not negotiated yet."""
+        attach.check(self.pid)
+        injected = inject_userfaultfd(self.pid, deadline=self._deadline)
+        self.injection_ns = injected.stop_ns
+        try:
+            # Write tracking with a stop: the threads stand from here on, so no mapping can come or go between
+            # this list and T. Otherwise what comes is noted, and what goes is found lost.
+            if self.cut == "stop" and self.method == WRITE_TRACKING:
+                self._freeze()
+            selection = self._select()
+            self._tracked = selection.tracked
+            self.frozen_regions = selection.frozen
+            self.not_captured = selection.not_captured
+            if not self._tracked:
+                raise AttachError(22, f"process {self.pid}: no memory that can be tracked is selected")
+            self._copy_frozen()
+        except BaseException:
+            os.close(injected.fd)
+            self._thaw()
+            raise
+        return self.pid, injected.fd, self._tracked
+
+    def pause(self) -> None:
+        """Stop all threads, unless they stand already."""
+        if self._freezer is None:
+            self._freeze()
+            self._copy_frozen()
+
+    def vmstate(self) -> dict[str, bytes]:
+        """Nothing yet: see `record`. Dirty logging notes the process here, at T."""
+        if self.method != WRITE_TRACKING:
+            self._note(self._read_maps())
+        return {}
+
+    def resume(self) -> None:
+        """Let the threads go on."""
+        self._thaw()
+
+    def armed(self) -> None:
+        """T is fixed, and the threads run. A soft cut notes the mappings now; a stop cut has them."""
+        self._note(self._mappings if self.cut == "stop" else self._read_maps())
+
+    def record(self) -> dict[str, bytes]:
+        """The blobs that describe the process at T (FORMAT.md, "Blobs of an attached process")."""
+        assert self._record is not None
+        threads = self._freezer.threads() if self._freezer is not None else []
+        record = dataclasses.replace(self._record, threads=threads, not_captured=self.not_captured)
+        return record.to_vmstate()
+
+    def frozen_bytes(self, number: int) -> bytes | None:
+        """The bytes of `frozen_regions[number]` at T; None if they could not be read."""
+        return self._frozen[number]
+
+    @property
+    def stop_ns(self) -> int:
+        """How long all threads stood, in nanoseconds; 0: they never did."""
+        return self._freezer.stop_ns if self._freezer is not None else 0
+
+    def close(self, status: str) -> None:
+        """Let the threads go, if they stand. Idempotent."""
+        self._thaw()
+
+    # -- parts --
+
+    def _freeze(self) -> None:
+        self._freezer = Freezer(self.pid, deadline=self._deadline)
+        self._freezer.stop()
+
+    def _thaw(self) -> None:
+        if self._freezer is not None and self._freezer.frozen:
+            self._freezer.resume()
+
+    def _select(self) -> Selection:
+        mappings = self._mappings = self._read_maps()
+        changed = own_pages(self.pid, mappings) if self.cut == "stop" else []
+        return select(self.pid, mappings, self._selector, stop=self.cut == "stop", own_pages=changed)
+
+    def _read_maps(self) -> list[Mapping]:
+        try:
+            mappings = read_maps(self.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            mappings = []
+        if not mappings:
+            raise TargetGoneError(3, f"process {self.pid} has ended")
+        return mappings
+
+    def _copy_frozen(self) -> None:
+        self._frozen = [None] * len(self.frozen_regions)
+        if not self.frozen_regions:
+            return
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            for number, region in enumerate(self.frozen_regions):
+                try:
+                    data = os.pread(memory.fileno(), region.length, region.addr)
+                except OSError:
+                    continue  # stays None, and is reported as not captured
+                self._frozen[number] = data if len(data) == region.length else None
+
+    def _note(self, mappings: list[Mapping]) -> None:
+        self._record = dataclasses.replace(read_process(self.pid, self.cut), mappings=mappings)
+        known = [(region.addr, region.addr + region.length) for region in self._tracked + self.frozen_regions]
+        known += [(item.start, item.end) for item in self.not_captured]
+        new = appeared(self._record.mappings, known)
+        for mapping in new:
+            self.not_captured.append(
+                NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, APPEARED)
+            )
+        for region, data in zip(self.frozen_regions, self._frozen, strict=True):
+            if data is None:
+                item = NotCaptured(region.addr, region.addr + region.length, "---p", region.name, "not readable")
+                self.not_captured.append(item)
+
+
+def own_pages(pid: int, mappings: Iterable[Mapping]) -> list[Mapping]:
+    """The read-only private mappings of files that hold pages of their own (relocated data: RELRO).
+
+    Raises OSError. Without PAGEMAP_SCAN (Linux 6.7): those that a linker makes writable first, which
+    cannot be told from others, so all small ones.
+    """
+    asked = [m for m in mappings if not m.shared and m.backing == "file" and "w" not in m.perms]
+    if not has_pagemap_scan():
+        return [m for m in asked if "x" not in m.perms and m.end - m.start <= 1 << 20]
+    present, swapped, file = CATEGORIES["PRESENT"], CATEGORIES["SWAPPED"], CATEGORIES["FILE"]
+    found = []
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for mapping in asked:
+            pages = scan(pagemap.fileno(), mapping.start, mapping.end, anyof=present | swapped,
+                         returned=present | swapped | file)  # fmt: skip
+            if any(not categories & file for _, _, categories in pages):
+                found.append(mapping)
+    return found
+
+
+def appeared(mappings: Iterable[Mapping], known: list[tuple[int, int]]) -> list[Mapping]:
+    """The parts of `mappings` that lie in none of the ranges `known`."""
+    found = []
+    ranges = sorted(known)
+    at = 0
+    for mapping in mappings:
+        start = mapping.start
+        while at < len(ranges) and ranges[at][1] <= start:
+            at += 1
+        number = at
+        while start < mapping.end:
+            if number == len(ranges) or ranges[number][0] >= mapping.end:
+                found.append(dataclasses.replace(mapping, start=start))
+                break
+            if ranges[number][0] > start:
+                found.append(dataclasses.replace(mapping, start=start, end=ranges[number][0]))
+            start = max(start, ranges[number][1])
+            number += 1
+    return found
+
+
+def size_bound(regions: Iterable[Region]) -> int:
+    """Bytes that the regions' pages take at most."""
+    return sum(-(-region.length // PAGE_BYTES) * PAGE_BYTES for region in regions)

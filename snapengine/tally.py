@@ -1,0 +1,49 @@
+"""From the engine's counters to the figures of a capture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from snapengine.options import DIRTY_LOGGING
+from snapengine.plan import Plan
+from snapengine.session import Session
+
+
+@dataclass(slots=True)
+class Extra:
+    """Memory that was copied beside the engine: pages by what they hold."""
+
+    bytes: int = 0
+    data: int = 0
+    zero: int = 0
+    lost: int = 0
+
+
+def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str, Any]:
+    """The fields of `Result` that the engine knows."""
+    counts = session.counters()
+    data, holes = counts["data"] + extra.data, counts["hole"]
+    total = session.total_pages + extra.data + extra.zero + extra.lost
+    final = data
+    zeros = counts["zero"] + extra.zero
+    lost = counts["lost"] + extra.lost
+    if method == DIRTY_LOGGING:
+        final = session.final_pages() + extra.data
+        zeros = total - final - holes - lost
+    return {
+        "region_bytes": sum(plan.region.length for plan in plan.regions) + extra.bytes,
+        "nonzero_bytes": final * 4096,
+        "pages_total": total,
+        "pages_saved": data,
+        "zero_pages": zeros,
+        "hole_pages": holes,
+        "duplicate_pages": data - final,
+        "faults": counts["faults"],
+        "rounds": session.rounds,
+        "arm_ns": session.arm_ns,
+        "fault_ns": session.fault_ns(),
+        "spilled_bytes": session.pool.spilled_bytes,
+        "lost_pages": lost,
+        "lost_runs": session.lost_runs(),
+    }
