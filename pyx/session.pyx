@@ -78,7 +78,8 @@ cdef class Session:
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
-                 bint rounds=False, bint attached=False, bint use_scan=True, bint early=False, uint64_t arm_piece=0):
+                 bint rounds=False, bint attached=False,
+                 bint use_scan=True, bint early=False, uint64_t arm_piece=0):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:

@@ -30,7 +30,7 @@ from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.session import Session
 from snapengine.sinks import Sink, open_sink
 from snapengine.tally import Extra, figures
-from snapengine.targets import BufferTarget, Region, Target
+from snapengine.targets import AttachedTarget, BufferTarget, Region, Target
 from snapengine.tracker import Tracker
 from snapengine.uffd import FEATURES, Uffd, supported_features
 from snapengine.writer import Writer
@@ -124,7 +124,7 @@ class Capture:
         self._ended = 0
         self._opened = False
         self._pidfd = -1
-        self._attached = False
+        self._attached: AttachedTarget | None = None
         self._frozen: list[tuple[Region, int]] = []  # regions that the engine does not see, first pages
         self._extra = Extra()
         self._warnings: list[str] = []
@@ -243,7 +243,8 @@ class Capture:
         wanted = _wanted_features(options.method)
         pid, fd, regions = self._target.open(wanted)
         self._opened = True
-        self._attached = getattr(self._target, "attached", False)
+        if isinstance(self._target, AttachedTarget):
+            self._attached = self._target
         self._began = time.monotonic_ns()  # without the wait for a peer
         if not tracking and not self._target.can_pause:
             raise ValueError("dirty logging needs a target that can pause: give pause and resume")
@@ -260,19 +261,20 @@ class Capture:
             self._uffd = Uffd(required, fd)
             self._pidfd = os.pidfd_open(pid)
         self._note_pins(pid)
-        self._plan = Plan(regions, pid, self._uffd.features, attached=self._attached)
+        self._plan = Plan(regions, pid, self._uffd.features, attached=bool(self._attached))
         self._session = Session(
             self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
             encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
-            spill_dir=options.spill_dir, rounds=not tracking, attached=self._attached,
+            spill_dir=options.spill_dir, rounds=not tracking, attached=bool(self._attached),
             **self._session_extra,
         )  # fmt: skip
         self._uffd.detach()  # the session closes it
         if not tracking and not self._session.has_scan:
             raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
         self._writer = Writer(self._sink, rate_limit=options.rate_limit)
-        self._frozen = self._plan.place(getattr(self._target, "frozen_regions", []))
+        if self._attached:
+            self._frozen = self._plan.place(self._attached.frozen_regions)
         self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions] + self._frozen)
         self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
         for number in range(encoders):
@@ -314,12 +316,13 @@ class Capture:
         finally:
             if paused:
                 self._target.resume()
-                self._stop_ns = getattr(self._target, "stop_ns", time.monotonic_ns() - stopped)
+                self._stop_ns = time.monotonic_ns() - stopped
         if self._session.failure:
             tracker.join()
             self._raise_failure()
         if self._attached:
-            self._target.armed()
+            self._attached.armed()
+            self._stop_ns = self._attached.stop_ns
         return tracker
 
     # -- the finisher thread --
@@ -389,11 +392,12 @@ class Capture:
     def _write_frozen(self, level: int | None) -> None:
         """What an attached target's `frozen_regions` held at T, and what describes it."""
         assert self._writer is not None
+        if self._attached is None:
+            return
         for number, (region, first_page) in enumerate(self._frozen):
-            data = self._target.frozen_bytes(number)
+            data = self._attached.frozen_bytes(number)
             write_frozen(self._writer, region, first_page, data, level, self._extra)
-        if self._attached:
-            self._vmstate.update(self._target.record())
+        self._vmstate.update(self._attached.record())
 
     def _make_result(self, status: str) -> Result:
         assert self._session is not None
@@ -408,11 +412,16 @@ class Capture:
             duration_ns=time.monotonic_ns() - self._began,
             peak_buffer_bytes=self._session.pool.peak_bytes + self._encoder.scratch_bytes,
             warnings=self._warnings + self._plan.warnings,
-            cut=getattr(self._target, "cut", ""),
-            injection_ns=getattr(self._target, "injection_ns", 0),
-            not_captured=[not_captured_object(item) for item in getattr(self._target, "not_captured", [])],
+            **self._about_attached(),
             **figures(self._session, self._plan, self._options.method, self._extra),
         )
+
+    def _about_attached(self) -> dict[str, Any]:
+        target = self._attached
+        if target is None:
+            return {}
+        left_out = [not_captured_object(item) for item in target.not_captured]
+        return {"cut": target.cut, "injection_ns": target.injection_ns, "not_captured": left_out}
 
     # -- failure --
 

@@ -55,8 +55,6 @@ class ProcessTarget:
         The process ended.
     """
 
-    attached = True
-
     def __init__(
         self,
         pid: int,
@@ -164,7 +162,7 @@ class ProcessTarget:
 
     def _select(self) -> Selection:
         mappings = self._mappings = self._read_maps()
-        changed = own_pages(self.pid, mappings) if self.cut == "stop" else []
+        changed = own_pages(self.pid, mappings)
         return select(self.pid, mappings, self._selector, stop=self.cut == "stop", own_pages=changed)
 
     def _read_maps(self) -> list[Mapping]:
@@ -197,10 +195,20 @@ class ProcessTarget:
             self.not_captured.append(
                 NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, APPEARED)
             )
+        if self.cut == "soft":
+            self._distrust_changed(mappings)
         for region, data in zip(self.frozen_regions, self._frozen, strict=True):
             if data is None:
                 item = NotCaptured(region.addr, region.addr + region.length, "---p", region.name, "not readable")
                 self.not_captured.append(item)
+
+
+    def _distrust_changed(self, mappings: list[Mapping]) -> None:
+        """A soft cut copies only what is not writable: one that has become so may have been written."""
+        same = {(mapping.start, mapping.end): mapping.perms for mapping in mappings}
+        for number, region in enumerate(self.frozen_regions):
+            if "w" in same.get((region.addr, region.addr + region.length), "w"):
+                self._frozen[number] = None
 
 
 def own_pages(pid: int, mappings: Iterable[Mapping]) -> list[Mapping]:

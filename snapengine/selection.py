@@ -125,7 +125,7 @@ def select(
 ) -> Selection:
     """Sort the mappings of process `pid`.
 
-    ``stop``: the process will stand still for a copy. ``own_pages``: read-only private mappings of files
+    ``stop``: the process will stand still for a copy (what cannot change is copied without). ``own_pages``: read-only private mappings of files
     that hold pages that differ from the file (relocated data).
     """
     found = Selection()
@@ -184,7 +184,8 @@ def _sort_file(found: Selection, mapping: Mapping, selector: Selector, stop: boo
         found.leave_out(mapping, UNCHANGED)
     elif not selector.wants(mapping, "files"):
         found.leave_out(mapping, NOT_SELECTED)
-    elif stop:
+    elif stop or "w" not in mapping.perms:
+        # Relocated data that is read-only by now can be copied at any time.
         found.freeze(mapping, os.path.basename(mapping.path).split(" ")[0], NEEDS_STOP)
     else:
         found.leave_out(mapping, NEEDS_STOP)

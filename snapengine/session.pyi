@@ -13,8 +13,10 @@ class Session:
         memory_limit: int,
         fault_threads: int,
         encoders: int,
+        walkers: int = 1,
         spill_dir: str | None = None,
         rounds: bool = False,
+        attached: bool = False,
         use_scan: bool = True,
         early: bool = False,
         arm_piece: int = 0,
@@ -23,6 +25,8 @@ class Session:
     def pool(self) -> Pool: ...
     @property
     def fault_lanes(self) -> int: ...
+    @property
+    def walkers(self) -> int: ...
     def fail(self, err: int, call: bytes = b"cancelled") -> None: ...
     @property
     def failure(self) -> tuple[int, str, int] | None: ...

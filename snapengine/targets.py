@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from snapengine.maps import covering, page_size_of, read_maps
+
+if TYPE_CHECKING:
+    from snapengine.processrecord import NotCaptured
 
 PAGE_BYTES = 4096
 KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
@@ -60,6 +63,33 @@ class Target(Protocol):
 
     def close(self, status: str) -> None:
         """The capture is over: ``"completed"``, ``"not-converged"``, ``"cancelled"`` or ``"failed"``."""
+
+
+@runtime_checkable
+class AttachedTarget(Target, Protocol):
+    """A target that knows nothing of us: what is left to ask of it, since it cannot say it itself.
+
+    ``cut``, ``injection_ns``, ``stop_ns`` and ``not_captured`` are as in `Result`. ``frozen_regions`` are copied while
+    the target stands, beside the engine.
+    """
+
+    cut: str
+    injection_ns: int
+    not_captured: list[NotCaptured]
+    frozen_regions: list[Region]
+
+    @property
+    def stop_ns(self) -> int:
+        """How long all threads stood."""
+
+    def armed(self) -> None:
+        """T is fixed, and the target runs. Write tracking only."""
+
+    def record(self) -> dict[str, bytes]:
+        """Blobs that describe the target at T; asked for when all pages are saved."""
+
+    def frozen_bytes(self, number: int) -> bytes | None:
+        """What ``frozen_regions[number]`` held at T; None if it could not be read."""
 
 
 class BufferTarget:

@@ -1,0 +1,212 @@
+"""`snapengine doctor --pid`: what a capture of a process would hold, mapping by mapping, before it is made.
+
+Reads /proc only; stops nobody. The process runs on, so all of it is a moment old.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snapengine import attach
+from snapengine.maps import Mapping, read_maps
+from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
+from snapengine.process import own_pages
+from snapengine.selection import Selection, Selector, select
+from snapengine.targets import PAGE_BYTES, Region
+from snapengine.uffd import FEATURES, MODE_WP, Uffd
+from snapengine.units import format_size
+
+HUGE_BYTES = 2 << 20
+SAMPLE_BYTES = 16 << 20
+INJECTION_NS = 200_000
+"""Medians of one-thread injections lie at 0.1 to 0.3 ms (bench/NOTES.md)."""
+THREAD_NS = 15_000  # stopping one more thread and letting it go
+PREPARE_NS = 10_000_000  # of a stop cut: the mappings are listed, and the capture made ready, in the stop
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One mapping. ``soft`` and ``stop``: what each cut does: "tracked", "copied", or "no". Sizes are bytes."""
+
+    start: int
+    end: int
+    perms: str
+    path: str
+    populated: int
+    huge: int
+    soft: str
+    stop: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """The answer. ``bound_bytes``: the image is no larger than that, uncompressed, whatever is written
+    meanwhile (write tracking). Times are estimates, in nanoseconds."""
+
+    pid: int
+    name: str
+    threads: int
+    rows: list[Row]
+    bound_bytes: int
+    injection_ns: int
+    arm_ns: int
+    stop_ns: int
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        return asdict(self)
+
+
+def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
+    """Look at a process. Raises `AttachError` where it cannot be attached to, `TargetGoneError`, OSError."""
+    info = attach.check(pid)
+    selector = selector or Selector()
+    mappings = read_maps(pid)
+    changed = own_pages(pid, mappings)
+    soft = select(pid, mappings, selector, stop=False, own_pages=changed)
+    stop = select(pid, mappings, selector, stop=True, own_pages=changed)
+    rows = [_row(pid, mapping, soft, stop) for mapping in mappings]
+    tracked = [row for row in rows if row.soft == "tracked" or row.stop == "tracked"]
+    small = sum(row.populated - row.huge for row in tracked)
+    arm = round(small / PAGE_BYTES * protect_ns())
+    data = sum(row.populated for row in tracked) + stop.frozen_bytes
+    return Preflight(
+        pid=pid,
+        name=info.name,
+        threads=info.threads,
+        rows=rows,
+        bound_bytes=data + data // 200 + 65536,
+        injection_ns=INJECTION_NS,
+        arm_ns=arm,
+        stop_ns=PREPARE_NS + THREAD_NS * info.threads + arm,
+        warnings=_warnings(pid, info, tracked),
+    )
+
+
+def _row(pid: int, mapping: Mapping, soft: Selection, stop: Selection) -> Row:
+    populated, huge = _populated(pid, mapping)
+    fate, reason = _fate(mapping, soft, "copied")
+    return Row(
+        start=mapping.start,
+        end=mapping.end,
+        perms=mapping.perms,
+        path=mapping.path,
+        populated=populated,
+        huge=huge,
+        soft=fate,
+        stop=_fate(mapping, stop, "copied")[0],
+        reason=reason,
+    )
+
+
+def _fate(mapping: Mapping, selection: Selection, frozen: str) -> tuple[str, str]:
+    for item in selection.not_captured:
+        if item.start == mapping.start:
+            return "no", item.reason
+    if any(_holds(region, mapping) for region in selection.frozen):
+        return frozen, ""
+    return "tracked", ""
+
+
+def _holds(region: Region, mapping: Mapping) -> bool:
+    return region.addr <= mapping.start < region.addr + region.length
+
+
+def _populated(pid: int, mapping: Mapping) -> tuple[int, int]:
+    """Bytes that hold something, and how many of them are in huge pages of private memory."""
+    if mapping.shared and mapping.inode:
+        try:
+            held = os.stat(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").st_blocks * 512
+            return min(held, mapping.end - mapping.start), 0
+        except OSError:
+            return mapping.end - mapping.start, 0
+    if mapping.path.startswith("[v") or not has_pagemap_scan():
+        return mapping.end - mapping.start, 0
+    present, swapped, huge = CATEGORIES["PRESENT"], CATEGORIES["SWAPPED"], CATEGORIES["HUGE"]
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        runs = scan(pagemap.fileno(), mapping.start, mapping.end, anyof=present | swapped,
+                    returned=present | swapped | huge)  # fmt: skip
+    return (
+        sum(end - start for start, end, _ in runs),
+        sum(end - start for start, end, categories in runs if categories & huge),
+    )
+
+
+def protect_ns() -> float:
+    """Nanoseconds to protect one page of 4 KiB on this host, measured on 16 MiB of our own."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, SAMPLE_BYTES + HUGE_BYTES, flags=flags) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.write(b"\1" * (SAMPLE_BYTES + HUGE_BYTES))
+        uffd = Uffd(FEATURES["PAGEFAULT_FLAG_WP"])
+        try:
+            addr = _address(memory)
+            uffd.register(addr, SAMPLE_BYTES, MODE_WP)
+            began = time.monotonic_ns()
+            uffd.protect(addr, SAMPLE_BYTES)
+            spent = time.monotonic_ns() - began
+            uffd.unregister(addr, SAMPLE_BYTES)
+        finally:
+            uffd.close()
+    return spent / (SAMPLE_BYTES / PAGE_BYTES)
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[str]:
+    found = []
+    mergeable = attach.mergeable_mappings(pid)
+    if mergeable:
+        found.append(
+            f"KSM may merge pages of {mergeable} mappings, which drops their protection: such pages are lost to "
+            "the image; write 0 to /sys/kernel/mm/ksm/run meanwhile"
+        )
+    if any(row.perms[3] == "s" for row in tracked):
+        found.append(
+            "shared memory: what other processes write to it, or through another mapping, is not seen"
+        )
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+        pinned = [line.split()[1] for line in lines if line.startswith("VmPin:")]
+    if pinned and int(pinned[0]):
+        found.append(f"{pinned[0]} KiB are pinned (io_uring buffers, RDMA): device writes to them are not seen")
+    if info.seccomp:
+        found.append("the process has a seccomp filter, which is suspended for the injection")
+    return found
+
+
+def print_preflight(found: Preflight, console: Console) -> None:
+    """The table and the bounds."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("mapping", "perms", "name", "holds", "soft cut", "stop cut"):
+        table.add_column(title, justify="right" if title == "holds" else "left")
+    for row in found.rows:
+        table.add_row(
+            f"{row.start:x}-{row.end:x}",
+            row.perms,
+            os.path.basename(row.path) if row.path.startswith("/") else row.path or "anonymous",
+            format_size(row.populated),
+            row.soft if row.soft != "no" else f"no: {row.reason}",
+            row.stop,
+        )
+    console.print(table)
+    console.print(f"\nprocess {found.pid} ({found.name}), {found.threads} threads")
+    console.print(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)")
+    console.print(
+        f"soft cut: one thread stands for about {found.injection_ns / 1e6:.1f} ms; protecting takes about "
+        f"{found.arm_ns / 1e6:.1f} ms, in which writers may wait"
+    )
+    console.print(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms")
+    for warning in found.warnings:
+        console.print(f"warning: {warning}")
