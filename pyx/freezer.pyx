@@ -14,13 +14,12 @@ While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of a
 process may take a report away; the stop is then found by asking.
 """
 
-from libc.errno cimport EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT, errno
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.errno cimport EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, calloc, free, realloc
 from libc.string cimport memset
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
 from snapengine.ptrace cimport (
@@ -216,7 +215,6 @@ cdef int _make_room(freezer_t *freezer) noexcept nogil:
 
 cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil:
     cdef int tid = freezer.threads[i].tid
-    cdef int tracer = 0
     if state == ENDED:
         freezer.threads[i].gone = True
     elif state == CLONED:

@@ -201,7 +201,8 @@ cdef int _helper(void *arg) noexcept nogil:
 
 cdef int _run_apart(job_t *job) noexcept nogil:
     cdef size_t room = GUARD_BYTES + STACK_BYTES
-    cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0)
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK
+    cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, flags, -1, 0)
     cdef int err
     if stack == MAP_FAILED:
         return errno

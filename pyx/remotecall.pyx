@@ -46,6 +46,7 @@ cdef enum:
     SWAP_BYTES = 128
 
 cdef uint64_t LOOK_AGAIN_NS = 10000000
+cdef uint64_t FOREVER = <uint64_t>-1
 
 
 cdef stand_t _await(int tid, int request, uint64_t until) noexcept nogil:
@@ -134,7 +135,7 @@ cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns
 
 
 cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
-    cdef uint64_t until = snap_now_ns() + limit_ns
+    cdef uint64_t until = snap_now_ns() + limit_ns if limit_ns else FOREVER
     cdef bint given_up = False
     cdef stand_t state
     cdef int err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)
@@ -148,11 +149,11 @@ cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
             if given_up:
                 return ETIMEDOUT
             err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)     # a group stop on the way
-        elif limit_ns and not given_up:
+        elif not given_up:
             # The freezer of cgroup v2 holds it; it still answers this.
             given_up = True
             err = tracee_interrupt(tid)
-            until = <uint64_t>-1
+            until = FOREVER
     return err
 
 

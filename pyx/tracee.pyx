@@ -93,15 +93,18 @@ cdef stand_t _classify(int tid, int request, int event, int signal, int *born) n
     cdef unsigned long message = 0
     if event == PTRACE_EVENT_STOP:
         return STANDING
+    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
+        return IN_SYSCALL
+    if request == PTRACE_CONT:
+        # Any stop uses up the one that was asked for (kernel/signal.c, ptrace_stop).
+        tracee_interrupt(tid)
     if event == PTRACE_EVENT_CLONE:
         snap_ptrace(PTRACE_GETEVENTMSG, tid, 0, &message)
         born[0] = <int>message
         snap_ptrace(request, tid, 0, NULL)
         return CLONED
-    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
-        return IN_SYSCALL
     # A signal that came before the stop: delivered now, with its siginfo, so none is lost or reordered.
-    # The stop that was asked for follows once its handler's frame is set up.
+    # The stop follows once its handler's frame is set up.
     snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
     return RUNNING
 

@@ -13,8 +13,9 @@ cdef enum stand_t:
 
 cdef int tracee_seize(int tid, int options) noexcept nogil
 cdef int tracee_interrupt(int tid) noexcept nogil
-# What the thread does now; never blocks. A signal that is about to be delivered is delivered (`request`:
-# PTRACE_CONT or PTRACE_SYSCALL), other stops on the way are passed. `born` gets the tid of a new thread.
+# What the thread does now; never blocks. `request` says what is waited for: PTRACE_CONT STANDING, or
+# PTRACE_SYSCALL IN_SYSCALL. Stops on the way there are passed, and their signals delivered. `born` gets the
+# tid of a new thread.
 cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil
 # Make a standing thread go on where it would have, had nobody stopped it. `remasked`: its signal mask was
 # set by PTRACE_SETSIGMASK. Changes `regs` only; 1 if it did.

@@ -21,11 +21,12 @@ READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/tar
 DEADLINE_S = 20
 
 # Of targets/blocking.c: all that a stop could end early.
-CALLS = (
-    "epoll_wait epoll_wait_timeout epoll_pwait epoll_pwait2 recv_timeout read_socket_timeout accept_timeout "
-    "semtimedop sigtimedwait io_getevents io_uring_enter msgrcv nanosleep futex poll pselect pause sigsuspend "
-    "read_pipe read_eventfd"
-).split()
+CALLS = [
+    *("epoll_wait", "epoll_wait_timeout", "epoll_pwait", "epoll_pwait2", "recv_timeout"),
+    *("read_socket_timeout", "accept_timeout", "semtimedop", "sigtimedwait", "io_getevents"),
+    *("io_uring_enter", "msgrcv", "nanosleep", "futex", "poll", "pselect", "pause", "sigsuspend"),
+    *("read_pipe", "read_eventfd"),
+]
 
 
 @functools.cache
