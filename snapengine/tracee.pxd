@@ -23,8 +23,9 @@ cdef bint tracee_settle(int pid, int tid, user_regs_struct *regs, bint remasked)
 cdef int tracee_detach(int tid) noexcept nogil
 # The same without waitpid: for a stop whose report another thread's wait(-1) has taken.
 cdef stand_t tracee_look(int tid, int request, int *born) noexcept nogil
-# Why PTRACE_SEIZE was refused with EPERM, or a thread does not stop: 0 it has ended, is about to, or is a
-# worker of the kernel; EBUSY `tracer` (a thread) traces it; else EPERM.
+# Why PTRACE_SEIZE was refused with EPERM, or a thread does not stop: 0 it has ended or is a worker of the
+# kernel; EAGAIN it is ending, and may yet write its clear_child_tid; EBUSY `tracer` (a thread) traces it;
+# else EPERM.
 cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil
 # The name of a thread, at most 15 bytes; empty if it is gone.
 cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil

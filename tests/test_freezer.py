@@ -78,6 +78,7 @@ def test_everything_stands_still(threads):
 def test_the_registers_are_those_of_the_threads():
     vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
     with Target("compute", 4, *vector) as target:
+        until(lambda: all(target.counters(4)))  # pthread_create blocks signals until a thread runs
         with Freezer(target.pid) as freezer:
             code = [m for m in read_maps(target.pid) if "x" in m.perms]
             tids = target.tids
