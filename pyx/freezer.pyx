@@ -14,13 +14,12 @@ While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of a
 process may take a report away; the stop is then found by asking.
 """
 
-from libc.errno cimport EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT, errno
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.errno cimport EAGAIN, EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, calloc, free, realloc
 from libc.string cimport memset
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from posix.types cimport pid_t
 from posix.unistd cimport getpid
 
 from snapengine.ptrace cimport (
@@ -102,7 +101,6 @@ cdef struct freezer_t:
     uint64_t frozen_ns              # from then until the last thread was let go
     int err
     int at_tid                      # the thread that `err` is about
-    int tracer
     # Under `lock`.
     pthread_mutex_t lock
     pthread_cond_t changed
@@ -138,7 +136,7 @@ cdef int _add(freezer_t *freezer, int tid) noexcept nogil:
 
 
 cdef int _seize_one(freezer_t *freezer, int tid) noexcept nogil:
-    """0, EAGAIN-like -1 (refused, look again), or an errno."""
+    """0, or an errno; EPERM and EAGAIN may pass: the thread is ending."""
     cdef int tracer = 0
     cdef int err = tracee_seize(tid, PTRACE_O_TRACECLONE)
     if err == 0:
@@ -151,8 +149,7 @@ cdef int _seize_one(freezer_t *freezer, int tid) noexcept nogil:
     err = tracee_refusal(freezer.pid, tid, &tracer)
     if err == EBUSY and tracer == c_syscall(SYS_gettid):
         return _add(freezer, tid)               # born to a thread that we trace
-    freezer.tracer = tracer
-    return -1 if err == EPERM else err
+    return err
 
 
 cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
@@ -167,7 +164,7 @@ cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
     folder = opendir(path)
     if folder == NULL:
         return ESRCH
-    while worst <= 0:
+    while worst in (0, EPERM, EAGAIN):
         entry = readdir(folder)
         if entry == NULL:
             break
@@ -183,19 +180,20 @@ cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
 
 cdef int _seize_all(freezer_t *freezer) noexcept nogil:
     """Until a whole listing brings nothing new: threads that are seized report what they clone."""
+    cdef uint64_t until = snap_now_ns() + freezer.limit_ns
     cdef bint found = True
     cdef int refused = 0
     cdef int err
     while True:
         err = _seize_new(freezer, &found)
-        if err > 0:
-            return err
         if err == 0 and not found:
             return 0 if freezer.n else ESRCH
-        if err < 0:
-            refused += 1
-            if refused > REFUSALS:
-                return EPERM
+        refused += err == EPERM
+        if err not in (0, EAGAIN, EPERM) or refused > REFUSALS:
+            return err
+        if snap_now_ns() >= until:
+            return ETIMEDOUT
+        if err:
             snap_sleep_ns(POLL_NS)
 
 
@@ -216,7 +214,6 @@ cdef int _make_room(freezer_t *freezer) noexcept nogil:
 
 cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil:
     cdef int tid = freezer.threads[i].tid
-    cdef int tracer = 0
     if state == ENDED:
         freezer.threads[i].gone = True
     elif state == CLONED:
@@ -282,7 +279,7 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
         err = _wait_standing(freezer)
         if err == 0:
             err = _seize_new(freezer, &found)
-        if err < 0:                                     # an exiting thread, or one that was refused before
+        if err in (EAGAIN, EPERM):
             snap_sleep_ns(POLL_NS)
             err = ETIMEDOUT if snap_now_ns() > freezer.from_ns + freezer.limit_ns else 0
             found = True
@@ -409,7 +406,7 @@ cdef class Freezer:
         self.state.pid = self.pid
         self.state.limit_ns = <uint64_t>(max(self.deadline, 0.0) * 1e9)
         self.state.registers = registers
-        self.state.n = self.state.err = self.state.at_tid = self.state.tracer = 0
+        self.state.n = self.state.err = self.state.at_tid = 0
         self.state.thaw = False
         self.state.phase = STOPPING
         err = snap_thread_start(&self.thread, _run, self.state)

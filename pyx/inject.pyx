@@ -14,7 +14,7 @@ The helper allocates nothing, runs no Python and takes no lock: all of its data 
 own stack.
 """
 
-from libc.errno cimport errno
+from libc.errno cimport ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset, strncpy
 from posix.stat cimport mkdir, mknod
@@ -32,7 +32,6 @@ from snapengine.remotecall cimport (
 
 import errno as errno_codes
 import os
-import time
 from collections import namedtuple
 
 from snapengine import attach, injectplan
@@ -66,6 +65,7 @@ cdef enum:
     RED_ZONE_BYTES = 128            # below rsp, used by leaf functions (System V ABI, AMD64)
     STACK_BYTES = 65536
     GUARD_BYTES = 4096
+    MAX_THREADS_TRIED = 8
 
 cdef uint64_t CALL_LIMIT_NS = 2000000000   # until a thread that stands, but does not run, is given up
 
@@ -201,7 +201,8 @@ cdef int _helper(void *arg) noexcept nogil:
 
 cdef int _run_apart(job_t *job) noexcept nogil:
     cdef size_t room = GUARD_BYTES + STACK_BYTES
-    cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0)
+    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK
+    cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, flags, -1, 0)
     cdef int err
     if stack == MAP_FAILED:
         return errno
@@ -248,19 +249,21 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, place, bin
 
 def _stop_and_open(info, places, double deadline, bint repair):
     """Try threads until one stops, and ways until one opens; (fd, ns stopped in all, tid)."""
-    cdef double until = time.monotonic() + deadline
+    cdef double left = deadline             # spent by waiting only: on a busy machine we get our turns late
     stopped_ns = 0
     place = places.pop(0)
     tried = set()
     while True:
         tids = [tid for tid in attach.threads_to_stop(info.pid) if tid not in tried]
-        if not tids:
+        if not tids or len(tried) == MAX_THREADS_TRIED:
             raise injectplan.nobody_stopped(info, tried, deadline)
         tid = tids[0]
         insn = injectplan.syscall_instruction(tid)
         pidfd = injectplan.open_pidfd(info.pid, tid)
         try:
-            seconds = (until - time.monotonic()) / len(tids)
+            # A thread that sleeps uninterruptibly must leave time for others; one that is only waiting
+            # for a CPU, among many, needs much itself.
+            seconds = left if len(tids) == 1 else left / 2
             step, err, fd, stop_ns = _attempt(info, tid, pidfd, insn, seconds, place, repair)
         finally:
             os.close(pidfd)
@@ -269,6 +272,8 @@ def _stop_and_open(info, places, double deadline, bint repair):
             return fd, stopped_ns, tid
         if injectplan.is_for_another_thread(info.pid, tid, step, err):
             tried.add(tid)
+            if err == ETIMEDOUT:
+                left -= seconds
         elif injectplan.is_for_another_place(step, err) and places:
             place = places.pop(0)
         else:
@@ -295,7 +300,8 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, bint _repair=Tr
     Returns
     -------
     Injected: `fd`, ours, close-on-exec and non-blocking, before UFFDIO_API; `stop_ns`, nanoseconds from
-    PTRACE_INTERRUPT to PTRACE_DETACH, of all attempts; `tid`, the thread that was stopped.
+    PTRACE_INTERRUPT to PTRACE_DETACH, of all attempts (so it includes what a thread that shares its CPU
+    waited for its turn, after which it stopped); `tid`, the thread that was stopped.
 
     Raises
     ------

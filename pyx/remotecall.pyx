@@ -17,7 +17,8 @@ from posix.types cimport pid_t
 from snapengine.ptrace cimport (
     PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
     PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS, PTRACE_SETSIGMASK, PTRACE_SYSCALL,
-    snap_await_child, snap_calm_thread, snap_hurry_thread, snap_ptrace, snap_sud_config, user_regs_struct,
+    snap_await_child, snap_calm_thread, snap_favour_thread, snap_hurry_thread, snap_ptrace,
+    snap_sud_config, snap_unfavour_thread, user_regs_struct,
 )
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.tracee cimport (
@@ -45,6 +46,7 @@ cdef enum:
     SWAP_BYTES = 128
 
 cdef uint64_t LOOK_AGAIN_NS = 10000000
+cdef uint64_t FOREVER = <uint64_t>-1
 
 
 cdef stand_t _await(int tid, int request, uint64_t until) noexcept nogil:
@@ -80,45 +82,60 @@ cdef void _quiet_dispatch(remote_t *remote) noexcept nogil:
         snap_ptrace(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(off), &off)
 
 
+cdef int _stand(remote_t *remote, uint64_t limit_ns) noexcept nogil:
+    cdef stand_t state
+    cdef int err, nice
+    remote.stopped_ns = snap_now_ns()
+    err = tracee_interrupt(remote.tid)
+    if err:
+        return err
+    nice = snap_favour_thread(remote.tid)
+    state = _await(remote.tid, PTRACE_CONT, remote.stopped_ns + limit_ns)
+    snap_unfavour_thread(remote.tid, nice)
+    if state == STANDING:
+        return 0
+    return ESRCH if state == ENDED else ETIMEDOUT
+
+
+cdef int _take_over(remote_t *remote, int pidfd, bint repair, step_t *step) noexcept nogil:
+    cdef uint64_t everything = <uint64_t>-1
+    cdef int err = snap_ptrace(PTRACE_GETREGS, remote.tid, 0, &remote.saved)
+    if err:
+        return err
+    if not _is_the_target(remote, pidfd):
+        return ESRCH
+    if remote.saved.cs != USER_CS_64:
+        step[0] = STEP_COMPAT
+        return EOPNOTSUPP
+    if repair:
+        tracee_settle(remote.pid, remote.tid, &remote.saved, True)
+    err = snap_ptrace(PTRACE_GETSIGMASK, remote.tid, sizeof(remote.mask), &remote.mask)
+    if err == 0:
+        err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(everything), &everything)
+    if err == 0:
+        remote.scheduling = snap_hurry_thread(remote.tid)
+        _quiet_dispatch(remote)
+    return err
+
+
 cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns, bint repair,
                      step_t *step) noexcept nogil:
-    cdef uint64_t everything = <uint64_t>-1
-    cdef stand_t state
-    remote.scheduling = -1
     step[0] = STEP_SEIZE
     cdef int err = tracee_seize(remote.tid, options)
     if err:
         return err
     step[0] = STEP_STOP
-    remote.stopped_ns = snap_now_ns()
-    err = tracee_interrupt(remote.tid)
+    err = _stand(remote, limit_ns)
     if err:
         return err
-    state = _await(remote.tid, PTRACE_CONT, remote.stopped_ns + limit_ns)
-    if state != STANDING:
-        return ESRCH if state == ENDED else ETIMEDOUT
-    err = snap_ptrace(PTRACE_GETREGS, remote.tid, 0, &remote.saved)
-    if err == 0 and not _is_the_target(remote, pidfd):
-        err = ESRCH
-    if err == 0 and remote.saved.cs != USER_CS_64:
-        step[0] = STEP_COMPAT
-        err = EOPNOTSUPP
-    if err == 0:
-        if repair:
-            tracee_settle(remote.pid, remote.tid, &remote.saved, True)
-        err = snap_ptrace(PTRACE_GETSIGMASK, remote.tid, sizeof(remote.mask), &remote.mask)
-    if err == 0:
-        remote.scheduling = snap_hurry_thread(remote.tid)
-        _quiet_dispatch(remote)
-        err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(everything), &everything)
+    err = _take_over(remote, pidfd, repair, step)
     if err:
-        snap_calm_thread(remote.tid, remote.scheduling)
         tracee_detach(remote.tid)
     return err
 
 
 cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
-    cdef uint64_t until = snap_now_ns() + limit_ns
+    cdef uint64_t until = snap_now_ns() + limit_ns if limit_ns else FOREVER
     cdef bint given_up = False
     cdef stand_t state
     cdef int err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)
@@ -132,11 +149,11 @@ cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
             if given_up:
                 return ETIMEDOUT
             err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)     # a group stop on the way
-        elif limit_ns and not given_up:
+        elif not given_up:
             # The freezer of cgroup v2 holds it; it still answers this.
             given_up = True
             err = tracee_interrupt(tid)
-            until = <uint64_t>-1
+            until = FOREVER
     return err
 
 

@@ -9,7 +9,7 @@ what ended with ERESTARTSYS and its kin, as long as both registers are as they w
 not put right are `tracee_settle`'s job; its comments say what and why.
 """
 
-from libc.errno cimport EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
+from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf, sscanf
 from libc.stdlib cimport strtoull
@@ -51,8 +51,8 @@ cdef extern from "snapengine/ptrace.h" nogil:
 
 cdef enum:
     STATUS_BYTES = 4096             # /proc/PID/status is about 1500 bytes long
-    # include/linux/sched.h: PF_EXITING, PF_IO_WORKER, PF_USER_WORKER, PF_KTHREAD
-    UNTRACEABLE = 0x4 | 0x10 | 0x4000 | 0x200000
+    PF_EXITING = 0x4                # include/linux/sched.h
+    WORKER = 0x10 | 0x4000 | 0x200000           # PF_IO_WORKER, PF_USER_WORKER, PF_KTHREAD
 
 
 cdef int tracee_seize(int tid, int options) noexcept nogil:
@@ -93,15 +93,18 @@ cdef stand_t _classify(int tid, int request, int event, int signal, int *born) n
     cdef unsigned long message = 0
     if event == PTRACE_EVENT_STOP:
         return STANDING
+    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
+        return IN_SYSCALL
+    if request == PTRACE_CONT:
+        # Any stop uses up the one that was asked for (kernel/signal.c, ptrace_stop).
+        tracee_interrupt(tid)
     if event == PTRACE_EVENT_CLONE:
         snap_ptrace(PTRACE_GETEVENTMSG, tid, 0, &message)
         born[0] = <int>message
         snap_ptrace(request, tid, 0, NULL)
         return CLONED
-    if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
-        return IN_SYSCALL
     # A signal that came before the stop: delivered now, with its siginfo, so none is lost or reordered.
-    # The stop that was asked for follows once its handler's frame is set up.
+    # The stop follows once its handler's frame is set up.
     snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
     return RUNNING
 
@@ -135,8 +138,10 @@ cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
     after_name = strrchr(text, c")")
     if after_name == NULL or sscanf(after_name + 1, b" %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2:
         return EPERM
-    if state in (c"Z", c"X", c"x") or flags & UNTRACEABLE:
+    if state in (c"Z", c"X", c"x") or flags & WORKER:
         return 0
+    if flags & PF_EXITING:
+        return EAGAIN
     if _read_file(pid, tid, b"status", text, sizeof(text)) <= 0:
         return 0
     tracer[0] = <int>_number_after(text, b"\nTracerPid:", 10)

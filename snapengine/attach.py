@@ -30,7 +30,7 @@ PARTIAL_CALLS = frozenset({1, 18, 20, 40, 44, 46, 275, 276, 296, 307, 326})
 TIMED_CALLS = frozenset({45, 47, 65, 128, 208, 220, 232, 281, 299, 333, 426, 441})
 
 MAX_CANDIDATES = 8
-MAX_THREADS_LOOKED_AT = 256
+MAX_THREADS_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ProcessInfo:
     ksm_pages: int | None
     """Pages that KSM has merged (Linux 5.19); merging drops a page's write protection."""
     thread_ids: tuple[int, ...]
-    """Threads that are alive and can be traced, at most 256."""
+    """Threads that are alive and can be traced, at most 64."""
 
     @property
     def ended(self) -> bool:

@@ -109,7 +109,7 @@ def private_places(info: ProcessInfo) -> list[Place]:
     number = device_number()
     if number is None or os.geteuid() != 0:
         return []
-    root = f"/proc/{info.thread_ids[0]}/root"
+    root = os.path.join("/proc", str(info.thread_ids[0]), "root")
     found = []
     for folder in FOLDERS:
         if _usable_folder(root + folder):

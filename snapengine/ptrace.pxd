@@ -38,3 +38,6 @@ cdef extern from "snapengine/ptrace.h" nogil:
     int snap_hurry_thread(int tid)
     void snap_calm_thread(int tid, int before)
     size_t snap_xstate_bytes()
+    # A running thread has its turn soon; its nice value, for snap_unfavour_thread.
+    int snap_favour_thread(int tid)
+    void snap_unfavour_thread(int tid, int before)

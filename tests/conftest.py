@@ -161,3 +161,12 @@ def hugetlb():
 
     yield reserve
     knob.write_text(before)
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """The C programs of targetkit, compiled when first used, are removed in the end."""
+    import targetkit
+
+    yield
+    targetkit.remove_programs()

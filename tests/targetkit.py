@@ -1,18 +1,32 @@
 """Small C programs to be attached to, and the words that they share with the test."""
 
+import contextlib
 import functools
 import mmap
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
+from snapengine.errors import AttachError
+
 SOURCES = Path(__file__).parent / "targets"
 READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h
 DEADLINE_S = 20
+
+# Of targets/blocking.c: all that a stop could end early.
+CALLS = [
+    *("epoll_wait", "epoll_wait_timeout", "epoll_pwait", "epoll_pwait2", "recv_timeout"),
+    *("read_socket_timeout", "accept_timeout", "semtimedop", "sigtimedwait", "io_getevents"),
+    *("io_uring_enter", "msgrcv", "nanosleep", "futex", "poll", "pselect", "pause", "sigsuspend"),
+    *("read_pipe", "read_eventfd"),
+]
 
 
 @functools.cache
@@ -94,8 +108,10 @@ class Target:
         """It lives, found nothing wrong with itself, and each of its `n` counters goes on."""
         before = self.counters(n)
         until(
-            lambda: self.process.poll() is not None
-            or all(now > then for now, then in zip(self.counters(n), before, strict=True)),
+            lambda: (
+                self.process.poll() is not None
+                or all(now > then for now, then in zip(self.counters(n), before, strict=True))
+            ),
             f"it stands still: {state_of(self.pid)}",
         )
         assert self.process.poll() is None, f"it ended: {self.process.returncode}"
@@ -110,3 +126,27 @@ class Target:
         self.words.release()
         self._mapped.close()
         os.close(self._memfd)
+
+
+def refuse_in(call, kind=AttachError):
+    """The error that `call` raises: one line."""
+    with pytest.raises(kind) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@contextlib.contextmanager
+def traced(pid):
+    """Traced by a process of ours, whose pid is given; it prints a line once it has attached."""
+    script = (
+        "import ctypes, sys; libc = ctypes.CDLL(None);"
+        "libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p];"
+        f"assert libc.ptrace(0x4206, {pid}, None, None) == 0;"
+        "print(flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as tracer:
+        assert tracer.stdout.readline() == b"\n"
+        yield tracer.pid
+        tracer.stdin.close()

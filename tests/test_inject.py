@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from targetkit import (
+    CALLS,
     COUNTERS,
     ERRORS,
     MEMORY,
@@ -23,9 +24,10 @@ from targetkit import (
     VALUES,
     Target,
     descriptors,
-    remove_programs,
+    refuse_in,
     state_of,
     status_line,
+    traced,
     until,
 )
 
@@ -40,12 +42,6 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 PAGE = 4096
 NOBODY = 65534
 libc = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture(scope="module")
-def programs():
-    yield
-    remove_programs()
 
 
 @pytest.fixture
@@ -106,10 +102,11 @@ def released(uffd, start):
 def test_registers_are_kept(arguments):
     vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
     with Target("compute", *arguments, *vector) as target:
-        for _ in range(40):
+        before = descriptors(target.tids[-1])
+        for _ in range(40 if arguments[0] < 10 else 8):
             inject(target.pid)
         target.check_running(arguments[0])
-        assert "(deleted)" not in "".join(descriptors(target.tids[-1]).values())
+        assert descriptors(target.tids[-1]) == before
 
 
 def test_an_ignored_sigtrap_stays_ignored():
@@ -147,13 +144,6 @@ def test_a_restartable_sequence_would_break_without_care():
             inject(target.pid, _repair=False)
             time.sleep(0.001)
         assert target.words[ERRORS] > 0
-
-
-CALLS = [
-    *("epoll_wait", "epoll_wait_timeout", "epoll_pwait", "epoll_pwait2", "recv_timeout", "read_socket_timeout"),
-    *("accept_timeout", "semtimedop", "sigtimedwait", "io_getevents", "io_uring_enter", "msgrcv", "nanosleep"),
-    *("futex", "poll", "pselect", "pause", "sigsuspend", "read_pipe", "read_eventfd"),
-]
 
 
 def interrupted(call, repair):
@@ -235,10 +225,7 @@ def test_churn():
 
 
 def refusal(pid, kind=AttachError, **options):
-    with pytest.raises(kind) as caught:
-        inject(pid, **options)
-    assert "\n" not in str(caught.value)
-    return caught.value
+    return refuse_in(lambda: inject(pid, **options), kind)
 
 
 def test_no_such_process():
@@ -274,7 +261,8 @@ def test_a_zombie():
 def test_a_32_bit_program(tmp_path):
     path = tmp_path / "plain32"
     flags = ["-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-pie", "-no-pie"]
-    built = subprocess.run(["gcc", *flags, "-o", path, SOURCES / "plain32.c"], check=False, capture_output=True)
+    command = ["gcc", *flags, "-o", path, SOURCES / "plain32.c"]
+    built = subprocess.run(command, check=False, capture_output=True)
     if built.returncode:
         pytest.skip("this gcc makes no 32-bit programs")
     try:
@@ -286,22 +274,6 @@ def test_a_32_bit_program(tmp_path):
     finally:
         process.kill()
         process.wait()
-
-
-@contextlib.contextmanager
-def traced(pid):
-    """Traced by a process of ours, whose pid is given; it prints a line once it has attached."""
-    script = (
-        "import ctypes, sys; libc = ctypes.CDLL(None);"
-        "libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p];"
-        f"assert libc.ptrace(0x4206, {pid}, None, None) == 0;"
-        "print(flush=True); sys.stdin.read()"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], **pipes) as tracer:
-        assert tracer.stdout.readline() == b"\n"
-        yield tracer.pid
-        tracer.stdin.close()
 
 
 def test_a_traced_process():
@@ -405,9 +377,10 @@ def test_a_device_that_may_be_opened():
 @pytest.mark.usefixtures("as_root")
 def test_we_may_not_trace_another_users_process():
     script = (
-        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "import os, sys\n"
         "from snapengine.errors import AttachError\n"
         "from snapengine.inject import inject_userfaultfd\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: inject_userfaultfd(int(sys.argv[1]))\n"
         "except AttachError as error: print(error.errno, error)\n"
     )

@@ -115,6 +115,21 @@ static inline void snap_hurry(void) {
         setpriority(PRIO_PROCESS, 0, -19);
 }
 
+/* Let the running thread `tid` have its next turn on a CPU soon: only there does it stop. No real time
+ * class yet: should we be killed, it keeps what it got. Returns its nice value, or SNAP_NICE_KEPT. */
+#define SNAP_NICE_KEPT 100
+static inline int snap_favour_thread(pid_t tid) {
+    errno = 0;
+    int before = getpriority(PRIO_PROCESS, tid);
+    return (before == -1 && errno) || setpriority(PRIO_PROCESS, tid, -20) ? SNAP_NICE_KEPT : before;
+}
+
+/* Undo it, unless somebody has set another value since. */
+static inline void snap_unfavour_thread(pid_t tid, int before) {
+    if (before != SNAP_NICE_KEPT && getpriority(PRIO_PROCESS, tid) == -20)
+        setpriority(PRIO_PROCESS, tid, before);
+}
+
 /* The stopped thread `tid` comes before all others, so that it makes its calls at once; on a loaded machine
  * each of its turns would otherwise take milliseconds. Returns what snap_calm_thread needs, or -1 if nothing
  * was changed. sched_setscheduler keeps the nice value and the slice, which sched_setattr would not. */

@@ -1,0 +1,320 @@
+"""Freezer: everything stands still, the registers are those to go on with, and nothing stays stopped."""
+
+import contextlib
+import errno
+import gc
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from targetkit import (
+    CALLS,
+    COUNTERS,
+    MEMORY,
+    VALUES,
+    Target,
+    refuse_in,
+    state_of,
+    status_line,
+    traced,
+    until,
+)
+
+import snapengine
+from snapengine.errors import AttachError, TargetGoneError
+from snapengine.freezer import Freezer
+from snapengine.inject import inject_userfaultfd
+from snapengine.maps import read_maps
+from snapengine.threadstate import ThreadState
+
+pytestmark = pytest.mark.usefixtures("programs")
+
+RAX, ORIG_RAX, RIP, CS = 10, 15, 16, 17  # struct user_regs_struct, as unsigned long
+EPOLL_WAIT, EINTR = 232, 2**64 - errno.EINTR
+RESTARTS = {2**64 - code for code in (512, 513, 514, 516)}  # ERESTARTSYS and its kin
+NOT_IN_A_CALL = 2**64 - 1
+
+
+def registers(thread):
+    assert len(thread.regs) == 216
+    return struct.unpack("<27Q", thread.regs)
+
+
+def tracers(target):
+    found = set()
+    for tid in target.tids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.add(status_line(tid, "TracerPid"))
+    return found
+
+
+def check_gone(target):
+    """Nobody traces it any more."""
+    until(lambda: tracers(target) == {"0"})
+
+
+@pytest.mark.parametrize("threads", [1, 3, 100])
+def test_everything_stands_still(threads):
+    with Target("compute", threads) as target:
+        for _ in range(3):
+            with Freezer(target.pid, deadline=10) as freezer:
+                assert freezer.frozen
+                assert {state_of(target.pid, tid) for tid in target.tids} == {"t"}
+                before = target.counters(threads)
+                time.sleep(0.03)
+                assert target.counters(threads) == before
+            assert not freezer.frozen
+            assert freezer.stop_ns > 30_000_000
+        check_gone(target)
+        target.check_running(min(threads, 3))
+
+
+def test_the_registers_are_those_of_the_threads():
+    vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
+    with Target("compute", 4, *vector) as target:
+        until(lambda: all(target.counters(4)))  # pthread_create blocks signals until a thread runs
+        with Freezer(target.pid) as freezer:
+            code = [m for m in read_maps(target.pid) if "x" in m.perms]
+            tids = target.tids
+        threads = freezer.threads()
+        assert [thread.tid for thread in threads] == tids
+        for thread in threads:
+            assert isinstance(thread, ThreadState)
+            words = registers(thread)
+            assert words[CS] == 0x33
+            assert any(m.start <= words[RIP] < m.end for m in code)
+            assert len(thread.fpregs) == 512
+            # XSAVE: the legacy area is the same, and the header says which parts follow.
+            assert thread.xstate[:416] == thread.fpregs[:416]
+            assert len(thread.xstate) >= 576
+            assert thread.comm == "compute"
+            assert thread.sigmask == 0
+
+
+def test_the_signal_mask_and_the_call():
+    with Target("signals", "masked") as target:
+        until(lambda: state_of(target.pid) == "S")
+        with Freezer(target.pid) as freezer:
+            pass
+        (thread,) = freezer.threads()
+        # Inside epoll_pwait(2) all signals are let in; the thread's own mask blocks one.
+        assert thread.sigmask == 1 << (signal.SIGRTMIN - 1)
+
+
+def test_without_registers():
+    with Target("compute", 1) as target:
+        freezer = Freezer(target.pid)
+        freezer.stop(registers=False)
+        freezer.resume()
+        (thread,) = freezer.threads()
+        assert (thread.tid, thread.regs, thread.xstate) == (target.pid, b"", b"")
+
+
+def test_a_thread_in_a_call_is_shown_as_it_goes_on():
+    with Target("blocking", *CALLS, ready=len(CALLS)) as target:
+        until(lambda: all(state_of(target.pid, tid) == "S" for tid in target.tids))
+        with Freezer(target.pid) as freezer:
+            memory = os.open(f"/proc/{target.pid}/mem", os.O_RDONLY)
+            rips = [registers(thread)[RIP] for thread in freezer.threads()]
+            at = {rip: os.pread(memory, 2, rip) for rip in rips}
+            os.close(memory)
+        repeated = 0
+        for thread in freezer.threads():
+            words = registers(thread)
+            assert words[RAX] != EINTR
+            if words[ORIG_RAX] == NOT_IN_A_CALL:
+                assert at[words[RIP]] == b"\x0f\x05"
+                repeated += words[RAX] == EPOLL_WAIT
+            else:
+                assert words[RAX] in RESTARTS
+        assert repeated == 2
+
+
+def test_no_call_ends_early():
+    with Target("blocking", *CALLS, ready=len(CALLS)) as target:
+        for _ in range(30):
+            until(lambda: all(state_of(target.pid, tid) == "S" for tid in target.tids))
+            with Freezer(target.pid):
+                pass
+        until(lambda: all(state_of(target.pid, tid) == "S" for tid in target.tids))
+        assert list(target.words[COUNTERS : COUNTERS + 128]) == [0] * 128
+
+
+def test_a_restartable_sequence_is_aborted():
+    with Target("rseq") as target:
+        for _ in range(20):
+            with Freezer(target.pid):
+                pass
+        target.check_running(2)
+
+
+def test_churn():
+    with Target("churn") as target:
+        for _ in range(40):
+            with Freezer(target.pid) as freezer:
+                before = target.counters(2)
+                alive = [tid for tid in target.tids if state_of(target.pid, tid) not in ("Z", "X", "")]
+                assert {state_of(target.pid, tid) for tid in alive} == {"t"}
+                assert target.counters(2) == before
+            assert set(alive) <= {thread.tid for thread in freezer.threads()}
+        check_gone(target)
+        target.check_running(2)
+
+
+def test_an_ended_leader():
+    with Target("compute", 2, "leave") as target:
+        until(lambda: state_of(target.pid) == "Z")
+        with Freezer(target.pid) as freezer:
+            before = target.counters(2)
+            time.sleep(0.01)
+            assert target.counters(2) == before
+        assert len(freezer.threads()) == 2
+        target.check_running(2)
+
+
+def test_a_stopped_process_stays_stopped():
+    with Target("compute", 3) as target:
+        os.kill(target.pid, signal.SIGSTOP)
+        until(lambda: {state_of(target.pid, tid) for tid in target.tids} == {"T"})
+        with Freezer(target.pid) as freezer:
+            assert len(freezer.threads()) == 3
+        until(lambda: {state_of(target.pid, tid) for tid in target.tids} == {"T"})
+        os.kill(target.pid, signal.SIGCONT)
+        target.check_running(3)
+
+
+def test_no_signal_is_lost():
+    with Target("signals", "busy") as target:
+        for _ in range(50):
+            with Freezer(target.pid):
+                os.kill(target.pid, signal.SIGRTMIN)
+                os.kill(target.pid, signal.SIGRTMIN)
+            os.kill(target.pid, signal.SIGRTMIN)
+        until(lambda: target.words[COUNTERS] == 150, "signals were lost")
+
+
+def test_it_can_be_used_again_and_from_any_thread():
+    with Target("compute", 2) as target:
+        freezer = Freezer(target.pid)
+        for _ in range(3):
+            stopper = threading.Thread(target=freezer.stop)
+            stopper.start()
+            stopper.join()
+            assert freezer.frozen
+            with pytest.raises(RuntimeError, match="stopped already"):
+                freezer.stop()
+            freezer.resume()
+            freezer.resume()
+        target.check_running(2)
+
+
+def test_a_dropped_object_resumes():
+    with Target("compute", 2) as target:
+        freezer = Freezer(target.pid)
+        freezer.stop()
+        del freezer
+        gc.collect()
+        check_gone(target)
+        target.check_running(2)
+
+
+def test_a_fork_of_ours_does_not_resume():
+    with Target("compute", 1) as target, Freezer(target.pid) as freezer:
+        child = os.fork()
+        if child == 0:
+            freezer.resume()
+            del freezer
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert state_of(target.pid) == "t"
+
+
+def test_somebody_waits_for_any_child():
+    """os.wait() of another thread takes reports of our tracees away."""
+    stop = threading.Event()
+
+    def reap():
+        while not stop.is_set():
+            try:
+                os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                time.sleep(0)
+
+    with Target("compute", 8) as target:
+        reaper = threading.Thread(target=reap)
+        reaper.start()
+        try:
+            for _ in range(10):
+                with Freezer(target.pid, deadline=5) as freezer:
+                    assert len(freezer.threads()) == 8
+        finally:
+            stop.set()
+            reaper.join()
+        target.check_running(8)
+
+
+def test_the_parent_of_a_vfork():
+    with Target("odd", "vfork") as target:
+        until(lambda: state_of(target.pid) == "D")
+        began = time.monotonic()
+        error = refuse_in(lambda: Freezer(target.pid, deadline=0.2).stop())
+        assert 0.2 <= time.monotonic() - began < 2
+        assert error.errno == errno.ETIMEDOUT
+        assert "uninterruptible sleep" in str(error)
+        check_gone(target)
+        target.words[MEMORY] = 1
+        target.check_running()
+
+
+def test_it_dies_while_it_stands():
+    with Target("compute", 3) as target:
+        with Freezer(target.pid) as freezer:
+            os.kill(target.pid, signal.SIGKILL)
+            until(lambda: state_of(target.pid) in "ZX")
+        assert target.process.wait(5) == -signal.SIGKILL
+        assert len(freezer.threads()) == 3
+        assert refuse_in(lambda: Freezer(target.pid).stop()).errno == errno.ESRCH
+
+
+def test_refusals():
+    assert "BufferTarget" in str(refuse_in(lambda: Freezer(os.getpid()).stop()))
+    with Target("compute", 1) as target, traced(target.pid) as tracer:
+        assert f"traced by {tracer}" in str(refuse_in(lambda: Freezer(target.pid).stop()))
+    with Target("odd", "zombie") as target:
+        zombie = Freezer(target.words[VALUES])
+        assert "has ended" in str(refuse_in(zombie.stop, TargetGoneError))
+
+
+def test_two_engines():
+    with Target("compute", 2) as target, Freezer(target.pid):
+        assert "traced by" in str(refuse_in(lambda: Freezer(target.pid).stop(), AttachError))
+        assert "traced by" in str(refuse_in(lambda: inject_userfaultfd(target.pid), AttachError))
+
+
+FREEZE_FOR_EVER = """
+import sys, time
+from snapengine.freezer import Freezer
+while True:
+    with Freezer(int(sys.argv[1])):
+        print(flush=True)
+        time.sleep(0.02)
+"""
+
+
+def test_the_engine_is_killed_while_it_freezes():
+    environment = {**os.environ, "PYTHONPATH": str(Path(snapengine.__file__).parent.parent)}
+    with Target("compute", 3) as target:
+        for number in range(10):
+            command = [sys.executable, "-c", FREEZE_FOR_EVER, str(target.pid)]
+            with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as engine:
+                engine.stdout.readline()
+                time.sleep(number * 0.004)
+                engine.kill()
+            check_gone(target)
+            target.check_running(3)
