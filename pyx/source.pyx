@@ -56,6 +56,8 @@ cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
             bits_fill(capture.data, page, n)
         else:
             bits_clear(capture.data, page, n)
+        if kind != SNAP_LOST:           # in an earlier round it was
+            bits_clear(capture.lost, page, n)
 
 
 cdef void _find_extent(lane_t *lane, region_t *region, uint64_t offset) noexcept nogil:

@@ -10,7 +10,7 @@ from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 cdef enum:
     FAULT_LANES_MAX = 64
     WALKERS_MAX = 16
-    UFFDS_MAX = 17                  # the target's, and those of 16 forked children
+    UFFDS_MAX = 65                  # the target's, and those of 64 forked children that live
     HELD_MAX = 256
 
 cdef enum:                          # where a region's bytes are read

@@ -1,11 +1,13 @@
 /* Threads that write in a known order while others change the mappings all the time.
  *
  * usage: restless WORDS KIND THREADS PAGES STRIDE HOW; HOW: malloc, mmap, dontneed, mremap, fork, brk, sleepers
- * COUNTERS: of the writers; COUNTERS + 16 + i: of the others. Those check what they have written, too. */
+ * COUNTERS: of the writers; COUNTERS + 16 + i: of the others. Those check what they have written, too.
+ * REFUSED: EFAULT of mremap. */
 #include "order.h"
+#include <errno.h>
 #include <sys/wait.h>
 
-enum { OTHERS = 16, SLEEPERS = 63 };
+enum { OTHERS = 16, SLEEPERS = 63, N_OTHERS = 5, REFUSED = 6 };
 
 static void fill(volatile uint64_t *memory, uint64_t bytes, uint64_t value) {
     for (uint64_t i = 0; i < bytes / 8; i += 64)
@@ -74,9 +76,14 @@ static void *do_mremap(void *arg) {
     fill((void *)memory, bytes, me);
     for (;;) {
         uint64_t now = (32 + next(&seed) % 96) * 4096;
-        memory = mremap(memory, bytes, now, MREMAP_MAYMOVE);
-        if (memory == MAP_FAILED)
-            exit(7);
+        char *moved = mremap(memory, bytes, now, MREMAP_MAYMOVE);
+        if (moved == MAP_FAILED) {
+            if (errno != EFAULT)
+                exit(7);
+            words[REFUSED]++;
+            continue;
+        }
+        memory = moved;
         check((void *)memory, now < bytes ? now : bytes, me);
         fill((void *)memory, now, me);
         bytes = now;
@@ -138,7 +145,7 @@ int main(int argc, char **argv) {
     open_words(argv[1]);
     order_begin(argv[2], atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
     for (unsigned i = 0; i < sizeof ways / sizeof *ways; i++)
-        for (int j = 0; !strcmp(ways[i].name, argv[6]) && j < ways[i].threads; j++, words[PAGES + 2]++)
+        for (int j = 0; !strcmp(ways[i].name, argv[6]) && j < ways[i].threads; j++, words[N_OTHERS]++)
             pthread_create(&thread, 0, ways[i].run, (void *)(uint64_t)j);
     words[READY] = 1;
     for (;;)
