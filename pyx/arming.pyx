@@ -19,7 +19,7 @@ from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, region_t
-from snapengine.source cimport scan_presence
+from snapengine.source cimport scan_files, scan_presence
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
@@ -150,6 +150,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, err
     cdef uint64_t pieces = 0
     cdef uint64_t begin = snap_now_ns()
+    scan_files(capture)
     for i in range(capture.n_regions):
         if register_region(capture, &capture.regions[i]):
             return 1
