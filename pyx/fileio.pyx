@@ -2,6 +2,7 @@
 
 from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc
+from posix.stat cimport fstat, struct_stat
 from posix.unistd cimport pread, pwrite
 
 from snapengine.checksum cimport crc32c
@@ -59,18 +60,6 @@ def crc_of_range(int fd, uint64_t offset, uint64_t length):
     return None if err else crc
 
 
-cdef extern from * nogil:
-    """
-    #include <sys/stat.h>
-    static inline unsigned long long snap_mtime_ns(int fd) {
-        struct stat status;
-        if (fstat(fd, &status) != 0)
-            return 0;
-        return status.st_mtim.tv_sec * 1000000000ull + status.st_mtim.tv_nsec;
-    }
-    """
-    uint64_t snap_mtime_ns(int fd)
-
-
-cdef uint64_t file_mtime_ns(int fd) noexcept nogil:
-    return snap_mtime_ns(fd)
+cdef uint64_t file_blocks(int fd) noexcept nogil:
+    cdef struct_stat status
+    return <uint64_t>status.st_blocks if fstat(fd, &status) == 0 else 0

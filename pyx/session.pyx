@@ -12,7 +12,6 @@ import os
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_count, bits_next, bits_test
-from snapengine.fileio cimport file_mtime_ns
 from snapengine.histogram cimport histogram_merge, histogram_quantile, histogram_t
 from snapengine.pagemap import has_pagemap_scan
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
@@ -125,20 +124,17 @@ cdef class Session:
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
                 capture.regions[i].keep_huge = False
-        self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
-        capture.pool = self.pool.pool
-        self._make_bitmaps(rounds)
-        self._make_lanes()
-        capture.pagemap = os.open(f"/proc/{pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self.owned_fds.append(capture.pagemap)
         capture.attached = attached
         capture.mem = -1
-        if pid:
-            capture.mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            self.owned_fds.append(capture.mem)
-        capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.owned_fds.append(capture.stop_event)
-        capture.spare_fd = os.dup(capture.stop_event)
+        try:
+            self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
+            capture.pool = self.pool.pool
+            self._make_bitmaps(rounds)
+            self._make_lanes()
+            self._open_files()
+        except BaseException:
+            self.close()
+            raise
         capture.uffds[0] = uffd         # ours from here on
 
     cdef int _set_region(self, region_t *region, plan) except -1:
@@ -163,6 +159,19 @@ cdef class Session:
         self.capture.total_pages += region.pages
         self.capture.page_end = max(self.capture.page_end, region.first_page + region.pages)
         return 0
+
+    cdef int _open_files(self) except -1:
+        cdef capture_t *capture = self.capture
+        capture.pagemap = self._own(os.open(f"/proc/{capture.pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        if capture.pid:
+            capture.mem = self._own(os.open(f"/proc/{capture.pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        capture.stop_event = self._own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        capture.spare_fd = os.dup(capture.stop_event)
+        return 0
+
+    cdef int _own(self, int fd) except -1:
+        self.owned_fds.append(fd)
+        return fd
 
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL:
         cdef Arena arena = Arena((bits + 63) // 64 * 8 + 8)
@@ -258,16 +267,6 @@ cdef class Session:
                 page = bits_next(self.capture.lost, last, stop)
         return runs
 
-    def changed_files(self):
-        """Indices of the regions whose memory file was changed otherwise than through a mapping meanwhile."""
-        cdef int i
-        found = []
-        for i in range(self.capture.n_regions):
-            if self.capture.regions[i].mtime_ns and file_mtime_ns(self.capture.regions[i].file) != \
-                    self.capture.regions[i].mtime_ns:
-                found.append(i)
-        return found
-
     @property
     def arm_ns(self):
         """Nanoseconds from the first registration to T."""
@@ -302,7 +301,8 @@ cdef class Session:
             os.close(self.capture.spare_fd)
             self.capture.spare_fd = <uint64_t>-1
         self.close_uffds()
-        self.pool.close()
+        if self.pool is not None:
+            self.pool.close()
         self.bitmaps = []
 
     def close_uffds(self):

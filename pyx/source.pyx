@@ -11,9 +11,9 @@ from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
 from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
-from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
+from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or, snap_load, snap_peek, snap_store
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_test
-from snapengine.fileio cimport file_mtime_ns
+from snapengine.fileio cimport file_blocks
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from snapengine.pages cimport copy_page, page_nonzero
@@ -186,11 +186,18 @@ cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, ui
 
 cdef bint _punched(region_t *region, uint64_t page) noexcept nogil:
     """Whether a page that held data at T and reads as zero may have been punched out of its file since. Nothing
-    traps that, and a write fills the hole again before it traps, so the file must be unchanged as a whole."""
+    traps that, and a write fills the hole again before it traps; but until all is filled again, the file
+    holds less than before. (A punched page that is written to before the next look at the file passes.)"""
     cdef long offset = region.file_offset + (page - region.first_page) * PAGE
+    cdef uint64_t blocks
     if region.presence != PRESENCE_FILE:
         return False
-    return lseek(region.file, offset, SEEK_DATA) != offset or file_mtime_ns(region.file) != region.mtime_ns
+    blocks = file_blocks(region.file)
+    if blocks < snap_peek(&region.blocks):
+        snap_store(&region.shrunk, 1)
+    else:
+        snap_store(&region.blocks, blocks)
+    return snap_load(&region.shrunk) or lseek(region.file, offset, SEEK_DATA) != offset
 
 
 cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
@@ -307,8 +314,8 @@ cdef void scan_files(capture_t *capture) noexcept nogil:
         region = &capture.regions[i]
         offset = 0
         size = region.pages * PAGE
-        if region.presence == PRESENCE_FILE and region.mtime_ns == 0:
-            region.mtime_ns = file_mtime_ns(region.file)
+        if region.presence == PRESENCE_FILE:
+            region.blocks = max(region.blocks, file_blocks(region.file))
         while region.presence == PRESENCE_FILE and offset < size:
             data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
             if data < 0 and errno == ENXIO:

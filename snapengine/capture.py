@@ -18,11 +18,19 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
+from snapengine import attach
 from snapengine.dirtylog import DirtyLog
 from snapengine.encoder import Encoder
-from snapengine.errors import CaptureCancelled, LostPagesError, UnsupportedError
+from snapengine.errors import (
+    CaptureCancelled,
+    LostPagesError,
+    SnapengineError,
+    TargetGoneError,
+    UnsupportedError,
+)
 from snapengine.failures import explain
 from snapengine.frozen import write_frozen
+from snapengine.maps import has_ended
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.plan import Plan
 from snapengine.processrecord import not_captured_object
@@ -173,13 +181,16 @@ class Capture:
                 target=self._finish, args=(engine,), name="snapengine-finish", daemon=True
             )
             self._finisher.start()
-        except BaseException as error:
+        except BaseException as caught:
+            error = self._in_words(caught)
             if self._finisher is not None and self._finisher.ident is not None:
                 self.cancel()  # interrupted after it was started: it cleans up
                 self._done.wait()
             else:
                 self._abandon(error)
-            raise
+            if error is caught:
+                raise
+            raise error from None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the image is complete or the capture has failed; False if `timeout` seconds passed."""
@@ -240,6 +251,8 @@ class Capture:
         lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
         tracking = options.method == WRITE_TRACKING
         self._sink = open_sink(self._sink_spec)
+        if isinstance(self._target, AttachedTarget):
+            attach.check(self._target.pid)  # says more than that this user may have no userfaultfd
         wanted = _wanted_features(options.method)
         pid, fd, regions = self._target.open(wanted)
         self._opened = True
@@ -411,7 +424,7 @@ class Capture:
             stop_ns=self._stop_ns,
             duration_ns=time.monotonic_ns() - self._began,
             peak_buffer_bytes=self._session.pool.peak_bytes + self._encoder.scratch_bytes,
-            warnings=self._warnings + self._plan.warnings + self._plan.changed_text(self._session.changed_files()),
+            warnings=self._warnings + self._plan.warnings,
             **self._about_attached(),
             **figures(self._session, self._plan, self._options.method, self._extra),
         )
@@ -436,6 +449,14 @@ class Capture:
         if failure is not None:
             assert self._plan is not None
             raise explain(*failure, self._plan)
+
+    def _in_words(self, error: BaseException) -> BaseException:
+        """An attached process may end between any two looks at its files in /proc."""
+        if isinstance(error, SnapengineError) or not isinstance(error, FileNotFoundError | ProcessLookupError):
+            return error
+        if not isinstance(self._target, AttachedTarget) or not has_ended(self._target.pid):
+            return error
+        return TargetGoneError(errno.ESRCH, f"the target process {self._target.pid} ended during the capture")
 
     def _abandon(self, error: BaseException) -> None:
         """start() failed: undo all that it made."""

@@ -79,14 +79,6 @@ class Plan:
             after += -(-region.length // PAGE_BYTES)
         return placed
 
-    def changed_text(self, numbers: list[int]) -> list[str]:
-        """Warnings for regions whose memory file was changed otherwise than through the target's mapping."""
-        return [
-            f"the file of region {self.regions[number].region.name!r} was changed by write(), fallocate() or "
-            "ftruncate() while it was saved: what was written so is not seen"
-            for number in numbers
-        ]
-
     def close(self) -> None:
         """Close what was opened. Only after the capture's threads have ended. Idempotent."""
         for fd in self._fds:

@@ -37,7 +37,8 @@ cdef struct region_t:               # fixed before the threads start
     uint64_t track_end
     char *source                    # READ_MEMORY: where page first_page is readable
     int file                        # READ_FILE, PRESENCE_SEEK, _FILE: descriptor of this process, or -1
-    uint64_t mtime_ns               # PRESENCE_FILE: of the file, before anything was protected
+    uint64_t blocks                 # PRESENCE_FILE: the most that the file has held, since before T
+    uint64_t shrunk                 # PRESENCE_FILE: whether it has held less later
     uint64_t file_offset            # of page first_page
     uint8_t reading
     uint8_t presence
@@ -145,6 +146,8 @@ cdef class Session:
     cdef Arena descriptors                # uffds: readable in a forked child, which must close them
     cdef list bitmaps
     cdef object owned_fds
+    cdef int _open_files(self) except -1
+    cdef int _own(self, int fd) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
     cdef int _set_region(self, region_t *region, plan) except -1
     cdef int _make_bitmaps(self, bint rounds) except -1

@@ -73,6 +73,7 @@ class AttachedTarget(Target, Protocol):
     the target stands, beside the engine.
     """
 
+    pid: int
     cut: str
     injection_ns: int
     not_captured: list[NotCaptured]

@@ -132,8 +132,6 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
         end = N_PAGES if deed == TRUNCATE else FIRST + COUNT
         assert lost == set(range(FIRST, end))
         assert result.lost_pages == len(lost)
-        told = any("was changed by write(), fallocate() or ftruncate()" in text for text in result.warnings)
-        assert told == (deed in (PUNCH, TRUNCATE))
         check_content(tmp_path / "image", target, lost)
         target.check_running()
 
@@ -174,3 +172,4 @@ def test_memory_that_may_not_be_read(tmp_path, cut):
         assert capture.result.lost_pages == 0
         check_content(tmp_path / "image", target, set())
         target.check_running()
+

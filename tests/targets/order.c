@@ -1,6 +1,8 @@
 /* Threads that write in a known order. usage: order WORDS KIND THREADS PAGES STRIDE
- * KIND: anon, thp, memfd, hugetlb, heap. COUNTERS: the last write of each thread. */
+ * KIND: anon, thp, memfd, hugetlb, heap. COUNTERS: the last write of each thread. EXECUTE: become another program. */
 #include "order.h"
+
+enum { EXECUTE = 7 };
 
 int main(int argc, char **argv) {
     if (argc != 6)
@@ -8,6 +10,8 @@ int main(int argc, char **argv) {
     open_words(argv[1]);
     order_begin(argv[2], atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
     words[READY] = 1;
-    for (;;)
-        pause();
+    while (!words[EXECUTE])
+        usleep(1000);
+    execlp("sleep", "sleep", "600", (char *)0);
+    return 1;
 }
