@@ -82,7 +82,7 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
 
 
 cdef int _track_anew(capture_t *capture, region_t *region) noexcept nogil:
-    """An attached process has mapped something over a part of the region: track that as well, if it can be."""
+    """An attached process has mapped something over a part of the region: track that too, if it can be."""
     return register_mapped(capture.uffds[0], region.track_start, region.track_end - region.track_start,
                            region.unit_pages * PAGE, UFFDIO_REGISTER_MODE_WP)
 

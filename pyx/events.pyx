@@ -20,7 +20,8 @@ from snapengine.linux cimport (
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, page_addr, region_t
 from snapengine.uffd cimport (
-    protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake, unregister_gently,
+    protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake,
+    unregister_gently,
 )
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -133,7 +134,8 @@ cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
         length = region.track_end - region.track_start
         err = uffd_protect(fd, region.track_start, length)
         if err == ENOENT:
-            err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096, UFFDIO_REGISTER_MODE_WP)
+            err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096,
+                                  UFFDIO_REGISTER_MODE_WP)
             err = err if err else protect_mapped(fd, region.track_start, length)
     return err
 
@@ -141,8 +143,8 @@ cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
 cdef int _place_for(capture_t *capture, int *fd) noexcept nogil:
     """The index of a child's userfaultfd, -1 if there are too many. With capture.lock held.
 
-    Of a child that has ended the place is taken over, and its descriptor's number with it: another thread that
-    still reads from that gets the new child's messages, with the right index.
+    Of a child that has ended the place is taken over, and its descriptor's number with it: another thread
+    that still reads from that gets the new child's messages, with the right index.
     """
     cdef int i
     cdef uint64_t n = snap_peek(&capture.n_uffds)

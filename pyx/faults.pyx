@@ -85,7 +85,9 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
         elif bits_claim(capture.claimed, page >> 6, bit):
             # A page of the file that this process has not mapped does not fault as missing: no data here, or
             # (PRESENCE_FILE) none any more.
-            data = populated(capture, lane, region, page & ~<uint64_t>63, bit) if region.presence == PRESENCE_FILE else 0
+            data = 0
+            if region.presence == PRESENCE_FILE:
+                data = populated(capture, lane, region, page & ~<uint64_t>63, bit)
             save_window(capture, lane, region, page & ~<uint64_t>63, bit, data)
     _fill(capture, lane, uffd, addr)
 

@@ -162,16 +162,15 @@ cdef class Session:
 
     cdef int _open_files(self) except -1:
         cdef capture_t *capture = self.capture
-        capture.pagemap = self._own(os.open(f"/proc/{capture.pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+        capture.pagemap = os.open(f"/proc/{capture.pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.pagemap)
         if capture.pid:
-            capture.mem = self._own(os.open(f"/proc/{capture.pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
-        capture.stop_event = self._own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            capture.mem = os.open(f"/proc/{capture.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self.owned_fds.append(capture.mem)
+        capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.owned_fds.append(capture.stop_event)
         capture.spare_fd = os.dup(capture.stop_event)
         return 0
-
-    cdef int _own(self, int fd) except -1:
-        self.owned_fds.append(fd)
-        return fd
 
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL:
         cdef Arena arena = Arena((bits + 63) // 64 * 8 + 8)

@@ -2,9 +2,9 @@
 
 Runs on capture threads. It reads only pages that were populated at T, since reading a hole creates
 it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. A page that the target
-discarded after T is noticed after the copy (it is no longer protected) and put down as lost. So is a page of an
-attached process's memory file that was data at T, reads as zero, and may have been punched out since: that traps
-nowhere.
+discarded after T is noticed after the copy (it is no longer protected) and put down as lost. So is a
+page of an attached process's memory file that was data at T, reads as zero, and may have been punched
+out since: that traps nowhere.
 """
 
 from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
@@ -20,7 +20,8 @@ from snapengine.pages cimport copy_page, page_nonzero
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t, scan_written
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.session cimport (
-    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, page_addr,
+    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
+    page_addr,
 )
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -185,9 +186,9 @@ cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, ui
 
 
 cdef bint _punched(region_t *region, uint64_t page) noexcept nogil:
-    """Whether a page that held data at T and reads as zero may have been punched out of its file since. Nothing
-    traps that, and a write fills the hole again before it traps; but until all is filled again, the file
-    holds less than before. (A punched page that is written to before the next look at the file passes.)"""
+    """Whether a page that held data at T and reads as zero may have been punched out of its file since.
+    Nothing traps that, and a write fills the hole again before it traps; but until all is filled again, the
+    file holds less than before. (One punched page that is written to before the next look passes.)"""
     cdef long offset = region.file_offset + (page - region.first_page) * PAGE
     cdef uint64_t blocks
     if region.presence != PRESENCE_FILE:
@@ -338,7 +339,8 @@ cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil:
     for i in range(capture.n_regions):
         region = &capture.regions[i]
         # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.
-        if region.presence != PRESENCE_BITS and (region.presence != PRESENCE_ALL or region.reading != READ_FILE):
+        if region.presence != PRESENCE_BITS and not (
+                region.presence == PRESENCE_ALL and region.reading == READ_FILE):
             continue
         if not capture.has_scan:
             err = _scan_by_pagemap(capture, lane, region)

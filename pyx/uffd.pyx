@@ -107,7 +107,8 @@ cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil:
     return _writeprotect(fd, start, length, UFFDIO_WRITEPROTECT_MODE_WP)
 
 
-cdef int register_mapped(int fd, uint64_t start, uint64_t length, uint64_t unit, uint64_t mode) noexcept nogil:
+cdef int register_mapped(int fd, uint64_t start, uint64_t length, uint64_t unit,
+                         uint64_t mode) noexcept nogil:
     cdef uint64_t half
     cdef int err = uffd_register(fd, start, length, mode)
     if not err or err == EBUSY or err == ESRCH:

@@ -147,7 +147,6 @@ cdef class Session:
     cdef list bitmaps
     cdef object owned_fds
     cdef int _open_files(self) except -1
-    cdef int _own(self, int fd) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
     cdef int _set_region(self, region_t *region, plan) except -1
     cdef int _make_bitmaps(self, bint rounds) except -1

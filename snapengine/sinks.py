@@ -80,6 +80,10 @@ class FileSink(Sink):
             self.fd = os.open(self._temporary, flags, 0o600)
         except OSError as error:
             raise _sink_error(self.name, error) from None
+        except BaseException:  # a Ctrl-C is raised as the call returns: the file is there, and not ours yet
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+            raise
 
     def _commit(self) -> None:
         try:

@@ -45,13 +45,15 @@ def faults_of_order(memory, stride):
 
 
 def check_order(path, target, low=0, high=None):
-    """The image is a prefix of the writes that holds at least `low`, at most `high` and one a thread under way."""
+    """The image is a prefix of the writes that holds `low`, and nothing after `high` and one a thread."""
     with open_image(path) as image:
         image.verify()
         memory = image.read_at(target.words[MEMORY], target.words[PAGES] * PAGE)
         turn = int.from_bytes(image.read_at(target.words[VALUES], 8), "little")
     newest, bad = faults_of_order(memory, target.stride)
-    assert not len(bad), f"write {newest} is in the image; of {len(bad)} pages an earlier one is not: {bad[:5]}"
+    assert not len(bad), (
+        f"write {newest} is in the image; of {len(bad)} pages an earlier one is not: {bad[:5]}"
+    )
     assert newest in (turn - 1, turn), "the mapping with the turn is of another moment"
     assert newest >= low
     assert high is None or newest <= high + target.threads

@@ -104,8 +104,8 @@ def test_faults_served_before_t_are_noticed(tmp_path):
 
 @pytest.mark.parametrize("mode", ["soft", "stop"])
 def test_with_a_spill_and_few_buffers(tmp_path, mode):
-    with OrderTarget("anon", 1, 40503, 48 * MIB) as target:
-        few = {"memory_limit": 16 * MIB, "rate_limit": 48 * MIB, "spill_dir": str(tmp_path)}
+    with OrderTarget("anon", 1, 40503, 32 * MIB) as target:
+        few = {"memory_limit": 16 * MIB, "rate_limit": 32 * MIB, "spill_dir": str(tmp_path)}
         result = snap(target.pid, tmp_path / "image", mode, **few)
         check_order(tmp_path / "image", target)
         assert result.spilled_bytes > 0

@@ -110,7 +110,9 @@ def check_content(path, target, lost):
                 page += 64
                 continue
             end = min([n for n in lost if n > page], default=N_PAGES)
-            words = np.frombuffer(image.read_at(start + page * PAGE, (end - page) * PAGE), "<u8").reshape(-1, 512)
+            words = np.frombuffer(image.read_at(start + page * PAGE, (end - page) * PAGE), "<u8").reshape(
+                -1, 512
+            )
             wanted = np.arange(page + 1, end + 1)
             wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
             assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
@@ -172,4 +174,3 @@ def test_memory_that_may_not_be_read(tmp_path, cut):
         assert capture.result.lost_pages == 0
         check_content(tmp_path / "image", target, set())
         target.check_running()
-

@@ -58,7 +58,7 @@ def redis(folder):
 
 
 class Client(threading.Thread):
-    """Sets key K to a new value for ever: VAL00000000, VAL00000001, …; each is sent when the last is answered."""
+    """Appends VAL00000000, VAL00000001, …, each when the last one is answered."""
 
     def __init__(self, path):
         super().__init__()
@@ -97,7 +97,9 @@ def test_redis_under_a_client(tmp_path, mode):
         try:
             for _ in range(2):
                 wanted = client.answered + 3000
-                until(lambda wanted=wanted: client.answered >= wanted or client.failure, "the client is stuck")
+                until(
+                    lambda wanted=wanted: client.answered >= wanted or client.failure, "the client is stuck"
+                )
                 low = client.answered
                 snap(pid, tmp_path / "image", mode)
                 high = client.answered + 1
@@ -106,7 +108,9 @@ def test_redis_under_a_client(tmp_path, mode):
                     # In the list, or still in the buffers of the connection.
                     found.update(int(text) for text in re.findall(rb"VAL(\d{8})", data))
                 last = max(found)
-                assert found == set(range(last + 1)), f"of {last + 1} values {last + 1 - len(found)} are missing"
+                assert found == set(range(last + 1)), (
+                    f"of {last + 1} values {last + 1 - len(found)} are missing"
+                )
                 assert low <= last <= high
         finally:
             client.end()

@@ -27,7 +27,10 @@ class Restless(OrderTarget):
         """All of them get on."""
         before = self.others()
         assert before
-        until(lambda: all(now > then for now, then in zip(self.others(), before, strict=True)), "one stands still")
+        until(
+            lambda: all(now > then for now, then in zip(self.others(), before, strict=True)),
+            "one stands still",
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -208,3 +208,20 @@ def test_what_names_no_sink(spec):
         open_sink(spec)
     with pytest.raises(TypeError, match="not a sink"):
         open_sink(3)
+
+
+def test_an_interrupt_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
+    opened = []
+
+    def interrupted(*arguments):
+        opened.append(real(*arguments))
+        raise KeyboardInterrupt
+
+    real = os.open
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        FileSink(tmp_path / "image")
+    monkeypatch.undo()
+    (fd,) = opened
+    os.close(fd)
+    assert os.listdir(tmp_path) == []
