@@ -267,7 +267,7 @@ class Capture:
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
             encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
             spill_dir=options.spill_dir, rounds=not tracking, attached=bool(self._attached),
-            **self._session_extra,
+            sums=options.zstd_level is None, **self._session_extra,
         )  # fmt: skip
         self._uffd.detach()  # the session closes it
         if not tracking and not self._session.has_scan:
