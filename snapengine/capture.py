@@ -351,6 +351,7 @@ class Capture:
             self._result = self._commit(status)
         except BaseException as error:
             self._error = self._error or error
+            self._stop_encoders()
             self._clean_up("cancelled" if self._cancelled else "failed")
         else:
             self._clean_up(status)
@@ -443,11 +444,19 @@ class Capture:
             self._session.fail(errno.ECANCELED)
         if self._tracker is not None:
             self._tracker.join()  # before anything that its threads use is closed
-        for thread in self._encoders:
-            thread.join()
+        self._stop_encoders()
         self._error = self._error or error
         self._clean_up("cancelled" if self._cancelled else "failed")
         self._done.set()
+
+    def _stop_encoders(self) -> None:
+        """The capture has failed: wait for the threads that use the pool and the sink, which are closed next."""
+        if self._session is not None:
+            self._session.fail(errno.ECANCELED)
+        if self._writer is not None:
+            self._writer.cancel()
+        for thread in self._encoders:
+            thread.join()
 
     def _clean_up(self, status: str) -> None:
         """Free everything; every step is tried, the first error of a step after a success is kept."""
