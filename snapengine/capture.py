@@ -245,6 +245,7 @@ class Capture:
         self._opened = True
         if isinstance(self._target, AttachedTarget):
             self._attached = self._target
+            self._warnings += self._attached.warnings
         self._began = time.monotonic_ns()  # without the wait for a peer
         if not tracking and not self._target.can_pause:
             raise ValueError("dirty logging needs a target that can pause: give pause and resume")
@@ -450,7 +451,7 @@ class Capture:
         self._done.set()
 
     def _stop_encoders(self) -> None:
-        """The capture has failed: wait for the threads that use the pool and the sink, which are closed next."""
+        """The capture has failed: wait for the threads that use the pool and the sink, closed next."""
         if self._session is not None:
             self._session.fail(errno.ECANCELED)
         if self._writer is not None:
