@@ -34,7 +34,7 @@ PREPARE_NS = 10_000_000  # of a stop cut: the mappings are listed, and the captu
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mapping. ``soft`` and ``stop``: what each cut does: "tracked", "copied", or "no". Sizes in bytes."""
+    """One mapping. ``soft`` and ``stop``: what each cut does: "tracked", "copied", or "no". In bytes."""
 
     start: int
     end: int
