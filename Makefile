@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-build-isolation --editable
 SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/include/snapengine/*.h)
 
+# Snapshots of attached processes per test case and round: 60 cases, so 1020.
+ATTACH_CUTS ?= 17
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -39,7 +42,7 @@ bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build
 
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
-	.ci/soak $(BIN)/python
+	ATTACH_CUTS=$(ATTACH_CUTS) .ci/soak $(BIN)/python
 
 .PHONY: dist
 dist: $(VENV)/.test  ## Build the sdist, and from it the wheel, into dist/

@@ -9,7 +9,7 @@ piece and giving it back keeps T from coming: nobody is served, everybody waits,
 process releases the target.
 """
 
-from libc.errno cimport EAGAIN, EBUSY, ENOENT, ENXIO, ESRCH, errno
+from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
 from posix.unistd cimport lseek
 
 from snapengine.atomics cimport snap_load
@@ -19,8 +19,8 @@ from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, region_t
-from snapengine.source cimport scan_presence
-from snapengine.uffd cimport uffd_protect, uffd_register, uffd_unregister
+from snapengine.source cimport scan_files, scan_presence
+from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA
@@ -30,26 +30,14 @@ cdef uint64_t UNIT = 2 << 20
 cdef uint64_t PIECE = 32 << 20      # bytes: half a millisecond of 4 KiB pages, and whole huge pages
 
 
-cdef int _protect_mapped(capture_t *capture, uint64_t addr, uint64_t length) noexcept nogil:
-    """An attached process may have mapped something else there since it was registered: ENOENT, when what
-    lies before is protected already. What cannot be is found unprotected after its copy, and lost."""
-    cdef uint64_t half
-    cdef int err = uffd_protect(capture.uffds[0], addr, length)
-    if err != ENOENT or not capture.attached:
-        return err
-    if length <= PAGE:
-        return 0
-    half = length // 2 // PAGE * PAGE
-    err = _protect_mapped(capture, addr, half)
-    return err if err else _protect_mapped(capture, addr + half, length - half)
-
-
 cdef int _protect(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
     cdef uint64_t piece = capture.arm_piece if capture.arm_piece else length
     cdef uint64_t end = addr + length
     cdef int err
     while addr < end:
-        err = _protect_mapped(capture, addr, min(piece, end - addr))
+        err = uffd_protect(capture.uffds[0], addr, min(piece, end - addr))
+        if err == ENOENT and capture.attached:
+            err = protect_mapped(capture.uffds[0], addr, min(piece, end - addr))
         if err == EAGAIN:
             # A fork is under way in the target: its event must be read before anything is protected.
             # Faults that come along are kept: none is served before T.
@@ -91,21 +79,6 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
     return 0
 
 
-cdef int _register_mapped(capture_t *capture, uint64_t addr, uint64_t length, uint64_t unit,
-                          uint64_t mode) noexcept nogil:
-    """Of an attached process, what is still there: it may have unmapped a part (ENOENT, ENOMEM), or mapped
-    something over it that cannot be tracked (EINVAL, EPERM). That part is found lost."""
-    cdef uint64_t half
-    cdef int err = uffd_register(capture.uffds[0], addr, length, mode)
-    if not err or not capture.attached or err == EBUSY or err == ESRCH:
-        return err
-    if length <= unit:
-        return 0
-    half = max(length // 2 // unit * unit, unit)
-    err = _register_mapped(capture, addr, half, unit, mode)
-    return err if err else _register_mapped(capture, addr + half, length - half, unit, mode)
-
-
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t mode = UFFDIO_REGISTER_MODE_WP
     cdef uint64_t length = region.track_end - region.track_start
@@ -116,7 +89,9 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
         # A peer may have registered for missing faults itself. With WP_UNPOPULATED its holes get markers,
         # which no UFFDIO_ZEROPAGE fills (EEXIST): a fault on one could never be answered.
         uffd_unregister(capture.uffds[0], region.track_start, length)
-    err = _register_mapped(capture, region.track_start, length, region.unit_pages * PAGE, mode)
+    err = uffd_register(capture.uffds[0], region.track_start, length, mode)
+    if err and capture.attached:
+        err = register_mapped(capture.uffds[0], region.track_start, length, region.unit_pages * PAGE, mode)
     if err:
         capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
     return err
@@ -175,6 +150,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, err
     cdef uint64_t pieces = 0
     cdef uint64_t begin = snap_now_ns()
+    scan_files(capture)
     for i in range(capture.n_regions):
         if register_region(capture, &capture.regions[i]):
             return 1

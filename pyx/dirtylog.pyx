@@ -8,7 +8,7 @@ One thread, the caller's, without the GIL while it scans and copies. Source: Lin
 Documentation/admin-guide/mm/pagemap.rst.
 """
 
-from libc.errno cimport ESRCH, ETIMEDOUT
+from libc.errno cimport EPERM, ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.arming cimport register_region
@@ -18,13 +18,14 @@ from snapengine.events cimport forget_all
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
+    UFFDIO_REGISTER_MODE_WP,
 )
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
-from snapengine.uffd cimport uffd_protect
+from snapengine.uffd cimport register_mapped, uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -80,6 +81,31 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
     return 0
 
 
+cdef int _track_anew(capture_t *capture, region_t *region) noexcept nogil:
+    """An attached process has mapped something over a part of the region: track that as well, if it can be."""
+    return register_mapped(capture.uffds[0], region.track_start, region.track_end - region.track_start,
+                           region.unit_pages * PAGE, UFFDIO_REGISTER_MODE_WP)
+
+
+cdef int _begin_anew(capture_t *capture, region_t *region, scan_t *scan) noexcept nogil:
+    """The scan has failed half-way, and what it protected again until there is not reported any more. So
+    protect all, then list all: also what cannot be tracked, which is thus copied in every round."""
+    cdef int err = _track_anew(capture, region)
+    cdef int found = 1
+    if err:
+        return err
+    _aim(capture, region, scan, True)
+    scan.flags = PM_SCAN_WP_MATCHING
+    while found > 0:
+        found = scan_step(scan)
+    if found < 0:
+        return scan.err
+    _aim(capture, region, scan, False)
+    scan.flags = 0
+    scan.mask = 0
+    return 0
+
+
 cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint wait,
                        uint64_t deadline) noexcept nogil:
     cdef scan_t *scan = &lane.scan
@@ -88,6 +114,11 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
     _aim(capture, region, scan, True)
     while True:
         found = scan_step(scan)
+        if found < 0 and scan.err == EPERM and capture.attached:
+            err = _begin_anew(capture, region, scan)
+            if err:
+                return err
+            continue
         if found < 0:
             return scan.err
         if found == 0:
@@ -287,12 +318,20 @@ cdef class DirtyLog:
         cdef capture_t *capture = self.session.capture
         cdef scan_t *scan = &capture.lanes[0].scan
         cdef int64_t pages = 0
+        cdef int64_t before
         cdef int i, j, found
         with nogil:
             for i in range(capture.n_regions):
+                before = pages
                 _aim(capture, &capture.regions[i], scan, False)
                 while True:
                     found = scan_step(scan)
+                    if found < 0 and scan.err == EPERM and capture.attached:
+                        _track_anew(capture, &capture.regions[i])
+                        _aim(capture, &capture.regions[i], scan, False)
+                        scan.flags = 0          # what cannot be tracked counts as written
+                        pages = before
+                        continue
                     if found <= 0:
                         break
                     for j in range(found):

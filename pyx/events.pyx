@@ -9,15 +9,19 @@ a userfaultfd of the child's; it joins the list. Without it the child is not pro
 right for private memory: the child has its own copy.
 """
 
-from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ESRCH, errno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from posix.unistd cimport close, read
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
 from snapengine.bitmap cimport bits_test
-from snapengine.linux cimport UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP
+from snapengine.linux cimport (
+    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFDIO_REGISTER_MODE_WP,
+)
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, page_addr, region_t
-from snapengine.uffd cimport uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake, unregister_gently
+from snapengine.uffd cimport (
+    protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake, unregister_gently,
+)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -29,6 +33,14 @@ cdef extern from "<sys/epoll.h>" nogil:
     const int EPOLL_CTL_ADD
     const unsigned int EPOLLIN
     const unsigned int EPOLLET
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    int dup3(int old, int new, int flags)
+
+cdef uint64_t NEVER_MAPPED = 0x7fffffffe000     # the last page of a process on x86-64 is a guard (ENOENT)
 
 cdef extern from * nogil:
     """
@@ -109,21 +121,49 @@ cdef void _unregister_all(capture_t *capture, int fd, bint children) noexcept no
 
 
 cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
+    """Also what the parent had not registered yet when it forked (ENOENT)."""
     cdef int i
     cdef int err = 0
     cdef region_t *region
+    cdef uint64_t length
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        if region.shared and not err:
-            err = uffd_protect(fd, region.track_start, region.track_end - region.track_start)
+        if not region.shared or err:
+            continue
+        length = region.track_end - region.track_start
+        err = uffd_protect(fd, region.track_start, length)
+        if err == ENOENT:
+            err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096, UFFDIO_REGISTER_MODE_WP)
+            err = err if err else protect_mapped(fd, region.track_start, length)
     return err
+
+
+cdef int _place_for(capture_t *capture, int *fd) noexcept nogil:
+    """The index of a child's userfaultfd, -1 if there are too many. With capture.lock held.
+
+    Of a child that has ended the place is taken over, and its descriptor's number with it: another thread that
+    still reads from that gets the new child's messages, with the right index.
+    """
+    cdef int i
+    cdef uint64_t n = snap_peek(&capture.n_uffds)
+    if n < UFFDS_MAX:
+        capture.uffds[n] = fd[0]
+        snap_store(&capture.n_uffds, n + 1)
+        return <int>n
+    for i in range(1, UFFDS_MAX):
+        if uffd_unprotect(capture.uffds[i], NEVER_MAPPED, 4096) == ESRCH:
+            dup3(fd[0], capture.uffds[i], O_CLOEXEC)
+            close(fd[0])
+            fd[0] = capture.uffds[i]
+            return i
+    return -1
 
 
 cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
     """Until T the child must be protected as its parent is: the fork may have copied page tables
     between two protect calls. After T it inherited exactly what is still protected."""
     cdef int err = 0
-    cdef uint64_t n
+    cdef int place
     if not _has_shared(capture):
         close(fd)
         return
@@ -132,17 +172,14 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
         if err and err != ESRCH:    # ESRCH: the child has ended already
             capture_fail(capture, err, "protecting a forked child", 0)
     pthread_mutex_lock(&capture.lock)
-    n = snap_peek(&capture.n_uffds)
-    if n < UFFDS_MAX:
-        capture.uffds[n] = fd
-        snap_store(&capture.n_uffds, n + 1)
+    place = _place_for(capture, &fd)
     pthread_mutex_unlock(&capture.lock)
-    if n == UFFDS_MAX:
+    if place < 0:
         _unregister_all(capture, fd, True)
         close(fd)
         capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
         return
-    err = watch(capture, fd, n)
+    err = watch(capture, fd, <uint64_t>place)
     if err:
         capture_fail(capture, err, "epoll_ctl", 0)
 

@@ -21,7 +21,7 @@ from snapengine.pthreads cimport (
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice, snap_now_ns,
 )
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
-from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
+from snapengine.session cimport PRESENCE_BITS, PRESENCE_FILE, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated
 from snapengine.uffd cimport uffd_wake, uffd_zeropage
 
@@ -74,6 +74,7 @@ cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) 
 cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
                          uint64_t addr) noexcept nogil:
     cdef uint64_t bit = <uint64_t>1 << (page & 63)
+    cdef uint64_t data
     cdef int err
     # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
     # file will tell no more once the page exists, so the hole is claimed and put down here.
@@ -82,8 +83,10 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
         if err:
             capture_fail(capture, err, "spill file", 0)
         elif bits_claim(capture.claimed, page >> 6, bit):
-            # A page of the file that this process has not mapped does not fault as missing: no data here.
-            save_window(capture, lane, region, page & ~<uint64_t>63, bit, 0)
+            # A page of the file that this process has not mapped does not fault as missing: no data here, or
+            # (PRESENCE_FILE) none any more.
+            data = populated(capture, lane, region, page & ~<uint64_t>63, bit) if region.presence == PRESENCE_FILE else 0
+            save_window(capture, lane, region, page & ~<uint64_t>63, bit, data)
     _fill(capture, lane, uffd, addr)
 
 

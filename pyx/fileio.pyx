@@ -57,3 +57,20 @@ def crc_of_range(int fd, uint64_t offset, uint64_t length):
     if err > 0:
         raise_oserror(err, b"pread")
     return None if err else crc
+
+
+cdef extern from * nogil:
+    """
+    #include <sys/stat.h>
+    static inline unsigned long long snap_mtime_ns(int fd) {
+        struct stat status;
+        if (fstat(fd, &status) != 0)
+            return 0;
+        return status.st_mtim.tv_sec * 1000000000ull + status.st_mtim.tv_nsec;
+    }
+    """
+    uint64_t snap_mtime_ns(int fd)
+
+
+cdef uint64_t file_mtime_ns(int fd) noexcept nogil:
+    return snap_mtime_ns(fd)

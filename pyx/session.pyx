@@ -12,6 +12,7 @@ import os
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_count, bits_next, bits_test
+from snapengine.fileio cimport file_mtime_ns
 from snapengine.histogram cimport histogram_merge, histogram_quantile, histogram_t
 from snapengine.pagemap import has_pagemap_scan
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
@@ -23,6 +24,7 @@ from snapengine.pthreads cimport (
 _READING = {"memory": READ_MEMORY, "process": READ_PROCESS, "file": READ_FILE}
 _PRESENCE = {
     "all": PRESENCE_ALL, "bits": PRESENCE_BITS, "seek": PRESENCE_SEEK, "mincore": PRESENCE_MINCORE,
+    "file": PRESENCE_FILE,
 }
 
 
@@ -258,6 +260,16 @@ cdef class Session:
                 runs.append((page_addr(region, page), (last - page) * 4096))
                 page = bits_next(self.capture.lost, last, stop)
         return runs
+
+    def changed_files(self):
+        """Indices of the regions whose memory file was changed otherwise than through a mapping meanwhile."""
+        cdef int i
+        found = []
+        for i in range(self.capture.n_regions):
+            if self.capture.regions[i].mtime_ns and file_mtime_ns(self.capture.regions[i].file) != \
+                    self.capture.regions[i].mtime_ns:
+                found.append(i)
+        return found
 
     @property
     def arm_ns(self):

@@ -2,7 +2,9 @@
 
 Runs on capture threads. It reads only pages that were populated at T, since reading a hole creates
 it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. A page that the target
-discarded after T is noticed after the copy (it is no longer protected) and put down as lost.
+discarded after T is noticed after the copy (it is no longer protected) and put down as lost. So is a page of an
+attached process's memory file that was data at T, reads as zero, and may have been punched out since: that traps
+nowhere.
 """
 
 from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
@@ -11,13 +13,14 @@ from posix.unistd cimport lseek, pread
 
 from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_test
+from snapengine.fileio cimport file_mtime_ns
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from snapengine.pages cimport copy_page, page_nonzero
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t, scan_written
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.session cimport (
-    PRESENCE_BITS, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, page_addr,
+    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, page_addr,
 )
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -56,6 +59,8 @@ cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
             bits_fill(capture.data, page, n)
         else:
             bits_clear(capture.data, page, n)
+        if kind != SNAP_LOST:           # in an earlier round it was
+            bits_clear(capture.lost, page, n)
 
 
 cdef void _find_extent(lane_t *lane, region_t *region, uint64_t offset) noexcept nogil:
@@ -111,7 +116,7 @@ cdef uint64_t _by_mincore(region_t *region, uint64_t page, uint64_t mask) noexce
 
 cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                         uint64_t mask) noexcept nogil:
-    if region.presence == PRESENCE_BITS:
+    if region.presence == PRESENCE_BITS or region.presence == PRESENCE_FILE:
         return capture.present[page >> 6] & mask
     if region.presence == PRESENCE_SEEK:
         return _by_seek(lane, region, page, mask)
@@ -179,6 +184,15 @@ cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, ui
         put_pages(capture, lane, page, 1, SNAP_ZERO)
 
 
+cdef bint _punched(region_t *region, uint64_t page) noexcept nogil:
+    """Whether a page that held data at T and reads as zero may have been punched out of its file since. Nothing
+    traps that, and a write fills the hole again before it traps, so the file must be unchanged as a whole."""
+    cdef long offset = region.file_offset + (page - region.first_page) * PAGE
+    if region.presence != PRESENCE_FILE:
+        return False
+    return lseek(region.file, offset, SEEK_DATA) != offset or file_mtime_ns(region.file) != region.mtime_ns
+
+
 cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                          uint64_t n) noexcept nogil:
     cdef char *base = lane.slot.data + lane.slot.used
@@ -195,7 +209,9 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
                 memcpy(dst, base + i * PAGE, PAGE)
             dst += PAGE
             put_pages(capture, lane, page + i, 1, SNAP_DATA)
-        elif region.reading == READ_FILE and capture.data == NULL \
+        elif _punched(region, page + i):
+            put_pages(capture, lane, page + i, 1, SNAP_LOST)
+        elif region.reading == READ_FILE and region.presence != PRESENCE_SEEK and capture.data == NULL \
                 and not bits_test(capture.present, page + i):
             # No page table entry and nothing but zeros: as good as a hole (rounds cannot tell: zero there).
             put_pages(capture, lane, page + i, 1, SNAP_HOLE)
@@ -282,13 +298,40 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     return 0
 
 
+cdef void scan_files(capture_t *capture) noexcept nogil:
+    cdef int i
+    cdef region_t *region
+    cdef uint64_t offset, size
+    cdef long data, edge
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        offset = 0
+        size = region.pages * PAGE
+        if region.presence == PRESENCE_FILE and region.mtime_ns == 0:
+            region.mtime_ns = file_mtime_ns(region.file)
+        while region.presence == PRESENCE_FILE and offset < size:
+            data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
+            if data < 0 and errno == ENXIO:
+                break
+            edge = lseek(region.file, data, SEEK_HOLE) if data >= 0 else -1
+            # An answer that tells nothing: all of it counts as data.
+            offset = data - region.file_offset if data >= 0 else offset
+            if offset >= size:
+                break
+            data = offset
+            offset = min(<uint64_t>edge - region.file_offset, size) if edge >= 0 else size
+            bits_fill(capture.present, region.first_page + data // PAGE, (offset - data + PAGE - 1) // PAGE)
+
+
 cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, j, found, err
     cdef region_t *region
     cdef scan_t *scan = &lane.scan
+    scan_files(capture)
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        if region.presence != PRESENCE_BITS and region.reading != READ_FILE:
+        # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.
+        if region.presence != PRESENCE_BITS and (region.presence != PRESENCE_ALL or region.reading != READ_FILE):
             continue
         if not capture.has_scan:
             err = _scan_by_pagemap(capture, lane, region)

@@ -6,7 +6,7 @@ surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.r
 Documentation/admin-guide/mm.
 """
 
-from libc.errno cimport EACCES, EINVAL, ENOSYS, EPERM, errno
+from libc.errno cimport EACCES, EBUSY, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, errno
 from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
@@ -105,6 +105,30 @@ cdef int _writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode) n
 
 cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil:
     return _writeprotect(fd, start, length, UFFDIO_WRITEPROTECT_MODE_WP)
+
+
+cdef int register_mapped(int fd, uint64_t start, uint64_t length, uint64_t unit, uint64_t mode) noexcept nogil:
+    cdef uint64_t half
+    cdef int err = uffd_register(fd, start, length, mode)
+    if not err or err == EBUSY or err == ESRCH:
+        return err
+    if length <= unit:
+        return 0
+    half = max(length // 2 // unit * unit, unit)
+    err = register_mapped(fd, start, half, unit, mode)
+    return err if err else register_mapped(fd, start + half, length - half, unit, mode)
+
+
+cdef int protect_mapped(int fd, uint64_t start, uint64_t length) noexcept nogil:
+    cdef uint64_t half
+    cdef int err = uffd_protect(fd, start, length)
+    if err != ENOENT:
+        return err
+    if length <= 4096:
+        return 0
+    half = length // 2 // 4096 * 4096
+    err = protect_mapped(fd, start, half)
+    return err if err else protect_mapped(fd, start + half, length - half)
 
 
 cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil:

@@ -413,7 +413,7 @@ class Capture:
             stop_ns=self._stop_ns,
             duration_ns=time.monotonic_ns() - self._began,
             peak_buffer_bytes=self._session.pool.peak_bytes + self._encoder.scratch_bytes,
-            warnings=self._warnings + self._plan.warnings,
+            warnings=self._warnings + self._plan.warnings + self._plan.changed_text(self._session.changed_files()),
             **self._about_attached(),
             **figures(self._session, self._plan, self._options.method, self._extra),
         )

@@ -5,3 +5,6 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil
 # The same for writing. Returns 0 or an errno.
 cdef int pwrite_all(int fd, const char *data, size_t count, uint64_t offset) noexcept nogil
+# When the file was last changed by a call: write(), fallocate(), ftruncate(). Stores to a mapping of a memory
+# file do not count. 0: it cannot be told.
+cdef uint64_t file_mtime_ns(int fd) noexcept nogil

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -62,7 +62,21 @@ def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> li
             break
         path = fields[5] if len(fields) > 5 else ""
         mappings.append(Mapping(first, last, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path))
-    return mappings
+    return without_overlaps(mappings)
+
+
+def without_overlaps(mappings: list[Mapping]) -> list[Mapping]:
+    """The kernel gives the list in pieces of a page. A mapping that has grown or was merged between two of them
+    is in both, from its begin: of the second only what the first has not."""
+    found: list[Mapping] = []
+    for mapping in mappings:
+        known = found[-1].end if found else 0
+        if mapping.start >= known:
+            found.append(mapping)
+        elif mapping.end > known:
+            offset = mapping.offset + known - mapping.start if mapping.inode else mapping.offset
+            found.append(replace(mapping, start=known, offset=offset))
+    return found
 
 
 def _end_of(line: bytes) -> int:

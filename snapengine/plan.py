@@ -79,6 +79,14 @@ class Plan:
             after += -(-region.length // PAGE_BYTES)
         return placed
 
+    def changed_text(self, numbers: list[int]) -> list[str]:
+        """Warnings for regions whose memory file was changed otherwise than through the target's mapping."""
+        return [
+            f"the file of region {self.regions[number].region.name!r} was changed by write(), fallocate() or "
+            "ftruncate() while it was saved: what was written so is not seen"
+            for number in numbers
+        ]
+
     def close(self) -> None:
         """Close what was opened. Only after the capture's threads have ended. Idempotent."""
         for fd in self._fds:
@@ -171,7 +179,12 @@ class Plan:
         plan.file, plan.file_offset = file, offset
         # Shared memory that the target unmaps goes on in its file, where others may write it unseen.
         plan.check = self.attached and not plan.sparse
-        if self.pid and plan.presence == "seek":
+        if self.attached and plan.presence == "seek":
+            # It may cut its file short: that would kill who reads it through a mapping.
+            plan.reading = "file"
+            if not self.features & FEATURES["WP_ASYNC"]:
+                plan.presence = "file"  # dirty logging copies the file as it is at T, when nobody runs
+        elif self.pid and plan.presence == "seek":
             plan.source = self._map(plan)
             plan.reading = "memory"
 

@@ -10,18 +10,19 @@ from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 cdef enum:
     FAULT_LANES_MAX = 64
     WALKERS_MAX = 16
-    UFFDS_MAX = 17                  # the target's, and those of 16 forked children
+    UFFDS_MAX = 65                  # the target's, and those of 64 forked children that live
     HELD_MAX = 256
 
 cdef enum:                          # where a region's bytes are read
     READ_MEMORY                     # a pointer of this process
     READ_PROCESS                    # process_vm_readv
-    READ_FILE                       # pread: hugetlb files, whose holes a load would fill
+    READ_FILE                       # pread: where a load would fill a hole, or kill us when the file is cut
 
 cdef enum:                          # how populated pages are told from holes
     PRESENCE_ALL                    # not told: everything is read
     PRESENCE_BITS                   # the page tables as scanned at T
     PRESENCE_SEEK                   # SEEK_DATA of the shared file
+    PRESENCE_FILE                   # SEEK_DATA of the shared file, as it was at T
     PRESENCE_MINCORE                # the page cache behind a mapping of this process
 
 
@@ -35,7 +36,8 @@ cdef struct region_t:               # fixed before the threads start
     uint64_t track_start            # what is registered: addr and end, rounded to units
     uint64_t track_end
     char *source                    # READ_MEMORY: where page first_page is readable
-    int file                        # READ_FILE, PRESENCE_SEEK: descriptor of this process, or -1
+    int file                        # READ_FILE, PRESENCE_SEEK, _FILE: descriptor of this process, or -1
+    uint64_t mtime_ns               # PRESENCE_FILE: of the file, before anything was protected
     uint64_t file_offset            # of page first_page
     uint8_t reading
     uint8_t presence
@@ -95,7 +97,7 @@ cdef struct capture_t:
     uint64_t *claimed               # who saves the page: 0→1 once
     uint64_t *saved                 # set (release) after the copy: whoever sees it may unprotect
     uint64_t *lost
-    uint64_t *present               # PRESENCE_BITS: written by the walk before T, read after
+    uint64_t *present               # PRESENCE_BITS, PRESENCE_FILE: written by the walk before T, read after
     uint64_t *huge                  # by page >> 9; like `present`
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
     uint64_t *data                  # dirty logging: the page's last version is a data page

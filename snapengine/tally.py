@@ -27,7 +27,8 @@ def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str
     total = session.total_pages + extra.data + extra.zero + extra.lost
     final = data
     zeros = counts["zero"] + extra.zero
-    lost = counts["lost"] + extra.lost
+    runs = session.lost_runs()
+    lost = sum(length for _, length in runs) // 4096 + extra.lost
     if method == DIRTY_LOGGING:
         final = session.final_pages() + extra.data
         zeros = total - final - holes - lost
@@ -45,5 +46,5 @@ def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str
         "fault_ns": session.fault_ns(),
         "spilled_bytes": session.pool.spilled_bytes,
         "lost_pages": lost,
-        "lost_runs": session.lost_runs(),
+        "lost_runs": runs,
     }

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from snapengine.maps import Mapping, covering, page_size_of, read_maps
+from snapengine.maps import Mapping, covering, page_size_of, read_maps, without_overlaps
 
 MIB = 1 << 20
 MAP_HUGETLB = 0x40000
@@ -66,3 +66,15 @@ def test_covering_wants_all_of_it(start, end, count):
         Mapping(40, 50, "rw-p", 0, "00:00", 0, ""),
     ]
     assert len(covering(mappings, start, end)) == count
+
+
+def test_a_list_that_was_torn():
+    """Seen as a thread's arena grew while the list was read: the mapping is in it twice."""
+    def at(start, end, inode=0, offset=0):
+        return Mapping(start * 4096, end * 4096, "rw-p", offset * 4096, "00:00", inode, "")
+
+    whole = [at(1, 3), at(3, 4), at(6, 9)]
+    assert without_overlaps(whole) == whole
+    assert without_overlaps([at(1, 3), at(1, 8), at(9, 10)]) == [at(1, 3), at(3, 8), at(9, 10)]
+    assert without_overlaps([at(1, 8), at(1, 3), at(8, 9)]) == [at(1, 8), at(8, 9)]
+    assert without_overlaps([at(1, 3, 7), at(2, 8, 7, 1)]) == [at(1, 3, 7), at(3, 8, 7, 2)]

@@ -1,7 +1,6 @@
 """Regressions of the concurrency: each of these once hung a process, crashed it, or gave a wrong image."""
 
 import ctypes
-import errno
 import mmap
 import os
 import select
@@ -119,17 +118,13 @@ def test_forks_while_shared_pages_are_armed():
     statuses = []
     try:
         for _ in range(15):
-            try:
-                with snapengine.snapshot(parts, "null:") as capture:
-                    pass
-                statuses.append(capture.result.status)
-            except snapengine.UffdError as error:
-                statuses.append(error.errno)
+            with snapengine.snapshot(parts, "null:") as capture:
+                pass
+            statuses.append(capture.result.status)
     finally:
         stop.append(True)
         thread.join()
-    assert "completed" in statuses
-    assert set(statuses) <= {"completed", errno.EMFILE}  # EMFILE: more than 16 forks in one capture
+    assert set(statuses) == {"completed"}
 
 
 def test_hugetlb_buffer_that_begins_inside_a_huge_page(tmp_path, hugetlb):

@@ -1,0 +1,121 @@
+/* Memory of known content, of which a part is taken away when the test says so.
+ *
+ * usage: victim WORDS KIND PAGES; KIND: anon, memfd. Page i holds i + 1 in its words 0 and 511; of anon memory
+ * the first 16 pages are PROT_NONE. VALUES: what to do (one of enum deed), with the pages FIRST ... FIRST + COUNT;
+ * it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it runs. */
+#include "target.h"
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+
+enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16 };
+enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE };
+
+static char *memory;
+static uint64_t pages;
+static int fd = -1;
+
+static void write_pages(char *start, uint64_t count, uint64_t value) {
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t *page = (uint64_t *)(start + i * PAGE);
+        page[0] = page[511] = value ? value : i + 1;
+    }
+}
+
+static void require(int condition) {
+    if (!condition)
+        words[ERRORS] += 1000000 + (uint64_t)errno;
+}
+
+static void unmap(char *part, uint64_t bytes) { require(munmap(part, bytes) == 0); }
+
+static void replace(char *part, uint64_t bytes) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+    require(mmap(part, bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == part);
+}
+
+static void map_a_file(char *part, uint64_t bytes) {
+    int program = open("/proc/self/exe", O_RDONLY);
+    require(mmap(part, bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, program, 0) == part);
+    close(program);
+}
+
+static void move(char *part, uint64_t bytes) {
+    char *place = mmap(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    require(mremap(part, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place);
+    write_pages(place, bytes / PAGE, 99);
+}
+
+/* All of the memory that may be read, in one call. */
+static void grow(void) {
+    uint64_t bytes = (pages - HIDDEN) * PAGE;
+    char *moved = mremap(memory + HIDDEN * PAGE, bytes, bytes + 512 * PAGE, MREMAP_MAYMOVE);
+    require(moved != MAP_FAILED);
+    for (uint64_t i = 0; moved != MAP_FAILED && i < pages - HIDDEN; i++)
+        require(*(uint64_t *)(moved + i * PAGE) == i + HIDDEN + 1);
+}
+
+static void act(enum deed deed) {
+    char *part = memory + words[FIRST] * PAGE;
+    uint64_t bytes = words[COUNT] * PAGE;
+    int hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    if (deed == UNMAP)
+        unmap(part, bytes);
+    if (deed == REPLACE)
+        replace(part, bytes);
+    if (deed == DISCARD)
+        require(madvise(part, bytes, MADV_DONTNEED) == 0);
+    if (deed == PUNCH)
+        require(fallocate(fd, hole, (off_t)words[FIRST] * PAGE, (off_t)bytes) == 0);
+    if (deed == TRUNCATE)
+        require(ftruncate(fd, (off_t)words[FIRST] * PAGE) == 0);
+    if (deed == MOVE)
+        move(part, bytes);
+    if (deed == GROW)
+        grow();
+    if (deed == MAP_A_FILE)
+        map_a_file(part, bytes);
+}
+
+static int writable_after(enum deed deed) { return deed == REPLACE || deed == DISCARD || deed == PUNCH; }
+
+static void *heart(void *arg) {
+    for (;;) {
+        words[COUNTERS]++;
+        usleep(200);
+    }
+    return arg;
+}
+
+
+int main(int argc, char **argv) {
+    pthread_t thread;
+    if (argc != 4)
+        return 1;
+    open_words(argv[1]);
+    pages = strtoul(argv[3], 0, 10);
+    if (!strcmp(argv[2], "memfd")) {
+        fd = memfd_create("victim", 0);
+        require(ftruncate(fd, (off_t)(pages * PAGE)) == 0);
+        memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    } else
+        memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
+    write_pages(memory, pages, 0);
+    if (fd < 0)
+        require(mprotect(memory, HIDDEN * PAGE, PROT_NONE) == 0);
+    words[MEMORY] = (uint64_t)memory;
+    words[PAGES] = pages;
+    pthread_create(&thread, 0, heart, 0);
+    words[READY] = 1;
+    for (;;) {
+        enum deed deed = (enum deed)words[VALUES];
+        if (deed) {
+            act(deed);
+            words[VALUES] = 0;
+            if (writable_after(deed))
+                write_pages(memory + words[FIRST] * PAGE, words[COUNT], 77);
+        }
+        usleep(200);
+    }
+}

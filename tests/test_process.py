@@ -1,0 +1,138 @@
+"""An attached process: the image is a consistent cut, and the process has noticed nothing.
+
+The target writes in a known order (targets/order.h), so every image must be a prefix of its writes. The
+negative control serves faults before T, and the same check must notice.
+"""
+
+import os
+
+import pytest
+from orderkit import MIB, STRIDES, OrderTarget, check_order, faults_of_order
+from targetkit import COUNTERS, MEMORY, PAGES, Target, descriptors, status_line, until
+
+import snapengine
+from snapengine.capture import Capture
+from snapengine.image import open_image
+from snapengine.options import Options
+from snapengine.process import ProcessTarget
+
+pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
+
+CUTS = int(os.environ.get("ATTACH_CUTS", "1"))  # snapshots per case; `make soak` takes more
+KINDS = ["anon", "thp", "memfd", "heap", pytest.param("hugetlb", marks=pytest.mark.host_optional)]
+MODES = ["soft", "stop", "dirty"]
+
+
+class EarlyCapture(Capture):
+    _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+
+
+def attach(pid, mode, **options):
+    """The target of a snapshot and the options for it; mode: soft, stop or dirty (logging)."""
+    if mode == "dirty":
+        return ProcessTarget(pid, method="dirty-logging"), Options(method="dirty-logging", **options)
+    return ProcessTarget(pid, cut=mode), Options(**options)
+
+
+def snap(pid, path, mode, **options):
+    target, chosen = attach(pid, mode, **options)
+    with snapengine.snapshot(target, path, chosen) as capture:
+        pass
+    return capture.result
+
+
+def check_untouched(target, descriptors_before):
+    """It runs, has lost no write, and nothing of ours is left in it."""
+    target.check_running(target.threads if isinstance(target, OrderTarget) else 1)
+    assert descriptors(target.pid) == descriptors_before
+    until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is traced still")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cut_is_consistent(request, tmp_path, kind, threads, stride, mode):
+    if kind == "hugetlb":
+        request.getfixturevalue("hugetlb")(8)
+    path = tmp_path / "image"
+    with OrderTarget(kind, threads, stride) as target:
+        before = descriptors(target.pid)
+        for _ in range(CUTS):
+            low = target.last_write()
+            result = snap(target.pid, path, mode)
+            check_order(path, target, low, target.last_write())
+            assert result.status == "completed"
+            assert result.lost_pages == 0
+            assert result.cut == ("soft" if mode == "soft" else "stop")
+            assert (result.stop_ns > 0) == (mode != "soft")
+            assert result.injection_ns > 0
+            assert result.pages_total == (
+                result.pages_saved - result.duplicate_pages + result.zero_pages + result.hole_pages
+            )
+        check_untouched(target, before)
+    path.unlink()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_t_is_where_it_is_said_to_be(tmp_path, mode):
+    """Write tracking: T is before the block is entered. Dirty logging: it is at the end."""
+    with OrderTarget("anon", 1, 1) as target:
+        chosen, options = attach(target.pid, mode)
+        low = target.last_write()
+        with snapengine.snapshot(chosen, tmp_path / "image", options):
+            inside = target.last_write()
+        newest = check_order(tmp_path / "image", target, low, target.last_write())
+        assert newest >= inside if mode == "dirty" else newest <= inside + 1
+
+
+def test_faults_served_before_t_are_noticed(tmp_path):
+    path = tmp_path / "image"
+    with OrderTarget("anon", 1, 40503, 32 * MIB) as target:
+        for _ in range(50):
+            chosen = ProcessTarget(target.pid, target.region)
+            with EarlyCapture(chosen, path, Options(), {}):
+                pass
+            with open_image(path) as image:
+                memory = image.read_at(target.words[MEMORY], 32 * MIB)
+            _, bad = faults_of_order(memory, target.stride)
+            if len(bad):
+                break
+        assert len(bad), "50 cuts with faults served before T, and the oracle accepted all"
+        target.check_running()
+
+
+@pytest.mark.parametrize("mode", ["soft", "stop"])
+def test_with_a_spill_and_few_buffers(tmp_path, mode):
+    with OrderTarget("anon", 1, 40503, 48 * MIB) as target:
+        few = {"memory_limit": 16 * MIB, "rate_limit": 48 * MIB, "spill_dir": str(tmp_path)}
+        result = snap(target.pid, tmp_path / "image", mode, **few)
+        check_order(tmp_path / "image", target)
+        assert result.spilled_bytes > 0
+        target.check_running()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_threads(tmp_path, mode):
+    with Target("compute", 64) as target:
+        before = descriptors(target.pid)
+        result = snap(target.pid, tmp_path / "image", mode)
+        assert result.lost_pages == 0
+        with open_image(tmp_path / "image") as image:
+            image.verify()
+            assert len(image.process.threads) == (0 if mode == "soft" else 64)
+            assert image.read_at(target.words[MEMORY] + 4000, 1) == b"\1"
+            assert target.words[PAGES] == 256
+        target.check_running(64)
+        check_untouched(target, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_wait_for_events_does_not_end_early(tmp_path, mode):
+    with Target("blocking", "epoll_wait") as target:
+        for _ in range(3):
+            snap(target.pid, tmp_path / "image", mode)
+        assert target.words[COUNTERS] == 0, "an EINTR was seen"
+        assert target.words[COUNTERS + 64] == 0, "the call has returned"
+        assert status_line(target.pid, "TracerPid") == "0"
+        assert target.process.poll() is None

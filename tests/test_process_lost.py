@@ -1,0 +1,176 @@
+"""Memory that an attached process takes away after T, before it was saved: reported, and the rest is right.
+
+The image waits at a gate, so that the walk cannot get to that memory: the buffers are full before it.
+"""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from targetkit import COUNTERS, MEMORY, PAGES, VALUES, Target, until
+
+import snapengine
+from snapengine.errors import LostPagesError
+from snapengine.image import open_image
+from snapengine.packing import LOST
+from snapengine.process import ProcessTarget
+from snapengine.sinks import PYTHON_LEVEL, FileSink
+
+pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
+
+MIB = 1 << 20
+PAGE = 4096
+N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE = range(1, 9)  # targets/victim.c
+
+
+class GatedFile(FileSink):
+    """A file that takes its first MiB, and the rest once `gate` is open."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.gate = threading.Event()
+        self._taken = 0
+        self._file, self.fd = self.fd, PYTHON_LEVEL
+
+    def write(self, data):
+        if self._taken > MIB:
+            assert self.gate.wait(60), "nobody opened the gate"
+        self._taken += len(data)
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(self._file, view) :]
+
+    def _commit(self):
+        self.fd = self._file
+        super()._commit()
+
+    def _abort(self):
+        self.fd = self._file
+        super()._abort()
+
+
+class Victim(Target):
+    """``with Victim(kind) as target``: memory of known content."""
+
+    def __init__(self, kind):
+        super().__init__("victim", kind, N_PAGES)
+
+    @property
+    def region(self):
+        start = self.words[MEMORY]
+        return f"{start:x}-{start + self.words[PAGES] * PAGE:x}"
+
+    def act(self, deed):
+        """It does something to the pages FIRST ... FIRST + COUNT, and has done it."""
+        self.words[5], self.words[6] = FIRST, COUNT
+        self.words[VALUES] = deed
+        until(lambda: self.words[VALUES] == 0, "it did not act")
+
+    def check_running(self, n=1):
+        super().check_running(n)
+        assert self.words[COUNTERS] > 0
+
+
+def save(target, path, deed, cut="soft", regions=None, **options):
+    """A snapshot, and what the target does while its pages are saved."""
+    sink = GatedFile(path)
+    chosen = ProcessTarget(target.pid, regions or target.region, cut=cut)
+    with snapengine.snapshot(chosen, sink, memory_limit=16 * MIB, **options) as capture:
+        try:
+            target.act(deed)
+        finally:
+            sink.gate.set()
+    return capture.result
+
+
+def lost_pages(result, target):
+    """Numbers of the lost pages of the memory."""
+    start = target.words[MEMORY]
+    found = set()
+    for addr, length in result.lost_runs:
+        found.update(range((addr - start) // PAGE, (addr + length - start) // PAGE))
+    return found
+
+
+def check_content(path, target, lost):
+    """Each page that is not lost holds what it held at T, and no page that is lost can be read."""
+    start = target.words[MEMORY]
+    with open_image(path) as image:
+        image.verify()
+        region = next(r for r in image.regions if r.addr <= start < r.addr + r.length)
+        runs = image.resolve(region, start - region.addr, N_PAGES * PAGE)
+        assert sum(pages for _, pages, kind in runs if kind == LOST) == len(lost)
+        page = 0
+        while page < N_PAGES:
+            if page in lost:
+                with pytest.raises(LostPagesError):
+                    image.read_at(start + page * PAGE, PAGE)
+                page += 64
+                continue
+            end = min([n for n in lost if n > page], default=N_PAGES)
+            words = np.frombuffer(image.read_at(start + page * PAGE, (end - page) * PAGE), "<u8").reshape(-1, 512)
+            wanted = np.arange(page + 1, end + 1)
+            wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
+            assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
+            page = end
+
+
+WAYS = [
+    ("anon", UNMAP), ("anon", REPLACE), ("anon", DISCARD), ("anon", MOVE), ("anon", MAP_A_FILE),
+    ("memfd", REPLACE), ("memfd", PUNCH), ("memfd", TRUNCATE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", ["soft", "stop"])
+@pytest.mark.parametrize(("kind", "deed"), WAYS)
+def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
+    with Victim(kind) as target:
+        result = save(target, tmp_path / "image", deed, cut)
+        lost = lost_pages(result, target)
+        end = N_PAGES if deed == TRUNCATE else FIRST + COUNT
+        assert lost == set(range(FIRST, end))
+        assert result.lost_pages == len(lost)
+        told = any("was changed by write(), fallocate() or ftruncate()" in text for text in result.warnings)
+        assert told == (deed in (PUNCH, TRUNCATE))
+        check_content(tmp_path / "image", target, lost)
+        target.check_running()
+
+
+@pytest.mark.parametrize("deed", [UNMAP, DISCARD])
+def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
+    """It is unmapped, or no page of it mapped any more: its content is still that of T."""
+    with Victim("memfd") as target:
+        result = save(target, tmp_path / "image", deed)
+        check_content(tmp_path / "image", target, lost_pages(result, target))
+        target.check_running()
+
+
+def test_memory_is_not_split(tmp_path):
+    """mremap() of all of it at once, in the middle of the walk: nothing of ours may make it fail."""
+    with Victim("anon") as target:
+        start = target.words[MEMORY]
+        hidden = 16 * PAGE
+        save(target, tmp_path / "image", GROW, regions=f"{start + hidden:x}-{start + N_PAGES * PAGE:x}")
+        target.check_running()
+
+
+@pytest.mark.parametrize(("kind", "deed"), [("anon", UNMAP), ("memfd", PUNCH)])
+def test_strict(tmp_path, kind, deed):
+    with Victim(kind) as target:
+        with pytest.raises(LostPagesError, match=f"{COUNT} pages were discarded"):
+            save(target, tmp_path / "image", deed, strict=True)
+        assert os.listdir(tmp_path) == []
+        target.check_running()
+
+
+@pytest.mark.parametrize("cut", ["soft", "stop"])
+def test_memory_that_may_not_be_read(tmp_path, cut):
+    with Victim("anon") as target:
+        target_cut = ProcessTarget(target.pid, cut=cut)
+        with snapengine.snapshot(target_cut, tmp_path / "image") as capture:
+            pass
+        assert capture.result.lost_pages == 0
+        check_content(tmp_path / "image", target, set())
+        target.check_running()

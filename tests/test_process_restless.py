@@ -1,0 +1,60 @@
+"""Processes whose mappings come and go while they are attached to: what stays is a consistent cut.
+
+What was unmapped, moved or discarded in time to be missed is reported, and everything else is right.
+"""
+
+import pytest
+from orderkit import MIB, OrderTarget, check_order
+from targetkit import COUNTERS, descriptors, until
+from test_process import MODES, check_untouched, snap
+
+pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
+
+OTHERS, N_OTHERS = COUNTERS + 16, 5  # targets/restless.c
+ROUNDS = 4
+
+
+class Restless(OrderTarget):
+    """``with Restless(how) as target``: writers in order, and threads that change the mappings."""
+
+    def __init__(self, how, kind="anon"):
+        super().__init__(kind, 1, 40503, 8 * MIB, "restless", [how])
+
+    def others(self):
+        return list(self.words[OTHERS : OTHERS + self.words[N_OTHERS]])
+
+    def check_others(self):
+        """All of them get on."""
+        before = self.others()
+        assert before
+        until(lambda: all(now > then for now, then in zip(self.others(), before, strict=True)), "one stands still")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["malloc", "mmap", "dontneed", "mremap", "fork", "brk", "sleepers"])
+def test_what_stays_is_consistent(tmp_path, how, mode):
+    path = tmp_path / "image"
+    with Restless(how) as target:
+        before = descriptors(target.pid)
+        for _ in range(ROUNDS):
+            low = target.last_write()
+            result = snap(target.pid, path, mode)
+            check_order(path, target, low, target.last_write())
+            start, size = target.words[2], 8 * MIB
+            assert not any(start < at + length and at < start + size for at, length in result.lost_runs)
+            target.check_others()
+        check_untouched(target, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forks_with_shared_memory(tmp_path, mode):
+    """A child writes to the shared memory as well: to a word that the order does not know."""
+    path = tmp_path / "image"
+    with Restless("fork", "memfd") as target:
+        before = descriptors(target.pid)
+        for _ in range(ROUNDS):
+            low = target.last_write()
+            snap(target.pid, path, mode)
+            check_order(path, target, low, target.last_write())
+            target.check_others()
+        check_untouched(target, before)
