@@ -110,6 +110,11 @@ _WANTED = (
     Wanted("bench_stalls", "throttled_p99_ratio", "stall p99, sink 50 MiB/s / no limit", "≤ 2", 2, 128 * MIB),
     Wanted("bench_sparse", "arm_ns", "64 GiB sparse, 256 MiB written: arming", "< 50 ms", 50e6, 64 * GIB),
     Wanted("bench_sparse", "tables_added_bytes", "  page tables added", "< 16 MiB", 16 * MIB, 64 * GIB),
+    Wanted("bench_injection[1]", "injection_stop_ns", "attach: one thread stands", "≤ 0.5 ms", 5e5, GIB),
+    Wanted("bench_injection[3]", "injection_stop_ns", "  the same, 3 busy threads", "≤ 0.5 ms", 5e5, GIB),
+    Wanted("bench_attach_arm", "arm_ratio", "  arming / the bare ioctls", "≤ 1.3", 1.3, GIB),
+    Wanted("bench_lost_work", "attach_ns", "  1 GiB, writer at full speed, tmpfs", "≤ 1.2 s", 1.2e9, GIB),
+    Wanted("bench_lost_work", "lost_ratio", "  work lost / by fork and copy-on-write", "≤ 1.5", 1.5, GIB),
 )
 
 

@@ -25,10 +25,13 @@ from snapengine.pool cimport (
 )
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, snap_now_ns,
+    pthread_mutex_unlock, snap_nice, snap_now_ns,
 )
 
 cdef double KEEP = 0.9              # of the old estimate, for each new chunk
+# A thread that only writes sleeps most of the time, and whoever waits for its slot waits for the sink: it
+# should not queue behind the walkers. One that compresses must not take the CPU from the target.
+cdef int WRITER_NICE = -10
 cdef uint64_t PROBE = 16            # while raw is better, still compress every so many chunks to measure
 
 
@@ -146,7 +149,7 @@ cdef class Encoder:
         cdef uint64_t packed = 0
         cdef uint16_t encoding = SNAP_RAW
         cdef uint32_t crc
-        cdef bint ended = False, held = False
+        cdef bint ended = False, held = False, summed
         try:
             self._load(chunk, number, &data, &entries)
             payload = data
@@ -157,7 +160,8 @@ cdef class Encoder:
                     payload = frame
                     stored = packed
                     encoding = SNAP_ZSTD
-            crc = crc32c(0, payload, stored)
+            summed = chunk.summed and encoding == SNAP_RAW
+            crc = chunk.crc if summed else crc32c(0, payload, stored)
             held = True
             if _await_turn(self.turn, ticket):
                 self._write(entries, chunk, payload, stored, encoding, crc)
@@ -171,6 +175,8 @@ cdef class Encoder:
     cdef int _loop(self, int number) except -1 nogil:
         cdef chunk_ref chunk
         cdef uint64_t ticket
+        if not self.compressing:
+            snap_nice(WRITER_NICE)
         while pool_take(self.pool.pool, &chunk, &ticket) > 0:
             self._encode(&chunk, ticket, number)
             if chunk.slot != NO_SLOT:

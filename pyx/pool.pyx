@@ -16,6 +16,7 @@ import tempfile
 
 from snapengine.arena cimport Arena
 from snapengine.atomics cimport snap_add, snap_load, snap_store
+from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport (
     SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
 )
@@ -78,7 +79,8 @@ cdef uint32_t _pop_free(pool_t *pool, bint *fresh) noexcept nogil:
     return pool.free_slots[pool.n_free]
 
 
-cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset) noexcept nogil:
+cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset, uint32_t crc=0,
+                bint summed=False) noexcept nogil:
     cdef chunk_ref *ref
     if pool.tail - pool.head > pool.ring_mask:
         return ENOBUFS
@@ -87,6 +89,8 @@ cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_off
     ref.n_entries = lane.n_entries
     ref.data_bytes = lane.used
     ref.spill_offset = spill_offset
+    ref.crc = crc
+    ref.summed = summed
     pool.tail += 1
     pthread_cond_signal(&pool.filled)
     return 0
@@ -158,8 +162,13 @@ cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil:
 cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil:
     cdef int err = 0
     cdef bint fresh = False
+    cdef uint32_t crc = 0
     if lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX:
         return 0
+    if lane.sums:
+        # Here the data is in this core's cache. Left to an encoder on another core it would be fetched once
+        # more, and the slots in flight would not fit the cache.
+        crc = crc32c(0, lane.data, lane.used)
     pthread_mutex_lock(&pool.lock)
     if wait:
         snap_add(&pool.starved, 1)
@@ -167,7 +176,7 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
             pthread_cond_wait(&pool.room, &pool.lock)
         snap_add(&pool.starved, <uint64_t>-1)
     if pool.n_free:
-        err = _queue(pool, lane.slot, lane, 0)
+        err = _queue(pool, lane.slot, lane, 0, crc, lane.sums)
         if not err:
             _use_slot(pool, lane, _pop_free(pool, &fresh))
         pthread_mutex_unlock(&pool.lock)

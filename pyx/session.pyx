@@ -71,6 +71,8 @@ cdef class Session:
         As in `snapengine.Options`, none of them 0.
     rounds:
         Keep what dirty logging needs to count duplicates.
+    sums:
+        Walkers compute the checksums of what they save: where it is stored as it is.
     attached:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
 
@@ -79,7 +81,7 @@ cdef class Session:
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
-                 bint rounds=False, bint attached=False,
+                 bint rounds=False, bint attached=False, bint sums=False,
                  bint use_scan=True, bint early=False, uint64_t arm_piece=0):
         cdef capture_t *capture
         cdef int i
@@ -130,7 +132,7 @@ cdef class Session:
             self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
             capture.pool = self.pool.pool
             self._make_bitmaps(rounds)
-            self._make_lanes()
+            self._make_lanes(sums)
             self._open_files()
         except BaseException:
             self.close()
@@ -189,7 +191,7 @@ cdef class Session:
             self.capture.data = self._bitmap(pages)
         return 0
 
-    cdef int _make_lanes(self) except -1:
+    cdef int _make_lanes(self, bint sums) except -1:
         cdef int i
         cdef int n = self.capture.n_lanes
         self.lanes = Arena(n * sizeof(lane_t))
@@ -200,6 +202,7 @@ cdef class Session:
             self.capture.lanes[i].index = i
             self.capture.lanes[i].walks = i == 0 or i > self.fault_lanes + 1
             self.capture.lanes[i].slot.slot = NO_SLOT
+            self.capture.lanes[i].slot.sums = sums and self.capture.lanes[i].walks
         return 0
 
     def fail(self, int err, bytes call=b"cancelled"):

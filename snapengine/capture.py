@@ -258,6 +258,7 @@ class Capture:
         self._opened = True
         if isinstance(self._target, AttachedTarget):
             self._attached = self._target
+            self._warnings += self._attached.warnings
         self._began = time.monotonic_ns()  # without the wait for a peer
         if not tracking and not self._target.can_pause:
             raise ValueError("dirty logging needs a target that can pause: give pause and resume")
@@ -280,7 +281,7 @@ class Capture:
             memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
             encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
             spill_dir=options.spill_dir, rounds=not tracking, attached=bool(self._attached),
-            **self._session_extra,
+            sums=options.zstd_level is None, **self._session_extra,
         )  # fmt: skip
         self._uffd.detach()  # the session closes it
         if not tracking and not self._session.has_scan:
@@ -364,6 +365,7 @@ class Capture:
             self._result = self._commit(status)
         except BaseException as error:
             self._error = self._error or error
+            self._stop_encoders()
             self._clean_up("cancelled" if self._cancelled else "failed")
         else:
             self._clean_up(status)
@@ -464,11 +466,19 @@ class Capture:
             self._session.fail(errno.ECANCELED)
         if self._tracker is not None:
             self._tracker.join()  # before anything that its threads use is closed
-        for thread in self._encoders:
-            thread.join()
+        self._stop_encoders()
         self._error = self._error or error
         self._clean_up("cancelled" if self._cancelled else "failed")
         self._done.set()
+
+    def _stop_encoders(self) -> None:
+        """The capture has failed: wait for the threads that use the pool and the sink, closed next."""
+        if self._session is not None:
+            self._session.fail(errno.ECANCELED)
+        if self._writer is not None:
+            self._writer.cancel()
+        for thread in self._encoders:
+            thread.join()
 
     def _clean_up(self, status: str) -> None:
         """Free everything; every step is tried, the first error of a step after a success is kept."""

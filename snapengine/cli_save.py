@@ -72,10 +72,11 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--socket", metavar="PATH", help="Unix socket to make; the peer connects to it")
     whom.add_argument("--pid", type=int, metavar="PID", help="attach to this process")
-    add("--regions", type=argument(parse_regions), metavar="LIST", help="--pid: what to save (default: all)")
+    add("--regions", type=argument(parse_regions), metavar="LIST",
+        help="--pid: what to save (default: all)")  # fmt: skip
     add("--cut", choices=("soft", "stop"),
-        help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while the "
-        "memory is protected, and saves registers and what cannot be protected")  # fmt: skip
+        help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while "
+        "the memory is protected, and saves registers and what cannot be protected")  # fmt: skip
     add("--strict", action="store_true", default=None,
         help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
@@ -135,7 +136,7 @@ def exit_code(result: Result) -> int:
 
 
 def missing_text(result: Result) -> str:
-    """One line on the mappings that an image of a process lacks and that no file holds; "" if there are none."""
+    """One line on the mappings that an image of a process lacks and no file holds; "" if there are none."""
     lacking = [item for item in result.not_captured if item["reason"] not in ELSEWHERE]
     if not lacking:
         return ""

@@ -80,6 +80,10 @@ class GuestProcess:
         """Writes per 10 ms: (ns of CLOCK_MONOTONIC, writes), bins without one left out, the last 80 s."""
         return [(at, writes) for at, writes in self._request("bins", since_ns=since_ns)["bins"]]
 
+    def fork(self, path: str | os.PathLike[str]) -> int:
+        """Have a forked child write its RAM into a file (`Guest.fork`); its process id, at once."""
+        return int(self._request("fork", path=os.fspath(path))["child"])
+
     def pause(self) -> list[int]:
         """Stop the writers; return their writes so far."""
         writes: list[int] = self._request("pause")["writes"]

@@ -14,6 +14,8 @@ cdef struct chunk_ref:              # a filled slot on its way to an encoder
     uint32_t n_entries
     uint64_t data_bytes
     uint64_t spill_offset
+    uint32_t crc                    # of the data, if `summed`
+    bint summed
 
 
 cdef struct pool_t:
@@ -51,6 +53,7 @@ cdef struct lane_slot:
     uint64_t used                   # data bytes
     char *data
     uint64_t *entries
+    bint sums                       # fixed: this thread also computes the checksum of what it queues
 
 
 cdef char *slot_data(pool_t *pool, uint32_t slot) noexcept nogil

@@ -18,7 +18,7 @@ from rich.table import Table
 from snapengine import attach
 from snapengine.maps import Mapping, read_maps
 from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
-from snapengine.process import own_pages
+from snapengine.process import SHARED_UNSEEN, own_pages
 from snapengine.selection import Selection, Selector, select
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, MODE_WP, Uffd
@@ -34,7 +34,7 @@ PREPARE_NS = 10_000_000  # of a stop cut: the mappings are listed, and the captu
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mapping. ``soft`` and ``stop``: what each cut does: "tracked", "copied", or "no". Sizes are bytes."""
+    """One mapping. ``soft`` and ``stop``: what each cut does: "tracked", "copied", or "no". In bytes."""
 
     start: int
     end: int
@@ -170,17 +170,15 @@ def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[st
     mergeable = attach.mergeable_mappings(pid)
     if mergeable:
         found.append(
-            f"KSM may merge pages of {mergeable} mappings, which drops their protection: such pages are lost to "
-            "the image; write 0 to /sys/kernel/mm/ksm/run meanwhile"
+            f"KSM may merge pages of {mergeable} mappings, which drops their protection: such pages are lost "
+            "to the image; write 0 to /sys/kernel/mm/ksm/run meanwhile"
         )
     if any(row.perms[3] == "s" for row in tracked):
-        found.append(
-            "shared memory: what other processes write to it, or through another mapping, is not seen"
-        )
+        found.append(SHARED_UNSEEN)
     with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
         pinned = [line.split()[1] for line in lines if line.startswith("VmPin:")]
     if pinned and int(pinned[0]):
-        found.append(f"{pinned[0]} KiB are pinned (io_uring buffers, RDMA): device writes to them are not seen")
+        found.append(f"{pinned[0]} KiB are pinned (io_uring, RDMA): device writes to them are not seen")
     if info.seccomp:
         found.append("the process has a seccomp filter, which is suspended for the injection")
     return found

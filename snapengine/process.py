@@ -28,6 +28,7 @@ from snapengine.selection import Selection, Selector, parse_regions, select
 from snapengine.targets import PAGE_BYTES, Region
 
 APPEARED = "mapped while the snapshot began"
+SHARED_UNSEEN = "shared memory: what other processes write to it, or through its file, is not seen"
 
 
 class ProcessTarget:
@@ -38,8 +39,8 @@ class ProcessTarget:
     pid:
         The process.
     regions:
-        What to capture: ``"all"``, or a list of ``anon``, ``heap``, ``stack``, ``shared``, ``files`` and hexadecimal
-        ``START-END``, separated by commas.
+        What to capture: ``"all"``, or a list of ``anon``, ``heap``, ``stack``, ``shared``, ``files`` and
+        hexadecimal ``START-END``, separated by commas.
     cut:
         ``"soft"`` or ``"stop"``. Dirty logging always stops all threads, at the end.
     method:
@@ -74,6 +75,8 @@ class ProcessTarget:
         self.can_pause = self.cut == "stop"
         self.injection_ns = 0
         """How long the one thread stood for the injection, in nanoseconds."""
+        self.warnings: list[str] = []
+        """What the image may lack unseen: set when the process is opened."""
         self.not_captured: list[NotCaptured] = []
         self.frozen_regions: list[Region] = []
         """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
@@ -89,7 +92,12 @@ class ProcessTarget:
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""
-        attach.check(self.pid)
+        info = attach.check(self.pid)
+        if info.ksm_pages and ksm_runs():
+            self.warnings.append(
+                f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
+                "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
+            )
         injected = inject_userfaultfd(self.pid, deadline=self._deadline)
         self.injection_ns = injected.stop_ns
         try:
@@ -101,6 +109,8 @@ class ProcessTarget:
             self._tracked = selection.tracked
             self.frozen_regions = selection.frozen
             self.not_captured = selection.not_captured
+            if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
+                self.warnings.append(SHARED_UNSEEN)
             if not self._tracked:
                 raise AttachError(22, f"process {self.pid}: no memory that can be tracked is selected")
             self._copy_frozen()
@@ -199,8 +209,8 @@ class ProcessTarget:
             self._distrust_changed(mappings)
         for region, data in zip(self.frozen_regions, self._frozen, strict=True):
             if data is None:
-                item = NotCaptured(region.addr, region.addr + region.length, "---p", region.name, "not readable")
-                self.not_captured.append(item)
+                end = region.addr + region.length
+                self.not_captured.append(NotCaptured(region.addr, end, "---p", region.name, "not readable"))
 
 
     def _distrust_changed(self, mappings: list[Mapping]) -> None:
@@ -209,6 +219,15 @@ class ProcessTarget:
         for number, region in enumerate(self.frozen_regions):
             if "w" in same.get((region.addr, region.addr + region.length), "w"):
                 self._frozen[number] = None
+
+
+def ksm_runs() -> bool:
+    """Whether the kernel merges equal pages at the moment (Documentation/admin-guide/mm/ksm.rst)."""
+    try:
+        with open("/sys/kernel/mm/ksm/run", encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False
 
 
 def own_pages(pid: int, mappings: Iterable[Mapping]) -> list[Mapping]:

@@ -62,7 +62,8 @@ def parse_regions(text: str) -> Selector:
         elif word in GROUPS:
             groups.add(word)
         else:
-            raise ValueError(f"regions: {word!r} is none of all, {', '.join(GROUPS)}, START-END (hexadecimal)")
+            known = ", ".join(GROUPS)
+            raise ValueError(f"regions: {word!r} is none of all, {known}, START-END (hexadecimal)")
     return Selector(frozenset(groups), tuple(ranges))
 
 
@@ -84,11 +85,10 @@ class Selection:
     def track(self, mapping: Mapping, name: str, kind: str, page_size: int = PAGE_BYTES) -> None:
         """A tracked region; anonymous neighbours become one."""
         last = self.tracked[-1] if self.tracked else None
-        if last and name == "anon" and kind == last.kind == "anon" and last.addr + last.length == mapping.start:
-            if last.name.startswith("anon@") and page_size == last.page_size:
-                length = mapping.end - last.addr
-                self.tracked[-1] = Region(last.name, last.addr, length, page_size, kind)
-                return
+        plain = name == "anon" and last is not None and last.name.startswith("anon@")
+        if plain and last is not None and last.addr + last.length == mapping.start:
+            self.tracked[-1] = Region(last.name, last.addr, mapping.end - last.addr, page_size, kind)
+            return
         size = mapping.end - mapping.start
         self.tracked.append(Region(_unique(name, mapping), mapping.start, size, page_size, kind))
 
@@ -125,8 +125,8 @@ def select(
 ) -> Selection:
     """Sort the mappings of process `pid`.
 
-    ``stop``: the process will stand still for a copy (what cannot change is copied without). ``own_pages``: read-only private mappings of files
-    that hold pages that differ from the file (relocated data).
+    ``stop``: the process will stand still for a copy (what cannot change is copied without). ``own_pages``:
+    read-only private mappings of files that hold pages that differ from the file (relocated data).
     """
     found = Selection()
     changed = {mapping.start for mapping in own_pages}
@@ -135,7 +135,9 @@ def select(
     return found
 
 
-def _sort(found: Selection, pid: int, mapping: Mapping, selector: Selector, stop: bool, changed: bool) -> None:
+def _sort(
+    found: Selection, pid: int, mapping: Mapping, selector: Selector, stop: bool, changed: bool
+) -> None:
     if _KERNEL.match(mapping.path):
         found.leave_out(mapping, KERNEL_DATA)
     elif mapping.path == "[vdso]":

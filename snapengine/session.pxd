@@ -150,4 +150,4 @@ cdef class Session:
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
     cdef int _set_region(self, region_t *region, plan) except -1
     cdef int _make_bitmaps(self, bint rounds) except -1
-    cdef int _make_lanes(self) except -1
+    cdef int _make_lanes(self, bint sums) except -1

@@ -17,6 +17,7 @@ class Session:
         spill_dir: str | None = None,
         rounds: bool = False,
         attached: bool = False,
+        sums: bool = False,
         use_scan: bool = True,
         early: bool = False,
         arm_piece: int = 0,

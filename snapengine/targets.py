@@ -69,13 +69,14 @@ class Target(Protocol):
 class AttachedTarget(Target, Protocol):
     """A target that knows nothing of us: what is left to ask of it, since it cannot say it itself.
 
-    ``cut``, ``injection_ns``, ``stop_ns`` and ``not_captured`` are as in `Result`. ``frozen_regions`` are copied while
-    the target stands, beside the engine.
+    ``cut``, ``injection_ns``, ``stop_ns``, ``warnings`` and ``not_captured`` are as in `Result`.
+    ``frozen_regions`` are copied while the target stands, beside the engine.
     """
 
     pid: int
     cut: str
     injection_ns: int
+    warnings: list[str]
     not_captured: list[NotCaptured]
     frozen_regions: list[Region]
 

@@ -1,5 +1,7 @@
 """No failure of the engine hangs or harms the target: SIGKILL at random moments, and the guest runs on."""
 
+import mmap
+import os
 import random
 import signal
 import subprocess
@@ -125,3 +127,24 @@ def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step
         ):
             pass
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_encoders_end_before_their_pool_is_freed(tmp_path):
+    """A pause that fails ends dirty logging while chunks are still on their way into a slow sink."""
+
+    class Fails(snapengine.BufferTarget):
+        def pause(self):
+            raise RuntimeError("this target does not pause")
+
+    buffer = mmap.mmap(-1, 24 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.write(os.urandom(24 * MIB))
+    options = {"method": "dirty-logging", "rate_limit": 16 * MIB, "downtime_limit": 100.0}
+    target = Fails(buffer, pause=lambda: None, resume=lambda: None)
+    with (
+        pytest.raises(RuntimeError, match="does not pause"),
+        snapengine.snapshot(target, tmp_path / "image", **options) as capture,
+    ):
+        encoders = capture._encoders
+    assert encoders
+    assert not any(thread.is_alive() for thread in encoders)
+    assert list(tmp_path.iterdir()) == []

@@ -55,6 +55,7 @@ class Victim(Target):
     """``with Victim(kind) as target``: memory of known content."""
 
     def __init__(self, kind):
+        self.kind = kind
         super().__init__("victim", kind, N_PAGES)
 
     @property
@@ -114,6 +115,8 @@ def check_content(path, target, lost):
                 -1, 512
             )
             wanted = np.arange(page + 1, end + 1)
+            if target.kind == "memfd" and page == 0:
+                wanted[:16] = 0
             wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
             assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
             page = end
@@ -140,9 +143,10 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
 
 @pytest.mark.parametrize("deed", [UNMAP, DISCARD])
 def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
-    """It is unmapped, or no page of it mapped any more: its content is still that of T."""
+    """It is unmapped, or no page of it mapped any more: its content is still that of T, zero pages included."""
     with Victim("memfd") as target:
         result = save(target, tmp_path / "image", deed)
+        assert result.lost_pages == 0
         check_content(tmp_path / "image", target, lost_pages(result, target))
         target.check_running()
 

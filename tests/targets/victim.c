@@ -1,8 +1,8 @@
 /* Memory of known content, of which a part is taken away when the test says so.
  *
  * usage: victim WORDS KIND PAGES; KIND: anon, memfd. Page i holds i + 1 in its words 0 and 511; of anon memory
- * the first 16 pages are PROT_NONE. VALUES: what to do (one of enum deed), with the pages FIRST ... FIRST + COUNT;
- * it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it runs. */
+ * the first 16 pages are PROT_NONE, of a memfd they are zero. VALUES: what to do (one of enum deed), with the
+ * pages FIRST ... FIRST + COUNT; it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it runs. */
 #include "target.h"
 #include <errno.h>
 #include <pthread.h>
@@ -104,6 +104,8 @@ int main(int argc, char **argv) {
     write_pages(memory, pages, 0);
     if (fd < 0)
         require(mprotect(memory, HIDDEN * PAGE, PROT_NONE) == 0);
+    else
+        memset(memory, 0, HIDDEN * PAGE);
     words[MEMORY] = (uint64_t)memory;
     words[PAGES] = pages;
     pthread_create(&thread, 0, heart, 0);

@@ -1,0 +1,121 @@
+"""Attaching: how long threads stand, arming against the bare ioctls, and what a writer loses against fork."""
+
+import os
+import time
+
+import pytest
+from benchkit import ROUNDS, Samples, guest_ram, size, warm_file
+
+import snapengine
+from snapengine.guestparams import GuestParams
+from snapengine.inject import inject_userfaultfd
+from snapengine.options import MIB, Options
+from snapengine.process import ProcessTarget
+from snapengine.uffd import FEATURES, MODE_WP, Uffd
+
+SIZE = size("ATTACH_SIZE", "1G")
+LIMIT = 64 * MIB
+INJECTIONS = 30
+BASELINE_S = 1.0
+TAIL_S = 0.3
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="attach")]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def bench_injection(benchmark, start_guest, threads):
+    """One thread of a busy process stands while it opens a userfaultfd; nothing is tracked with it."""
+    guest, _ = start_guest(GuestParams(size=SIZE, threads=threads, incompressible=True), None)
+    samples = Samples()
+    benchmark.extra_info.update(size=SIZE, threads=threads, samples=samples)
+
+    def inject():
+        injected = inject_userfaultfd(guest.pid)
+        os.close(injected.fd)
+        samples.note(injection_stop_ns=injected.stop_ns)
+
+    benchmark.pedantic(inject, rounds=INJECTIONS, warmup_rounds=2)
+
+
+def bench_attach_arm(benchmark, start_guest):
+    """arm_ns of a soft cut, and one register and one protect call for the same memory; the writers sleep."""
+    guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), 0)
+    addr = guest_ram(guest.pid, SIZE)
+    samples = Samples()
+    benchmark.extra_info.update(size=SIZE, samples=samples)
+
+    def bare():
+        with Uffd(FEATURES["PAGEFAULT_FLAG_WP"], inject_userfaultfd(guest.pid).fd) as uffd:
+            began = time.monotonic_ns()
+            uffd.register(addr, SIZE, MODE_WP)
+            uffd.protect(addr, SIZE)
+            samples.note(bare_ns=time.monotonic_ns() - began)
+
+    def arm():
+        with snapengine.snapshot(ProcessTarget(guest.pid), "null:") as capture:
+            pass
+        samples.note(arm_ns=capture.result.arm_ns)
+
+    arm()
+    samples.clear()
+    benchmark.pedantic(arm, setup=bare, rounds=ROUNDS)
+    pairs = zip(samples["arm_ns"], samples["bare_ns"], strict=True)
+    samples["arm_ratio"] = [arm_ns / bare_ns for arm_ns, bare_ns in pairs]
+
+
+def lost_work(guest, began_ns, rate, ended_ns):
+    """Milliseconds of undisturbed work that the writer did not do between two moments."""
+    written = sum(writes for at, writes in guest.bins(began_ns) if at < ended_ns)
+    return (ended_ns - began_ns) / 1e6 - written / rate * 1e3
+
+
+def undisturbed(guest):
+    """Writes a second."""
+    began = time.monotonic_ns()
+    time.sleep(BASELINE_S)
+    ended = time.monotonic_ns()
+    return sum(writes for at, writes in guest.bins(began) if at < ended) / ((ended - began) / 1e9)
+
+
+def ended(pid):
+    """Whether a child of somebody else's has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def bench_lost_work(benchmark, start_guest, tmpfs):
+    """A writer at full speed over everything: attach and save, or fork and let the child write the file."""
+    guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), None)
+    samples = Samples()
+    options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
+    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples)
+
+    def attach():
+        with snapengine.snapshot(ProcessTarget(guest.pid), tmpfs, options) as capture:
+            pass
+        samples.note(injection_ns=capture.result.injection_ns, faults=capture.result.faults)
+
+    def fork():
+        child = guest.fork(tmpfs)
+        while not ended(child):
+            time.sleep(0.005)
+
+    def alternate():
+        for name, save in (("attach", attach), ("fork", fork)):
+            tmpfs.unlink(missing_ok=True)
+            warm_file(tmpfs, SIZE + SIZE // 64)
+            rate = undisturbed(guest)
+            began = time.monotonic_ns()
+            save()
+            done = time.monotonic_ns()
+            time.sleep(TAIL_S)
+            lost = lost_work(guest, began, rate, time.monotonic_ns())
+            samples.note(**{f"{name}_ns": done - began, f"{name}_lost_ns": lost * 1e6})
+        samples.note(lost_ratio=samples["attach_lost_ns"][-1] / max(samples["fork_lost_ns"][-1], 1.0))
+
+    alternate()
+    samples.clear()
+    benchmark.pedantic(alternate, rounds=min(5, ROUNDS))
