@@ -454,7 +454,8 @@ class Capture:
 
     def _in_words(self, error: BaseException) -> BaseException:
         """An attached process may end between any two looks at its files in /proc."""
-        if isinstance(error, SnapengineError) or not isinstance(error, FileNotFoundError | ProcessLookupError):
+        gone = isinstance(error, FileNotFoundError | ProcessLookupError)
+        if isinstance(error, SnapengineError) or not gone:
             return error
         if not isinstance(self._target, AttachedTarget) or not has_ended(self._target.pid):
             return error

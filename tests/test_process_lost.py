@@ -143,7 +143,7 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
 
 @pytest.mark.parametrize("deed", [UNMAP, DISCARD])
 def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
-    """It is unmapped, or no page of it mapped any more: its content is still that of T, zero pages included."""
+    """It is unmapped, or no page of it mapped any more: its content is that of T, zero pages included."""
     with Victim("memfd") as target:
         result = save(target, tmp_path / "image", deed)
         assert result.lost_pages == 0
