@@ -67,8 +67,7 @@ def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> li
 
 def without_overlaps(mappings: list[Mapping]) -> list[Mapping]:
     """The kernel gives the list in pieces of a page. A mapping that has grown or was merged between two of
-    them
-    is in both, from its begin: of the second only what the first has not."""
+    them is in both, from its begin: of the second only what the first has not."""
     found: list[Mapping] = []
     for mapping in mappings:
         known = found[-1].end if found else 0
