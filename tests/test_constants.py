@@ -42,6 +42,7 @@ KERNEL = {
     "UFFD_PAGEFAULT_FLAG_WP": 2,
     "PAGEMAP_SCAN": 0xC0606610,  # 6.7, like all below
     "PAGE_IS_WRITTEN": 1 << 1,
+    "PAGE_IS_FILE": 1 << 2,
     "PAGE_IS_PRESENT": 1 << 3,
     "PAGE_IS_SWAPPED": 1 << 4,
     "PAGE_IS_PFNZERO": 1 << 5,

@@ -65,7 +65,9 @@ def test_killed_engine(tmp_path, backing, pages, method):
                     pass
                 engine.send_signal(signal.SIGKILL)
             assert writes_go_on(guest)
-            assert not (tmp_path / "image").exists() or engine.returncode == 0
+            if (tmp_path / "image").exists():  # complete, though the engine may have been killed just then
+                with open_image(tmp_path / "image") as image:
+                    image.verify()
         with snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image"):
             pass
         assert writes_go_on(guest)
