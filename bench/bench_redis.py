@@ -32,6 +32,10 @@ class Client:
         self.socket.connect(str(path))
         self.file = self.socket.makefile("rb")
 
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
     def __call__(self, *words):
         parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
         lines = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
@@ -84,6 +88,7 @@ def redis(tmp_path):
         keys = SIZE // (VALUE_BYTES + 96)
         fill(client, keys)
         yield process.pid, path, client, keys
+        client.close()
     finally:
         process.terminate()
         process.wait()
@@ -129,6 +134,7 @@ def bench_redis(benchmark, redis, tmpfs):
             done = time.monotonic_ns()
             load.stopping = True
             load.join()
+            load.client.close()
             during = sorted(load.latencies[first:])
             samples.note(**{
                 f"{name}_ns": done - began,
