@@ -1,5 +1,6 @@
 """redis-server under SETs: saved by its own BGSAVE, and by attaching to it, in alternation."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -74,11 +75,12 @@ class Load(threading.Thread):
 
 
 @pytest.fixture
-def redis(tmp_path):
+def redis(tmp_path, tmpfs):
     path = tmp_path / "redis.sock"
+    dump = tmpfs.with_name(f"snapengine-{os.getpid()}.rdb")
     process = subprocess.Popen(
-        ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", "/dev/shm",
-         "--dbfilename", f"snapengine-{tmp_path.name}.rdb", "--rdbcompression", "no"],
+        ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", dump.parent,
+         "--dbfilename", dump.name, "--rdbcompression", "no"],
         stdout=subprocess.DEVNULL)  # fmt: skip
     try:
         until = time.monotonic() + 10
@@ -92,6 +94,7 @@ def redis(tmp_path):
     finally:
         process.terminate()
         process.wait()
+        dump.unlink(missing_ok=True)
 
 
 def fill(client, keys):

@@ -27,7 +27,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
-cdef uint64_t PIECE = 32 << 20      # bytes: half a millisecond of 4 KiB pages, and whole huge pages
+cdef uint64_t PIECE = 128 << 20     # bytes: 3 ms of 4 KiB pages; a multiple of the usual huge page
 
 
 cdef int _protect(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
