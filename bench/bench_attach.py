@@ -107,7 +107,7 @@ def bench_lost_work(benchmark, start_guest, tmpfs):
         for name, save in (("attach", attach), ("fork", fork)):
             rate = undisturbed(guest)
             tmpfs.unlink(missing_ok=True)
-            warm_file(tmpfs, SIZE + SIZE // 64)  # just before: the host takes free memory back within a second
+            warm_file(tmpfs, SIZE + SIZE // 64)  # now: the host takes free memory back within a second
             began = time.monotonic_ns()
             save()
             done = time.monotonic_ns()
