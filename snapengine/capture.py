@@ -116,6 +116,7 @@ class Capture:
         self._vmstate = dict(vmstate)
         self._lock = threading.Lock()
         self._done = threading.Event()
+        self._begun = threading.Event()  # the image has its header: chunks may follow
         self._started = self._cancelled = False
         self._error: BaseException | None = None
         self._result: Result | None = None
@@ -177,6 +178,7 @@ class Capture:
                 engine: Tracker | DirtyLog = self._arm()
             else:
                 engine = DirtyLog(self._session)
+            self._begin_image()
             self._finisher = threading.Thread(
                 target=self._finish, args=(engine,), name="snapengine-finish", daemon=True
             )
@@ -289,7 +291,6 @@ class Capture:
         self._writer = Writer(self._sink, rate_limit=options.rate_limit)
         if self._attached:
             self._frozen = self._plan.place(self._attached.frozen_regions)
-        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions] + self._frozen)
         self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
         for number in range(encoders):
             thread = threading.Thread(
@@ -299,6 +300,13 @@ class Capture:
             self._encoders.append(thread)
         if self._cancelled:
             self._session.fail(errno.ECANCELED)
+
+    def _begin_image(self) -> None:
+        """Not before T of write tracking: a sink that does not read must not keep a target stopped."""
+        assert self._plan is not None
+        assert self._writer is not None
+        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions] + self._frozen)
+        self._begun.set()
 
     def _walkers(self, regions: list[Region]) -> int:
         if self._options.walk_threads:
@@ -344,6 +352,7 @@ class Capture:
     def _encode(self, number: int) -> None:
         assert self._session is not None
         assert self._encoder is not None
+        self._begun.wait()
         try:
             self._encoder.run(number)
         except BaseException as error:
@@ -478,6 +487,7 @@ class Capture:
             self._session.fail(errno.ECANCELED)
         if self._writer is not None:
             self._writer.cancel()
+        self._begun.set()  # they find that the capture has failed
         for thread in self._encoders:
             thread.join()
 

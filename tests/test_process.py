@@ -4,7 +4,9 @@ The target writes in a known order (targets/order.h), so every image must be a p
 negative control serves faults before T, and the same check must notice.
 """
 
+import contextlib
 import os
+import threading
 
 import pytest
 from orderkit import MIB, STRIDES, OrderTarget, check_order, faults_of_order
@@ -136,3 +138,34 @@ def test_a_wait_for_events_does_not_end_early(tmp_path, mode):
         assert target.words[COUNTERS + 64] == 0, "the call has returned"
         assert status_line(target.pid, "TracerPid") == "0"
         assert target.process.poll() is None
+
+
+def test_a_sink_that_does_not_read_keeps_no_thread_stopped():
+    """The image's header is written after T of a stop cut: the full pipe holds up the capture alone."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write_end, bytes(4096))
+        with Target("compute", 1) as target:
+            capture = snapengine.snapshot(ProcessTarget(target.pid, cut="stop"), f"fd:{write_end}")
+            errors = []
+
+            def start():
+                try:
+                    capture.start()
+                except snapengine.CaptureCancelled as error:
+                    errors.append(error)
+
+            starter = threading.Thread(target=start)
+            starter.start()
+            until(lambda: capture.progress().phase in ("saving", "writing"))
+            target.check_running()
+            assert status_line(target.pid, "TracerPid") == "0"
+            capture.cancel()
+            starter.join(10)
+            assert len(errors) == 1
+            target.check_running()
+    finally:
+        os.close(read_end)
+        os.close(write_end)
