@@ -15,6 +15,7 @@ __all__ = [
     "HandoverError",
     "ImageError",
     "LostPagesError",
+    "MachineError",
     "RegisterError",
     "SinkError",
     "SnapengineError",
@@ -54,6 +55,10 @@ class AlreadyTrackedError(RegisterError):
 class AttachError(SnapengineError, OSError):
     """A running process cannot be attached to; the text says which and why. ``errno``: ESRCH no such
     process, EPERM not allowed, EBUSY traced already, ETIMEDOUT it did not stop, EOPNOTSUPP never possible."""
+
+
+class MachineError(SnapengineError, RuntimeError):
+    """A QEMU machine cannot be saved or restored, or refused a command; the text says which and why."""
 
 
 class HandoverError(SnapengineError, ValueError):
