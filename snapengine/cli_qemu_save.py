@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--block-snapshot goes without --via-migration: QEMU does not stop where we could take it")
     with Monitor(args.qmp) as monitor:
         if args.via_migration:
-            result = save_by_migration(monitor, args.sink, options, quiet=args.quiet)
+            result = save_by_migration(monitor, args.sink, options)
         else:
             target = QemuTarget(monitor, args.pid, block_snapshots=dict(args.block_snapshot))
             try:

@@ -19,6 +19,7 @@ __all__ = [
     "RegisterError",
     "SinkError",
     "SnapengineError",
+    "StreamError",
     "TargetGoneError",
     "TruncatedImageError",
     "UffdError",
@@ -75,6 +76,17 @@ class SinkError(SnapengineError, OSError):
 
 class CaptureCancelled(SnapengineError):
     """The capture was cancelled; the target is released and no image is left."""
+
+
+class StreamError(SnapengineError, ValueError):
+    """A virtual machine's migration stream is cut, damaged, or holds what this package does not know.
+
+    ``offset`` is the byte offset in the stream of what is refused.
+    """
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(f"{message} (at byte {offset})")
+        self.offset = offset
 
 
 class ImageError(SnapengineError, ValueError):

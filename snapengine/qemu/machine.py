@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from snapengine.errors import CorruptImageError, MachineError, UnsupportedVersionError
+from snapengine.qemu.blobs import DEVICES, MACHINE, VERSION
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock
 
-VERSION = 1
-MACHINE_BLOB = "qemu.machine"
-DEVICES_BLOB = "qemu.devices"
-BLOB_LIMITS = {MACHINE_BLOB: 16 << 20, DEVICES_BLOB: 256 << 20}
+BLOB_LIMITS = {MACHINE: 16 << 20, DEVICES: 256 << 20}
 
 OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
 OWN_DMA_FILES = re.compile(r"/dev/(vhost-\w+|vfio/.*)")
@@ -107,11 +105,15 @@ def refuse_busy(monitor: Monitor) -> str:
     return run_state
 
 
-def refuse_devices(monitor: Monitor, pid: int) -> None:
-    """Raise `MachineError`, with the name, for a device that blocks migration or writes to memory itself."""
+def refuse_blocked(monitor: Monitor) -> None:
+    """Raise `MachineError` if a device of the machine blocks migration: its state cannot be saved."""
     reasons = monitor.execute("query-migrate").get("blocked-reasons", [])
     if reasons:
-        raise MachineError(f"a device of the machine blocks it: {reasons[0]}")
+        raise MachineError(f"the machine cannot be saved: {reasons[0]}")
+
+
+def refuse_devices(monitor: Monitor, pid: int) -> None:
+    """Raise `MachineError`, with the name, for a device that writes to the machine's memory past QEMU."""
     for device in devices(monitor):
         if OWN_DMA.fullmatch(device["type"]):
             name = device["path"].rpartition("/")[2]

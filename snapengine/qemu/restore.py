@@ -14,16 +14,17 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from snapengine.errors import ImageError, MachineError, TargetGoneError
 from snapengine.image import Image
 from snapengine.qemu import machine
+from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_STREAM
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
-from snapengine.qemu.regenerate import make_head, write_stream
+from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
 
 START_SECONDS = 30.0
 STREAM_NAME = "snapengine-stream"
@@ -62,7 +63,6 @@ def restore_machine(
     run: bool = True,
     force: bool = False,
     stdio: bool = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Restored:
     """Start QEMU by `command` and let it go on from `image`.
 
@@ -81,8 +81,6 @@ def restore_machine(
         Go on though the machine differs from the one that was saved.
     stdio:
         QEMU gets our standard input; otherwise it has none. Output and errors always go where ours do.
-    progress:
-        Is called with the bytes of the stream that QEMU has taken so far.
 
     Raises
     ------
@@ -112,7 +110,7 @@ def restore_machine(
             restored = Restored(process.pid, path, "", process=process)
             restored.start_ns = time.monotonic_ns() - began
             restored.differences = compare(monitor, saved, force, image.name)
-            load(monitor, image, saved, restored, progress)
+            load(monitor, image, saved, restored)
             if run:
                 monitor.execute("cont")
             restored.status = str(monitor.execute("query-status")["status"])
@@ -131,22 +129,21 @@ def restore_machine(
 
 def read_description(image: Image) -> dict[str, Any]:
     """The description of the machine. `ImageError`: there is none."""
-    if machine.MACHINE_BLOB not in image.vmstate:
+    if MACHINE not in image.vmstate:
         raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)")
     sizes = image.vmstate.sizes()
     for name, limit in machine.BLOB_LIMITS.items():
         if sizes.get(name, 0) > limit:
             raise ImageError(f"{image.name}: the blob {name} has {sizes[name]} bytes")
-    return machine.parse(image.vmstate[machine.MACHINE_BLOB], image.name)
+    return machine.parse(image.vmstate[MACHINE], image.name)
 
 
 def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
     """What comes before the RAM in the stream, and what comes behind it."""
-    blobs = image.vmstate
-    if saved["via"] == "migration-stream":
-        return blobs["qemu.stream.head"], blobs["qemu.stream.tail"]
+    if saved["via"] == VIA_STREAM:
+        return stream_blobs(image)
     blocks = [(block["name"], block["used"]) for block in saved["ram_blocks"]]
-    return make_head(saved["machine_type"], blocks), blobs[machine.DEVICES_BLOB][FILE_HEADER_BYTES:]
+    return make_head(saved["machine_type"], blocks), image.vmstate[DEVICES][FILE_HEADER_BYTES:]
 
 
 def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:
@@ -176,13 +173,7 @@ def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> 
     return lines
 
 
-def load(
-    monitor: Monitor,
-    image: Image,
-    saved: dict[str, Any],
-    restored: Restored,
-    progress: Callable[[int], None] | None,
-) -> None:
+def load(monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored) -> None:
     """Feed QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
     head, tail = stream_ends(image, saved)
     began = time.monotonic_ns()
@@ -199,8 +190,6 @@ def load(
         monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
         while True:
             status = monitor.execute("query-migrate")
-            if progress is not None:
-                progress(feeder.written)
             if status.get("status") == "completed":
                 break
             if status.get("status") == "failed":
@@ -239,7 +228,7 @@ class Feeder:
 
     def _feed(self, image: Image, head: bytes, tail: bytes) -> None:
         try:
-            self.written = write_stream(image, self._fd, head, tail)
+            self.written = write_stream(image, self._fd, head, tail).stream_bytes
         except OSError as error:
             broken = error.errno == errno.EPIPE
             self.error = TargetGoneError(errno.EPIPE, "QEMU closed the stream") if broken else error

@@ -20,6 +20,7 @@ from snapengine.maps import Mapping as MemoryMapping
 from snapengine.maps import covering, page_size_of, read_maps
 from snapengine.processrecord import NotCaptured
 from snapengine.qemu import machine
+from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
@@ -83,11 +84,12 @@ class QemuTarget:
         """Attach, while the machine runs."""
         info = attach.check(self.pid)
         machine.refuse_busy(self.monitor)
+        machine.refuse_blocked(self.monitor)
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
         tracked = self._sort(read_maps(self.pid))
         self._check_disks()
-        description = machine.describe(self.monitor, self.pid, self._blocks, "device-state")
+        description = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         self._description = machine.pack(description)
         self._open_state_file()
         try:
@@ -149,7 +151,7 @@ class QemuTarget:
         if size <= 8:
             raise MachineError("QEMU wrote no device state")
         state = os.pread(self._state_fd, size, 0)
-        return {machine.MACHINE_BLOB: self._description, machine.DEVICES_BLOB: state}
+        return {MACHINE: self._description, DEVICES: state}
 
     def frozen_bytes(self, number: int) -> bytes | None:
         """What a block that the kernel cannot write-protect held at T."""

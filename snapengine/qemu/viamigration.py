@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from snapengine.errors import CaptureCancelled, MachineError, TargetGoneError
+from snapengine.errors import CaptureCancelled, MachineError, StreamError, TargetGoneError
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.qemu import machine
-from snapengine.qemu.ingest import Ingest
+from snapengine.qemu.blobs import MACHINE, VIA_STREAM
+from snapengine.qemu.ingest import ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.result import Result
@@ -45,102 +45,92 @@ def save_by_migration(
         The stream holds what is not understood.
     """
     machine.refuse_busy(monitor)
-    reasons = monitor.execute("query-migrate").get("blocked-reasons", [])
-    if reasons:
-        raise MachineError(f"a device of the machine blocks it: {reasons[0]}")
+    machine.refuse_blocked(monitor)
     was_running = bool(monitor.execute("query-status")["running"])
     background = options.method == WRITE_TRACKING and was_running  # QEMU would let a paused one run
-    description = machine.describe(monitor, monitor.peer_pid, ram_blocks(monitor), "migration-stream")
+    description = machine.describe(monitor, monitor.peer_pid, ram_blocks(monitor), VIA_STREAM)
+    migration = _Migration(monitor, options)
     with _settings(monitor, options, background):
-        saver = _Saver(monitor, sink, options, machine.pack(description), background)
+        read_fd = migration.start()
         try:
-            return saver.run(progress)
+            return ingest(
+                read_fd, sink, options, direct=background, extra_blobs={MACHINE: machine.pack(description)},
+                name="QEMU's stream", watch=lambda done: migration.watch(done, progress), finish=migration.finish,
+            )  # fmt: skip
+        except StreamError:
+            migration.raise_failure()  # the stream was cut because the migration failed
+            raise
         finally:
-            saver.end()
+            os.close(read_fd)
+            migration.end()
             if was_running and not monitor.execute("query-status")["running"]:
                 monitor.execute("cont")
 
 
-class _Saver:
-    """One migration, and the thread that reads its stream."""
+class _Migration:
+    """One migration of QEMU's into a pipe."""
 
-    def __init__(
-        self, monitor: Monitor, sink: Any, options: Options, description: bytes, background: bool
-    ) -> None:
+    def __init__(self, monitor: Monitor, options: Options) -> None:
         self._monitor = monitor
         self._options = options
-        self._error: BaseException | None = None
-        self._result: Result | None = None
-        self._read_fd, write_fd = os.pipe()
+        self._deadline = 0.0
+
+    def start(self) -> int:
+        """Begin; returns the pipe's end to read from."""
+        read_fd, write_fd = os.pipe()
         try:
-            monitor.pass_descriptor(write_fd, STREAM_NAME)
+            self._monitor.pass_descriptor(write_fd, STREAM_NAME)
+            self._monitor.execute("migrate", {"uri": f"fd:{STREAM_NAME}"})
         except BaseException:
-            os.close(self._read_fd)
+            os.close(read_fd)
             raise
         finally:
             os.close(write_fd)
-        self._ingest = Ingest(self._read_fd, sink, options, direct=background,
-                              extra_blobs={machine.MACHINE_BLOB: description}, finish=self._downtime)  # fmt: skip
-        self._thread = threading.Thread(target=self._read, name="snapengine-stream", daemon=True)
+        self._deadline = time.monotonic() + self._options.max_seconds
+        return read_fd
 
-    def run(self, progress: Callable[[int], None] | None) -> Result:
-        began = time.monotonic()
-        self._thread.start()
-        self._monitor.execute("migrate", {"uri": f"fd:{STREAM_NAME}"})
-        limit = self._options.max_seconds
-        while self._thread.is_alive():
-            self._thread.join(0.1)
-            if progress is not None:
-                progress(self._ingest.stream_bytes)
-            self._raise_failure()
-            if self._options.method != WRITE_TRACKING and time.monotonic() - began > limit:
-                raise MachineError(f"QEMU's migration did not converge within {limit:g} s: the guest writes too fast")
-        self._raise_failure()
-        assert self._result is not None
-        return self._result
+    def watch(self, done: int, progress: Callable[[int], None] | None) -> None:
+        """Ten times a second, while the stream is read."""
+        if progress is not None:
+            progress(done)
+        self.raise_failure()
+        if self._options.method != WRITE_TRACKING and time.monotonic() > self._deadline:
+            raise MachineError(
+                f"QEMU's migration did not converge within {self._options.max_seconds:g} s: the guest writes "
+                "faster than the sink takes it"
+            )
 
-    def end(self) -> None:
-        """Whatever happened: no migration runs any more, and the thread has ended."""
-        status = self._status()
-        if status in machine.BUSY:
-            self._monitor.execute("migrate_cancel")
-            deadline = time.monotonic() + END_SECONDS
-            while self._status() in machine.BUSY and time.monotonic() < deadline:
-                time.sleep(0.01)
-        self._ingest.cancel()
-        if self._thread.ident is not None:
-            self._thread.join()
-        os.close(self._read_fd)
-
-    def _read(self) -> None:
-        try:
-            self._result = self._ingest.run()
-        except BaseException as error:
-            self._error = error
-
-    def _status(self) -> str:
-        return str(self._monitor.execute("query-migrate").get("status", "none"))
-
-    def _raise_failure(self) -> None:
-        answer = self._monitor.execute("query-migrate")
+    def raise_failure(self) -> None:
+        """Raise what QEMU says of a migration that failed."""
+        answer = self._answer()
         if answer.get("status") == "failed":
-            reason = answer.get("error-desc", "it does not say why")
-            raise MachineError(f"QEMU's migration failed: {reason}")
+            raise MachineError(f"QEMU's migration failed: {answer.get('error-desc', 'it does not say why')}")
         if answer.get("status") == "cancelled":
             raise CaptureCancelled("QEMU's migration was cancelled")
-        if self._error is not None:
-            raise self._error
 
-    def _downtime(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """The stream has ended: what QEMU says of it, for the figures. It says so a moment later."""
-        deadline = time.monotonic() + END_SECONDS
-        while self._status() in machine.BUSY and time.monotonic() < deadline:
-            time.sleep(0.005)
-        answer = self._monitor.execute("query-migrate")
+        self._await_end()
+        self.raise_failure()
+        answer = self._answer()
         if answer.get("status") != "completed":
             raise MachineError(f"QEMU's migration is {answer.get('status')}, though its stream is complete")
         rounds = int(answer.get("ram", {}).get("dirty-sync-count", 0))
         return {"stop_ns": int(answer.get("downtime", 0)) * 10**6, "rounds": rounds}
+
+    def end(self) -> None:
+        """Whatever happened: no migration runs any more."""
+        if self._answer().get("status", "none") in machine.BUSY:
+            self._monitor.execute("migrate_cancel")
+            self._await_end()
+
+    def _answer(self) -> dict[str, Any]:
+        return dict(self._monitor.execute("query-migrate"))
+
+    def _await_end(self) -> None:
+        deadline = time.monotonic() + END_SECONDS
+        while self._answer().get("status", "none") in machine.BUSY and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 @contextlib.contextmanager
