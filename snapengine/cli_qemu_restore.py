@@ -29,7 +29,8 @@ examples:
 def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `qemu restore`."""
     parser = commands.add_parser(
-        "restore", help="start a machine from its image", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw,
+        "restore", help="start a machine from its image", description=DESCRIPTION, epilog=EPILOG,
+        formatter_class=raw,
         usage="%(prog)s [options] IMAGE -- QEMU ARGUMENT...",
     )  # fmt: skip
     add = parser.add_argument

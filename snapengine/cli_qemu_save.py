@@ -48,9 +48,9 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add("--pid", type=int, default=0, metavar="PID", help="QEMU's process (default: who listens at SOCKET)")
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--via-migration", action="store_true",
-        help="do not attach: QEMU saves itself (background-snapshot, or migrate with dirty-logging)")  # fmt: skip
+        help="do not attach: QEMU saves itself (background-snapshot; dirty-logging: migrate)")  # fmt: skip
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
-        help="take an external snapshot of this disk at the same instant: it goes on in the new FILE (qcow2), "
+        help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.parser.error(str(error))
     if args.via_migration and args.block_snapshot:
-        args.parser.error("--block-snapshot goes without --via-migration: QEMU does not stop where we could take it")
+        args.parser.error(
+            "--block-snapshot goes without --via-migration: QEMU does not stop where we could take it"
+        )
     with Monitor(args.qmp) as monitor:
         if args.via_migration:
             result = save_by_migration(monitor, args.sink, options)

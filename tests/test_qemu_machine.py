@@ -17,14 +17,14 @@ OLD = """\
     /rom@etc/acpi/tables    4 KiB  0x0000000011100000 0x0000000000020000 0x0000000000200000
 """
 NEW = """\
-              Block Name    PSize              Offset               Used              Total                HVA  RO
-                  a name    2 MiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
-                            4 KiB  0x0000000020000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
-                 pc.bios    4 KiB  0x0000000010000000 0x0000000000040000 0x0000000000040000 0x00007f1300000000  ro
+ Block Name    PSize              Offset               Used              Total                HVA  RO
+     a name    2 MiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
+               4 KiB  0x0000000020000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
+    pc.bios    4 KiB  0x0000000010000000 0x0000000000040000 0x0000000000040000 0x00007f1300000000  ro
 """
 MACHINE = {
-    "version": 1, "via": "device-state", "qemu": "7.2.0", "machine_type": "pc-i440fx-7.2", "accelerator": "kvm",
-    "cpus": ["qemu64-x86_64-cpu"] * 2,
+    "version": 1, "via": "device-state", "qemu": "7.2.0", "machine_type": "pc-i440fx-7.2",
+    "accelerator": "kvm", "cpus": ["qemu64-x86_64-cpu"] * 2,
     "ram_blocks": [
         {"name": "pc.ram", "used": 1 << 28, "total": 1 << 28, "page_size": 4096},
         {"name": "/rom@etc/acpi/tables", "used": 1 << 17, "total": 1 << 21, "page_size": 4096},
@@ -123,7 +123,8 @@ def test_everything_that_differs_is_said():
     found["devices"] = []
     text = "\n".join(differences(MACHINE, found))
     for part in (
-        "QEMU version: 7.2.0 was saved, this is 10.0.2", "machine type: pc-i440fx-7.2 was saved, this is pc-q35-7.2",
+        "QEMU version: 7.2.0 was saved, this is 10.0.2",
+        "machine type: pc-i440fx-7.2 was saved, this is pc-q35-7.2",
         "accelerator: kvm", "CPUs: 2 x qemu64-x86_64-cpu were saved, these are 1 x max-x86_64-cpu",
         "RAM block pc.ram (268435456 bytes) is missing", "RAM block ram0 (268435456 bytes) was not there",
         "device /machine/peripheral/net0 (e1000) is missing",

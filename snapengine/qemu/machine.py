@@ -23,7 +23,15 @@ OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x
 OWN_DMA_FILES = re.compile(r"/dev/(vhost-\w+|vfio/.*)")
 BUSY = ("setup", "active", "device", "cancelling", "pre-switchover", "postcopy-active", "postcopy-paused",
         "postcopy-recover", "wait-unplug", "colo")  # fmt: skip
-NOT_SAVED_IN = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "internal-error", "shutdown")
+NOT_SAVED_IN = (
+    "inmigrate",
+    "postmigrate",
+    "finish-migrate",
+    "save-vm",
+    "restore-vm",
+    "internal-error",
+    "shutdown",
+)
 
 
 def version_of(monitor: Monitor) -> str:
@@ -118,7 +126,7 @@ def refuse_devices(monitor: Monitor, pid: int) -> None:
         if OWN_DMA.fullmatch(device["type"]):
             name = device["path"].rpartition("/")[2]
             raise MachineError(
-                f"device {name} ({device['type']}) writes to the machine's memory past QEMU: not captured faithfully"
+                f"device {name} ({device['type']}) writes to the machine's memory past QEMU: that goes unseen"
             )
     for name in open_files(pid):
         if OWN_DMA_FILES.fullmatch(name):
@@ -127,7 +135,9 @@ def refuse_devices(monitor: Monitor, pid: int) -> None:
                 "(for a network card: vhost=off)"
             )
     if "type=vhost-user" in monitor.human("info network"):
-        raise MachineError("a network card of the type vhost-user: another process writes to the machine's memory")
+        raise MachineError(
+            "a network card of the type vhost-user: another process writes to the machine's memory"
+        )
 
 
 def open_files(pid: int) -> list[str]:
@@ -175,7 +185,11 @@ def _check(value: Any) -> None:
 def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What keeps the machine `found` from going on from `saved`, one line each; nothing: it fits."""
     lines = []
-    for name, word in (("machine_type", "machine type"), ("qemu", "QEMU version"), ("accelerator", "accelerator")):
+    for name, word in (
+        ("machine_type", "machine type"),
+        ("qemu", "QEMU version"),
+        ("accelerator", "accelerator"),
+    ):
         if name in saved and saved[name] != found[name]:
             lines.append(f"{word}: {saved[name]} was saved, this is {found[name]}")
     if "cpus" in saved and saved["cpus"] != found["cpus"]:
@@ -194,7 +208,9 @@ def _block_differences(saved: list[dict[str, Any]], found: list[dict[str, Any]])
         if other is None:
             lines.append(f"RAM block {block['name']} ({block['used']} bytes) is missing")
         elif not _fits(block, other):
-            lines.append(f"RAM block {block['name']}: {block['used']} bytes were saved, this has {other['used']}")
+            lines.append(
+                f"RAM block {block['name']}: {block['used']} bytes were saved, this has {other['used']}"
+            )
     lines += [f"RAM block {name} ({block['used']} bytes) was not there" for name, block in there.items()]
     return lines
 
@@ -203,7 +219,9 @@ def _fits(saved: dict[str, Any], other: dict[str, Any]) -> bool:
     """QEMU resizes a block that it made larger than it uses (ACPI tables, for example)."""
     resized = other["total"] > other["used"] or saved.get("total", 0) > saved["used"]
     same_total = saved.get("total", other["total"]) == other["total"]
-    return bool(saved["used"] == other["used"] or (resized and same_total and saved["used"] <= other["total"]))
+    return bool(
+        saved["used"] == other["used"] or (resized and same_total and saved["used"] <= other["total"])
+    )
 
 
 def _device_differences(saved: list[dict[str, str]], found: list[dict[str, str]]) -> list[str]:

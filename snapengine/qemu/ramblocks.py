@@ -19,8 +19,8 @@ from snapengine.targets import PAGE_BYTES
 
 UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 LINE = re.compile(
-    r"\s*(?P<name>.*?)\s+(?P<size>\d+) (?P<unit>B|KiB|MiB|GiB)\s+0x(?P<offset>[0-9a-f]+)\s+0x(?P<used>[0-9a-f]+)"
-    r"\s+0x(?P<total>[0-9a-f]+)(?:\s+0x(?P<addr>[0-9a-f]+)\s+(?P<access>r[ow]))?\s*\Z"
+    r"\s*(?P<name>.*?)\s+(?P<size>\d+) (?P<unit>B|KiB|MiB|GiB)"
+    r"\s+0x(?P<offset>[0-9a-f]+)\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)(?:\s+0x(?P<addr>[0-9a-f]+)\s+(?P<access>r[ow]))?\s*\Z"
 )
 HEAP_BYTES = 1 << 30  # most that is searched
 HOST_BEFORE = 16  # bytes from a block's address to its sizes in its record (QEMU 6.2 to 7.2)
@@ -29,8 +29,8 @@ NAME_WITHIN = 128  # bytes between the sizes and its name
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One block. ``used`` and ``total`` are bytes (a block may grow up to ``total``), ``page_size`` is that of
-    the host memory, ``offset`` is QEMU's own number for the block's first byte (ram_addr_t, not an address
+    """One block. ``used`` and ``total`` are bytes (a block may grow to ``total``), ``page_size`` is that of the
+    host memory, ``offset`` is QEMU's own number for the block's first byte (ram_addr_t, not an address
     of the guest). ``addr`` is the block's address in the QEMU process; 0: not known."""
 
     name: str
@@ -52,7 +52,9 @@ def parse_table(text: str) -> list[RamBlock]:
             continue
         match = LINE.match(line)
         if match is None:
-            raise MachineError(f"QEMU's table of RAM blocks has a line that is not understood: {line.strip()!r}")
+            raise MachineError(
+                f"QEMU's table of RAM blocks has a line that is not understood: {line.strip()!r}"
+            )
         block = RamBlock(
             name=match["name"],
             page_size=int(match["size"]) << UNITS[match["unit"]],
@@ -90,7 +92,9 @@ def locate(blocks: Iterable[RamBlock], pid: int) -> list[RamBlock]:
                     found[block.name] = addr
     lost = [block.name for block in wanted if block.name not in found]
     if lost:
-        raise MachineError(f"process {pid}: the address of RAM block {lost[0]!r} is not known (QEMU before 8.0)")
+        raise MachineError(
+            f"process {pid}: the address of RAM block {lost[0]!r} is not known (QEMU before 8.0)"
+        )
     return [replace(block, addr=found[block.name]) for block in wanted]
 
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -29,6 +30,8 @@ from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
 START_SECONDS = 30.0
 STREAM_NAME = "snapengine-stream"
 FILE_HEADER_BYTES = 8  # magic and version, which the devices' state has as every stream has
+# Behind the devices QEMU expects a description of their fields, for debuggers, and warns if there is none.
+NO_DESCRIPTION = struct.pack(">BI", 0x06, 2) + b"{}"
 OURS = ("-incoming", "-daemonize", "-S", "-loadvm")
 
 
@@ -92,7 +95,9 @@ def restore_machine(
     saved = read_description(image)
     for argument in command:
         if argument.replace("--", "-") in OURS:
-            raise MachineError(f"the command has {argument} already: how QEMU waits and loads is up to snapengine")
+            raise MachineError(
+                f"the command has {argument} already: how QEMU waits and loads is up to snapengine"
+            )
     if not command or shutil.which(command[0]) is None:
         raise MachineError(f"there is no program {command[0] if command else ''!r}")
     folder = None if qmp else tempfile.mkdtemp(prefix="snapengine-qemu-")
@@ -130,7 +135,9 @@ def restore_machine(
 def read_description(image: Image) -> dict[str, Any]:
     """The description of the machine. `ImageError`: there is none."""
     if MACHINE not in image.vmstate:
-        raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)")
+        raise ImageError(
+            f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)"
+        )
     sizes = image.vmstate.sizes()
     for name, limit in machine.BLOB_LIMITS.items():
         if sizes.get(name, 0) > limit:
@@ -143,7 +150,8 @@ def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
     if saved["via"] == VIA_STREAM:
         return stream_blobs(image)
     blocks = [(block["name"], block["used"]) for block in saved["ram_blocks"]]
-    return make_head(saved["machine_type"], blocks), image.vmstate[DEVICES][FILE_HEADER_BYTES:]
+    state = image.vmstate[DEVICES][FILE_HEADER_BYTES:]
+    return make_head(saved["machine_type"], blocks), state + NO_DESCRIPTION
 
 
 def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:

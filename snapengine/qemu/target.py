@@ -60,7 +60,9 @@ class QemuTarget:
         self.monitor = monitor
         self.pid = pid or monitor.peer_pid
         if not self.pid:
-            raise MachineError(f"{monitor.address}: the process of a QEMU behind TCP is not known: give its pid")
+            raise MachineError(
+                f"{monitor.address}: the process of a QEMU behind TCP is not known: give its pid"
+            )
         self.injection_ns = 0
         self.warnings: list[str] = []
         self.not_captured: list[NotCaptured] = []
@@ -243,10 +245,14 @@ class QemuTarget:
         known = {disk["device"] for disk in machine.disks(self.monitor)}
         for device, file in self._disks.items():
             if device not in known:
-                raise MachineError(f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known))}")
+                raise MachineError(
+                    f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known))}"
+                )
             if os.path.exists(file):
                 raise MachineError(f"--block-snapshot: {file} exists already")
-            self.warnings.append(f"disk {device} goes on in {file}; the file that it had keeps its content of T")
+            self.warnings.append(
+                f"disk {device} goes on in {file}; the file that it had keeps its content of T"
+            )
 
     def _snapshot_disks(self) -> None:
         """All in one transaction: either every disk goes on in its new file, or none does."""

@@ -25,7 +25,8 @@ STREAM_NAME = "snapengine-save"
 BACKGROUND = "background-snapshot"
 # Each makes a stream that does not hold the pages themselves, or not all of them.
 UNWANTED = ("xbzrle", "compress", "multifd", "postcopy-ram", "mapped-ram", "x-ignore-shared", "dirty-bitmaps",
-            "block", "release-ram", "x-colo", "return-path", "zero-copy-send", "postcopy-preempt")  # fmt: skip
+            "block", "release-ram", "x-colo", "return-path", "zero-copy-send",
+            "postcopy-preempt")  # fmt: skip
 NO_LIMIT = 1 << 40  # bytes a second
 END_SECONDS = 30.0
 
@@ -55,7 +56,8 @@ def save_by_migration(
         try:
             return ingest(
                 read_fd, sink, options, direct=background, extra_blobs={MACHINE: machine.pack(description)},
-                name="QEMU's stream", watch=lambda done: migration.watch(done, progress), finish=migration.finish,
+                name="QEMU's stream", watch=lambda done: migration.watch(done, progress),
+                finish=migration.finish,
             )  # fmt: skip
         except StreamError:
             migration.raise_failure()  # the stream was cut because the migration failed
@@ -142,7 +144,10 @@ def _settings(monitor: Monitor, options: Options, background: bool) -> Iterator[
         raise MachineError("this QEMU has no background-snapshot (6.0 has): --method dirty-logging")
     if now.get(BACKGROUND, False) != background:
         wanted[BACKGROUND] = background
-    limits = {"max-bandwidth": options.rate_limit or NO_LIMIT, "downtime-limit": int(options.downtime_limit * 1000)}
+    limits = {
+        "max-bandwidth": options.rate_limit or NO_LIMIT,
+        "downtime-limit": int(options.downtime_limit * 1000),
+    }
     before = monitor.execute("query-migrate-parameters")
     set_capabilities(monitor, wanted)
     try:
