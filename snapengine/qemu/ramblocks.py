@@ -29,7 +29,7 @@ NAME_WITHIN = 128  # bytes between the sizes and its name
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One block. ``used`` and ``total`` are bytes (a block may grow to ``total``), ``page_size`` is that of the
+    """One block. ``used`` and ``total`` are bytes (it may grow to ``total``), ``page_size`` is that of the
     host memory, ``offset`` is QEMU's own number for the block's first byte (ram_addr_t, not an address
     of the guest). ``addr`` is the block's address in the QEMU process; 0: not known."""
 
