@@ -26,7 +26,7 @@ cdef char[1] ZERO_BYTE = [0]
 
 
 cdef class PageSender(Restorer):
-    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open` and the two ways to send."""
+    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open`, and both of `send_*`."""
 
     def open(self, int out, bytes name not None):
         """Send to the descriptor `out`, as the block `name` (UTF-8, at most 255 bytes)."""

@@ -150,7 +150,9 @@ cdef class StreamParser:
 
     cdef bytes take(self, size_t count):
         """The next bytes (few: cold code), which become part of the head while that is read."""
-        self.need(count)
+        if self.end - self.begin < count:
+            with nogil:
+                self.need(count)
         data = PyBytes_FromStringAndSize(self.buffer + self.begin, count)
         self.begin += count
         self.offset += count
@@ -177,7 +179,9 @@ cdef class StreamParser:
             raise StreamError(f"{self.name}: {what} is not text", start) from None
 
     def _peek(self):
-        self.need(1)
+        if self.end == self.begin:
+            with nogil:
+                self.need(1)
         return <unsigned char>self.buffer[self.begin]
 
     # -- the head --

@@ -1,7 +1,7 @@
 """A migration stream into an image: parse, resolve repeated pages, compress, index, commit.
 
-One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in Python,
-so that a Ctrl-C reaches it whatever the others wait for.
+One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in
+Python, so that a Ctrl-C reaches it whatever the others wait for.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def ingest(
         `compress`, `memory_limit`, `rate_limit`, `spill_dir` and `encoder_threads` count here.
     direct:
         Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if
-        one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`, which
-        keeps the last of each, and the image holds each once.
+        one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`,
+        which keeps the last of each, and the image holds each once.
     extra_blobs:
         Further named blobs. A JSON object as "qemu.machine" is merged into the one that is written.
     name:
