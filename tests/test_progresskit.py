@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
+from machinekit import MIB
 from progresskit import SAMPLE, Progress, ProgressSampler
-from qemukit import MIB
 from sweepkit import Sweep
 
 MS = 1_000_000

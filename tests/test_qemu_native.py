@@ -5,8 +5,9 @@ import sys
 import time
 
 import pytest
+from machinekit import MIB
 from peers import qemu_native
-from qemukit import MIB, find_qemu
+from qemukit import find_qemu
 from qmpkit import QmpError
 from sweepkit import Sweep
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from linuxkit import make_disk
-from qemukit import MIB, Machine, find_qemu, qemu_version, until
+from machinekit import MIB, until
+from qemukit import Machine, Machines, Setup, find_qemu, qemu_version
 from qmpkit import QmpError
 from sweepkit import Sweep
 
@@ -146,7 +147,7 @@ def test_a_qemu_that_does_not_start_says_why(machines):
 
 
 def test_nothing_survives(machines):
-    machine = Machine(Sweep(), machines.room, ram="file")
+    machine = Machine(Setup(Sweep(), machines.room, ram="file"))
     machine.kill()
     assert not alive(machine.pid)
     machine.kill()
@@ -155,7 +156,8 @@ def test_nothing_survives(machines):
 def test_qemu_ends_with_who_started_it(machines):
     """As when a test run is killed."""
     script = (
-        "import qemukit, sweepkit, sys, time; machine = qemukit.Machine(sweepkit.Sweep(), sys.argv[1]);"
+        "import qemukit, sweepkit, sys, time; from pathlib import Path;"
+        "machine = qemukit.Machine(qemukit.Setup(sweepkit.Sweep(), Path(sys.argv[1])));"
         "print(machine.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(machines.room)]
@@ -165,6 +167,20 @@ def test_qemu_ends_with_who_started_it(machines):
         assert alive(pid)
         starter.send_signal(signal.SIGKILL)
     until(lambda: not alive(pid), "QEMU lives on")
+
+
+def test_a_machine_that_another_command_started_is_watched_and_ended(tmp_path):
+    if find_qemu() is None:
+        pytest.skip("no QEMU")
+    with Machines() as machines:
+        machine = machines(Sweep()).ready()
+        machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=True)
+        setup = machines.setup_like(machine, "-incoming", f"exec:cat {tmp_path}/state")
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen(setup.command, stdout=log, stderr=log)
+        new = machines.adopt(setup, process.pid, machine)
+        new.wait_progress(1000)
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_the_version_is_known():
