@@ -73,6 +73,8 @@ def test_qemus_own_snapshot_of_the_sweep(machines, accel, background, tmp_path):
     assert 0 <= new.counter() - before < 1 << 31
     new.qmp("cont")
     new.wait_progress(10_000)
+    new.qmp("stop")
+    assert new.guest.faults(new.read_ram()) == [], "its processor and its memory were of different instants"
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["migrate", "background-snapshot"])
@@ -86,6 +88,26 @@ def test_qemus_own_snapshot_of_linux(machines, linux_guest, background, tmp_path
     new = restored(machines, machine, tmp_path / "state")
     new.qmp("cont")
     assert new.guest.wait_round(new, 3)[0] > rounds
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_disk_snapshot_of_the_same_stop_agrees_to_the_record(machines, linux_guest, snapshot, tmp_path):
+    """And without one the guest finds that the disk has gone on."""
+    disk = make_disk(tmp_path / "disk")
+    machine = machines(linux_guest(disk=disk, rate=2000, batch=500)).ready()
+    machine.qmp("stop")
+    if snapshot:
+        overlay = {"snapshot_file": str(tmp_path / "overlay"), "snapshot_node_name": "overlay"}
+        machine.qmp("blockdev-snapshot-sync", node_name="disk0", **overlay)
+    machine.migrate(f"exec:cat > {tmp_path}/state")
+    machine.qmp("cont")
+    machine.guest.wait_round(machine, 2, start=len(machine.serial()))
+    new = restored(machines, machine, tmp_path / "state")
+    new.qmp("cont")
+    if snapshot:
+        new.guest.wait_round(new, 3)
+    else:
+        new.wait_serial(r"^FAIL the disk holds record \d+ where \d+ was acknowledged")
 
 
 def test_linux_counts_its_writes(machines, linux_guest):
