@@ -44,13 +44,16 @@ class Observed:
 
     def connect(self):
         """Wait for the kit's monitor; AssertionError with what QEMU said if it ends instead."""
-        path = self.room / "kit"
-        until(lambda: path.exists() or self.ended(), "QEMU opens no monitor")
-        try:
-            self.qmp = Qmp(path)
-        except OSError as error:
-            until(self.ended, f"QEMU does not answer: {error}")
-            raise AssertionError(f"QEMU did not start: {self.log()}") from error
+
+        def attempt():
+            try:
+                self.qmp = Qmp(self.room / "kit")
+            except OSError:  # between bind() and listen() QEMU's socket is there and refuses
+                return self.ended()
+            return True
+
+        until(attempt, lambda: f"QEMU's monitor does not answer: {self.log()}")
+        assert self.qmp, f"QEMU did not start: {self.log()}"
 
     def disconnect(self):
         """Close the kit's connection to the monitor; it may be called twice."""
