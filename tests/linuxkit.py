@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import guest_kernel
-from qemukit import until
+from machinekit import until
 
 MIB = 1 << 20
 SOURCE = Path(__file__).parent / "guests" / "worker.c"
@@ -102,7 +102,7 @@ class Linux:
             failed = re.search(r"^FAIL .*", text, re.MULTILINE)
             assert not failed, failed[0]
             found = re.findall(r"^round (\d+) ok writes=\d+ records=(\d+)\r?\n", text, re.MULTILINE)
-            assert found[rounds - 1 :] or machine.process.poll() is None, f"QEMU ended: {machine.log()}"
+            assert found[rounds - 1 :] or not machine.ended(), f"QEMU ended: {machine.log()}"
             return found[rounds - 1 :]
 
         found = until(look, lambda: f"no {rounds} rounds: ...{machine.serial()[-300:]}")

@@ -92,7 +92,8 @@ class Sweep:
         """Why these bytes of the RAM, from address 0 on, are no state of one instant; empty if they are one.
 
         The one-step rule, for both words of a page: along the addresses the number falls at most once, by
-        one. And the three counts (first words, last words, PROGRESS) are within one write of each other.
+        one. And the three counts (first words, last words, PROGRESS) are within one write of each other. They
+        stay apart for ever in a machine that went on from a processor older or newer than its memory.
         """
         words = np.frombuffer(ram, "<u4", count=self.end // 4).reshape(-1, PAGE // 4)
         swept = words[START // PAGE :]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from linuxkit import make_disk
-from qemukit import MIB, Machine, find_qemu, qemu_version, until
+from machinekit import MIB, until
+from qemukit import Machine, Machines, Setup, find_qemu, qemu_version
 from qmpkit import QmpError
 from sweepkit import Sweep
 
@@ -72,6 +73,8 @@ def test_qemus_own_snapshot_of_the_sweep(machines, accel, background, tmp_path):
     assert 0 <= new.counter() - before < 1 << 31
     new.qmp("cont")
     new.wait_progress(10_000)
+    new.qmp("stop")
+    assert new.guest.faults(new.read_ram()) == [], "its processor and its memory were of different instants"
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["migrate", "background-snapshot"])
@@ -85,6 +88,26 @@ def test_qemus_own_snapshot_of_linux(machines, linux_guest, background, tmp_path
     new = restored(machines, machine, tmp_path / "state")
     new.qmp("cont")
     assert new.guest.wait_round(new, 3)[0] > rounds
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_a_disk_snapshot_of_the_same_stop_agrees_to_the_record(machines, linux_guest, snapshot, tmp_path):
+    """And without one the guest finds that the disk has gone on."""
+    disk = make_disk(tmp_path / "disk")
+    machine = machines(linux_guest(disk=disk, rate=2000, batch=500)).ready()
+    machine.qmp("stop")
+    if snapshot:
+        overlay = {"snapshot_file": str(tmp_path / "overlay"), "snapshot_node_name": "overlay"}
+        machine.qmp("blockdev-snapshot-sync", node_name="disk0", **overlay)
+    machine.migrate(f"exec:cat > {tmp_path}/state")
+    machine.qmp("cont")
+    machine.guest.wait_round(machine, 2, start=len(machine.serial()))
+    new = restored(machines, machine, tmp_path / "state")
+    new.qmp("cont")
+    if snapshot:
+        new.guest.wait_round(new, 3)
+    else:
+        new.wait_serial(r"^FAIL the disk holds record \d+ where \d+ was acknowledged")
 
 
 def test_linux_counts_its_writes(machines, linux_guest):
@@ -146,7 +169,7 @@ def test_a_qemu_that_does_not_start_says_why(machines):
 
 
 def test_nothing_survives(machines):
-    machine = Machine(Sweep(), machines.room, ram="file")
+    machine = Machine(Setup(Sweep(), machines.room, ram="file"))
     machine.kill()
     assert not alive(machine.pid)
     machine.kill()
@@ -155,7 +178,8 @@ def test_nothing_survives(machines):
 def test_qemu_ends_with_who_started_it(machines):
     """As when a test run is killed."""
     script = (
-        "import qemukit, sweepkit, sys, time; machine = qemukit.Machine(sweepkit.Sweep(), sys.argv[1]);"
+        "import qemukit, sweepkit, sys, time; from pathlib import Path;"
+        "machine = qemukit.Machine(qemukit.Setup(sweepkit.Sweep(), Path(sys.argv[1])));"
         "print(machine.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(machines.room)]
@@ -165,6 +189,20 @@ def test_qemu_ends_with_who_started_it(machines):
         assert alive(pid)
         starter.send_signal(signal.SIGKILL)
     until(lambda: not alive(pid), "QEMU lives on")
+
+
+def test_a_machine_that_another_command_started_is_watched_and_ended(tmp_path):
+    if find_qemu() is None:
+        pytest.skip("no QEMU")
+    with Machines() as machines:
+        machine = machines(Sweep()).ready()
+        machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=True)
+        setup = machines.setup_like(machine, "-incoming", f"exec:cat {tmp_path}/state")
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen(setup.command, stdout=log, stderr=log)
+        new = machines.adopt(setup, process.pid, machine)
+        new.wait_progress(1000)
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_the_version_is_known():
