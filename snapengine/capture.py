@@ -267,6 +267,8 @@ class Capture:
         shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
         if not (shared and tracking):
             wanted &= ~FEATURES["EVENT_FORK"]
+        if self._attached:
+            wanted |= sum(FEATURES[name] for name in self._attached.events) & supported_features()
         if fd < 0:
             self._uffd = Uffd(wanted)
         elif self._attached:

@@ -80,6 +80,8 @@ class ProcessTarget:
         self.not_captured: list[NotCaptured] = []
         self.frozen_regions: list[Region] = []
         """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
+        self.events: frozenset[str] = frozenset()
+        """What to be told of the process's doings, beside forks (userfaultfd's EVENT_...): set when it is opened."""
         self._selector = parse_regions(regions) if isinstance(regions, str) else regions
         self._deadline = deadline
         self._freezer: Freezer | None = None
@@ -109,6 +111,7 @@ class ProcessTarget:
             self._tracked = selection.tracked
             self.frozen_regions = selection.frozen
             self.not_captured = selection.not_captured
+            self.events = self._events(selection)
             if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
             if not self._tracked:
@@ -174,6 +177,13 @@ class ProcessTarget:
         mappings = self._mappings = self._read_maps()
         changed = own_pages(self.pid, mappings)
         return select(self.pid, mappings, self._selector, stop=self.cut == "stop", own_pages=changed)
+
+    def _events(self, selection: Selection) -> frozenset[str]:
+        """Each makes the call wait until we have read of it: only where no check after the copy tells."""
+        if self.method != WRITE_TRACKING:
+            return frozenset()
+        shared = any(region.kind in ("shared", "hugetlb-shared") for region in selection.tracked)
+        return frozenset(["EVENT_REMAP"] * shared + ["EVENT_REMOVE"] * selection.private_files)
 
     def _read_maps(self) -> list[Mapping]:
         try:

@@ -70,13 +70,15 @@ class AttachedTarget(Target, Protocol):
     """A target that knows nothing of us: what is left to ask of it, since it cannot say it itself.
 
     ``cut``, ``injection_ns``, ``stop_ns``, ``warnings`` and ``not_captured`` are as in `Result`.
-    ``frozen_regions`` are copied while the target stands, beside the engine.
+    ``frozen_regions`` are copied while the target stands, beside the engine. ``events``: names of the
+    userfaultfd features that tell what it does to its mappings.
     """
 
     pid: int
     cut: str
     injection_ns: int
     warnings: list[str]
+    events: frozenset[str]
     not_captured: list[NotCaptured]
     frozen_regions: list[Region]
 

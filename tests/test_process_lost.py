@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 MIB = 1 << 20
 PAGE = 4096
 N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
-UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE = range(1, 9)  # targets/victim.c
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE = range(1, 12)  # targets/victim.c
 
 
 class GatedFile(FileSink):
@@ -115,7 +115,7 @@ def check_content(path, target, lost):
                 -1, 512
             )
             wanted = np.arange(page + 1, end + 1)
-            if target.kind == "memfd" and page == 0:
+            if target.kind in ("memfd", "hugetlb") and page == 0:
                 wanted[:16] = 0
             wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
             assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
@@ -124,7 +124,8 @@ def check_content(path, target, lost):
 
 WAYS = [
     ("anon", UNMAP), ("anon", REPLACE), ("anon", DISCARD), ("anon", MOVE), ("anon", MAP_A_FILE),
-    ("memfd", REPLACE), ("memfd", PUNCH), ("memfd", TRUNCATE),
+    ("memfd", REPLACE), ("memfd", PUNCH), ("memfd", TRUNCATE), ("memfd", REWRITE), ("memfd", REMOVE),
+    ("memfd", MOVE), ("private", DISCARD), ("private", UNMAP), ("private", REPLACE), ("private", MOVE),
 ]  # fmt: skip
 
 
@@ -139,6 +140,15 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
         assert result.lost_pages == len(lost)
         check_content(tmp_path / "image", target, lost)
         target.check_running()
+
+
+@pytest.mark.host_optional
+@pytest.mark.parametrize("cut", ["soft", "stop"])
+@pytest.mark.parametrize("deed", [PUNCH, REWRITE, REMOVE, TRUNCATE, MOVE])
+def test_lost_huge_pages_are_reported(tmp_path, hugetlb, deed, cut):
+    """Their file has no times that change, no SEEK_DATA, and is as large as before once it is written to."""
+    hugetlb(N_PAGES // 512 + 2)
+    test_lost_memory_is_reported(tmp_path, "hugetlb", deed, cut)
 
 
 @pytest.mark.parametrize("deed", [UNMAP, DISCARD])
