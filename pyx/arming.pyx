@@ -99,22 +99,21 @@ cdef uint64_t _free_from(capture_t *capture, uint64_t start, uint64_t addr) noex
     return start
 
 
-cdef void _take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
-    """What has grown by mremap(), or was merged with a new neighbour, since the target's mappings were listed
-    is in two now: a later mremap() over the edge would fail. Registered alike, the parts become one again.
-    Nothing there is protected or saved; a missing page there is filled."""
+cdef void take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
+    """A missing page of what is taken in is filled when it is touched."""
     cdef vma_t inner, outer
-    cdef uint64_t end, start
-    if not region.alone_after and not next_vma(capture.maps, region.held_end - PAGE, &inner) \
-            and not next_vma(capture.maps, region.held_end, &outer) and same_vma(&inner, &outer):
-        end = _free_until(capture, outer.start, outer.end)
-        if end > region.held_end and not uffd_register(capture.uffds[0], outer.start, end - outer.start, mode):
-            region.held_end = end
-    if not region.alone_before and not next_vma(capture.maps, region.held_start, &inner) \
-            and not next_vma(capture.maps, region.held_start - PAGE, &outer) and same_vma(&outer, &inner):
-        start = _free_from(capture, outer.start, outer.end)
-        if start < outer.end and not uffd_register(capture.uffds[0], start, outer.end - start, mode):
-            region.held_start = start
+    cdef uint64_t edge = region.track_end
+    if not region.alone_after and not next_vma(capture.maps, edge - PAGE, &inner) \
+            and not next_vma(capture.maps, edge, &outer) and same_vma(&inner, &outer):
+        edge = _free_until(capture, outer.start, outer.end)
+        if edge > outer.start and not uffd_register(capture.uffds[0], outer.start, edge - outer.start, mode):
+            region.held_end = max(region.held_end, edge)
+    edge = region.track_start
+    if not region.alone_before and not next_vma(capture.maps, edge, &inner) \
+            and not next_vma(capture.maps, edge - PAGE, &outer) and same_vma(&outer, &inner):
+        edge = _free_from(capture, outer.start, outer.end)
+        if edge < outer.end and not uffd_register(capture.uffds[0], edge, outer.end - edge, mode):
+            region.held_start = min(region.held_start, edge)
 
 
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
@@ -133,7 +132,7 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     if err:
         capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
     elif capture.attached:
-        _take_in_growth(capture, region, mode)
+        take_in_growth(capture, region, mode)
     return err
 
 
