@@ -16,18 +16,12 @@ from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from snapengine.pages cimport copy_page, page_nonzero
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.pool cimport lane_entry, lane_slot
+from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     page_addr,
 )
 from snapengine.trust cimport believable, punched
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(int pid, const iovec *local, unsigned long n_local, const iovec *remote,
-                             unsigned long n_remote, unsigned long flags)
 
 cdef extern from "<sys/mman.h>" nogil:
     int mincore(void *addr, size_t length, unsigned char *vec)

@@ -81,9 +81,10 @@ class ProcessTarget:
         self.frozen_regions: list[Region] = []
         """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
         self.events: frozenset[str] = frozenset()
-        """What to be told of the process's doings, beside forks (userfaultfd's EVENT_...): set when it is opened."""
+        """What to be told of, beside forks (userfaultfd's EVENT_...): set when the process is opened."""
         self._selector = parse_regions(regions) if isinstance(regions, str) else regions
         self._deadline = deadline
+        self._info: attach.ProcessInfo | None = None
         self._freezer: Freezer | None = None
         self._frozen: list[bytes | None] = []
         self._tracked: list[Region] = []
@@ -92,15 +93,22 @@ class ProcessTarget:
 
     # -- what a capture calls --
 
+    def check(self) -> None:
+        """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
+        self._info = attach.check(self.pid)
+
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""
-        info = attach.check(self.pid)
+        if self._info is None:
+            self.check()
+        info = self._info
+        assert info is not None
         if info.ksm_pages and ksm_runs():
             self.warnings.append(
                 f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
-        injected = inject_userfaultfd(self.pid, deadline=self._deadline)
+        injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
         self.injection_ns = injected.stop_ns
         try:
             # Write tracking with a stop: the threads stand from here on, so no mapping can come or go between
@@ -153,6 +161,22 @@ class ProcessTarget:
     def frozen_bytes(self, number: int) -> bytes | None:
         """The bytes of `frozen_regions[number]` at T; None if they could not be read."""
         return self._frozen[number]
+
+    def late_warnings(self) -> list[str]:
+        """Writable mappings of the shared memory that were made after T: writes there are not seen."""
+        if self._record is None or self.method != WRITE_TRACKING:
+            return []
+        tracked = {region.addr for region in self._tracked}
+        ours = [m for m in self._record.mappings if m.shared and m.start in tracked]
+        if not ours:
+            return []
+        known = {(m.start - m.offset, m.inode, m.device) for m in self._record.mappings}
+        return [
+            f"{m.path} was mapped again at {m.start:#x} after T: writes there are not seen"
+            for m in read_maps(self.pid)
+            if m.shared and "w" in m.perms and (m.start - m.offset, m.inode, m.device) not in known
+            and any(m.same_file(each) for each in ours)
+        ]  # fmt: skip
 
     @property
     def stop_ns(self) -> int:

@@ -86,6 +86,12 @@ class AttachedTarget(Target, Protocol):
     def stop_ns(self) -> int:
         """How long all threads stood."""
 
+    def check(self) -> None:
+        """Before `open`: raise AttachError or TargetGoneError for what cannot be attached to."""
+
+    def late_warnings(self) -> list[str]:
+        """What it did after T that the image may lack unseen; asked for when all pages are saved."""
+
     def armed(self) -> None:
         """T is fixed, and the target runs. Write tracking only."""
 

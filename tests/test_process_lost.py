@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 MIB = 1 << 20
 PAGE = 4096
 N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
-UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE = range(1, 12)  # targets/victim.c
+# targets/victim.c
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN = range(1, 13)
 
 
 class GatedFile(FileSink):
@@ -158,6 +159,18 @@ def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
         result = save(target, tmp_path / "image", deed)
         assert result.lost_pages == 0
         check_content(tmp_path / "image", target, lost_pages(result, target))
+        target.check_running()
+
+
+@pytest.mark.parametrize(("deed", "words"), [(WRITE, "was written to"), (MAP_AGAIN, "was mapped again")])
+def test_what_no_page_tells_is_a_warning(tmp_path, deed, words):
+    """A write() to the shared memory's file, and a second mapping of it that is made after T."""
+    with Victim("memfd") as target:
+        result = save(target, tmp_path / "image", deed)
+        (warning,) = [text for text in result.warnings if words in text]
+        assert "victim" in warning
+        quiet = save(target, tmp_path / "quiet", UNMAP)
+        assert not any(words in text for text in quiet.warnings)
         target.check_running()
 
 

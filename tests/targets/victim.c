@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16 };
-enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE };
+enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN };
 
 static char *memory;
 static uint64_t pages;
@@ -95,6 +95,8 @@ static void act(enum deed deed) {
         require(madvise(part, bytes, MADV_REMOVE) == 0);
     if (deed == WRITE)
         require(pwrite(fd, "later", 5, (off_t)offset) == 5);
+    if (deed == MAP_AGAIN)
+        require(mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset) != MAP_FAILED);
 }
 
 static int writable_after(enum deed deed) { return deed == REPLACE || deed == DISCARD || deed == PUNCH; }
