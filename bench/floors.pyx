@@ -15,15 +15,9 @@ from posix.unistd cimport read
 
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
 from snapengine.oserror cimport raise_oserror
+from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.pthreads cimport snap_now_ns, snap_pin_to
 from snapengine.uffd cimport uffd_protect, uffd_unprotect, uffd_unregister
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
-                             const iovec *remote, unsigned long n_remote, unsigned long flags)
 
 cdef uint64_t PAGE = 4096
 

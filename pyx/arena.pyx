@@ -87,7 +87,7 @@ cdef class FileView:
         cdef void *base
         if self.addr:
             raise ValueError("already mapped")
-        base = mmap(NULL, length, PROT_READ, MAP_SHARED, fd, offset)
+        base = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, offset)
         if base == MAP_FAILED:
             raise_oserror(errno, b"mmap")
         self.addr = <uintptr_t>base

@@ -15,11 +15,13 @@ from posix.unistd cimport lseek
 from snapengine.atomics cimport snap_load
 from snapengine.events cimport pump
 from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
+from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, region_t
-from snapengine.source cimport scan_files, scan_presence
+from snapengine.source cimport scan_presence
+from snapengine.trust cimport note_at_t, note_before
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
@@ -79,6 +81,41 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
     return 0
 
 
+cdef uint64_t _free_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
+    """Where in [addr, end) the first region begins; `end` if none does."""
+    cdef int i
+    for i in range(capture.n_regions):
+        if addr <= capture.regions[i].track_start < end:
+            end = capture.regions[i].track_start
+    return end
+
+
+cdef uint64_t _free_from(capture_t *capture, uint64_t start, uint64_t addr) noexcept nogil:
+    """Where in [start, addr) the last region ends; `start` if none does."""
+    cdef int i
+    for i in range(capture.n_regions):
+        if start < capture.regions[i].track_end <= addr:
+            start = capture.regions[i].track_end
+    return start
+
+
+cdef void take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
+    """A missing page of what is taken in is filled when it is touched."""
+    cdef vma_t inner, outer
+    cdef uint64_t edge = region.track_end
+    if not region.alone_after and not next_vma(capture.maps, edge - PAGE, &inner) \
+            and not next_vma(capture.maps, edge, &outer) and same_vma(&inner, &outer):
+        edge = _free_until(capture, outer.start, outer.end)
+        if edge > outer.start and not uffd_register(capture.uffds[0], outer.start, edge - outer.start, mode):
+            region.held_end = max(region.held_end, edge)
+    edge = region.track_start
+    if not region.alone_before and not next_vma(capture.maps, edge, &inner) \
+            and not next_vma(capture.maps, edge - PAGE, &outer) and same_vma(&outer, &inner):
+        edge = _free_from(capture, outer.start, outer.end)
+        if edge < outer.end and not uffd_register(capture.uffds[0], edge, outer.end - edge, mode):
+            region.held_start = min(region.held_start, edge)
+
+
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t mode = UFFDIO_REGISTER_MODE_WP
     cdef uint64_t length = region.track_end - region.track_start
@@ -94,6 +131,8 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
         err = register_mapped(capture.uffds[0], region.track_start, length, region.unit_pages * PAGE, mode)
     if err:
         capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
+    elif capture.attached:
+        take_in_growth(capture, region, mode)
     return err
 
 
@@ -150,7 +189,10 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, err
     cdef uint64_t pieces = 0
     cdef uint64_t begin = snap_now_ns()
-    scan_files(capture)
+    err = note_before(capture, lane)
+    if err:
+        capture_fail(capture, err, "scan of the page tables", 0)
+        return 1
     for i in range(capture.n_regions):
         if register_region(capture, &capture.regions[i]):
             return 1
@@ -168,7 +210,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if snap_load(&capture.failed):
         return 1
     capture.t_ns = snap_now_ns()
-    err = scan_presence(capture, lane)
+    err = note_at_t(capture, lane) or scan_presence(capture, lane)
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
         return 1

@@ -7,22 +7,28 @@ unprotect with EAGAIN, and the thread that caused the event stands still: so who
 Fork: with EVENT_FORK (asked for when memory is shared) a child's writes to shared memory fault too, on
 a userfaultfd of the child's; it joins the list. Without it the child is not protected, which is
 right for private memory: the child has its own copy.
+
+Remap: with EVENT_REMAP (asked for when an attached target has shared memory) what moves stays protected until
+it is known to be lost. Remove: with EVENT_REMOVE, asked for only where nothing else tells what madvise()
+discards (private mappings of memory files). Each such call waits for us, so does each munmap() with
+EVENT_UNMAP; elsewhere what they take away is found by `pyx/trust`. (A peer's descriptor may bring them.)
 """
 
 from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from posix.unistd cimport close, read
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
-from snapengine.bitmap cimport bits_test
+from snapengine.atomics cimport snap_add, snap_leave, snap_load, snap_peek, snap_store, snap_swap
 from snapengine.linux cimport (
-    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFDIO_REGISTER_MODE_WP,
+    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE, UFFDIO_REGISTER_MODE_WP,
 )
+from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
-from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, page_addr, region_t
+from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
+from snapengine.trust cimport distrust
 from snapengine.uffd cimport (
     protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake,
-    unregister_gently,
 )
+from snapengine.unregister cimport unregister_all
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -46,11 +52,17 @@ cdef uint64_t NEVER_MAPPED = 0x7fffffffe000     # the last page of a process on 
 cdef extern from * nogil:
     """
     #include <linux/userfaultfd.h>
+    static inline unsigned long long snap_remap_from(const struct uffd_msg *m) { return m->arg.remap.from; }
     static inline unsigned long long snap_remap_to(const struct uffd_msg *m) { return m->arg.remap.to; }
     static inline unsigned long long snap_remap_len(const struct uffd_msg *m) { return m->arg.remap.len; }
+    static inline unsigned long long snap_removed(const struct uffd_msg *m) { return m->arg.remove.start; }
+    static inline unsigned long long snap_removed_end(const struct uffd_msg *m) { return m->arg.remove.end; }
     """
+    uint64_t snap_remap_from(const uffd_msg *message)
     uint64_t snap_remap_to(const uffd_msg *message)
     uint64_t snap_remap_len(const uffd_msg *message)
+    uint64_t snap_removed(const uffd_msg *message)
+    uint64_t snap_removed_end(const uffd_msg *message)
 
 
 cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
@@ -62,16 +74,33 @@ cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
     return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_ADD, fd, &event) == 0 else errno
 
 
+cdef ssize_t _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
+    """read(2). What a REMOVE event names is gone from then on: no copy may be believed until that is noted."""
+    cdef ssize_t got, i
+    cdef int err
+    snap_add(&capture.reading, 1)
+    got = read(uffd, messages, 64 * sizeof(uffd_msg))
+    err = errno
+    for i in range(got // <ssize_t>sizeof(uffd_msg) if got > 0 else 0):
+        if messages[i].event == UFFD_EVENT_REMOVE and uffd == capture.uffds[0]:
+            distrust(capture, snap_removed(&messages[i]), snap_removed_end(&messages[i]) - snap_removed(&messages[i]),
+                     True)
+    snap_leave(&capture.reading)
+    return got if got >= 0 else -err
+
+
 cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
     cdef ssize_t got
     cdef uint64_t spare
+    cdef int err
     while True:
-        got = read(uffd, messages, 64 * sizeof(uffd_msg))
+        got = _read(capture, uffd, messages)
         if got >= 0:
             return <int>(got // <ssize_t>sizeof(uffd_msg))
-        if errno == EAGAIN:         # another thread took them; also the answer for a dead target
+        err = <int>-got
+        if err == EAGAIN:           # another thread took them; also the answer for a dead target
             return 0
-        if errno == EMFILE or errno == ENFILE:
+        if err == EMFILE or err == ENFILE:
             # A fork event brings a descriptor, and there is no room for it. It must be read all the same,
             # or the fork never returns: the reserved place is given up for it, and the capture fails.
             spare = snap_swap(&capture.spare_fd, <uint64_t>-1)
@@ -79,8 +108,8 @@ cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcep
             if spare == <uint64_t>-1:
                 return 0
             close(<int>spare)
-        elif errno != EINTR:
-            capture_fail(capture, errno, "read of the userfaultfd", 0)
+        elif err != EINTR:
+            capture_fail(capture, err, "read of the userfaultfd", 0)
             return 0
 
 
@@ -90,35 +119,6 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
         if capture.regions[i].shared:
             return True
     return False
-
-
-cdef void _unregister_rest(capture_t *capture, int fd, region_t *region) noexcept nogil:
-    """All of a region but the units that a walker has unregistered: somebody else may track those by now."""
-    cdef uint64_t last = region.first_page + region.pages - 1
-    cdef uint64_t unit = region.first_page >> 9
-    cdef uint64_t start = region.track_start
-    cdef uint64_t addr
-    while unit <= last >> 9:
-        if bits_test(capture.gone, unit):
-            addr = page_addr(region, unit << 9)
-            unregister_gently(fd, start, addr, region.unit_pages * 4096)
-            start = addr + (2 << 20)
-        unit += 1
-    unregister_gently(fd, start, region.track_end, region.unit_pages * 4096)
-
-
-cdef void _unregister_all(capture_t *capture, int fd, bint children) noexcept nogil:
-    """Release all that a userfaultfd protects. Closing it would not be enough: a process that was forked
-    meanwhile may hold a copy of the descriptor. What walkers have unregistered, they did for the target
-    alone, not for its `children`."""
-    cdef int i
-    cdef region_t *region
-    for i in range(<int>capture.n_registered):
-        region = &capture.regions[i]
-        if children:
-            unregister_gently(fd, region.track_start, region.track_end, region.unit_pages * 4096)
-        else:
-            _unregister_rest(capture, fd, region)
 
 
 cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
@@ -177,7 +177,7 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
     place = _place_for(capture, &fd)
     pthread_mutex_unlock(&capture.lock)
     if place < 0:
-        _unregister_all(capture, fd, True)
+        unregister_all(capture, fd, True)
         close(fd)
         capture_fail(capture, EMFILE, "the target forked too often while its shared memory was saved", 0)
         return
@@ -186,14 +186,32 @@ cdef void _adopt_child(capture_t *capture, int fd) noexcept nogil:
         capture_fail(capture, err, "epoll_ctl", 0)
 
 
+cdef void _let_move(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    """The moved pages keep their protection; they cannot be saved by their new address: let them go. What is
+    not saved yet is lost, and must be known to be before a writer goes on at the new place."""
+    cdef uint64_t start = snap_remap_to(message)
+    cdef uint64_t length = snap_remap_len(message)
+    cdef uint64_t end = start + length
+    cdef int i
+    cdef vma_t place
+    if uffd == 0:
+        distrust(capture, snap_remap_from(message), length, False)
+        distrust(capture, start, length, False)
+        # It may have grown on the way: all of it, or it would be in two, and cannot be moved again as one.
+        if capture.maps >= 0 and not next_vma(capture.maps, start, &place) and place.start <= start:
+            end = max(end, place.end)
+            for i in range(capture.n_regions):
+                if start + length <= capture.regions[i].held_start < end:
+                    end = capture.regions[i].held_start
+    uffd_unregister(capture.uffds[uffd], start, end - start)
+
+
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil:
     if message.event == UFFD_EVENT_FORK:
         _adopt_child(capture, <int>message.arg.fork.ufd)
     elif message.event == UFFD_EVENT_REMAP:
-        # The moved pages keep their protection; we cannot save them by their new address: let them go.
-        # At the old address they are found missing and put down as lost.
-        uffd_unregister(capture.uffds[uffd], snap_remap_to(message), snap_remap_len(message))
-    # REMOVE and UNMAP: reading the message lets the caller go on; the pages are found lost.
+        _let_move(capture, uffd, message)
+    # UNMAP: reading the message lets the caller go on; the pages are found lost. REMOVE: see read_messages.
 
 
 cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
@@ -231,7 +249,7 @@ cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil:
     while index < snap_load(&capture.n_uffds):
         fd = capture.uffds[index]
         if fd >= 0 and capture.n_registered:
-            _unregister_all(capture, fd, index > 0)
+            unregister_all(capture, fd, index > 0)
             _await_events(capture, lane, fd)
         # Before the close: a child forked in between must not close a reused descriptor.
         capture.uffds[index] = -1

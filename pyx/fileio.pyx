@@ -2,11 +2,18 @@
 
 from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc
-from posix.stat cimport fstat, struct_stat
 from posix.unistd cimport pread, pwrite
 
 from snapengine.checksum cimport crc32c
 from snapengine.oserror cimport raise_oserror
+
+cdef extern from "<sys/stat.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    struct struct_stat "stat":
+        timespec st_mtim
+    int fstat(int fd, struct_stat *status)
 
 
 cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil:
@@ -60,6 +67,8 @@ def crc_of_range(int fd, uint64_t offset, uint64_t length):
     return None if err else crc
 
 
-cdef uint64_t file_blocks(int fd) noexcept nogil:
+cdef uint64_t file_mtime(int fd) noexcept nogil:
     cdef struct_stat status
-    return <uint64_t>status.st_blocks if fstat(fd, &status) == 0 else 0
+    if fstat(fd, &status) != 0:
+        return 0
+    return <uint64_t>status.st_mtim.tv_sec * 1000000000 + <uint64_t>status.st_mtim.tv_nsec

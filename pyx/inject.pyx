@@ -280,7 +280,7 @@ def _stop_and_open(info, places, double deadline, bint repair):
             raise injectplan.explain(info, tid, step, err, place)
 
 
-def inject_userfaultfd(pid, *, device=None, double deadline=1.0, bint _repair=True):
+def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint _repair=True):
     """Open a userfaultfd in process `pid` by one of its threads, and bring it here.
 
     The thread stands for 0.3 to 0.6 ms, once; the others run. It notices nothing: registers, signal
@@ -296,6 +296,8 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, bint _repair=Tr
         target's user may not call that, a private node that is made and removed (wants root).
     deadline:
         Seconds for a thread to stop. One in uninterruptible sleep, such as the parent of a vfork, does not.
+    info:
+        What `snapengine.attach.check` has said of it just now; None: it is asked here.
 
     Returns
     -------
@@ -312,7 +314,7 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, bint _repair=Tr
     TargetGoneError
         It ended.
     """
-    info = attach.check(pid)
+    info = attach.check(pid) if info is None else info
     try:
         return Injected(*_stop_and_open(info, injectplan.places(info, device), deadline, _repair))
     except (FileNotFoundError, ProcessLookupError) as error:

@@ -12,8 +12,8 @@ TIF_SIGPENDING, which also makes the kernel restart the call that the stop had i
 from libc.errno cimport EFAULT, EOPNOTSUPP, ESRCH, ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.types cimport pid_t
 
+from snapengine.processvm cimport iovec, process_vm_readv, process_vm_writev
 from snapengine.ptrace cimport (
     PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
     PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS, PTRACE_SETSIGMASK, PTRACE_SYSCALL,
@@ -31,15 +31,6 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_tgkill, SYS_pidfd_send_signal
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
-                             const iovec *remote, unsigned long n_remote, unsigned long flags)
-    ssize_t process_vm_writev(pid_t pid, const iovec *local, unsigned long n_local,
-                              const iovec *remote, unsigned long n_remote, unsigned long flags)
 
 cdef enum:
     USER_CS_64 = 0x33               # arch/x86/include/asm/segment.h: __USER_CS

@@ -12,6 +12,7 @@ import os
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_count, bits_next, bits_test
+from snapengine.fileio cimport file_mtime
 from snapengine.histogram cimport histogram_merge, histogram_quantile, histogram_t
 from snapengine.pagemap import has_pagemap_scan
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
@@ -54,6 +55,10 @@ cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil:
 cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil:
     addr = min(max(addr, region.addr), region.addr + (region.pages - 1) * 4096)
     return region.first_page + (addr - region.addr) // 4096
+
+
+cdef bint file_changed(region_t *region) noexcept nogil:
+    return region.file_ns != 0 and file_mtime(region.file) != region.file_ns
 
 
 cdef class Session:
@@ -121,13 +126,17 @@ cdef class Session:
             self._set_region(&capture.regions[i], plan)
             if rounds:
                 capture.regions[i].check = False    # a page written while it is copied comes again
+                capture.regions[i].own = False
+                capture.regions[i].witness = NULL
             if early:
                 # Before T there is nothing to ask: the negative control reads everything.
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
+                capture.regions[i].own = False
+                capture.regions[i].witness = NULL
                 capture.regions[i].keep_huge = False
         capture.attached = attached
-        capture.mem = -1
+        capture.mem = capture.maps = capture.own_pagemap = -1
         try:
             self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
             capture.pool = self.pool.pool
@@ -157,6 +166,12 @@ cdef class Session:
         region.missing = plan.missing
         region.sparse = plan.sparse
         region.check = plan.check and self.capture.has_scan
+        region.own = plan.own
+        region.witness = <char *><uintptr_t>plan.witness if self.capture.has_scan else NULL
+        region.held_start = plan.track_start
+        region.held_end = plan.track_end
+        region.alone_before = plan.alone_before
+        region.alone_after = plan.alone_after
         region.keep_huge = plan.keep_huge and self.capture.has_scan
         self.capture.total_pages += region.pages
         self.capture.page_end = max(self.capture.page_end, region.first_page + region.pages)
@@ -169,6 +184,11 @@ cdef class Session:
         if capture.pid:
             capture.mem = os.open(f"/proc/{capture.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             self.owned_fds.append(capture.mem)
+        if capture.attached:
+            capture.maps = os.open(f"/proc/{capture.pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+            self.owned_fds.append(capture.maps)
+            capture.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self.owned_fds.append(capture.own_pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
         capture.spare_fd = os.dup(capture.stop_event)
@@ -187,6 +207,8 @@ cdef class Session:
         self.capture.present = self._bitmap(pages)
         self.capture.huge = self._bitmap((pages >> 9) + 1)
         self.capture.gone = self._bitmap((pages >> 9) + 1)
+        self.capture.witnessed = self._bitmap((pages >> 9) + 1)
+        self.capture.distrusted = self._bitmap(pages)
         if rounds:
             self.capture.data = self._bitmap(pages)
         return 0
@@ -268,6 +290,11 @@ cdef class Session:
                 runs.append((page_addr(region, page), (last - page) * 4096))
                 page = bits_next(self.capture.lost, last, stop)
         return runs
+
+    def changed_files(self):
+        """Of an attached target: numbers of the regions whose file was written to, punched or cut through a
+        descriptor since before T."""
+        return [i for i in range(self.capture.n_regions) if file_changed(&self.capture.regions[i])]
 
     @property
     def arm_ns(self):

@@ -1,35 +1,27 @@
 """Reading the target's memory: which pages hold data, and their bytes into a slot.
 
 Runs on capture threads. It reads only pages that were populated at T, since reading a hole creates
-it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. A page that the target
-discarded after T is noticed after the copy (it is no longer protected) and put down as lost. So is a
-page of an attached process's memory file that was data at T, reads as zero, and may have been punched
-out since: that traps nowhere.
+it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. What the target did to
+a page after T is noticed after the copy (`pyx/trust`), and the page put down as lost.
 """
 
 from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
 from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
-from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or, snap_load, snap_peek, snap_store
+from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_test
-from snapengine.fileio cimport file_blocks
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from snapengine.pages cimport copy_page, page_nonzero
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_t, scan_written
+from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.pool cimport lane_entry, lane_slot
+from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     page_addr,
 )
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(int pid, const iovec *local, unsigned long n_local, const iovec *remote,
-                             unsigned long n_remote, unsigned long flags)
+from snapengine.trust cimport believable, punched
 
 cdef extern from "<sys/mman.h>" nogil:
     int mincore(void *addr, size_t length, unsigned char *vec)
@@ -185,22 +177,6 @@ cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, ui
         put_pages(capture, lane, page, 1, SNAP_ZERO)
 
 
-cdef bint _punched(region_t *region, uint64_t page) noexcept nogil:
-    """Whether a page that held data at T and reads as zero may have been punched out of its file since.
-    Nothing traps that, and a write fills the hole again before it traps; but until all is filled again, the
-    file holds less than before. (One punched page that is written to before the next look passes.)"""
-    cdef long offset = region.file_offset + (page - region.first_page) * PAGE
-    cdef uint64_t blocks
-    if region.presence != PRESENCE_FILE:
-        return False
-    blocks = file_blocks(region.file)
-    if blocks < snap_peek(&region.blocks):
-        snap_store(&region.shrunk, 1)
-    else:
-        snap_store(&region.blocks, blocks)
-    return snap_load(&region.shrunk) or lseek(region.file, offset, SEEK_DATA) != offset
-
-
 cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                          uint64_t n) noexcept nogil:
     cdef char *base = lane.slot.data + lane.slot.used
@@ -217,7 +193,7 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
                 memcpy(dst, base + i * PAGE, PAGE)
             dst += PAGE
             put_pages(capture, lane, page + i, 1, SNAP_DATA)
-        elif _punched(region, page + i):
+        elif punched(region, page + i):
             put_pages(capture, lane, page + i, 1, SNAP_LOST)
         elif region.reading == READ_FILE and region.presence != PRESENCE_SEEK and capture.data == NULL \
                 and not bits_test(capture.present, page + i):
@@ -246,13 +222,12 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
     cdef uint64_t data = lane.data_pages
     cdef uint64_t zero = lane.zero_pages
     cdef uint64_t lost = lane.lost_pages
-    cdef uint64_t addr = page_addr(region, page)
     cdef uint64_t i
     cdef int err = _copy(capture, lane, region, page, n)
-    if err or not region.check or not scan_written(capture.pagemap, addr, addr + n * PAGE):
+    if err or believable(capture, region, page, n):
         return err
-    # Some page is no longer protected: it was discarded, replaced or merged (madvise, munmap + mmap,
-    # KSM) before or while it was copied. Take the run back; keep the pages that are still good.
+    # Some page is not what it was at T: it was discarded, replaced, moved or merged before or while it was
+    # copied. Take the run back; keep the pages that are still good.
     lane.slot = before
     if before.n_entries:
         lane.slot.entries[before.n_entries - 1] = last_entry
@@ -306,36 +281,10 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     return 0
 
 
-cdef void scan_files(capture_t *capture) noexcept nogil:
-    cdef int i
-    cdef region_t *region
-    cdef uint64_t offset, size
-    cdef long data, edge
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        offset = 0
-        size = region.pages * PAGE
-        if region.presence == PRESENCE_FILE:
-            region.blocks = max(region.blocks, file_blocks(region.file))
-        while region.presence == PRESENCE_FILE and offset < size:
-            data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
-            if data < 0 and errno == ENXIO:
-                break
-            edge = lseek(region.file, data, SEEK_HOLE) if data >= 0 else -1
-            # An answer that tells nothing: all of it counts as data.
-            offset = data - region.file_offset if data >= 0 else offset
-            if offset >= size:
-                break
-            data = offset
-            offset = min(<uint64_t>edge - region.file_offset, size) if edge >= 0 else size
-            bits_fill(capture.present, region.first_page + data // PAGE, (offset - data + PAGE - 1) // PAGE)
-
-
 cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, j, found, err
     cdef region_t *region
     cdef scan_t *scan = &lane.scan
-    scan_files(capture)
     for i in range(capture.n_regions):
         region = &capture.regions[i]
         # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.

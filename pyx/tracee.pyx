@@ -18,6 +18,7 @@ from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
 from posix.types cimport pid_t
 from posix.unistd cimport close, read
 
+from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.ptrace cimport (
     PTRACE_CONT, PTRACE_DETACH, PTRACE_EVENT_CLONE, PTRACE_EVENT_STOP, PTRACE_GETEVENTMSG,
     PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_GETSIGINFO, PTRACE_GETSIGMASK, PTRACE_INTERRUPT, PTRACE_SEIZE,
@@ -32,13 +33,6 @@ cdef extern from "<sys/wait.h>" nogil:
 
 cdef extern from "<signal.h>" nogil:
     int SIGTRAP
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
-                             const iovec *remote, unsigned long n_remote, unsigned long flags)
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_read, SYS_write, SYS_readv, SYS_writev, SYS_accept, SYS_accept4, SYS_connect

@@ -6,7 +6,7 @@ surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.r
 Documentation/admin-guide/mm.
 """
 
-from libc.errno cimport EACCES, EBUSY, EINVAL, ENOENT, ENOSYS, EPERM, ESRCH, errno
+from libc.errno cimport EACCES, EBUSY, ENOENT, ENOSYS, EPERM, ESRCH, errno
 from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
@@ -43,8 +43,6 @@ FEATURES = {
 MODE_MISSING = UFFDIO_REGISTER_MODE_MISSING
 MODE_WP = UFFDIO_REGISTER_MODE_WP
 
-cdef uint64_t UNREGISTER_PIECE = 16 << 20   # bytes: half a millisecond of 4 KiB pages
-
 PERMISSION_HELP = (
     "userfaultfd is not allowed for this user; one of these allows it: "
     "run as root or with CAP_SYS_PTRACE; give the user read and write access to /dev/userfaultfd; "
@@ -74,25 +72,6 @@ cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
     arg.start = start
     arg.len = length
     return 0 if ioctl(fd, IOCTL_UFFDIO_UNREGISTER, &arg) == 0 else errno
-
-
-cdef void _unregister_piece(int fd, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
-    """EINVAL for the whole piece when a part of it cannot be registered, such as a file that the target
-    has mapped over it: the rest must be released all the same."""
-    cdef uint64_t half
-    if uffd_unregister(fd, start, length) != EINVAL or length <= unit:
-        return
-    half = length // 2 // unit * unit
-    _unregister_piece(fd, start, half, unit)
-    _unregister_piece(fd, start + half, length - half, unit)
-
-
-cdef void unregister_gently(int fd, uint64_t start, uint64_t end, uint64_t unit) noexcept nogil:
-    cdef uint64_t piece
-    while start < end:
-        piece = min(max(UNREGISTER_PIECE, unit), end - start)
-        _unregister_piece(fd, start, piece, unit)
-        start += piece
 
 
 cdef int _writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil:

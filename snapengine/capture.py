@@ -8,7 +8,6 @@ fails, at any line, the target is released first and the sink is aborted.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import errno
 import os
 import threading
@@ -18,32 +17,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
-from snapengine import attach
 from snapengine.dirtylog import DirtyLog
-from snapengine.encoder import Encoder
-from snapengine.errors import (
-    CaptureCancelled,
-    LostPagesError,
-    SnapengineError,
-    TargetGoneError,
-    UnsupportedError,
-)
+from snapengine.errors import CaptureCancelled, SnapengineError, TargetGoneError
 from snapengine.failures import explain
-from snapengine.frozen import write_frozen
+from snapengine.finishing import finish_image
 from snapengine.maps import has_ended
-from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.plan import Plan
-from snapengine.processrecord import not_captured_object
+from snapengine.options import WRITE_TRACKING, Options
+from snapengine.parts import Parts
+from snapengine.preparing import make_engine, open_target
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
-from snapengine.session import Session
-from snapengine.sinks import Sink, open_sink
-from snapengine.tally import Extra, figures
-from snapengine.targets import AttachedTarget, BufferTarget, Region, Target
+from snapengine.targets import AttachedTarget, BufferTarget, Target
 from snapengine.tracker import Tracker
-from snapengine.uffd import FEATURES, Uffd, supported_features
-from snapengine.writer import Writer
-
-SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
 
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()
 
@@ -120,23 +104,11 @@ class Capture:
         self._started = self._cancelled = False
         self._error: BaseException | None = None
         self._result: Result | None = None
-        self._session: Session | None = None
-        self._writer: Writer | None = None
-        self._sink: Sink | None = None
-        self._uffd: Uffd | None = None
-        self._plan: Plan | None = None
-        self._tracker: Tracker | None = None
-        self._encoder: Encoder | None = None
+        self._parts = Parts(target)
         self._finisher: threading.Thread | None = None
         self._encoders: list[threading.Thread] = []
         self._began = self._stop_ns = 0
         self._ended = 0
-        self._opened = False
-        self._pidfd = -1
-        self._attached: AttachedTarget | None = None
-        self._frozen: list[tuple[Region, int]] = []  # regions that the engine does not see, first pages
-        self._extra = Extra()
-        self._warnings: list[str] = []
 
     # -- what callers use --
 
@@ -173,11 +145,11 @@ class Capture:
         _live.add(self)
         try:
             self._prepare()
-            assert self._session is not None
+            assert self._parts.session is not None
             if self._options.method == WRITE_TRACKING:
                 engine: Tracker | DirtyLog = self._arm()
             else:
-                engine = DirtyLog(self._session)
+                engine = DirtyLog(self._parts.session)
             self._begin_image()
             self._finisher = threading.Thread(
                 target=self._finish, args=(engine,), name="snapengine-finish", daemon=True
@@ -206,12 +178,12 @@ class Capture:
     def cancel(self) -> None:
         """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
         self._cancelled = True
-        if not self._opened and hasattr(self._target, "cancel"):
+        if not self._parts.opened and hasattr(self._target, "cancel"):
             self._target.cancel()  # it may be waiting for a peer
-        if self._session is not None and not self._done.is_set():
-            self._session.fail(errno.ECANCELED)
-        if self._writer is not None:
-            self._writer.cancel()
+        if self._parts.session is not None and not self._done.is_set():
+            self._parts.session.fail(errno.ECANCELED)
+        if self._parts.writer is not None:
+            self._parts.writer.cancel()
 
     @property
     def result(self) -> Result:
@@ -225,7 +197,7 @@ class Capture:
 
     def progress(self) -> Progress:
         """How far the capture is; may be called from any thread at any time."""
-        session, writer = self._session, self._writer
+        session, writer = self._parts.session, self._parts.writer
         done = self._done.is_set()
         seconds = ((self._ended or time.monotonic_ns()) - self._began) / 1e9 if self._began else 0.0
         if session is None:
@@ -248,85 +220,31 @@ class Capture:
     # -- making and arming, on the caller's thread --
 
     def _prepare(self) -> None:
-        options = self._options
-        encoders = options.encoder_threads or 2
-        lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
-        tracking = options.method == WRITE_TRACKING
-        self._sink = open_sink(self._sink_spec)
-        if isinstance(self._target, AttachedTarget):
-            attach.check(self._target.pid)  # says more than that this user may have no userfaultfd
-        wanted = _wanted_features(options.method)
-        pid, fd, regions = self._target.open(wanted)
-        self._opened = True
-        if isinstance(self._target, AttachedTarget):
-            self._attached = self._target
-            self._warnings += self._attached.warnings
+        options, parts = self._options, self._parts
+        pid, regions = open_target(parts, self._sink_spec, options.method)
         self._began = time.monotonic_ns()  # without the wait for a peer
-        if not tracking and not self._target.can_pause:
-            raise ValueError("dirty logging needs a target that can pause: give pause and resume")
-        shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
-        if not (shared and tracking):
-            wanted &= ~FEATURES["EVENT_FORK"]
-        if fd < 0:
-            self._uffd = Uffd(wanted)
-        elif self._attached:
-            self._uffd = Uffd(wanted, fd)
-            self._pidfd = os.pidfd_open(pid)
-        else:
-            required = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
-            self._uffd = Uffd(required, fd)
-            self._pidfd = os.pidfd_open(pid)
-        self._note_pins(pid)
-        self._plan = Plan(regions, pid, self._uffd.features, attached=bool(self._attached))
-        self._session = Session(
-            self._plan.regions, self._uffd.fd, self._uffd.features, pid, self._pidfd,
-            memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
-            encoders=encoders, walkers=self._walkers(regions) if tracking else 1,
-            spill_dir=options.spill_dir, rounds=not tracking, attached=bool(self._attached),
-            sums=options.zstd_level is None, **self._session_extra,
-        )  # fmt: skip
-        self._uffd.detach()  # the session closes it
-        if not tracking and not self._session.has_scan:
-            raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
-        self._writer = Writer(self._sink, rate_limit=options.rate_limit)
-        if self._attached:
-            self._frozen = self._plan.place(self._attached.frozen_regions)
-        self._encoder = Encoder(self._session.pool, self._writer, options.zstd_level, encoders)
+        encoders = options.encoder_threads or 2
+        make_engine(parts, pid, regions, options, encoders, self._session_extra)
         for number in range(encoders):
             thread = threading.Thread(
                 target=self._encode, args=(number,), name=f"snapengine-encode-{number}", daemon=True
             )
             thread.start()
             self._encoders.append(thread)
-        if self._cancelled:
-            self._session.fail(errno.ECANCELED)
+        if self._cancelled and parts.session is not None:
+            parts.session.fail(errno.ECANCELED)
 
     def _begin_image(self) -> None:
         """Not before T of write tracking: a sink that does not read must not keep a target stopped."""
-        assert self._plan is not None
-        assert self._writer is not None
-        self._writer.begin([(plan.region, plan.first_page) for plan in self._plan.regions] + self._frozen)
+        parts = self._parts
+        assert parts.plan is not None
+        assert parts.writer is not None
+        parts.writer.begin([(plan.region, plan.first_page) for plan in parts.plan.regions] + parts.frozen)
         self._begun.set()
 
-    def _walkers(self, regions: list[Region]) -> int:
-        if self._options.walk_threads:
-            return self._options.walk_threads
-        small = sum(region.length for region in regions) < SMALL_TARGET_BYTES
-        return 1 if small else min(2, len(os.sched_getaffinity(0)))
-
-    def _note_pins(self, pid: int) -> None:
-        """Pages that a device or io_uring has pinned can change without a fault (KERNEL: GUP pins)."""
-        with open(f"/proc/{pid or 'self'}/status", encoding="ascii", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("VmPin:") and int(line.split()[1]):
-                    self._warnings.append(
-                        f"{line.split()[1]} KiB of the target are pinned (io_uring buffers, RDMA): "
-                        "device writes to them after T are not seen"
-                    )
-
     def _arm(self) -> Tracker:
-        assert self._session is not None
-        tracker = self._tracker = Tracker(self._session)
+        assert self._parts.session is not None
+        tracker = self._parts.tracker = Tracker(self._parts.session)
         stopped = time.monotonic_ns()
         paused = False
         try:
@@ -339,29 +257,29 @@ class Capture:
             if paused:
                 self._target.resume()
                 self._stop_ns = time.monotonic_ns() - stopped
-        if self._session.failure:
+        if self._parts.session.failure:
             tracker.join()
             self._raise_failure()
-        if self._attached:
-            self._attached.armed()
-            self._stop_ns = self._attached.stop_ns
+        if self._parts.attached:
+            self._parts.attached.armed()
+            self._stop_ns = self._parts.attached.stop_ns
         return tracker
 
     # -- the finisher thread --
 
     def _encode(self, number: int) -> None:
-        assert self._session is not None
-        assert self._encoder is not None
+        assert self._parts.session is not None
+        assert self._parts.encoder is not None
         self._begun.wait()
         try:
-            self._encoder.run(number)
+            self._parts.encoder.run(number)
         except BaseException as error:
             with self._lock:
                 self._error = self._error or error
-            self._session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
+            self._parts.session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
 
     def _finish(self, engine: Tracker | DirtyLog) -> None:
-        assert self._session is not None
+        assert self._parts.session is not None
         status = COMPLETED
         try:
             if isinstance(engine, DirtyLog):
@@ -371,7 +289,9 @@ class Capture:
             for thread in self._encoders:
                 thread.join()
             self._raise_failure()
-            self._result = self._commit(status)
+            self._result = finish_image(
+                self._parts, self._options, self._vmstate, status, self._began, self._stop_ns
+            )
         except BaseException as error:
             self._error = self._error or error
             self._stop_encoders()
@@ -393,74 +313,19 @@ class Capture:
         self._vmstate.update(blobs or {})
         return COMPLETED if blobs is not None else NOT_CONVERGED
 
-    def _commit(self, status: str) -> Result:
-        assert self._writer is not None
-        assert self._sink is not None
-        level = self._options.zstd_level
-        if status == COMPLETED:
-            self._write_frozen(level)
-            for name, blob in self._vmstate.items():
-                self._writer.vmstate(name, blob, level)
-        result = self._make_result(status)
-        if status != COMPLETED:
-            return result
-        if self._options.strict and result.lost_pages:
-            raise LostPagesError(
-                f"{result.lost_pages} pages were discarded by the target before they were saved (strict)"
-            )
-        stats = result.to_json()
-        self._writer.finish(stats)
-        self._sink.commit()
-        return Result(**{**stats, "lost_runs": result.lost_runs})
-
-    def _write_frozen(self, level: int | None) -> None:
-        """What an attached target's `frozen_regions` held at T, and what describes it."""
-        assert self._writer is not None
-        if self._attached is None:
-            return
-        for number, (region, first_page) in enumerate(self._frozen):
-            data = self._attached.frozen_bytes(number)
-            write_frozen(self._writer, region, first_page, data, level, self._extra)
-        self._vmstate.update(self._attached.record())
-
-    def _make_result(self, status: str) -> Result:
-        assert self._session is not None
-        assert self._writer is not None
-        assert self._plan is not None
-        assert self._encoder is not None
-        return Result(
-            method=self._options.method,
-            status=status,
-            image_bytes=self._writer.image_bytes,
-            stop_ns=self._stop_ns,
-            duration_ns=time.monotonic_ns() - self._began,
-            peak_buffer_bytes=self._session.pool.peak_bytes + self._encoder.scratch_bytes,
-            warnings=self._warnings + self._plan.warnings,
-            **self._about_attached(),
-            **figures(self._session, self._plan, self._options.method, self._extra),
-        )
-
-    def _about_attached(self) -> dict[str, Any]:
-        target = self._attached
-        if target is None:
-            return {}
-        left_out = [not_captured_object(item) for item in target.not_captured]
-        about = {"cut": target.cut, "injection_ns": target.injection_ns, "not_captured": left_out}
-        return about | {"stop_parts_ns": dict(getattr(target, "stop_parts_ns", {}))}
-
     # -- failure --
 
     def _raise_failure(self) -> None:
         """Raise what stopped the capture, in words, if anything did."""
-        assert self._session is not None
+        assert self._parts.session is not None
         if self._cancelled:
             raise CaptureCancelled("the capture was cancelled")
         if self._error is not None:
             raise self._error
-        failure = self._session.failure
+        failure = self._parts.session.failure
         if failure is not None:
-            assert self._plan is not None
-            raise explain(*failure, self._plan)
+            assert self._parts.plan is not None
+            raise explain(*failure, self._parts.plan)
 
     def _in_words(self, error: BaseException) -> BaseException:
         """An attached process may end between any two looks at its files in /proc."""
@@ -473,10 +338,10 @@ class Capture:
 
     def _abandon(self, error: BaseException) -> None:
         """start() failed: undo all that it made."""
-        if self._session is not None:
-            self._session.fail(errno.ECANCELED)
-        if self._tracker is not None:
-            self._tracker.join()  # before anything that its threads use is closed
+        if self._parts.session is not None:
+            self._parts.session.fail(errno.ECANCELED)
+        if self._parts.tracker is not None:
+            self._parts.tracker.join()  # before anything that its threads use is closed
         self._stop_encoders()
         self._error = self._error or error
         self._clean_up("cancelled" if self._cancelled else "failed")
@@ -484,42 +349,17 @@ class Capture:
 
     def _stop_encoders(self) -> None:
         """The capture has failed: wait for the threads that use the pool and the sink, closed next."""
-        if self._session is not None:
-            self._session.fail(errno.ECANCELED)
-        if self._writer is not None:
-            self._writer.cancel()
+        if self._parts.session is not None:
+            self._parts.session.fail(errno.ECANCELED)
+        if self._parts.writer is not None:
+            self._parts.writer.cancel()
         self._begun.set()  # they find that the capture has failed
         for thread in self._encoders:
             thread.join()
 
     def _clean_up(self, status: str) -> None:
-        """Free everything; every step is tried, the first error of a step after a success is kept."""
         _live.discard(self)
-        self._encoder = None  # its buffers, and below the pool's, go at once
-        with contextlib.ExitStack() as stack:
-            if self._sink is not None:
-                stack.callback(self._sink.abort)
-            if self._opened:
-                stack.callback(self._target.close, status)
-            if self._plan is not None:
-                stack.callback(self._plan.close)
-            if self._uffd is not None:
-                stack.callback(self._uffd.close)
-            if self._session is not None:
-                stack.callback(self._session.close)
-            if self._pidfd >= 0:
-                stack.callback(os.close, self._pidfd)
-                self._pidfd = -1
-
-
-def _wanted_features(method: str) -> int:
-    """The feature bits to ask for, of those this kernel has."""
-    base = FEATURES["PAGEFAULT_FLAG_WP"] | FEATURES["WP_HUGETLBFS_SHMEM"]
-    if method == DIRTY_LOGGING:
-        wanted = base | FEATURES["WP_ASYNC"]
-    else:
-        wanted = base | FEATURES["MISSING_SHMEM"] | FEATURES["EVENT_FORK"]
-    return wanted & int(supported_features()) | FEATURES["PAGEFAULT_FLAG_WP"]
+        self._parts.close(status)
 
 
 def _cancel_all() -> None:
@@ -533,8 +373,8 @@ def _drop_in_child() -> None:
     """A forked child must not keep the parent's userfaultfd open: the kernel releases a target when the last
     copy is closed, and that must be when the parent dies. The child has no capture threads to wait for."""
     for capture in list(_live):
-        if capture._session is not None:
-            capture._session.close_uffds()
+        if capture._parts.session is not None:
+            capture._parts.session.close_uffds()
         capture._error = CaptureCancelled("the capture belongs to the parent process")
         capture._done = threading.Event()  # the old one's lock may be held by a thread that is not here
         capture._done.set()

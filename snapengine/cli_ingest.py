@@ -50,8 +50,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
     add("sink", metavar="SINK", help="where the image goes")
     add("--direct", action="store_true",
-        help="write pages as they come; for background-snapshot, which sends each once. Without, they go "
-        "through a file in --spill-dir, which keeps the last of each")  # fmt: skip
+        help="write pages as they come; for background-snapshot, which sends each once, and which is let come "
+        "to its end if we fail. Without, they go through a file in --spill-dir, which keeps the last of each")  # fmt: skip
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
     add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
     add("--rate-limit", type=argument(parse_size), metavar="SIZE",
@@ -90,7 +90,7 @@ def fill_standard_descriptors() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine.qemu.ingest import ingest
+    from snapengine.qemu.ingest import drain, ingest
 
     try:
         options = make_options(args)
@@ -98,8 +98,13 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     fill_standard_descriptors()
     with opened_stream(args.stream) as fd:
-        result = ingest(fd, args.sink, options, direct=args.direct,
-                        name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
+        try:
+            result = ingest(fd, args.sink, options, direct=args.direct,
+                            name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
+        except BaseException:
+            if args.direct:
+                drain(fd)
+            raise
     args.quiet = args.quiet or not sys.stdout.isatty()
     try:
         report(result, args)

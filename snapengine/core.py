@@ -19,7 +19,6 @@ NT_FILE     libc        │libc   │libc   │       │
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 from bisect import bisect_right
@@ -39,13 +38,13 @@ from snapengine.corenotes import (
     program_headers,
     section_headers,
 )
-from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError
+from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.maps import Mapping
 from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer
 from snapengine.sections import ImageRegion, page_text
-from snapengine.sinks import FileSink
+from snapengine.sinks import whole_file
 
 if TYPE_CHECKING:
     from snapengine.image import Image
@@ -98,16 +97,8 @@ def export_core(image: Image, path: str | os.PathLike[str], *, lost: Lost = "ref
     if lost == "refuse":
         _refuse_lost(image)
     layout = Layout(image, record)
-    sink = FileSink(path)
-    try:
-        layout.write(sink.fd)
-    except OSError as error:
-        sink.abort()
-        raise SinkError(error.errno or errno.EIO, f"{sink.name}: {error.strerror}") from None
-    except BaseException:
-        sink.abort()
-        raise
-    sink.commit()
+    with whole_file(path) as fd:
+        layout.write(fd)
     return layout.summary()
 
 

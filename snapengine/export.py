@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import TYPE_CHECKING
 
-from snapengine.errors import SinkError
 from snapengine.packing import ZERO
 from snapengine.restorer import Restorer
 from snapengine.sections import ImageRegion
-from snapengine.sinks import FileSink
+from snapengine.sinks import whole_file
 
 if TYPE_CHECKING:
     from snapengine.image import Image
@@ -27,22 +25,14 @@ def export_raw(
     `SinkError`: the file cannot be written; nothing of it is left.
     """
     plans = [(image.restorer(region, 0, region.length), region.length) for region in regions]
-    sink = FileSink(path)
-    try:
+    with whole_file(path) as fd:
         start = 0
         for plan, length in plans:
-            os.ftruncate(sink.fd, start + length)  # what is not written stays a hole
-            plan.into_file(sink.fd, start, 0, plan.jobs)
+            os.ftruncate(fd, start + length)  # what is not written stays a hole
+            plan.into_file(fd, start, 0, plan.jobs)
             if write_zeros:
-                _write_zeros(plan, sink.fd, start)
+                _write_zeros(plan, fd, start)
             start += length
-    except OSError as error:
-        sink.abort()
-        raise SinkError(error.errno or errno.EIO, f"{sink.name}: {error.strerror}") from None
-    except BaseException:
-        sink.abort()
-        raise
-    sink.commit()
     return start
 
 

@@ -1,11 +1,18 @@
 import os
 from typing import NamedTuple
 
+from .attach import ProcessInfo
+
 class Injected(NamedTuple):
     fd: int
     stop_ns: int
     tid: int
 
 def inject_userfaultfd(
-    pid: int, *, device: str | os.PathLike[str] | None = None, deadline: float = 1.0, _repair: bool = True
+    pid: int,
+    *,
+    device: str | os.PathLike[str] | None = None,
+    deadline: float = 1.0,
+    info: ProcessInfo | None = None,
+    _repair: bool = True,
 ) -> Injected: ...

@@ -80,6 +80,21 @@ cdef extern from "snapengine/linux_compat.h" nogil:
         uint64_t category_anyof_mask
         uint64_t return_mask
     const unsigned long IOCTL_PAGEMAP_SCAN "PAGEMAP_SCAN"
+    struct procmap_query:
+        uint64_t size
+        uint64_t query_flags
+        uint64_t query_addr
+        uint64_t vma_start
+        uint64_t vma_end
+        uint64_t vma_flags
+        uint64_t inode
+        uint32_t dev_major
+        uint32_t dev_minor
+        uint32_t vma_name_size
+        uint32_t build_id_size
+    const unsigned long IOCTL_PROCMAP_QUERY "PROCMAP_QUERY"
+    const uint64_t PROCMAP_QUERY_COVERING_OR_NEXT_VMA
+    const int MADV_POPULATE_READ
     const uint64_t PAGE_IS_WRITTEN
     const uint64_t PAGE_IS_FILE
     const uint64_t PAGE_IS_PRESENT

@@ -75,13 +75,18 @@ class ProcessTarget:
         self.can_pause = self.cut == "stop"
         self.injection_ns = 0
         """How long the one thread stood for the injection, in nanoseconds."""
+        self.stop_parts_ns: dict[str, int] = {}
+        """Nothing: the stop is one piece."""
         self.warnings: list[str] = []
         """What the image may lack unseen: set when the process is opened."""
         self.not_captured: list[NotCaptured] = []
         self.frozen_regions: list[Region] = []
         """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
+        self.events: frozenset[str] = frozenset()
+        """What to be told of, beside forks (userfaultfd's EVENT_...): set when the process is opened."""
         self._selector = parse_regions(regions) if isinstance(regions, str) else regions
         self._deadline = deadline
+        self._info: attach.ProcessInfo | None = None
         self._freezer: Freezer | None = None
         self._frozen: list[bytes | None] = []
         self._tracked: list[Region] = []
@@ -90,15 +95,22 @@ class ProcessTarget:
 
     # -- what a capture calls --
 
+    def check(self) -> None:
+        """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
+        self._info = attach.check(self.pid)
+
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""
-        info = attach.check(self.pid)
+        if self._info is None:
+            self.check()
+        info = self._info
+        assert info is not None
         if info.ksm_pages and ksm_runs():
             self.warnings.append(
                 f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
-        injected = inject_userfaultfd(self.pid, deadline=self._deadline)
+        injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
         self.injection_ns = injected.stop_ns
         try:
             # Write tracking with a stop: the threads stand from here on, so no mapping can come or go between
@@ -109,6 +121,7 @@ class ProcessTarget:
             self._tracked = selection.tracked
             self.frozen_regions = selection.frozen
             self.not_captured = selection.not_captured
+            self.events = self._events(selection)
             if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
             if not self._tracked:
@@ -151,6 +164,22 @@ class ProcessTarget:
         """The bytes of `frozen_regions[number]` at T; None if they could not be read."""
         return self._frozen[number]
 
+    def late_warnings(self) -> list[str]:
+        """Writable mappings of the shared memory that were made after T: writes there are not seen."""
+        if self._record is None or self.method != WRITE_TRACKING:
+            return []
+        tracked = {region.addr for region in self._tracked}
+        ours = [m for m in self._record.mappings if m.shared and m.start in tracked]
+        if not ours:
+            return []
+        known = {(m.start - m.offset, m.inode, m.device) for m in self._record.mappings}
+        return [
+            f"{m.path} was mapped again at {m.start:#x} after T: writes there are not seen"
+            for m in read_maps(self.pid)
+            if m.shared and "w" in m.perms and (m.start - m.offset, m.inode, m.device) not in known
+            and any(m.same_file(each) for each in ours)
+        ]  # fmt: skip
+
     @property
     def stop_ns(self) -> int:
         """How long all threads stood, in nanoseconds; 0: they never did."""
@@ -174,6 +203,13 @@ class ProcessTarget:
         mappings = self._mappings = self._read_maps()
         changed = own_pages(self.pid, mappings)
         return select(self.pid, mappings, self._selector, stop=self.cut == "stop", own_pages=changed)
+
+    def _events(self, selection: Selection) -> frozenset[str]:
+        """Each makes the call wait until we have read of it: only where no check after the copy tells."""
+        if self.method != WRITE_TRACKING:
+            return frozenset()
+        shared = any(region.kind in ("shared", "hugetlb-shared") for region in selection.tracked)
+        return frozenset(["EVENT_REMAP"] * shared + ["EVENT_REMOVE"] * selection.private_files)
 
     def _read_maps(self) -> list[Mapping]:
         try:

@@ -75,6 +75,8 @@ class Selection:
     frozen: list[Region] = field(default_factory=list)
     not_captured: list[NotCaptured] = field(default_factory=list)
     frozen_bytes: int = 0
+    private_files: bool = False
+    """Whether a private mapping of a memory file is tracked."""
 
     def leave_out(self, mapping: Mapping, reason: str) -> None:
         """Note that a mapping is not captured."""
@@ -159,6 +161,7 @@ def _sort_private(found: Selection, pid: int, mapping: Mapping, selector: Select
         found.track(mapping, mapping.path if group != "anon" else "anon", "anon")
         return
     size = _huge_page_size(mapping, pid)
+    found.private_files = found.private_files or size == PAGE_BYTES
     found.track(mapping, os.path.basename(mapping.path), "hugetlb" if size > PAGE_BYTES else "anon", size)
 
 

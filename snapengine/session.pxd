@@ -37,15 +37,20 @@ cdef struct region_t:               # fixed before the threads start
     uint64_t track_end
     char *source                    # READ_MEMORY: where page first_page is readable
     int file                        # READ_FILE, PRESENCE_SEEK, _FILE: descriptor of this process, or -1
-    uint64_t blocks                 # PRESENCE_FILE: the most that the file has held, since before T
-    uint64_t shrunk                 # PRESENCE_FILE: whether it has held less later
     uint64_t file_offset            # of page first_page
+    uint64_t file_ns                # attached: when the file was last changed through a descriptor, before T
+    char *witness                   # hugetlb file: a mapping of it here, which loses what is punched out
+    uint64_t held_start             # what is registered in truth: more than what is tracked, where the
+    uint64_t held_end               # mapping has grown since it was listed (written before T)
+    bint alone_before               # no mapping of its own lay right before it, or after it, in that list
+    bint alone_after
     uint8_t reading
     uint8_t presence
     bint shared
     bint missing                    # register for missing faults too: its holes get no markers
     bint sparse                     # protect only the units that hold data
     bint check                      # a copied page counts only if it is still protected afterwards
+    bint own                        # private mapping of a memory file: what is discarded shows the file again
     bint keep_huge                  # treat huge pages as one unit
 
 
@@ -85,6 +90,8 @@ cdef struct capture_t:
     int pidfd
     bint attached                   # the target knows nothing of us: its mappings may change at any time
     int pagemap
+    int own_pagemap                 # this process's: of the witnesses; or -1
+    int maps                        # attached: /proc/PID/maps; or -1
     int mem                         # /proc/PID/mem, for pages that process_vm_readv may not read; or -1
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t features
@@ -100,6 +107,8 @@ cdef struct capture_t:
     uint64_t *lost
     uint64_t *present               # PRESENCE_BITS, PRESENCE_FILE: written by the walk before T, read after
     uint64_t *huge                  # by page >> 9; like `present`
+    uint64_t *witnessed             # by page >> 9: its witness is mapped; like `present`
+    uint64_t *distrusted            # the target took the page away, or put another there: any, atomic or
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
@@ -118,6 +127,7 @@ cdef struct capture_t:
     uint64_t spare_fd               # atomic: a descriptor to give up when the table is full; -1: given up
     int *uffds                      # closed by who releases: the walk, or Session.close; -1 then
     uint64_t n_registered           # regions registered by this capture (walk writes)
+    uint64_t reading                # atomic: who reads events, and has not noted yet what they take away
     uint64_t running                # atomic: fault threads and warden that have not left (each, once)
     uint64_t walking                # atomic: walkers beside the first that have not left (each, once)
     uint64_t next_unit              # atomic: units of 512 pages taken by walkers
@@ -133,6 +143,9 @@ cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil
 cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil
 # The page of a fault; the kernel may name the start of a huge page, which can lie before the region.
 cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil
+
+# Attached: whether the region's file was written to, punched or cut through a descriptor since before T.
+cdef bint file_changed(region_t *region) noexcept nogil
 
 
 cdef class Session:

@@ -15,9 +15,10 @@ import secrets
 import signal
 import stat
 import subprocess
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from snapengine.errors import SinkError
+from snapengine.errors import SinkError, SnapengineError
 
 DISCARD = -1
 PYTHON_LEVEL = -2
@@ -99,6 +100,26 @@ class FileSink(Sink):
         os.close(self.fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[int]:
+    """The descriptor of a file that is there, complete, after the block.
+
+    `SinkError`: it cannot be written. Nothing is left of it after an error.
+    """
+    sink = FileSink(path)
+    try:
+        yield sink.fd
+    except OSError as error:
+        sink.abort()
+        if isinstance(error, SnapengineError):
+            raise
+        raise _sink_error(sink.name, error) from None
+    except BaseException:
+        sink.abort()
+        raise
+    sink.commit()
 
 
 class ExecSink(Sink):

@@ -13,6 +13,3 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
 cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil
 # Fill `present` and `huge` of every PRESENCE_BITS region from the page tables. 0 or errno.
 cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil
-# Add to `present` what the files of PRESENCE_FILE regions hold now. Called before anything is protected,
-# and by scan_presence: what is a hole only then was punched between, before T or after, and is found lost.
-cdef void scan_files(capture_t *capture) noexcept nogil

@@ -69,20 +69,30 @@ class Target(Protocol):
 class AttachedTarget(Target, Protocol):
     """A target that knows nothing of us: what is left to ask of it, since it cannot say it itself.
 
-    ``cut``, ``injection_ns``, ``stop_ns``, ``warnings`` and ``not_captured`` are as in `Result`.
-    ``frozen_regions`` are copied while the target stands, beside the engine.
+    ``cut``, ``injection_ns``, ``stop_ns``, ``stop_parts_ns``, ``warnings`` and ``not_captured`` are as in
+    `Result`.
+    ``frozen_regions`` are copied while the target stands, beside the engine. ``events``: names of the
+    userfaultfd features that tell what it does to its mappings.
     """
 
     pid: int
     cut: str
     injection_ns: int
+    stop_parts_ns: dict[str, int]
     warnings: list[str]
+    events: frozenset[str]
     not_captured: list[NotCaptured]
     frozen_regions: list[Region]
 
     @property
     def stop_ns(self) -> int:
         """How long all threads stood."""
+
+    def check(self) -> None:
+        """Before `open`: raise AttachError or TargetGoneError for what cannot be attached to."""
+
+    def late_warnings(self) -> list[str]:
+        """What it did after T that the image may lack unseen; asked for when all pages are saved."""
 
     def armed(self) -> None:
         """T is fixed, and the target runs. Write tracking only."""

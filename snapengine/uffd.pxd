@@ -5,9 +5,6 @@ from libc.stdint cimport uint64_t
 cdef int uffd_api(int fd, uint64_t features) noexcept nogil
 cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil
 cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
-# The same for [start, end), pages of `unit` bytes, in pieces: each holds the target's memory map for less
-# than a millisecond, while one call for all would stop its page faults for 28 ms per GiB.
-cdef void unregister_gently(int fd, uint64_t start, uint64_t end, uint64_t unit) noexcept nogil
 cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil
 # The same where a part may have been unmapped (ENOENT, ENOMEM), or mapped over by what cannot be tracked
 # (EINVAL, EPERM): halving leaves that out. It is found unprotected after its copy, and lost.

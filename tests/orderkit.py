@@ -13,10 +13,10 @@ STRIDES = (1, 40503)
 class OrderTarget(Target):
     """``with OrderTarget(kind, threads, stride) as target``: writes in a known order."""
 
-    def __init__(self, kind, threads, stride, size=16 * MIB, name="order", arguments=()):
+    def __init__(self, kind, threads, stride, size=16 * MIB, name="order", arguments=(), **popen):
         self.threads = threads
         self.stride = stride
-        super().__init__(name, kind, threads, size // PAGE, stride, *arguments)
+        super().__init__(name, kind, threads, size // PAGE, stride, *arguments, **popen)
 
     @property
     def region(self):

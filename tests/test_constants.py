@@ -49,6 +49,7 @@ KERNEL = {
     "PAGE_IS_HUGE": 1 << 6,
     "PM_SCAN_WP_MATCHING": 1 << 0,
     "PM_SCAN_CHECK_WPASYNC": 1 << 1,
+    "PROCMAP_QUERY": 0xC0686611,  # 6.11
 }
 SIZES = {
     "struct uffd_msg": 32,
@@ -59,8 +60,14 @@ SIZES = {
     "struct uffdio_zeropage": 32,
     "struct page_region": 24,  # 6.7
     "struct pm_scan_arg": 96,  # 6.7
+    "struct procmap_query": 104,  # 6.11
 }
-NEWEST = {"struct page_region", "struct pm_scan_arg"}  # no #ifdef can ask for a struct: PAGEMAP_SCAN tells
+# No #ifdef can ask for a struct: its ioctl tells.
+NEWEST = {
+    "struct page_region": "PAGEMAP_SCAN",
+    "struct pm_scan_arg": "PAGEMAP_SCAN",
+    "struct procmap_query": "PROCMAP_QUERY",
+}
 
 
 def program(includes, host_only):
@@ -69,7 +76,7 @@ def program(includes, host_only):
     for name in KERNEL:
         lines += [f"#ifdef {name}", f'printf("%s=%llu\\n", "{name}", (unsigned long long){name});', "#endif"]
     for name in SIZES:
-        guard = "PAGEMAP_SCAN" if name in NEWEST and host_only else "UFFD_API"
+        guard = NEWEST.get(name, "UFFD_API") if host_only else "UFFD_API"
         lines += [f"#ifdef {guard}", f'printf("%s=%zu\\n", "{name}", sizeof({name}));', "#endif"]
     return "\n".join([*lines, "return 0; }", ""])
 
@@ -119,7 +126,7 @@ def test_what_python_sees():
 
 def test_every_kernel_name_we_use_is_checked():
     text = (Path(snapengine.__file__).parent / "linux.pxd").read_text()
-    pattern = r"\b((?:UFFD(?:IO)?|PAGE_IS|PM_SCAN)_[A-Z_]+|PAGEMAP_SCAN)\b"
+    pattern = r"\b((?:UFFD(?:IO)?|PAGE_IS|PM_SCAN)_[A-Z_]+|PAGEMAP_SCAN|PROCMAP_QUERY)\b"
     names = {name.removeprefix("IOCTL_") for name in re.findall(pattern, text)}
     assert names - set(KERNEL) == set()
     structs = set(re.findall(r"\bstruct (uffd\w*|p\w+):", text))

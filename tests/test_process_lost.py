@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 MIB = 1 << 20
 PAGE = 4096
 N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
-UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE = range(1, 9)  # targets/victim.c
+# targets/victim.c
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE = range(1, 7)
+GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN = range(7, 13)
 
 
 class GatedFile(FileSink):
@@ -115,7 +117,7 @@ def check_content(path, target, lost):
                 -1, 512
             )
             wanted = np.arange(page + 1, end + 1)
-            if target.kind == "memfd" and page == 0:
+            if target.kind in ("memfd", "hugetlb") and page == 0:
                 wanted[:16] = 0
             wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
             assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
@@ -124,7 +126,8 @@ def check_content(path, target, lost):
 
 WAYS = [
     ("anon", UNMAP), ("anon", REPLACE), ("anon", DISCARD), ("anon", MOVE), ("anon", MAP_A_FILE),
-    ("memfd", REPLACE), ("memfd", PUNCH), ("memfd", TRUNCATE),
+    ("memfd", REPLACE), ("memfd", PUNCH), ("memfd", TRUNCATE), ("memfd", REWRITE), ("memfd", REMOVE),
+    ("memfd", MOVE), ("private", DISCARD), ("private", UNMAP), ("private", REPLACE), ("private", MOVE),
 ]  # fmt: skip
 
 
@@ -141,6 +144,15 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
         target.check_running()
 
 
+@pytest.mark.host_optional
+@pytest.mark.parametrize("cut", ["soft", "stop"])
+@pytest.mark.parametrize("deed", [PUNCH, REWRITE, REMOVE, TRUNCATE, MOVE])
+def test_lost_huge_pages_are_reported(tmp_path, hugetlb, deed, cut):
+    """Their file has no times that change, no SEEK_DATA, and is as large as before once it is written to."""
+    hugetlb(N_PAGES // 512 + 2)
+    test_lost_memory_is_reported(tmp_path, "hugetlb", deed, cut)
+
+
 @pytest.mark.parametrize("deed", [UNMAP, DISCARD])
 def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
     """It is unmapped, or no page of it mapped any more: its content is that of T, zero pages included."""
@@ -148,6 +160,18 @@ def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
         result = save(target, tmp_path / "image", deed)
         assert result.lost_pages == 0
         check_content(tmp_path / "image", target, lost_pages(result, target))
+        target.check_running()
+
+
+@pytest.mark.parametrize(("deed", "words"), [(WRITE, "was written to"), (MAP_AGAIN, "was mapped again")])
+def test_what_no_page_tells_is_a_warning(tmp_path, deed, words):
+    """A write() to the shared memory's file, and a second mapping of it that is made after T."""
+    with Victim("memfd") as target:
+        result = save(target, tmp_path / "image", deed)
+        (warning,) = [text for text in result.warnings if words in text]
+        assert "victim" in warning
+        quiet = save(target, tmp_path / "quiet", UNMAP)
+        assert not any(words in text for text in quiet.warnings)
         target.check_running()
 
 

@@ -3,6 +3,9 @@
 What was unmapped, moved or discarded in time to be missed is reported, and everything else is right.
 """
 
+import glob
+from pathlib import Path
+
 import pytest
 from orderkit import MIB, OrderTarget, check_order
 from targetkit import COUNTERS, descriptors, until
@@ -10,15 +13,15 @@ from test_process import MODES, check_untouched, snap
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
-OTHERS, N_OTHERS = COUNTERS + 16, 5  # targets/restless.c
+OTHERS, N_OTHERS, REFUSED = COUNTERS + 16, 5, 6  # targets/restless.c
 ROUNDS = 4
 
 
 class Restless(OrderTarget):
     """``with Restless(how) as target``: writers in order, and threads that change the mappings."""
 
-    def __init__(self, how, kind="anon"):
-        super().__init__(kind, 1, 40503, 8 * MIB, "restless", [how])
+    def __init__(self, how, kind="anon", **popen):
+        super().__init__(kind, 1, 40503, 8 * MIB, "restless", [how], **popen)
 
     def others(self):
         return list(self.words[OTHERS : OTHERS + self.words[N_OTHERS]])
@@ -49,6 +52,28 @@ def test_what_stays_is_consistent(tmp_path, how, mode):
         check_untouched(target, before)
 
 
+@pytest.mark.host_optional
+@pytest.mark.parametrize("mode", MODES)
+def test_jemalloc(tmp_path, mode):
+    """It discards by itself, in the middle of its mappings: at once here, where it usually waits 10 s."""
+    found = glob.glob("/usr/lib/*/libjemalloc.so.2") + glob.glob("/usr/lib64/libjemalloc.so.2")
+    if not found:
+        pytest.skip("needs libjemalloc (Debian: libjemalloc2)")
+    environment = {"LD_PRELOAD": found[0], "MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0,retain:false"}
+    with Restless("malloc", env=environment) as target:
+        maps = Path(f"/proc/{target.pid}/maps").read_text()
+        assert "libjemalloc" in maps
+        before = descriptors(target.pid)
+        for _ in range(ROUNDS):
+            low = target.last_write()
+            result = snap(target.pid, tmp_path / "image", mode)
+            check_order(tmp_path / "image", target, low, target.last_write())
+            start, size = target.words[2], 8 * MIB
+            assert not any(start < at + length and at < start + size for at, length in result.lost_runs)
+            target.check_others()
+        check_untouched(target, before)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_forks_with_shared_memory(tmp_path, mode):
     """A child writes to the shared memory as well: to a word that the order does not know."""
@@ -61,3 +86,14 @@ def test_forks_with_shared_memory(tmp_path, mode):
             check_order(path, target, low, target.last_write())
             target.check_others()
         check_untouched(target, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mremap_is_refused(tmp_path, mode):
+    """A mapping that we leave in two (registered up to where it ended when it was listed, say) could not be
+    moved any more as one: realloc() would fail."""
+    with Restless("mremap") as target:
+        for _ in range(20):
+            snap(target.pid, tmp_path / "image", mode)
+            target.check_others()
+        assert target.words[REFUSED] == 0

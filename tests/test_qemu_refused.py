@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from qemukit import MIB, until
+from machinekit import MIB, until
 from sweepkit import Sweep
 
 import snapengine
-from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
+from snapengine.errors import ImageError, MachineError, SnapengineError
+from snapengine.options import Options
 from snapengine.qemu.machine import refuse_devices
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.restore import restore_machine
 from snapengine.qemu.target import QemuTarget
 from snapengine.qemu.viamigration import save_by_migration
-from snapengine.options import Options
 
 NOBODY = 65534
 
@@ -34,14 +34,25 @@ def cli(*arguments, prefix=(), **named):
     return done.returncode, done.stdout, done.stderr
 
 
+def command_of(machine):
+    """What starts the same machine, with no monitor and no serial port."""
+    return [machine.qemu, *machine.setup.machine_arguments, "-display", "none", "-serial", "null"]
+
+
+def save(machine, sink, way, **options):
+    """A snapshot of a running machine."""
+    with Monitor(str(machine.socket)) as monitor:
+        if way == "migration":
+            save_by_migration(monitor, sink, Options(**options))
+        else:
+            with snapengine.snapshot(QemuTarget(monitor), sink, **options):
+                pass
+
+
 def attempt(machine, folder, way, match, **options):
     """A snapshot that is refused; the guest runs on, and there is neither an image nor a part of one."""
-    with Monitor(str(machine.socket)) as monitor, pytest.raises(SnapengineError, match=match) as caught:
-        if way == "migration":
-            save_by_migration(monitor, folder / "vm.img", Options(**options))
-        else:
-            with snapengine.snapshot(QemuTarget(monitor), folder / "vm.img", **options):
-                pass
+    with pytest.raises(SnapengineError, match=match) as caught:
+        save(machine, folder / "vm.img", way, **options)
     assert "\n" not in str(caught.value)
     assert os.listdir(folder) == []
     assert machine.qmp("query-fdsets") == []
@@ -128,51 +139,41 @@ def test_a_device_that_blocks_migration(machines, way, folder):
 def test_ram_in_a_file_on_a_disk(machines, folder):
     extra = ["-object", f"memory-backend-file,id=m,share=on,mem-path={folder.parent}/ram,size=64M",
              "-machine", "pc,memory-backend=m"]  # fmt: skip
-    file_system = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True)
-    if "tmpfs" in file_system.stdout:
+    command = ["stat", "-f", "-c", "%T", folder]
+    if "tmpfs" in subprocess.run(command, capture_output=True, text=True, check=True).stdout:
         pytest.skip("the temporary directory is a tmpfs, whose files can be tracked")
     machine = machines(Sweep(), extra=extra).ready()
     attempt(machine, folder, "attached", r"RAM block 'm' .*does not write-protect: use memory-backend-ram")
 
 
-def test_a_full_disk(machines, folder):
+@pytest.mark.parametrize("way", ["attached", "migration"])
+def test_a_sink_that_is_full(machines, way):
     machine = machines(Sweep(noise=1.0)).ready()
-    with Monitor(str(machine.socket)) as monitor:
-        for way in ("attached", "migration"):
-            with pytest.raises(SnapengineError, match="No space left|stopped reading"):
-                if way == "migration":
-                    save_by_migration(monitor, "exec:cat > /dev/full", Options())
-                else:
-                    with snapengine.snapshot(QemuTarget(monitor), "exec:cat > /dev/full"):
-                        pass
-            machine.wait_progress(1000)
+    with pytest.raises(SnapengineError, match="stopped reading"):
+        save(machine, "exec:cat > /dev/full", way)
+    machine.wait_progress(1000)
 
 
 def test_a_disk_that_is_not_there(machines, folder):
     machine = machines(Sweep()).ready()
     with Monitor(str(machine.socket)) as monitor:
         target = QemuTarget(monitor, block_snapshots={"nix": str(folder / "x.qcow2")})
-        with pytest.raises(MachineError, match="no disk 'nix'"), snapengine.snapshot(target, folder / "vm.img"):
-            pass
+        capture = snapengine.snapshot(target, folder / "vm.img")
+        with pytest.raises(MachineError, match="no disk 'nix'"):
+            capture.start()
     machine.wait_progress(1000)
     assert os.listdir(folder) == []
 
 
-def test_qemu_that_dies_half_way(machines, folder):
-    for way in ("attached", "migration"):
-        machine = machines(Sweep(noise=1.0)).ready()
-        threading.Timer(0.5, os.kill, (machine.pid, signal.SIGKILL)).start()
-        begin = time.monotonic()
-        with Monitor(str(machine.socket)) as monitor, pytest.raises((TargetGoneError, SnapengineError)):
-            if way == "migration":
-                save_by_migration(monitor, folder / "vm.img", Options(rate_limit=4 * MIB))
-            else:
-                with snapengine.snapshot(QemuTarget(monitor), folder / "vm.img", rate_limit=4 * MIB,
-                                         memory_limit=16 * MIB):  # fmt: skip
-                    pass
-        assert time.monotonic() - begin < 15
-        assert os.listdir(folder) == []
-        machine.kill()
+@pytest.mark.parametrize("way", ["attached", "migration"])
+def test_qemu_that_dies_half_way(machines, way, folder):
+    machine = machines(Sweep(noise=1.0)).ready()
+    threading.Timer(0.5, os.kill, (machine.pid, signal.SIGKILL)).start()
+    begin = time.monotonic()
+    with pytest.raises(SnapengineError):
+        save(machine, folder / "vm.img", way, rate_limit=4 * MIB, memory_limit=16 * MIB)
+    assert time.monotonic() - begin < 15
+    assert os.listdir(folder) == []
 
 
 def test_without_the_right_to_attach(machines, folder):
@@ -260,18 +261,18 @@ def refused(path, command, error, match, **options):
 )
 def test_another_machine(saved, extra, match):
     machine, path = saved
-    refused(path, [*machine.command, *extra], MachineError, match, qmp=str(machine.room / "new"))
+    refused(path, [*command_of(machine), *extra], MachineError, match, qmp=str(machine.room / "new"))
     assert not (machine.room / "new").exists()
 
 
 def test_another_machine_by_force(saved):
     machine, path = saved
-    command = [*machine.command, "-name", "another", "-device", "virtio-rng-pci"]
+    command = [*command_of(machine), "-device", "isa-debug-exit"]
     with snapengine.open_image(path) as image:
         restored = restore_machine(image, command, force=True)
     restored.process.kill()
     restored.process.wait()
-    assert any("virtio-rng-pci" in line for line in restored.differences)
+    assert any("isa-debug-exit" in line for line in restored.differences)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_commands_that_are_no_machine(saved, command, match):
 def test_a_socket_that_is_there(saved):
     machine, path = saved
     (machine.room / "new").touch()
-    refused(path, machine.command, MachineError, "exists already", qmp=str(machine.room / "new"))
+    refused(path, command_of(machine), MachineError, "exists already", qmp=str(machine.room / "new"))
     assert (machine.room / "new").exists()
 
 
@@ -300,7 +301,7 @@ def test_an_image_of_something_else(saved, tmp_path):
     machine, _ = saved
     with snapengine.snapshot(bytearray(b"x" * 8192), tmp_path / "other.img"):
         pass
-    refused(tmp_path / "other.img", machine.command, ImageError, "not an image of a QEMU machine")
+    refused(tmp_path / "other.img", command_of(machine), ImageError, "not an image of a QEMU machine")
 
 
 def test_a_damaged_image(saved):
@@ -312,7 +313,7 @@ def test_a_damaged_image(saved):
         byte = file.read(1)[0]
         file.seek(offset + 6000)
         file.write(bytes([byte ^ 4]))
-    refused(path, machine.command, ImageError, "checksum")
+    refused(path, command_of(machine), ImageError, "checksum")
 
 
 def test_devices_that_qemu_refuses(saved, tmp_path):
@@ -326,7 +327,7 @@ def test_devices_that_qemu_refuses(saved, tmp_path):
     blobs["qemu.devices"] = blobs["qemu.devices"][:300] + b"\xff" * 300
     with snapengine.snapshot(buffers, tmp_path / "bad.img", vmstate=blobs):
         pass
-    refused(tmp_path / "bad.img", machine.command, MachineError, "refuses the state|ended while")
+    refused(tmp_path / "bad.img", command_of(machine), MachineError, "refuses the state|ended while")
 
 
 # the command line
@@ -334,7 +335,8 @@ def test_devices_that_qemu_refuses(saved, tmp_path):
 
 def test_save_and_restore_by_command(machines, folder):
     machine = machines(Sweep()).ready()
-    code, out, text = cli("qemu", "save", "--qmp", machine.socket, "--json", "--compress", "zstd", folder / "vm.img")
+    arguments = ["--qmp", machine.socket, "--json", "--compress", "zstd", folder / "vm.img"]
+    code, out, text = cli("qemu", "save", *arguments)
     assert (code, text) == (0, "")
     figures = json.loads(out)
     assert figures["status"] == "completed"
@@ -346,7 +348,7 @@ def test_save_and_restore_by_command(machines, folder):
     machine.kill()
     code, out, text = cli(
         "qemu", "restore", "--json", "--paused", "--qmp", machine.room / "new", folder / "vm.img", "--",
-        *machine.command,
+        *command_of(machine),
     )  # fmt: skip
     assert code == 0, text
     restored = json.loads(out)
@@ -365,7 +367,7 @@ def test_save_and_restore_by_command(machines, folder):
     [
         (["qemu", "save", "--qmp", "/nowhere.sock", "x.img"], 1, "no QEMU listens there"),
         (["qemu", "save", "--qmp", "/x", "--block-snapshot", "a", "x.img"], 2, "not DEVICE=FILE"),
-        (["qemu", "save", "--qmp", "/x", "--via-migration", "--block-snapshot", "a=b", "x"], 2, "--block-snapshot"),
+        (["qemu", "save", "--qmp", "/x", "--via-migration", "--block-snapshot", "a=b", "x"], 2, "--block"),
         (["qemu", "restore", "/nowhere.img", "--", "true"], 1, "/nowhere.img"),
         (["qemu", "restore", "x.img"], 2, "required"),
     ],

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from linuxkit import make_disk
-from qemukit import MIB, until
+from machinekit import MIB, until
 from restorekit import restoring, saved_ram
 from sweepkit import Sweep
 
@@ -53,7 +53,7 @@ def test_a_sweep_is_one_state_and_goes_on(machines, accel, way, turn, tmp_path):
     with snapengine.open_image(tmp_path / "vm.img") as image:
         assert image.verify()
         assert guest.faults(saved_ram(image, machine)) == []
-        with restoring(image, machine, run=False) as new:
+        with restoring(machines, image, machine, run=False) as new:
             assert guest.faults(new.read_ram()) == []
             assert 0 <= new.counter() - before < 1 << 31
             new.qmp("cont")
@@ -73,7 +73,7 @@ def test_linux_goes_on_from_its_counter(machines, linux_guest, way, turn, tmp_pa
     machine.guest.wait_round(machine, 2, start=len(machine.serial()))  # the source, and its self-check
     rounds = machine.guest.wait_round(machine)[0]
     machine.kill()
-    with snapengine.open_image(tmp_path / "vm.img") as image, restoring(image, machine) as new:
+    with snapengine.open_image(tmp_path / "vm.img") as image, restoring(machines, image, machine) as new:
         assert new.guest.wait_round(new, 3)[0] > rounds
 
 
@@ -93,7 +93,7 @@ def test_ram_and_disk_of_one_instant(machines, linux_guest, tmp_path):
     machine.guest.wait_round(machine, 3, start=len(machine.serial()))  # it goes on, in the new file
     assert disk.read_bytes() == content
     machine.kill()
-    with snapengine.open_image(tmp_path / "vm.img") as image, restoring(image, machine) as new:
+    with snapengine.open_image(tmp_path / "vm.img") as image, restoring(machines, image, machine) as new:
         new.guest.wait_round(new, 3)
 
 
@@ -106,7 +106,7 @@ def test_every_kind_of_ram(machines, ram, request, tmp_path):
     machine.kill()
     with snapengine.open_image(tmp_path / "vm.img") as image:
         assert machine.guest.faults(saved_ram(image, machine)) == []
-        with restoring(image, machine) as new:
+        with restoring(machines, image, machine) as new:
             new.wait_progress(10_000)
             new.qmp("stop")
             assert new.guest.faults(new.read_ram()) == []

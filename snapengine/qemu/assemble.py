@@ -38,7 +38,7 @@ def write_end(
     """Write what follows the pages, the image's trailer included; returns its figures.
 
     `intake` has read all of the stream and queued all pages, which are written. `members` are added to the
-    machine's description, `began_ns` is the monotonic clock at the start, `known` are figures of the sender's.
+    machine's description, `began_ns` is the monotonic clock at the start, `known` are the sender's figures.
     """
     for name, blob in {**_stream_blobs(intake, members), **blobs}.items():
         writer.vmstate(name, blob, options.zstd_level)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from snapengine.result import Result
 from snapengine.sinks import PIPE_BYTES, Sink, open_sink
 from snapengine.vmpages import DirectIntake, Spool
 
-__all__ = ["ingest"]
+__all__ = ["drain", "ingest"]
+
+DRAIN_SECONDS = 30.0
 
 
 def ingest(
@@ -81,6 +85,19 @@ def ingest(
     work = _Ingest(stream_fd, open_sink(sink), options or Options(), direct, blobs, members, name)
     work.finish = finish
     return work.run(watch)
+
+
+def drain(stream_fd: int) -> None:
+    """Read the rest of a background-snapshot's stream and throw it away.
+
+    QEMU 7.2 leaves the pages protected for ever, and the guest standing at the first that it writes to, if
+    background-snapshot fails or is cancelled (10.0 does not). So after an error of ours it must come to its
+    end. Gives up when nothing has come for 30 s.
+    """
+    poll = select.poll()
+    poll.register(stream_fd, select.POLLIN)
+    while poll.poll(DRAIN_SECONDS * 1000) and os.read(stream_fd, PIPE_BYTES):
+        pass
 
 
 class _Ingest:

@@ -39,8 +39,8 @@ class QemuTarget:
     pid:
         QEMU's process; 0: the one that listens at the monitor's Unix socket.
     block_snapshots:
-        Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken at T, so the file that
-        the disk had before holds its content of T, and QEMU goes on in the new file.
+        Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken
+        at T, so the file that the disk had before keeps its content of T, and QEMU goes on in the new one.
 
     Raises (when the capture opens it)
     ----------------------------------
@@ -66,6 +66,7 @@ class QemuTarget:
             )
         self.injection_ns = 0
         self.warnings: list[str] = []
+        self.events: frozenset[str] = frozenset()
         self.not_captured: list[NotCaptured] = []
         self.frozen_regions: list[Region] = []
         self.stop_parts_ns: dict[str, int] = {}
@@ -73,6 +74,7 @@ class QemuTarget:
         (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
         RESUME, by QEMU's clock."""
         self._disks = dict(block_snapshots or {})
+        self._info: attach.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
         self._frozen: list[bytes | None] = []
         self._guard: Guard | None = None
@@ -83,9 +85,16 @@ class QemuTarget:
 
     # -- what a capture calls --
 
+    def check(self) -> None:
+        """Raise what speaks against attaching to QEMU: AttachError, TargetGoneError."""
+        self._info = attach.check(self.pid)
+
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach, while the machine runs."""
-        info = attach.check(self.pid)
+        if self._info is None:
+            self.check()
+        info = self._info
+        assert info is not None
         machine.refuse_busy(self.monitor)
         machine.refuse_blocked(self.monitor)
         machine.refuse_devices(self.monitor, self.pid)
@@ -96,7 +105,7 @@ class QemuTarget:
         self._description = machine.pack(description)
         self._open_state_file()
         try:
-            injected = inject_userfaultfd(self.pid)
+            injected = inject_userfaultfd(self.pid, info=info)
         except BaseException:
             self._close_state_file()
             raise
@@ -144,6 +153,10 @@ class QemuTarget:
         if self._guard is not None:
             self._guard.dismiss()
         self._note_events()
+
+    def late_warnings(self) -> list[str]:
+        """Nothing: QEMU does not move its RAM."""
+        return []
 
     def armed(self) -> None:
         """T is fixed, and the guest runs."""

@@ -16,7 +16,7 @@ from snapengine.errors import CaptureCancelled, MachineError, StreamError, Targe
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import MACHINE, VIA_STREAM
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.result import Result
@@ -63,8 +63,7 @@ def save_by_migration(
             migration.raise_failure()  # the stream was cut because the migration failed
             raise
         finally:
-            os.close(read_fd)
-            migration.end()
+            migration.end(read_fd, background)
             if was_running and not monitor.execute("query-status")["running"]:
                 monitor.execute("cont")
 
@@ -120,11 +119,16 @@ class _Migration:
         rounds = int(answer.get("ram", {}).get("dirty-sync-count", 0))
         return {"stop_ns": int(answer.get("downtime", 0)) * 10**6, "rounds": rounds}
 
-    def end(self) -> None:
-        """Whatever happened: no migration runs any more."""
-        if self._answer().get("status", "none") in machine.BUSY:
-            self._monitor.execute("migrate_cancel")
-            self._await_end()
+    def end(self, read_fd: int, background: bool) -> None:
+        """Whatever happened: no migration runs any more. Closes the pipe."""
+        try:
+            if background:
+                drain(read_fd)
+            elif self._answer().get("status", "none") in machine.BUSY:
+                self._monitor.execute("migrate_cancel")
+        finally:
+            os.close(read_fd)
+        self._await_end()
 
     def _answer(self) -> dict[str, Any]:
         return dict(self._monitor.execute("query-migrate"))

@@ -1,19 +1,22 @@
 /* Memory of known content, of which a part is taken away when the test says so.
  *
- * usage: victim WORDS KIND PAGES; KIND: anon, memfd. Page i holds i + 1 in its words 0 and 511; of anon memory
- * the first 16 pages are PROT_NONE, of a memfd they are zero. VALUES: what to do (one of enum deed), with the
- * pages FIRST ... FIRST + COUNT; it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it runs. */
+ * usage: victim WORDS KIND PAGES; KIND: anon, memfd, hugetlb (a memfd of huge pages), private (a private mapping of
+ * a memfd, whose file holds other values). Page i holds i + 1 in its words 0 and 511; of anon memory the first 16
+ * pages are PROT_NONE, of shared memory they are zero. VALUES: what to do (one of enum deed), with the pages FIRST
+ * ... FIRST + COUNT; it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it
+ * runs. */
 #include "target.h"
 #include <errno.h>
 #include <pthread.h>
 #include <string.h>
 
 enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16 };
-enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE };
+enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN };
 
 static char *memory;
 static uint64_t pages;
 static int fd = -1;
+static uint64_t unit = PAGE;
 
 static void write_pages(char *start, uint64_t count, uint64_t value) {
     for (uint64_t i = 0; i < count; i++) {
@@ -55,10 +58,21 @@ static void grow(void) {
         require(*(uint64_t *)(moved + i * PAGE) == i + HIDDEN + 1);
 }
 
+static void punch(uint64_t offset, uint64_t bytes) {
+    require(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) == 0);
+}
+
+/* So that the file never holds less than before for long. */
+static void rewrite(uint64_t offset, uint64_t bytes) {
+    for (uint64_t end = offset + bytes; offset < end; offset += unit) {
+        punch(offset, unit);
+        write_pages(memory + offset, unit / PAGE, 77);
+    }
+}
+
 static void act(enum deed deed) {
-    char *part = memory + words[FIRST] * PAGE;
-    uint64_t bytes = words[COUNT] * PAGE;
-    int hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    uint64_t offset = words[FIRST] * PAGE, bytes = words[COUNT] * PAGE;
+    char *part = memory + offset;
     if (deed == UNMAP)
         unmap(part, bytes);
     if (deed == REPLACE)
@@ -66,15 +80,23 @@ static void act(enum deed deed) {
     if (deed == DISCARD)
         require(madvise(part, bytes, MADV_DONTNEED) == 0);
     if (deed == PUNCH)
-        require(fallocate(fd, hole, (off_t)words[FIRST] * PAGE, (off_t)bytes) == 0);
+        punch(offset, bytes);
     if (deed == TRUNCATE)
-        require(ftruncate(fd, (off_t)words[FIRST] * PAGE) == 0);
+        require(ftruncate(fd, (off_t)offset) == 0);
     if (deed == MOVE)
         move(part, bytes);
     if (deed == GROW)
         grow();
     if (deed == MAP_A_FILE)
         map_a_file(part, bytes);
+    if (deed == REWRITE)
+        rewrite(offset, bytes);
+    if (deed == REMOVE)
+        require(madvise(part, bytes, MADV_REMOVE) == 0);
+    if (deed == WRITE)
+        require(pwrite(fd, "later", 5, (off_t)offset) == 5);
+    if (deed == MAP_AGAIN)
+        require(mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)offset) != MAP_FAILED);
 }
 
 static int writable_after(enum deed deed) { return deed == REPLACE || deed == DISCARD || deed == PUNCH; }
@@ -87,6 +109,28 @@ static void *heart(void *arg) {
     return arg;
 }
 
+static void map(const char *kind) {
+    int huge = !strcmp(kind, "hugetlb"), own = !strcmp(kind, "private");
+    int flags = own || !strcmp(kind, "anon") ? MAP_PRIVATE : MAP_SHARED;
+    if (strcmp(kind, "anon")) {
+        fd = memfd_create("victim", huge ? MFD_HUGETLB : 0);
+        require(ftruncate(fd, (off_t)(pages * PAGE)) == 0);
+    } else
+        flags |= MAP_ANONYMOUS;
+    for (uint64_t i = 0; own && i < pages; i++)
+        require(pwrite(fd, "file", 4, (off_t)(i * PAGE)) == 4);
+    memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (memory == MAP_FAILED)
+        exit(6);
+    unit = huge ? 2 << 20 : PAGE;
+    if (!huge)
+        madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
+    write_pages(memory, pages, 0);
+    if (fd < 0)
+        require(mprotect(memory, HIDDEN * PAGE, PROT_NONE) == 0);
+    else if (!own)
+        memset(memory, 0, HIDDEN * PAGE);
+}
 
 int main(int argc, char **argv) {
     pthread_t thread;
@@ -94,18 +138,7 @@ int main(int argc, char **argv) {
         return 1;
     open_words(argv[1]);
     pages = strtoul(argv[3], 0, 10);
-    if (!strcmp(argv[2], "memfd")) {
-        fd = memfd_create("victim", 0);
-        require(ftruncate(fd, (off_t)(pages * PAGE)) == 0);
-        memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    } else
-        memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
-    write_pages(memory, pages, 0);
-    if (fd < 0)
-        require(mprotect(memory, HIDDEN * PAGE, PROT_NONE) == 0);
-    else
-        memset(memory, 0, HIDDEN * PAGE);
+    map(argv[2]);
     words[MEMORY] = (uint64_t)memory;
     words[PAGES] = pages;
     pthread_create(&thread, 0, heart, 0);

@@ -1,0 +1,291 @@
+"""The thread that stops all threads of a process, and holds them: seize, wait, settle, take registers, let go.
+
+ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
+while it works, and its end lets go of everything. `pyx/freezer` makes it and waits for it.
+"""
+
+from libc.errno cimport EAGAIN, EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport atoi, realloc
+from libc.string cimport memset
+
+from snapengine.processvm cimport iovec
+from snapengine.ptrace cimport (
+    NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
+    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_hurry, snap_ptrace, snap_xstate_bytes,
+    user_regs_struct,
+)
+from snapengine.pthreads cimport (
+    pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread,
+    snap_now_ns, snap_sleep_ns,
+)
+from snapengine.tracee cimport (
+    CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_interrupt, tracee_look,
+    tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
+)
+
+cdef extern from "<dirent.h>" nogil:
+    ctypedef struct DIR:
+        pass
+    struct dirent:
+        char *d_name
+    DIR *opendir(const char *name)
+    dirent *readdir(DIR *folder)
+    int closedir(DIR *folder)
+
+cdef extern from "<unistd.h>" nogil:
+    long c_syscall "syscall"(long number, ...)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_tgkill, SYS_gettid
+
+cdef enum:
+    SPARE_THREADS = 64              # born while the others are being stopped
+    REFUSALS = 20                   # EPERM of a thread that exits is a matter of microseconds
+
+cdef uint64_t POLL_NS = 20000       # between looks at threads that do not stand yet
+cdef uint64_t LOOK_NS = 2000000     # until a report counts as taken by another thread
+
+
+cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
+    cdef int i
+    for i in range(freezer.n):
+        if freezer.threads[i].tid == tid and not freezer.threads[i].gone:
+            return i
+    return -1
+
+
+cdef int _add(freezer_t *freezer, int tid) noexcept nogil:
+    cdef void *more
+    cdef thread_t *thread
+    if _find(freezer, tid) >= 0:
+        return 0
+    if freezer.n == freezer.room:
+        more = realloc(freezer.threads, (freezer.room * 2 + SPARE_THREADS) * sizeof(thread_t))
+        if more == NULL:
+            return ENOMEM
+        freezer.threads = <thread_t *>more
+        freezer.room = freezer.room * 2 + SPARE_THREADS
+    thread = &freezer.threads[freezer.n]
+    memset(thread, 0, sizeof(thread_t))
+    thread.tid = tid
+    tracee_comm(freezer.pid, tid, thread.comm)
+    freezer.n += 1
+    return 0
+
+
+cdef int _seize_one(freezer_t *freezer, int tid) noexcept nogil:
+    """0, or an errno; EPERM and EAGAIN may pass: the thread is ending."""
+    cdef int tracer = 0
+    cdef int err = tracee_seize(tid, PTRACE_O_TRACECLONE)
+    if err == 0:
+        return _add(freezer, tid)
+    if err == ESRCH:
+        return 0
+    freezer.at_tid = tid
+    if err != EPERM:
+        return err
+    err = tracee_refusal(freezer.pid, tid, &tracer)
+    if err == EBUSY and tracer == c_syscall(SYS_gettid):
+        return _add(freezer, tid)               # born to a thread that we trace
+    return err
+
+
+cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
+    """Seize the threads that are not ours yet; `found`: there were some."""
+    cdef char path[32]
+    cdef dirent *entry
+    cdef DIR *folder
+    cdef int tid
+    cdef int before = freezer.n
+    cdef int err = 0, worst = 0
+    snprintf(path, sizeof(path), b"/proc/%d/task", freezer.pid)
+    folder = opendir(path)
+    if folder == NULL:
+        return ESRCH
+    while worst in (0, EPERM, EAGAIN):
+        entry = readdir(folder)
+        if entry == NULL:
+            break
+        tid = atoi(entry.d_name)
+        if tid > 0 and _find(freezer, tid) < 0:
+            err = _seize_one(freezer, tid)
+            if err:
+                worst = err
+    closedir(folder)
+    found[0] = freezer.n > before
+    return worst
+
+
+cdef int _seize_all(freezer_t *freezer) noexcept nogil:
+    """Until a whole listing brings nothing new: threads that are seized report what they clone."""
+    cdef uint64_t until = snap_now_ns() + freezer.limit_ns
+    cdef bint found = True
+    cdef int refused = 0
+    cdef int err
+    while True:
+        err = _seize_new(freezer, &found)
+        if err == 0 and not found:
+            return 0 if freezer.n else ESRCH
+        refused += err == EPERM
+        if err not in (0, EAGAIN, EPERM) or refused > REFUSALS:
+            return err
+        if snap_now_ns() >= until:
+            return ETIMEDOUT
+        if err:
+            snap_sleep_ns(POLL_NS)
+
+
+cdef int _make_room(freezer_t *freezer) noexcept nogil:
+    """Before anything stands still: first touches of memory are slow."""
+    cdef void *area
+    if not freezer.registers or freezer.n <= freezer.area_room:
+        return 0
+    freezer.stride = (REGS_BYTES + FPREGS_BYTES + snap_xstate_bytes() + 63) & ~<size_t>63
+    area = realloc(freezer.area, (freezer.n + SPARE_THREADS) * freezer.stride)
+    if area == NULL:
+        return ENOMEM
+    memset(area, 0, (freezer.n + SPARE_THREADS) * freezer.stride)
+    freezer.area = <char *>area
+    freezer.area_room = freezer.n + SPARE_THREADS
+    return 0
+
+
+cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil:
+    cdef int tid = freezer.threads[i].tid
+    if state == ENDED:
+        freezer.threads[i].gone = True
+    elif state == CLONED:
+        return _add(freezer, born)
+    elif state == STANDING:
+        # clone(2) of a process that shares the memory is reported like that of a thread.
+        if c_syscall(SYS_tgkill, freezer.pid, tid, 0) != 0:
+            tracee_detach(tid)
+            freezer.threads[i].gone = True
+        else:
+            freezer.threads[i].standing = True
+    return 0
+
+
+cdef int _wait_standing(freezer_t *freezer) noexcept nogil:
+    cdef uint64_t began = snap_now_ns()
+    cdef uint64_t until = freezer.from_ns + freezer.limit_ns
+    cdef uint64_t look = began + LOOK_NS
+    cdef uint64_t now
+    cdef bint late
+    cdef int i, waiting, err
+    cdef int born = 0, tracer = 0
+    cdef stand_t state
+    while True:
+        now = snap_now_ns()
+        late = now >= look
+        if late:
+            look = now + LOOK_NS
+        waiting = 0
+        i = 0
+        while i < freezer.n:
+            if not freezer.threads[i].standing and not freezer.threads[i].gone:
+                waiting += 1
+                freezer.at_tid = freezer.threads[i].tid
+                state = tracee_poll(freezer.at_tid, PTRACE_CONT, &born)
+                if state == RUNNING and late:
+                    state = tracee_look(freezer.at_tid, PTRACE_CONT, &born)
+                    # The end of a leader is not reported before that of the last thread.
+                    if state == RUNNING and tracee_refusal(freezer.pid, freezer.at_tid, &tracer) == 0:
+                        state = ENDED
+                err = _see(freezer, i, state, born)
+                if err:
+                    return err
+            i += 1
+        if waiting == 0:
+            return 0
+        if now >= until:
+            return ETIMEDOUT
+        snap_sleep_ns(POLL_NS)
+
+
+cdef int _stop_all(freezer_t *freezer) noexcept nogil:
+    cdef int asked = 0, i
+    cdef bint found = True
+    cdef int err = _seize_all(freezer)
+    if err == 0:
+        err = _make_room(freezer)
+    freezer.from_ns = snap_now_ns()
+    while err == 0 and found:
+        for i in range(asked, freezer.n):
+            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, which the wait will see
+        asked = freezer.n
+        err = _wait_standing(freezer)
+        if err == 0:
+            err = _seize_new(freezer, &found)
+        if err in (EAGAIN, EPERM):
+            snap_sleep_ns(POLL_NS)
+            err = ETIMEDOUT if snap_now_ns() > freezer.from_ns + freezer.limit_ns else 0
+            found = True
+    return err
+
+
+cdef uint64_t _regset(int tid, int kind, char *into, size_t room) noexcept nogil:
+    """The bytes that the kernel gave, 0 if it has none of that kind."""
+    cdef iovec part
+    part.iov_base = into
+    part.iov_len = room
+    if snap_ptrace(PTRACE_GETREGSET, tid, <uintptr_t>kind, &part):
+        return 0
+    return part.iov_len
+
+
+cdef void _capture(freezer_t *freezer, int i) noexcept nogil:
+    cdef thread_t *thread = &freezer.threads[i]
+    cdef char *slot = freezer.area + <size_t>i * freezer.stride
+    cdef size_t fixed = REGS_BYTES + FPREGS_BYTES
+    _regset(thread.tid, NT_PRSTATUS, slot, REGS_BYTES)
+    _regset(thread.tid, NT_PRFPREG, slot + REGS_BYTES, FPREGS_BYTES)
+    thread.xstate_bytes = _regset(thread.tid, NT_X86_XSTATE, slot + fixed, freezer.stride - fixed)
+    snap_ptrace(PTRACE_GETSIGMASK, thread.tid, sizeof(thread.sigmask), &thread.sigmask)
+
+
+cdef int _settle_all(freezer_t *freezer) noexcept nogil:
+    """Put every thread where it will go on, then take its registers: the image shows it so."""
+    cdef user_regs_struct regs
+    cdef int i
+    cdef int err = _make_room(freezer)
+    for i in range(freezer.n):
+        if err or not freezer.threads[i].standing:
+            continue
+        if snap_ptrace(PTRACE_GETREGS, freezer.threads[i].tid, 0, &regs):
+            freezer.threads[i].standing = False         # SIGKILL takes a thread out of its stop
+            freezer.threads[i].gone = True
+            continue
+        if tracee_settle(freezer.pid, freezer.threads[i].tid, &regs, False):
+            snap_ptrace(PTRACE_SETREGS, freezer.threads[i].tid, 0, &regs)
+        if freezer.registers:
+            _capture(freezer, i)
+    return err
+
+
+cdef void *hold_still(void *arg) noexcept nogil:
+    cdef freezer_t *freezer = <freezer_t *>arg
+    cdef int i
+    snap_name_thread(b"snap-freezer")
+    snap_hurry()
+    freezer.err = _stop_all(freezer)
+    if freezer.err == 0:
+        freezer.err = _settle_all(freezer)
+    if freezer.err == 0:
+        pthread_mutex_lock(&freezer.lock)
+        freezer.phase = FROZEN
+        pthread_cond_broadcast(&freezer.changed)
+        while not freezer.thaw:
+            pthread_cond_wait(&freezer.changed, &freezer.lock)
+        pthread_mutex_unlock(&freezer.lock)
+    for i in range(freezer.n):
+        if not freezer.threads[i].gone:
+            tracee_detach(freezer.threads[i].tid)       # of one that did not stop: by our end
+    freezer.frozen_ns = snap_now_ns() - freezer.from_ns
+    pthread_mutex_lock(&freezer.lock)
+    freezer.phase = THAWED
+    pthread_cond_broadcast(&freezer.changed)
+    pthread_mutex_unlock(&freezer.lock)
+    return NULL

@@ -1,0 +1,99 @@
+"""After the capture threads have ended: the rest of the image, its figures, and the commit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from snapengine.errors import LostPagesError
+from snapengine.frozen import write_frozen
+from snapengine.options import Options
+from snapengine.parts import Parts
+from snapengine.processrecord import not_captured_object
+from snapengine.result import COMPLETED, Result
+from snapengine.tally import Extra, figures
+
+
+def finish_image(
+    parts: Parts, options: Options, vmstate: dict[str, bytes], status: str, began: int, stop_ns: int
+) -> Result:
+    """Write what follows the memory, and commit the sink, if the capture is complete.
+
+    ``began`` is CLOCK_MONOTONIC in ns. `LostPagesError`: pages are lost, and ``options.strict``; `SinkError`.
+    """
+    assert parts.writer is not None
+    assert parts.sink is not None
+    extra = Extra()
+    if status == COMPLETED:
+        blobs = {**vmstate, **_attached_blobs(parts, options.zstd_level, extra)}
+        for name, blob in blobs.items():
+            parts.writer.vmstate(name, blob, options.zstd_level)
+    result = _make_result(parts, options, status, began, stop_ns, extra)
+    if status != COMPLETED:
+        return result
+    if options.strict and result.lost_pages:
+        raise LostPagesError(
+            f"{result.lost_pages} pages were discarded by the target before they were saved (strict)"
+        )
+    stats = result.to_json()
+    parts.writer.finish(stats)
+    parts.sink.commit()
+    return Result(**{**stats, "lost_runs": result.lost_runs})
+
+
+def _attached_blobs(parts: Parts, level: int | None, extra: Extra) -> dict[str, bytes]:
+    """Write what an attached target's `frozen_regions` held at T; what describes it."""
+    if parts.attached is None:
+        return {}
+    assert parts.writer is not None
+    for number, (region, first_page) in enumerate(parts.frozen):
+        write_frozen(parts.writer, region, first_page, parts.attached.frozen_bytes(number), level, extra)
+    return parts.attached.record()
+
+
+def _make_result(
+    parts: Parts, options: Options, status: str, began: int, stop_ns: int, extra: Extra
+) -> Result:
+    assert parts.session is not None
+    assert parts.writer is not None
+    assert parts.plan is not None
+    assert parts.encoder is not None
+    return Result(
+        method=options.method,
+        status=status,
+        image_bytes=parts.writer.image_bytes,
+        stop_ns=stop_ns,
+        duration_ns=time.monotonic_ns() - began,
+        peak_buffer_bytes=parts.session.pool.peak_bytes + parts.encoder.scratch_bytes,
+        warnings=parts.warnings + parts.plan.warnings + _late_warnings(parts),
+        **_about_attached(parts),
+        **figures(parts.session, parts.plan, options.method, extra),
+    )
+
+
+def _about_attached(parts: Parts) -> dict[str, Any]:
+    target = parts.attached
+    if target is None:
+        return {}
+    left_out = [not_captured_object(item) for item in target.not_captured]
+    return {
+        "cut": target.cut,
+        "injection_ns": target.injection_ns,
+        "not_captured": left_out,
+        "stop_parts_ns": dict(target.stop_parts_ns),
+    }
+
+
+def _late_warnings(parts: Parts) -> list[str]:
+    """What an attached target did to its shared memory that no check of a page can tell."""
+    if parts.attached is None:
+        return []
+    assert parts.session is not None
+    assert parts.plan is not None
+    names = [parts.plan.regions[number].region.name for number in parts.session.changed_files()]
+    changed = [
+        f"region {name!r}: its file was written to, punched or cut through a descriptor meanwhile: "
+        "what write() has put there before the page was saved is in the image"
+        for name in names
+    ]
+    return changed + parts.attached.late_warnings()

@@ -1,0 +1,16 @@
+from libc.stdint cimport uint64_t
+
+
+cdef struct vma_t:                  # one mapping of a process
+    uint64_t start
+    uint64_t end
+    uint64_t flags                  # readable, writable, executable, shared
+    uint64_t device
+    uint64_t inode                  # 0: anonymous memory
+
+
+# The mapping that holds `addr`, or else the next one. `maps` is an open /proc/PID/maps. Returns 0, ENOENT
+# (none), or what says that this kernel cannot tell (ENOTTY: before Linux 6.11).
+cdef int next_vma(int maps, uint64_t addr, vma_t *found) noexcept nogil
+# Whether the two lie side by side and could be parts of one.
+cdef bint same_vma(const vma_t *left, const vma_t *right) noexcept nogil

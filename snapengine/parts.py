@@ -1,0 +1,56 @@
+"""Everything that one capture makes, and the one place that frees it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+from snapengine.encoder import Encoder
+from snapengine.plan import Plan
+from snapengine.session import Session
+from snapengine.sinks import Sink
+from snapengine.targets import AttachedTarget, Region, Target
+from snapengine.tracker import Tracker
+from snapengine.uffd import Uffd
+from snapengine.writer import Writer
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of one capture, in the order in which they are made; None: not yet."""
+
+    target: Target
+    attached: AttachedTarget | None = None
+    """The target again, if it knows nothing of us."""
+    sink: Sink | None = None
+    opened: bool = False
+    """Whether `target` was opened."""
+    uffd: Uffd | None = None
+    pidfd: int = -1
+    plan: Plan | None = None
+    session: Session | None = None
+    writer: Writer | None = None
+    frozen: list[tuple[Region, int]] = field(default_factory=list)
+    """Regions that the engine does not see, and their first pages."""
+    encoder: Encoder | None = None
+    tracker: Tracker | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def close(self, status: str) -> None:
+        """Free everything; every step is tried. Only after the threads that use them have ended."""
+        self.encoder = None  # its buffers, and below the pool's, go at once
+        with contextlib.ExitStack() as stack:
+            if self.sink is not None:
+                stack.callback(self.sink.abort)
+            if self.opened:
+                stack.callback(self.target.close, status)
+            if self.plan is not None:
+                stack.callback(self.plan.close)
+            if self.uffd is not None:
+                stack.callback(self.uffd.close)
+            if self.session is not None:
+                stack.callback(self.session.close)
+            if self.pidfd >= 0:
+                stack.callback(os.close, self.pidfd)
+                self.pidfd = -1

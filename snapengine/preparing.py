@@ -1,0 +1,109 @@
+"""Before a capture is armed: open the target, negotiate, plan, make the engine's parts.
+
+Runs on the caller's thread. What it makes is in `Parts` at once, so that a failure at any line frees it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from snapengine.encoder import Encoder
+from snapengine.errors import UnsupportedError
+from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
+from snapengine.parts import Parts
+from snapengine.plan import Plan
+from snapengine.session import Session
+from snapengine.sinks import open_sink
+from snapengine.targets import AttachedTarget, Region
+from snapengine.uffd import FEATURES, Uffd, supported_features
+from snapengine.writer import Writer
+
+SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
+
+
+def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]]:
+    """The sink, and the target with a negotiated userfaultfd: its pid (0: this process) and regions."""
+    tracking = method == WRITE_TRACKING
+    parts.sink = open_sink(sink)
+    if isinstance(parts.target, AttachedTarget):
+        parts.target.check()  # says more than that this user may have no userfaultfd
+    wanted = _wanted_features(method)
+    pid, fd, regions = parts.target.open(wanted)
+    parts.opened = True
+    if isinstance(parts.target, AttachedTarget):
+        parts.attached = parts.target
+        parts.warnings += parts.attached.warnings
+        wanted |= sum(FEATURES[name] for name in parts.attached.events) & int(supported_features())
+    if not tracking and not parts.target.can_pause:
+        raise ValueError("dirty logging needs a target that can pause: give pause and resume")
+    shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
+    if not (shared and tracking):
+        wanted &= ~FEATURES["EVENT_FORK"]
+    if fd < 0:
+        parts.uffd = Uffd(wanted)
+    elif parts.attached:
+        parts.uffd = Uffd(wanted, fd)
+    else:
+        required = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
+        parts.uffd = Uffd(required, fd)
+    if fd >= 0:
+        parts.pidfd = os.pidfd_open(pid)
+    return pid, regions
+
+
+def make_engine(
+    parts: Parts, pid: int, regions: list[Region], options: Options, encoders: int, extra: dict[str, Any]
+) -> None:
+    """What saves and writes: plan, session, writer, encoder. ``extra``: arguments of the session."""
+    uffd = parts.uffd
+    assert uffd is not None
+    assert parts.sink is not None
+    parts.warnings += _pins(pid)
+    plan = parts.plan = Plan(regions, pid, uffd.features, attached=parts.attached is not None)
+    tracking = options.method == WRITE_TRACKING
+    lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
+    parts.session = Session(
+        plan.regions, uffd.fd, uffd.features, pid, parts.pidfd,
+        memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
+        encoders=encoders, walkers=_walkers(options, regions) if tracking else 1,
+        spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
+        sums=options.zstd_level is None, **extra,
+    )  # fmt: skip
+    uffd.detach()  # the session closes it
+    if not tracking and not parts.session.has_scan:
+        raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
+    parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
+    if parts.attached is not None:
+        parts.frozen = plan.place(parts.attached.frozen_regions)
+    parts.encoder = Encoder(parts.session.pool, parts.writer, options.zstd_level, encoders)
+
+
+def _walkers(options: Options, regions: list[Region]) -> int:
+    if options.walk_threads:
+        return options.walk_threads
+    small = sum(region.length for region in regions) < SMALL_TARGET_BYTES
+    return 1 if small else min(2, len(os.sched_getaffinity(0)))
+
+
+def _pins(pid: int) -> list[str]:
+    """Pages that a device or io_uring has pinned can change without a fault: a warning, if there are any."""
+    with open(f"/proc/{pid or 'self'}/status", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("VmPin:") and int(line.split()[1]):
+                return [
+                    f"{line.split()[1]} KiB of the target are pinned (io_uring buffers, RDMA): "
+                    "device writes to them after T are not seen"
+                ]
+    return []
+
+
+def _wanted_features(method: str) -> int:
+    """The feature bits to ask for, of those this kernel has."""
+    base = FEATURES["PAGEFAULT_FLAG_WP"] | FEATURES["WP_HUGETLBFS_SHMEM"]
+    if method == DIRTY_LOGGING:
+        wanted = base | FEATURES["WP_ASYNC"]
+    else:
+        wanted = base | FEATURES["MISSING_SHMEM"] | FEATURES["EVENT_FORK"]
+    return wanted & int(supported_features()) | FEATURES["PAGEFAULT_FLAG_WP"]

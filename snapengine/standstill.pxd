@@ -1,0 +1,47 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t
+
+cdef enum:
+    REGS_BYTES = 216                # struct user_regs_struct
+    FPREGS_BYTES = 512              # struct user_fpregs_struct
+
+cdef enum phase_t:
+    STOPPING
+    FROZEN
+    THAWED
+
+
+cdef struct thread_t:
+    int tid
+    bint standing
+    bint gone                       # ended, or of another process
+    uint64_t sigmask
+    uint64_t xstate_bytes
+    char comm[16]
+
+
+cdef struct freezer_t:
+    int pid
+    uint64_t limit_ns
+    bint registers                  # capture them
+    thread_t *threads
+    int n
+    int room
+    char *area                      # per thread: regs, fpregs, xstate
+    size_t stride
+    int area_room                   # threads that `area` is made for
+    uint64_t from_ns                # CLOCK_MONOTONIC at the first PTRACE_INTERRUPT
+    uint64_t frozen_ns              # from then until the last thread was let go
+    int err
+    int at_tid                      # the thread that `err` is about
+    # Under `lock`.
+    pthread_mutex_t lock
+    pthread_cond_t changed
+    phase_t phase
+    bint thaw                       # the owner wants it to run
+
+
+# Thread body (arg: freezer_t, phase STOPPING): stops all threads of `pid`, takes their registers, waits for
+# `thaw` (phase FROZEN), lets all go (THAWED; `err` says whether it ever got there).
+cdef void *hold_still(void *arg) noexcept nogil

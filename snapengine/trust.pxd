@@ -1,0 +1,15 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.session cimport capture_t, lane_t, region_t
+
+# Note what the checks below compare with. Called twice: before anything is registered, and right after T.
+# 0 or errno.
+cdef int note_before(capture_t *capture, lane_t *lane) noexcept nogil
+cdef int note_at_t(capture_t *capture, lane_t *lane) noexcept nogil
+# Whether the copies of pages page .. page + n - 1, just made, are all what the pages held at T.
+cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil
+# Whether a page of a shared file that held data at T and reads as zero may have been punched out since.
+cdef bint punched(region_t *region, uint64_t page) noexcept nogil
+# The target takes [start, start + length) away, or puts something there: no later copy of it is believed.
+# `own`: only in private mappings of memory files.
+cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil
