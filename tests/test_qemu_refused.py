@@ -216,6 +216,21 @@ def test_killed_while_the_guest_stands(machines, folder):
     machine.wait_progress(1000)
 
 
+def test_killed_while_qemu_saves_itself(machines, folder):
+    machine = machines(Sweep(noise=1.0)).ready()
+    command = [sys.executable, "-m", "snapengine.cli", "qemu", "save", "--via-migration", "--rate-limit",
+               "20M", "--qmp", str(machine.socket), str(folder / "vm.img")]  # fmt: skip
+
+    def sent():
+        return machine.qmp("query-migrate").get("ram", {}).get("transferred", 0)
+
+    with subprocess.Popen(command, start_new_session=True) as saver:
+        until(lambda: sent() > 8 * MIB, "no migration")
+        os.killpg(saver.pid, signal.SIGKILL)
+    until(lambda: machine.qmp("query-migrate")["status"] == "completed", "QEMU does not come to an end")
+    machine.wait_progress(1000)
+
+
 # what is restored
 
 

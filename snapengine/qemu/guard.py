@@ -1,7 +1,8 @@
-"""A machine that we have stopped goes on if we die.
+"""A machine must not stand still because we died.
 
-The few milliseconds in which a machine stands are the only ones in which a SIGKILL of ours could leave it
-standing. So a shell waits beside us at a pipe: when the pipe closes without a word, it tells QEMU to go on.
+Twice it depends on us for a while: between `stop` and `cont`, and while QEMU 7.2 makes a
+background-snapshot (see `snapengine.qemu.ingest.drain`). Then a shell waits beside us at a pipe; when that
+closes without a word, as it does when we are killed, the shell does what we would have done.
 """
 
 from __future__ import annotations
@@ -9,25 +10,30 @@ from __future__ import annotations
 import os
 import subprocess
 
-CONT = '{"execute":"cont"}\\n'
-# Descriptor 0 is the pipe, 1 the connection to QEMU. `read` fails at the pipe's end. The connection stays
-# open for a while then: QEMU drops what it has not read of one that is closed.
-SCRIPT = f"read word || {{ printf '{CONT}'; sleep 5; }}"
+# In the shell descriptor 0 is the pipe, whose end makes `read` fail, and 1 is the guarded descriptor.
+# The connection stays open for a while: QEMU drops what it has not read of one that is closed.
+GO_ON = """read word || { printf '{"execute":"cont"}\\n'; sleep 5; }"""
+DRAIN = "read word || cat <&1 >/dev/null"
 
 
 class Guard:
     """Watches from `__init__` until `dismiss`.
 
-    ``socket_fd``: a connection to QMP that has said `qmp_capabilities`. QEMU takes whole commands from it,
-    whoever writes them; each of ours is one send(), so the guard's cannot fall into the middle of one.
+    Parameters
+    ----------
+    fd:
+        For `GO_ON` a connection to QMP that has said `qmp_capabilities`: QEMU takes whole commands from it,
+        whoever writes them; each of ours is one send(), so the guard's cannot fall into the middle of one. For `DRAIN` the end of a pipe that QEMU writes into.
+    script:
+        `GO_ON` or `DRAIN`.
     """
 
-    def __init__(self, socket_fd: int) -> None:
+    def __init__(self, fd: int, script: str) -> None:
         ours, self._pipe = os.pipe()
         try:
             # A session of its own: a Ctrl-C or a kill of our process group must not end it.
             self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", SCRIPT], stdin=ours, stdout=socket_fd, stderr=subprocess.DEVNULL,
+                ["/bin/sh", "-c", script], stdin=ours, stdout=fd, stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:
@@ -37,7 +43,7 @@ class Guard:
             os.close(ours)
 
     def dismiss(self) -> None:
-        """The machine runs. Idempotent."""
+        """The danger is over. Idempotent."""
         if self._pipe < 0:
             return
         os.write(self._pipe, b"done\n")

@@ -22,7 +22,7 @@ from snapengine.maps import covering, page_size_of, read_maps
 from snapengine.processrecord import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
-from snapengine.qemu.guard import Guard
+from snapengine.qemu.guard import GO_ON, Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
 from snapengine.selection import FROZEN_EACH
@@ -122,7 +122,7 @@ class QemuTarget:
         self.monitor.events()  # forget those of before
         self._was_running = bool(self.monitor.execute("query-status")["running"])
         if self._was_running:
-            self._guard = Guard(self.monitor.fileno())
+            self._guard = Guard(self.monitor.fileno(), GO_ON)
         self._at = self._stopped_at = time.monotonic_ns()
         if self._was_running:
             self.monitor.execute("stop")

@@ -16,6 +16,7 @@ from snapengine.errors import CaptureCancelled, MachineError, StreamError, Targe
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import MACHINE, VIA_STREAM
+from snapengine.qemu.guard import DRAIN, Guard
 from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
@@ -53,6 +54,7 @@ def save_by_migration(
     migration = _Migration(monitor, options)
     with _settings(monitor, options, background):
         read_fd = migration.start()
+        guard = Guard(read_fd, DRAIN) if background else None
         try:
             return ingest(
                 read_fd, sink, options, direct=background, extra_blobs={MACHINE: machine.pack(description)},
@@ -63,7 +65,11 @@ def save_by_migration(
             migration.raise_failure()  # the stream was cut because the migration failed
             raise
         finally:
-            migration.end(read_fd, background)
+            try:
+                migration.end(read_fd, background)
+            finally:
+                if guard is not None:
+                    guard.dismiss()
             if was_running and not monitor.execute("query-status")["running"]:
                 monitor.execute("cont")
 
