@@ -1,13 +1,14 @@
 """Pages of a migration stream into an image: at once, or through a spool that keeps the last version of each.
 
-The tables have two bits a page, in memory that appears where it is written to; so a stream makes this grow by the
-pages that it sends, not by the sizes that it states. One thread parses; encoders take filled slots from the
-pool, as in a capture.
+The tables have two bits a page, in memory that appears where it is written to; so a stream makes this grow by
+the pages that it sends, not by the sizes that it states. One thread parses; encoders take filled slots from
+the pool, as in a capture.
 """
 
 import tempfile
 from array import array
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, ENOSPC, errno
 from posix.uio cimport pwritev
 
@@ -243,9 +244,11 @@ cdef class Spool(Intake):
         with nogil:
             while page < self.total_pages:
                 Intake.before_refill(self)
+                with gil:
+                    PyErr_CheckSignals()
                 kind = self.run_at(page, self.total_pages, &pages)
                 if kind == SNAP_DATA:
-                    pages = min(pages, <uint64_t>16384)  # to look at the encoders now and then
+                    pages = min(pages, <uint64_t>16384)  # to look at the encoders and at signals now and then
                     self.put_data(page, pages)
                 else:
                     self.put_blank(page, pages, kind)

@@ -1,7 +1,7 @@
 """Pages of an image as records of a migration stream, written with writev from where they were decoded.
 
-One thread per object. It waits for the reader of the stream as long as that takes; a signal's Python handler runs
-meanwhile, and what it raises ends the wait.
+One thread per object. It waits for the reader of the stream as long as that takes; a signal's Python handler
+runs meanwhile, and what it raises ends the wait.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -12,6 +12,7 @@ from posix.uio cimport writev
 from snapengine.image_format cimport SNAP_PAGE_BYTES, SNAP_ZERO
 from snapengine.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
 from snapengine.oserror cimport raise_oserror
+from snapengine.runs cimport run_t
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -25,7 +26,7 @@ cdef char[1] ZERO_BYTE = [0]
 
 
 cdef class PageSender(Restorer):
-    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open`, `send_zeros`, `send_data`."""
+    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open`, and both of `send_*`."""
 
     def open(self, int out, bytes name not None):
         """Send to the descriptor `out`, as the block `name` (UTF-8, at most 255 bytes)."""
@@ -43,11 +44,13 @@ cdef class PageSender(Restorer):
         """A record of 9 bytes for each zero page, and with `holes` for each hole."""
         cdef size_t i
         cdef uint64_t page
+        cdef const run_t *run
         with nogil:
             for i in range(self.blank.count):
-                if not holes and self.blank.runs[i].kind != SNAP_ZERO:
+                run = &self.blank.runs[i]
+                if not holes and run.kind != SNAP_ZERO:
                     continue
-                for page in range(self.blank.runs[i].page, self.blank.runs[i].page + self.blank.runs[i].pages):
+                for page in range(run.page, run.page + run.pages):
                     self.add(page, ZERO_BYTE, 1, RAM_ZERO)
                     self.zero_pages += 1
             self.flush()
@@ -57,9 +60,11 @@ cdef class PageSender(Restorer):
         cdef size_t i
         cdef uint64_t page
         cdef const char *data
+        cdef const run_t *run
         for i in range(self.starts[number], self.starts[number + 1]):
-            data = payload + <size_t>self.live.runs[i].data_page * SNAP_PAGE_BYTES
-            for page in range(self.live.runs[i].page, self.live.runs[i].page + self.live.runs[i].pages):
+            run = &self.live.runs[i]
+            data = payload + <size_t>run.data_page * SNAP_PAGE_BYTES
+            for page in range(run.page, run.page + run.pages):
                 self.add(page, data, SNAP_PAGE_BYTES, RAM_PAGE)
                 data += SNAP_PAGE_BYTES
                 self.data_pages += 1

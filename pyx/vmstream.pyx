@@ -9,6 +9,7 @@ have come: the buffer is fixed, head and tail are bounded. Any one thread; it ow
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
@@ -58,8 +59,8 @@ cdef class StreamParser:
     """A stream from `source`: a readable descriptor, or the bytes themselves (at most 1 MiB of them).
 
     Call `read_head`, `read_pages`, `read_tail`, in this order. `StreamError` (with the offset): the stream is
-    cut, damaged, or holds what is not known here. ``OSError``: it cannot be read. `CaptureCancelled`: `cancel`
-    was called. This class counts pages and drops them.
+    cut, damaged, or holds what is not known here. ``OSError``: it cannot be read. `CaptureCancelled`:
+    `cancel` was called. This class counts pages and drops them.
     """
 
     def __cinit__(self, source, *args, name="stream", **kwargs):
@@ -119,8 +120,9 @@ cdef class StreamParser:
         entry.fd = self.fd
         entry.events = <short>POLLIN
         while True:
-            if self.cancelled:
-                with gil:
+            with gil:
+                PyErr_CheckSignals()
+                if self.cancelled:
                     raise CaptureCancelled(f"{self.name}: cancelled")
             entry.revents = 0
             if poll(&entry, 1, STEP_MS) <= 0:
@@ -148,7 +150,9 @@ cdef class StreamParser:
 
     cdef bytes take(self, size_t count):
         """The next bytes (few: cold code), which become part of the head while that is read."""
-        self.need(count)
+        if self.end - self.begin < count:
+            with nogil:
+                self.need(count)
         data = PyBytes_FromStringAndSize(self.buffer + self.begin, count)
         self.begin += count
         self.offset += count
@@ -175,7 +179,9 @@ cdef class StreamParser:
             raise StreamError(f"{self.name}: {what} is not text", start) from None
 
     def _peek(self):
-        self.need(1)
+        if self.end == self.begin:
+            with nogil:
+                self.need(1)
         return <unsigned char>self.buffer[self.begin]
 
     # -- the head --

@@ -82,6 +82,10 @@ def fill_standard_descriptors() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,8 +100,6 @@ def run(args: argparse.Namespace) -> int:
     with opened_stream(args.stream) as fd:
         result = ingest(fd, args.sink, options, direct=args.direct,
                         name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
-    if sys.stdout is None:
-        return EXIT_OK
     args.quiet = args.quiet or not sys.stdout.isatty()
     try:
         report(result, args)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from snapengine.cli_common import raw
+from snapengine.cli_qemu_analyze import add_analyze
 from snapengine.cli_qemu_restore import add_restore
 from snapengine.cli_qemu_save import add_save
 
@@ -21,3 +22,4 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     group = parser.add_subparsers(metavar="COMMAND", required=True, dest="qemu_command")
     add_save(group)
     add_restore(group)
+    add_analyze(group)

@@ -41,6 +41,7 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     add("--force", action="store_true", help="go on though the machine differs from the one that was saved")
     add("--foreground", action="store_true",
         help="QEMU has the terminal; wait for its end, and end with its exit code")  # fmt: skip
+    add("--log", metavar="FILE", help="what QEMU prints goes there (default: nowhere)")
     add("--json", action="store_true", help="print pid, monitor and times as one JSON object")
     parser.set_defaults(run=run, parser=parser)
 
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
 
     with open_image(args.image) as image:
         restored = restore_machine(
-            image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground
-        )
+            image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
+            log=args.log,
+        )  # fmt: skip
     for line in restored.differences:
         say(f"warning: {line}")
     if args.json:

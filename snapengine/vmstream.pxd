@@ -27,8 +27,8 @@ cdef class StreamParser:
     cdef bytearray keep               # what is taken while the head is read
     cdef readonly bytes head
     cdef readonly bytes tail
-    cdef readonly object machine_type # None: the stream has no configuration section
-    cdef readonly uint32_t section_id # of "ram"
+    cdef readonly object machine_type  # None: the stream has no configuration section
+    cdef readonly uint32_t section_id  # of "ram"
     cdef readonly bint has_end        # the RAM has an END section (background-snapshot writes none)
     cdef readonly uint64_t total_pages
     cdef readonly uint64_t pages      # PAGE records so far

@@ -54,7 +54,7 @@ class Encoding:
             self._on_failure()
 
     def join(self) -> None:
-        """Wait for the threads, which end when the pool is closed and empty. Raises what one of them raised."""
+        """Wait for the threads, which end when the pool is closed and empty. Raises what one raised."""
         for thread in self._threads:
             thread.join()
         if self._error is not None:

@@ -10,8 +10,9 @@ import os
 import subprocess
 
 CONT = '{"execute":"cont"}\\n'
-# Descriptor 0 is the pipe, 1 the connection to QEMU. `read` fails at the pipe's end.
-SCRIPT = f"read word || printf '{CONT}'"
+# Descriptor 0 is the pipe, 1 the connection to QEMU. `read` fails at the pipe's end. Then the connection stays
+# open for a while: QEMU drops what it has not read of one that is closed.
+SCRIPT = f"read word || {{ printf '{CONT}'; sleep 5; }}"
 
 
 class Guard:

@@ -1,7 +1,7 @@
 """A migration stream into an image: parse, resolve repeated pages, compress, index, commit.
 
-One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in Python, so
-that a Ctrl-C reaches it whatever the others wait for.
+One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in
+Python, so that a Ctrl-C reaches it whatever the others wait for.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from snapengine.errors import CaptureCancelled
-from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob, parse_members
+from snapengine.options import Options
+from snapengine.qemu.assemble import regions_of, write_end
+from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
 from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import check_tail
-from snapengine.result import COMPLETED, Result
+from snapengine.result import Result
 from snapengine.sinks import PIPE_BYTES, Sink, open_sink
-from snapengine.targets import PAGE_BYTES, Region
 from snapengine.vmpages import DirectIntake, Spool
 
 __all__ = ["ingest"]
@@ -48,9 +48,9 @@ def ingest(
     options:
         `compress`, `memory_limit`, `rate_limit`, `spill_dir` and `encoder_threads` count here.
     direct:
-        Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if one
-        comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`, which
-        keeps the last of each, and the image holds each once.
+        Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if
+        one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`,
+        which keeps the last of each, and the image holds each once.
     extra_blobs:
         Further named blobs. A JSON object as "qemu.machine" is merged into the one that is written.
     name:
@@ -164,7 +164,7 @@ class _Ingest:
         intake.read_head()
         intake.open_tables()
         encoding = self._encoding = Encoding(self._sink, self._options, intake.total_pages, self._stop)
-        encoding.start(_regions(intake.ram_blocks))
+        encoding.start(regions_of(intake.ram_blocks))
         intake.attach(encoding.pool, self._options.zstd_level is None)
         intake.read_pages()
         intake.read_tail()
@@ -176,59 +176,7 @@ class _Ingest:
         intake.close_lane()
         encoding.join()
         known = self.finish() if self.finish is not None else {}
-        level = self._options.zstd_level
-        for name, blob in {**self._stream_blobs(), **self._blobs}.items():
-            encoding.writer.vmstate(name, blob, level)
-        stats = self._figures(encoding).to_json() | known
-        encoding.writer.finish(stats)
+        result = write_end(encoding.writer, intake, self._options, self._blobs, self._members,
+                           self._began, encoding.peak_bytes, known)  # fmt: skip
         self._sink.commit()
-        return Result(**stats)
-
-    def _stream_blobs(self) -> dict[str, bytes]:
-        intake = self._intake
-        stream = {
-            "bytes": intake.offset,
-            "pages": intake.pages,
-            "zero_pages": intake.zeros,
-            "repeated": intake.repeats,
-            "ram_end": intake.has_end,
-        }
-        machine = machine_blob(
-            VIA_STREAM, intake.machine_type, intake.ram_blocks, {"stream": stream, **self._members}
-        )
-        return {MACHINE: machine, HEAD: intake.head, TAIL: intake.tail}
-
-    def _figures(self, encoding: Encoding) -> Result:
-        intake = self._intake
-        direct = isinstance(intake, DirectIntake)
-        saved = intake.saved if isinstance(intake, DirectIntake) else intake.data_pages
-        return Result(
-            method=WRITE_TRACKING if direct else DIRTY_LOGGING,
-            status=COMPLETED,
-            image_bytes=encoding.writer.image_bytes,
-            region_bytes=intake.total_pages * PAGE_BYTES,
-            nonzero_bytes=intake.data_pages * PAGE_BYTES,
-            pages_total=intake.total_pages,
-            pages_saved=saved,
-            zero_pages=intake.zero_pages,
-            hole_pages=intake.total_pages - intake.data_pages - intake.zero_pages,
-            duplicate_pages=saved - intake.data_pages,
-            faults=0,
-            rounds=0,
-            arm_ns=0,
-            stop_ns=0,
-            duration_ns=time.monotonic_ns() - self._began,
-            fault_ns={"p50": 0, "p99": 0, "max": 0},
-            peak_buffer_bytes=encoding.peak_bytes,
-            spilled_bytes=0 if isinstance(intake, DirectIntake) else intake.spooled_bytes,
-        )
-
-
-def _regions(blocks: list[tuple[str, int]]) -> list[tuple[Region, int]]:
-    """RAM blocks one behind the other: the address is where it would lie if all were in one piece."""
-    regions = []
-    at = 0
-    for name, used in blocks:
-        regions.append((Region(name, at, used), at // PAGE_BYTES))
-        at += used
-    return regions
+        return result

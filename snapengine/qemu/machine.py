@@ -62,12 +62,14 @@ def devices(monitor: Monitor) -> list[dict[str, str]]:
 
 
 def disks(monitor: Monitor) -> list[dict[str, str]]:
-    """The disks with a medium: ``device`` (or node name) and the ``file`` it has now."""
+    """The disks with a medium: the name of the ``device`` ("" if it has none), of its ``node``, and the
+    ``file`` it has now."""
     found = []
     for item in monitor.execute("query-block"):
         medium = item.get("inserted")
         if medium:
-            found.append({"device": item["device"] or medium.get("node-name", ""), "file": medium["file"]})
+            node = medium.get("node-name", "")
+            found.append({"device": item["device"], "node": node, "file": medium["file"]})
     return found
 
 

@@ -2,10 +2,11 @@
 
     head │ PART ram (a block) │ PART ram (the next block) … │ END ram │ tail
 
-Head and tail are blobs of the image, or made anew. The END section is always written: a machine that takes a
-stream in does not ask for it, but streams of `migrate` have it and those of background-snapshot do not, and so
-there is one form only. Blocks come one after the other, the pages of a block in the order of the image's chunks,
-so that each chunk is read once.
+Head and tail are blobs of the image, or made anew. The END section is always written: streams of `migrate`
+have it, those of background-snapshot do not, and QEMU (7.2 and 10.0) takes both; so there is one form only.
+Commands that stood between the sections of the RAM are left out: they concern sections that are refused.
+Blocks come one after the other, the pages of a block in the order of the image's chunks, so that each chunk
+is read once.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def make_head(machine_type: str | None, blocks: Sequence[tuple[str, int]]) -> by
 
 
 def stream_blobs(image: Image) -> tuple[bytes, bytes]:
-    """The head and the tail that came with a stream. ImageError: the image has none, or they are too large."""
+    """The head and the tail that came with a stream. ImageError: there are none, or they are too large."""
     sizes = image.vmstate.sizes()
     for name, limit in ((HEAD, HEAD_MAX_BYTES), (TAIL, TAIL_MAX_BYTES)):
         if name not in sizes:

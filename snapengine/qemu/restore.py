@@ -66,6 +66,7 @@ def restore_machine(
     run: bool = True,
     force: bool = False,
     stdio: bool = False,
+    log: str | os.PathLike[str] | None = None,
 ) -> Restored:
     """Start QEMU by `command` and let it go on from `image`.
 
@@ -83,7 +84,9 @@ def restore_machine(
     force:
         Go on though the machine differs from the one that was saved.
     stdio:
-        QEMU gets our standard input; otherwise it has none. Output and errors always go where ours do.
+        QEMU has our standard input and output, and gets our signals; otherwise it has neither.
+    log:
+        The file for what QEMU prints (without `stdio`); None: it is kept until we end, for the errors' texts.
 
     Raises
     ------
@@ -104,12 +107,24 @@ def restore_machine(
     path = os.path.abspath(qmp) if qmp else f"{folder}/qmp.sock"
     if os.path.exists(path):
         raise MachineError(f"{path} exists already: another machine may listen there")
+    with contextlib.ExitStack() as stack:
+        # Not our standard output: who reads that would wait for the end of the machine.
+        output: Any = None
+        if not stdio:
+            output = stack.enter_context(open(log, "w+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
+        return _start(image, saved, command, path, folder, output, run, force)
+
+
+def _start(
+    image: Image, saved: dict[str, Any], command: Sequence[str], path: str, folder: str | None, output: Any,
+    run: bool, force: bool,
+) -> Restored:  # fmt: skip
     began = time.monotonic_ns()
     process = subprocess.Popen(
         [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{path},server=on,wait=off"],
-        stdin=None if stdio else subprocess.DEVNULL,
-        start_new_session=not stdio,
-    )
+        stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output,
+        start_new_session=output is not None,
+    )  # fmt: skip
     try:
         with connect(path, process) as monitor:
             restored = Restored(process.pid, path, "", process=process)
@@ -127,9 +142,19 @@ def restore_machine(
         if folder:
             os.rmdir(folder)
         if isinstance(error, TargetGoneError):
-            text = "QEMU ended while it was restored; what it printed says why"
-            raise MachineError(f"{text} (exit code {process.returncode})") from None
+            raise MachineError(f"QEMU ended while it was restored{said(output)}") from None
+        if isinstance(error, MachineError):
+            raise MachineError(f"{error}{said(output)}") from None
         raise
+
+
+def said(output: Any) -> str:
+    """The last line that QEMU printed, to stand behind an error."""
+    if output is None:
+        return ""
+    output.seek(0)
+    lines = output.read().decode("utf-8", "replace").strip().splitlines()
+    return f" ({lines[-1].strip()})" if lines else ""
 
 
 def read_description(image: Image) -> dict[str, Any]:
@@ -160,7 +185,7 @@ def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:
     while True:
         code = process.poll()
         if code is not None:
-            raise MachineError(f"QEMU did not start (exit code {code}); what it printed says why")
+            raise MachineError(f"QEMU did not start (exit code {code})")
         if os.path.exists(path):
             try:
                 return Monitor(path)
@@ -201,7 +226,7 @@ def load(monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restor
             if status.get("status") == "completed":
                 break
             if status.get("status") == "failed":
-                reason = status.get("error-desc", "what it printed says why")
+                reason = status.get("error-desc", "it does not say why")
                 raise feeder.error or MachineError(f"QEMU refuses the state: {reason}")
             if isinstance(feeder.error, ImageError):
                 raise feeder.error

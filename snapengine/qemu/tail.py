@@ -35,8 +35,9 @@ def end_of_sections(tail: bytes) -> int | None:
             break
         if at + 6 + int.from_bytes(tail[at + 2 : at + 6], "big") == len(tail) and _footer_before(tail, at):
             return at
-    at = len(tail) - 1  # suppress-vmdesc=on: there is no description
-    return at if at >= 0 and tail[at] == EOF and _footer_before(tail, at) else None
+    at = len(tail) - 1  # suppress-vmdesc=on: there is no description, and nothing states a length
+    whole = at >= 0 and tail[at] == EOF and sum(one.size for one in _walk(tail, at, strict=True)) == at
+    return at if whole else None
 
 
 def _footer_before(tail: bytes, at: int) -> bool:
@@ -52,14 +53,22 @@ def check_tail(tail: bytes, offset: int, name: str) -> None:
 def device_sections(tail: bytes) -> list[DeviceSection]:
     """The sections of a complete tail, in its order; as far as they can be told apart."""
     end = end_of_sections(tail)
+    return [] if end is None else _walk(tail, end)
+
+
+def _walk(tail: bytes, end: int, *, strict: bool = False) -> list[DeviceSection]:
+    """Sections up to `end`; with `strict` without one that has no footer."""
     found: list[DeviceSection] = []
     at = 0
-    while end is not None and at < end:
+    while at < end:
         header = _header(tail, at)
         if header is None:
             break
         section_id, name, instance, version, body = header
         stop = _section_end(tail, section_id, body, end)
+        if stop is None and strict:
+            break
+        stop = end if stop is None else stop
         found.append(DeviceSection(name, instance, version, stop - at))
         at = stop
     return found
@@ -80,8 +89,8 @@ def _header(tail: bytes, at: int) -> tuple[int, str, int, int, int] | None:
     return section_id, name.decode("ascii"), *_NUMBERS.unpack_from(tail, body), body + _NUMBERS.size
 
 
-def _section_end(tail: bytes, section_id: int, body: int, end: int) -> int:
-    """Behind the first footer of the section with a section or the EOF behind it."""
+def _section_end(tail: bytes, section_id: int, body: int, end: int) -> int | None:
+    """Behind the first footer of the section with a section or the EOF behind it; None: there is none."""
     footer = bytes([FOOTER]) + section_id.to_bytes(4, "big")
     at = tail.find(footer, body, end)
     while at >= 0:
@@ -89,4 +98,4 @@ def _section_end(tail: bytes, section_id: int, body: int, end: int) -> int:
         if at == end or _header(tail, at) is not None:
             return at
         at = tail.find(footer, at - FOOTER_BYTES + 1, end)
-    return end
+    return None

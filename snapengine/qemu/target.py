@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import time
+import uuid
 from collections.abc import Mapping
 
 from snapengine import attach
@@ -38,7 +39,7 @@ class QemuTarget:
     pid:
         QEMU's process; 0: the one that listens at the monitor's Unix socket.
     block_snapshots:
-        Disk (the name of `query-block`) → file: an external snapshot of each is taken at T, so the file that
+        Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken at T, so the file that
         the disk had before holds its content of T, and QEMU goes on in the new file.
 
     Raises (when the capture opens it)
@@ -242,7 +243,7 @@ class QemuTarget:
                 self.monitor.execute("remove-fd", {"fdset-id": self._state_set})
 
     def _check_disks(self) -> None:
-        known = {disk["device"] for disk in machine.disks(self.monitor)}
+        known = {disk["device"] or disk["node"] for disk in machine.disks(self.monitor)}
         for device, file in self._disks.items():
             if device not in known:
                 raise MachineError(
@@ -256,11 +257,12 @@ class QemuTarget:
 
     def _snapshot_disks(self) -> None:
         """All in one transaction: either every disk goes on in its new file, or none does."""
-        actions = [
-            {
-                "type": "blockdev-snapshot-sync",
-                "data": {"device": device, "snapshot-file": os.path.abspath(file), "format": "qcow2"},
-            }
-            for device, file in self._disks.items()
-        ]
+        nodes = {disk["node"] for disk in machine.disks(self.monitor) if not disk["device"]}
+        actions = []
+        for name, file in self._disks.items():
+            disk = {"device": name}
+            if name in nodes:
+                disk = {"node-name": name, "snapshot-node-name": f"{name}-{uuid.uuid4().hex[:8]}"}
+            data = disk | {"snapshot-file": os.path.abspath(file), "format": "qcow2"}
+            actions.append({"type": "blockdev-snapshot-sync", "data": data})
         self.monitor.execute("transaction", {"actions": actions})
