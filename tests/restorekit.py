@@ -4,19 +4,18 @@ import contextlib
 import os
 import signal
 
-from qemukit import Machine
+from machinekit import Observed
 from qmpkit import Qmp
 
 from snapengine.qemu.restore import restore_machine
 
 
-class Adopted(Machine):
+class Adopted(Observed):
     """A machine that `restore_machine` started as the successor of `machine`; ended by `kill`."""
 
     def __init__(self, machine, restored):
-        self.guest, self.accel, self.ram, self.qemu = machine.guest, machine.accel, machine.ram, machine.qemu
-        self._serial, self._log, self._shared = machine._serial, machine._log, machine._shared
-        self.room, self.process, self.pid = machine.room, restored.process, restored.pid
+        super().__init__(machine.guest, machine.room, restored.pid)
+        self.process = restored.process
         self.__dict__["progress_address"] = machine.progress_address
         self.qmp = Qmp(restored.qmp)
 

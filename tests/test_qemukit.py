@@ -199,7 +199,7 @@ def test_a_machine_that_another_command_started_is_watched_and_ended(tmp_path):
         machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=True)
         setup = machines.setup_like(machine, "-incoming", f"exec:cat {tmp_path}/state")
         with open(tmp_path / "log", "wb") as log:
-            process = subprocess.Popen(setup.command, stdout=log, stderr=log)
+            process = subprocess.Popen([*setup.command, *setup.monitors], stdout=log, stderr=log)
         new = machines.adopt(setup, process.pid, machine)
         new.wait_progress(1000)
     assert process.wait() == -signal.SIGKILL
