@@ -72,11 +72,15 @@ class Setup:
 
     @property
     def command(self):
-        """The whole command: two monitors, "kit" for the kit and "qmp" for what is tested."""
+        """The command without monitors, as for ``snapengine qemu restore``."""
         arguments = ["-display", "none", "-no-reboot", "-serial", f"file:{self.room}/serial"]
-        for name in ("kit", "qmp"):
-            arguments += ["-qmp", f"unix:{self.room}/{name},server=on,wait=off"]
         return [self.qemu or find_qemu(), *self.machine_arguments, *arguments]
+
+    @property
+    def monitors(self):
+        """Arguments for two monitors: "kit" for the kit, "qmp" for what is tested."""
+        names = [f"unix:{self.room}/{name},server=on,wait=off" for name in ("kit", "qmp")]
+        return [argument for name in names for argument in ("-qmp", name)]
 
 
 class Machine(Observed):
@@ -87,14 +91,15 @@ class Machine(Observed):
 
     def __init__(self, setup, incoming=False):
         self.setup = setup
-        self.qemu = setup.command[0]
+        self.command = setup.command
+        self.qemu = self.command[0]
         filled = setup.guest.fill and not incoming
         more = ["-S"] if incoming or filled else []
         if incoming:
             more += ["-incoming", "defer"]
         with open(setup.room / "log", "wb") as log:
             self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *setup.command, *more],
+                ["setpriv", "--pdeathsig", "KILL", *setup.command, *setup.monitors, *more],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         super().__init__(setup.guest, setup.room, self.process.pid)
@@ -139,7 +144,7 @@ class Machines:
         return _as_before(self._start(self.setup_like(machine, *extra, **changes), True), machine)
 
     def adopt(self, setup, pid, machine):
-        """Watch, and kill in the end, a QEMU that was started with ``setup.command`` to follow `machine`."""
+        """Watch, and kill in the end, a QEMU started with the command and the monitors of `setup`."""
         found = Observed(setup.guest, setup.room, pid)
         self._adopted.append((setup, found))
         found.connect()

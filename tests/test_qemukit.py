@@ -128,10 +128,9 @@ def test_linux_finds_a_changed_byte(machines, linux_guest):
     machine.wait_serial(r"^FAIL page 0 does not hold write")
 
 
-@pytest.mark.parametrize("check", ["exact", "atleast"])
-def test_linux_finds_a_disk_that_went_back(machines, linux_guest, check, tmp_path):
+def test_linux_finds_a_disk_that_went_back(machines, linux_guest, tmp_path):
     disk = make_disk(tmp_path / "disk")
-    machine = machines(linux_guest(disk=disk, rate=2000, batch=500, check=check)).ready()
+    machine = machines(linux_guest(disk=disk, rate=2000, batch=500, check="atleast")).ready()
     machine.qmp("stop")
     old = disk.read_bytes()
     machine.qmp("cont")
@@ -183,8 +182,9 @@ def test_qemu_ends_with_who_started_it(machines):
         "print(machine.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(machines.room)]
-    path = os.pathsep.join(sys.path)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as starter:
+    # Killed, it removes nothing: what it leaves is in the room that goes with this test.
+    changed = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(machines.room)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | changed) as starter:
         pid = int(starter.stdout.readline())
         assert alive(pid)
         starter.send_signal(signal.SIGKILL)
@@ -199,7 +199,7 @@ def test_a_machine_that_another_command_started_is_watched_and_ended(tmp_path):
         machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=True)
         setup = machines.setup_like(machine, "-incoming", f"exec:cat {tmp_path}/state")
         with open(tmp_path / "log", "wb") as log:
-            process = subprocess.Popen(setup.command, stdout=log, stderr=log)
+            process = subprocess.Popen([*setup.command, *setup.monitors], stdout=log, stderr=log)
         new = machines.adopt(setup, process.pid, machine)
         new.wait_progress(1000)
     assert process.wait() == -signal.SIGKILL
