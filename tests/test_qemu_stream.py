@@ -11,7 +11,9 @@ import pytest
 import qemukit
 
 import snapengine
-from snapengine.qemu.regenerate import stream_blobs, write_stream
+from snapengine.qemu.blobs import read_machine
+from snapengine.qemu.ingest import ingest
+from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
 
 MIB = qemukit.MIB
 EMULATORS = qemukit.emulators() or [None]
@@ -106,27 +108,29 @@ def test_into_an_image_and_on_in_a_new_machine(started, environment, tmp_path, w
     goes_on(resumed, tmp_path)
 
 
-def test_a_head_from_scratch_and_a_stream_without_an_end(started, tmp_path):
-    """What QEMU asks of a head and of the RAM's sections is no more than what is made."""
-    from snapengine.qemu.ingest import ingest
-    from snapengine.qemu.regenerate import make_head
-
+@pytest.mark.parametrize("send_configuration", [True, False])
+def test_a_head_from_scratch_and_devices_from_elsewhere(started, tmp_path, send_configuration):
+    """The devices' state may come without RAM, from QMP: a made head and that state are a stream, too."""
     machine = started()
     ready(machine)
+    machine.qmp("stop")
+    machine.qmp("xen-save-devices-state", filename=str(tmp_path / "devices"), live=False)
     machine.qmp("migrate", uri=f"exec:cat > {tmp_path / 'stream'}")
     assert machine.wait_migration() == "completed"
     machine.close()
     with (tmp_path / "stream").open("rb") as file:
         ingest(file.fileno(), tmp_path / "vm")
     with snapengine.open_image(tmp_path / "vm") as image, (tmp_path / "again").open("wb") as file:
-        parser_head, tail = stream_blobs(image)
-        blocks = [(region.name, region.length) for region in image.regions]
-        machine_type = parser_head[13 : 13 + parser_head[12]].decode()
-        write_stream(image, file.fileno(), make_head(machine_type, blocks), tail, holes="send")
+        machine_type = read_machine(image)["machine_type"] if send_configuration else None
+        head = make_head(machine_type, [(region.name, region.length) for region in image.regions])
+        write_stream(image, file.fileno(), head, (tmp_path / "devices").read_bytes()[8:], holes="send")
         ram = image.read("pc.ram", 0, qemukit.MEMORY)
-    resumed = started("-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
+    off = [] if send_configuration else ["-global", "migration.send-configuration=off"]
+    resumed = started(*off, "-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
     assert resumed.wait_migration() == "completed"
     assert resumed.read(MIB, qemukit.MEMORY - MIB, tmp_path) == ram[MIB:]
+    resumed.qmp("cont")
+    goes_on(resumed, tmp_path)
 
 
 def test_a_capability_that_is_not_known(started, tmp_path):
