@@ -173,10 +173,10 @@ cdef class StreamParser:
 
     def _text(self, length, what):
         start = self.offset
-        try:
-            return self.take(length).decode()
-        except UnicodeDecodeError:
-            raise StreamError(f"{self.name}: {what} is not text", start) from None
+        text = self.take(length).decode(errors="surrogateescape")
+        if not text.isprintable():  # nor is a lone surrogate
+            raise StreamError(f"{self.name}: {what} is not text", start)
+        return text
 
     def _peek(self):
         if self.end == self.begin:

@@ -129,7 +129,7 @@ class ExecSink(Sink):
         super().__init__(f"exec:{command}")
         read_end, self.fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.fd, False)  # this description is ours alone: the command has the other end
-        _enlarge(self.fd)
+        enlarge_pipe(self.fd)
         try:
             # A session of its own: abort must reach the shell's children, Ctrl-C must not.
             self._process = subprocess.Popen(
@@ -315,8 +315,9 @@ def _private_writer(fd: int) -> int:
     return reopened
 
 
-def _enlarge(fd: int) -> None:
-    """A pipe of 1 MiB instead of 64 KiB: fewer switches to the reader. Not vital, so errors are ignored."""
+def enlarge_pipe(fd: int) -> None:
+    """A pipe of 1 MiB instead of 64 KiB: fewer switches to the other end. Not vital, so errors are ignored,
+    and that `fd` may be no pipe."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 

@@ -1,115 +1,104 @@
-"""Real machines of QEMU for the tests: the emulators that are here, a guest that sweeps its memory, QMP."""
+"""Migration streams made by hand, and what their pages hold."""
 
-import contextlib
-import itertools
-import json
-import os
-import shutil
-import socket
-import subprocess
-import time
-from pathlib import Path
+import struct
 
-MIB = 1 << 20
-MEMORY = 32 * MIB
-HOT = 12 * MIB
-WAIT_S = 60
+MACHINE = "pc-i440fx-7.2"
+BLOCKS = [("pc.ram", 64 * 4096), ("/rom@etc/acpi/rsdp", 4096), ("pc.bios", 3 * 4096)]
+RAM_ID = 2
+ZERO, PAGE, EOS, CONTINUE = 0x02, 0x08, 0x10, 0x20
+ZEROS = bytes(4096)
 
 
-def emulators():
-    """Paths: those in SNAPENGINE_TEST_QEMU (separated by colons), else the one in PATH."""
-    named = os.environ.get("SNAPENGINE_TEST_QEMU")
-    found = named.split(":") if named else [shutil.which("qemu-system-x86_64")]
-    return [path for path in found if path]
+def u32(value):
+    return struct.pack(">I", value)
 
 
-def version(emulator):
-    """Such as (7, 2)."""
-    text = subprocess.run([emulator, "--version"], capture_output=True, text=True, check=True).stdout
-    return tuple(int(part) for part in text.split("version ")[1].split()[0].split(".")[:2])
+def u64(value):
+    return struct.pack(">Q", value)
 
 
-def build_guest(room):
-    """The boot sector of targets/sweepguest.S as a disk image."""
-    source = Path(__file__).parent / "targets" / "sweepguest.S"
-    objects, disk = room / "guest.o", room / "guest.img"
-    symbols = [f"--defsym=END={MEMORY}", f"--defsym=HOT={HOT}"]
-    subprocess.run(["as", "--32", *symbols, "-o", objects, source], check=True)
-    link = ["ld", "-m", "elf_i386", "-Ttext", "0x7c00", "--oformat", "binary", "-o", disk, objects]
-    subprocess.run(link, check=True)
-    with disk.open("r+b") as file:
-        file.truncate(64 << 10)
-    return disk
+def text(name):
+    return bytes([len(name.encode())]) + name.encode()
 
 
-class Machine:
-    """One QEMU process, TCG, with a QMP socket; `serial` is what the guest said."""
-
-    def __init__(self, emulator, room, disk, *arguments, env=None):
-        self._socket = room / f"qmp{time.monotonic_ns()}"
-        self.serial = room / "serial"
-        line = [emulator, "-machine", "pc", "-accel", "tcg", "-m", str(MEMORY // MIB), "-display", "none",
-                "-nodefaults", "-snapshot", "-drive", f"file={disk},format=raw,if=ide",
-                "-serial", f"file:{self.serial}", "-qmp", f"unix:{self._socket},server=on,wait=off",
-                *arguments]  # fmt: skip
-        self.process = subprocess.Popen(line, cwd=room, env=env, stdin=subprocess.DEVNULL)
-        self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.settimeout(WAIT_S)
-        wait_for(self._connect)
-        self._replies = self._connection.makefile("rb")
-        self._replies.readline()
-        self.qmp("qmp_capabilities")
-
-    def _connect(self):
-        assert self.process.poll() is None, "QEMU ended at its start"
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            self._connection.connect(str(self._socket))
-            return True
-        return False
-
-    def qmp(self, command, **arguments):
-        """The command's result; an error fails the test."""
-        request = {"execute": command, "arguments": arguments}
-        self._connection.sendall(json.dumps(request).encode() + b"\n")
-        while True:
-            reply = json.loads(self._replies.readline())
-            assert "error" not in reply, reply
-            if "return" in reply:
-                return reply["return"]
-
-    def monitor(self, line):
-        """A line of the human monitor; its answer."""
-        return self.qmp("human-monitor-command", **{"command-line": line})
-
-    def wait_migration(self):
-        """Wait for the end; the status."""
-        ends = ("completed", "failed", "cancelled")
-        wait_for(lambda: self.qmp("query-migrate").get("status") in ends)
-        return self.qmp("query-migrate")["status"]
-
-    def read(self, start, length, room):
-        """Guest memory."""
-        path = room / "memory"
-        self.qmp("pmemsave", val=start, size=length, filename=str(path))
-        return path.read_bytes()
-
-    def close(self):
-        """End it, whatever state it is in."""
-        self._replies.close()
-        self._connection.close()
-        self.process.kill()
-        self.process.wait(WAIT_S)
+def footer(section_id=RAM_ID):
+    return b"\x7e" + u32(section_id)
 
 
-def wait_for(condition):
-    """Until it is true, or the test fails."""
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
+def subsection(name, body, version=1):
+    return b"\x05" + text(name) + u32(version) + body
 
 
-def steps(memory, start=0):
-    """How often the swept byte changes from page to page; `memory` begins at 1 MiB."""
-    values = memory[start + 8 : HOT - MIB : 4096]
-    return [(a - b) % 256 for a, b in itertools.pairwise(values) if a != b]
+def configuration(*subsections, machine=MACHINE):
+    return b"\x07" + u32(len(machine)) + machine.encode() + b"".join(subsections)
+
+
+def capabilities(*names):
+    return subsection("configuration/capabilities", u32(len(names)) + b"".join(map(text, names)))
+
+
+def ram_start(blocks=BLOCKS, *, total=None, version=4, name="ram", end=None):
+    total = sum(used for _, used in blocks) if total is None else total
+    listed = b"".join(text(block) + u64(used) for block, used in blocks)
+    head = b"\x01" + u32(RAM_ID) + text(name) + u32(0) + u32(version)
+    return head + u64(total | 4) + listed + u64(EOS if end is None else end) + footer()
+
+
+def head(blocks=BLOCKS, config=None):
+    return b"QEVM" + u32(3) + (configuration() if config is None else config) + ram_start(blocks)
+
+
+def record(offset, data, block=None):
+    """One page; `block` None: that of the record before. Zeros as None."""
+    flags = (ZERO if data is None else PAGE) | (CONTINUE if block is None else 0)
+    return u64(offset | flags) + (b"" if block is None else text(block)) + (b"\0" if data is None else data)
+
+
+def section(*records, kind=2, section_id=RAM_ID):
+    return bytes([kind]) + u32(section_id) + b"".join(records) + u64(EOS) + footer(section_id)
+
+
+def device(name, body, section_id, instance=0):
+    begin = b"\x04" + u32(section_id) + text(name) + u32(instance) + u32(1)
+    return begin + body + footer(section_id)
+
+
+def tail(description=b'{"devices": []}'):
+    # A device may well hold what looks like its own footer, or like the mark of the description.
+    devices = device("timer", bytes(24), 0) + device("cpu", b"\x7e" + u32(4) + b"\5\0\x06 state", 4)
+    end = b"\0" if description is None else b"\0\x06" + u32(len(description)) + description
+    return devices + end
+
+
+def filled(number):
+    """A page that holds its number all over."""
+    return struct.pack("<I", number + 1) * 1024
+
+
+def records_of(pages):
+    """Records for a list of (block, page number, bytes or None), with CONTINUE where it can be."""
+    before = None
+    for block, number, data in pages:
+        yield record(number * 4096, data, None if block == before else block)
+        before = block
+
+
+def stream(pages, *, blocks=BLOCKS, end=True, description=b'{"devices": []}'):
+    """A whole stream with these pages, in one PART section."""
+    closing = section(kind=3) if end else b""
+    return head(blocks) + section(*records_of(pages)) + closing + tail(description)
+
+
+def memory_of(pages, blocks=BLOCKS):
+    """What a machine has after it has read such a stream: block -> bytes."""
+    memory = {name: bytearray(used) for name, used in blocks}
+    for block, number, data in pages:
+        memory[block][number * 4096 : number * 4096 + 4096] = ZEROS if data is None else data
+    return {name: bytes(data) for name, data in memory.items()}
+
+
+SOME_PAGES = [
+    ("pc.ram", 0, filled(0)), ("pc.ram", 1, None), ("pc.ram", 2, filled(2)), ("pc.bios", 2, filled(3)),
+    ("pc.ram", 2, filled(4)), ("pc.ram", 0, None), ("pc.ram", 63, ZEROS), ("pc.bios", 0, filled(5)),
+    ("pc.bios", 0, filled(6)), ("pc.ram", 1, filled(7)),
+]  # fmt: skip

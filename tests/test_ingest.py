@@ -14,9 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snapengine
-from snapengine.errors import ImageError, LostPagesError, SinkError, StreamError
+from snapengine.errors import (
+    CorruptImageError,
+    ImageError,
+    LostPagesError,
+    SinkError,
+    StreamError,
+    UnsupportedVersionError,
+)
 from snapengine.options import Options
 from snapengine.packing import DATA, HOLE, LOST, ZERO
+from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.regenerate import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.sinks import MemorySink
@@ -127,6 +135,35 @@ def test_extra_blobs(tmp_path):
         take_in(b"", tmp_path / "no", extra_blobs={"qemu.machine": b"[]"})
 
 
+def test_the_description_of_a_machine(tmp_path):
+    take_in(kit.stream(kit.SOME_PAGES), tmp_path / "vm", extra_blobs={"qemu.machine": b'{"cpu": "max"}'})
+    with snapengine.open_image(tmp_path / "vm") as image:
+        assert read_machine(image)["cpu"] == "max"
+    with image_with([], [(Region("a", 0, 4096), 0)]) as image:
+        assert read_machine(image) is None
+
+
+GOOD = '"via": "x", "machine_type": null, "ram_blocks": []'
+WRONG = {
+    "": CorruptImageError, "[]": CorruptImageError, "{": CorruptImageError, "\udcff": CorruptImageError,
+    "[" * 100_000: CorruptImageError, "{}": UnsupportedVersionError,
+    f'{{"version": 2, {GOOD}}}': UnsupportedVersionError,
+    '{"version": 1, "via": "x", "machine_type": 3, "ram_blocks": []}': CorruptImageError,
+    '{"version": 1, "via": "x", "ram_blocks": [{"name": "a"}]}': CorruptImageError,
+    f'{{"version": 1, {GOOD}}}' + " " * (1 << 20): CorruptImageError,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:30])
+def test_a_wrong_description_is_refused(text):
+    blob = text.encode("utf-8", "surrogateescape")
+    with (
+        image_with([], [(Region("a", 0, 4096), 0)], {"qemu.machine": blob}) as image,
+        pytest.raises(WRONG[text], match=r"qemu\.machine"),
+    ):
+        read_machine(image)
+
+
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("length", [0, 30, 200, 9000, len(kit.stream(kit.SOME_PAGES)) - 1])
 def test_a_cut_stream_leaves_nothing(tmp_path, direct, length):
@@ -206,13 +243,15 @@ def test_a_head_from_scratch():
         make_head("pc", [("a" * 256, 4096)])
 
 
-def image_with(chunks, regions):
+def image_with(chunks, regions, blobs=None):
     """An image of hand-made chunks: a list of (entries, data)."""
     sink = MemorySink()
     writer = Writer(sink)
     writer.begin(regions)
     for entries, data in chunks:
         writer.py_chunk(entries, data)
+    for name, blob in (blobs or {}).items():
+        writer.vmstate(name, blob)
     writer.finish({})
     with open(os.memfd_create("image"), "w+b") as file:
         file.write(sink.getvalue())

@@ -8,26 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
-import streamkit
+import streamqemu
 
 import snapengine
-from snapengine.qemu.regenerate import stream_blobs, write_stream
+from snapengine.qemu.blobs import read_machine
+from snapengine.qemu.ingest import ingest
+from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
 
-MIB = streamkit.MIB
-EMULATORS = streamkit.emulators() or [None]
+MIB = streamqemu.MIB
+EMULATORS = streamqemu.emulators() or [None]
 
 
 @pytest.fixture(params=EMULATORS, ids=lambda path: Path(path).name if path else "none")
 def emulator(request):
     if request.param is None:
         pytest.skip("qemu-system-x86_64 is not installed")
-    print("QEMU", *streamkit.version(request.param))
+    print("QEMU", *streamqemu.version(request.param))
     return request.param
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    return streamkit.build_guest(tmp_path_factory.mktemp("guest"))
+    return streamqemu.build_guest(tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def started(emulator, disk, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, env=None):
-            machine = streamkit.Machine(emulator, tmp_path, disk, *arguments, env=env)
+            machine = streamqemu.Machine(emulator, tmp_path, disk, *arguments, env=env)
             stack.callback(machine.close)
             return machine
 
@@ -55,7 +57,7 @@ def environment(tmp_path):
 
 
 def ready(machine):
-    streamkit.wait_for(lambda: machine.serial.exists() and b"R" in machine.serial.read_bytes())
+    streamqemu.wait_for(lambda: machine.serial.exists() and b"R" in machine.serial.read_bytes())
 
 
 def rounds(machine, room):
@@ -65,9 +67,9 @@ def rounds(machine, room):
 def goes_on(machine, room):
     """The guest makes rounds, and has left nothing out."""
     before = rounds(machine, room)
-    streamkit.wait_for(lambda: rounds(machine, room) != before)
+    streamqemu.wait_for(lambda: rounds(machine, room) != before)
     machine.qmp("stop")
-    assert streamkit.steps(machine.read(MIB, streamkit.HOT - MIB, room)) in ([], [1])
+    assert streamqemu.steps(machine.read(MIB, streamqemu.HOT - MIB, room)) in ([], [1])
     machine.qmp("cont")
 
 
@@ -82,51 +84,53 @@ def test_into_an_image_and_on_in_a_new_machine(started, environment, tmp_path, w
     assert "continuing detached" in answer  # only a terminal can wait
     assert machine.wait_migration() == "completed"
     assert "completed" in machine.monitor("info migrate")
-    streamkit.wait_for((tmp_path / "vm_state").exists)
+    streamqemu.wait_for((tmp_path / "vm_state").exists)
     if "background" in way:
         goes_on(machine, tmp_path)
     machine.close()
 
     with snapengine.open_image(tmp_path / "vm_state") as image:
         image.verify()
-        ram = image.read("pc.ram", 0, streamkit.MEMORY)
+        ram = image.read("pc.ram", 0, streamqemu.MEMORY)
         blobs = stream_blobs(image)
         assert image.stats["duplicate_pages"] == 0 or way == "plain"
         with (tmp_path / "again").open("wb") as file:
             write_stream(image, file.fileno())
-    assert streamkit.steps(ram[MIB : streamkit.HOT]) in ([], [1])
+    assert streamqemu.steps(ram[MIB : streamqemu.HOT]) in ([], [1])
     data = (tmp_path / "again").read_bytes()
     assert data.startswith(blobs[0])
     assert data.endswith(blobs[1])
 
     resumed = started("-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
     assert resumed.wait_migration() == "completed"
-    assert resumed.read(MIB, streamkit.MEMORY - MIB, tmp_path) == ram[MIB:]
+    assert resumed.read(MIB, streamqemu.MEMORY - MIB, tmp_path) == ram[MIB:]
     resumed.qmp("cont")
     goes_on(resumed, tmp_path)
 
 
-def test_a_head_from_scratch_and_a_stream_without_an_end(started, tmp_path):
-    """What QEMU asks of a head and of the RAM's sections is no more than what is made."""
-    from snapengine.qemu.ingest import ingest
-    from snapengine.qemu.regenerate import make_head
-
+@pytest.mark.parametrize("send_configuration", [True, False])
+def test_a_head_from_scratch_and_devices_from_elsewhere(started, tmp_path, send_configuration):
+    """The devices' state may come without RAM, from QMP: a made head and that state are a stream, too."""
     machine = started()
     ready(machine)
+    machine.qmp("stop")
+    machine.qmp("xen-save-devices-state", filename=str(tmp_path / "devices"), live=False)
     machine.qmp("migrate", uri=f"exec:cat > {tmp_path / 'stream'}")
     assert machine.wait_migration() == "completed"
     machine.close()
     with (tmp_path / "stream").open("rb") as file:
         ingest(file.fileno(), tmp_path / "vm")
     with snapengine.open_image(tmp_path / "vm") as image, (tmp_path / "again").open("wb") as file:
-        parser_head, tail = stream_blobs(image)
-        blocks = [(region.name, region.length) for region in image.regions]
-        machine_type = parser_head[13 : 13 + parser_head[12]].decode()
-        write_stream(image, file.fileno(), make_head(machine_type, blocks), tail, holes="send")
-        ram = image.read("pc.ram", 0, streamkit.MEMORY)
-    resumed = started("-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
+        machine_type = read_machine(image)["machine_type"] if send_configuration else None
+        head = make_head(machine_type, [(region.name, region.length) for region in image.regions])
+        write_stream(image, file.fileno(), head, (tmp_path / "devices").read_bytes()[8:], holes="send")
+        ram = image.read("pc.ram", 0, streamqemu.MEMORY)
+    off = [] if send_configuration else ["-global", "migration.send-configuration=off"]
+    resumed = started(*off, "-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
     assert resumed.wait_migration() == "completed"
-    assert resumed.read(MIB, streamkit.MEMORY - MIB, tmp_path) == ram[MIB:]
+    assert resumed.read(MIB, streamqemu.MEMORY - MIB, tmp_path) == ram[MIB:]
+    resumed.qmp("cont")
+    goes_on(resumed, tmp_path)
 
 
 def test_a_capability_that_is_not_known(started, tmp_path):
@@ -136,7 +140,7 @@ def test_a_capability_that_is_not_known(started, tmp_path):
     environment = f"PYTHONPATH={shlex.quote(str(Path(snapengine.__file__).parent.parent))}"
     words = f"{environment} {shlex.join(line)} 2> {tmp_path / 'words'}"
     machine.qmp("migrate", uri=f"exec:{words}")
-    streamkit.wait_for(lambda: (tmp_path / "words").exists() and (tmp_path / "words").read_text())
+    streamqemu.wait_for(lambda: (tmp_path / "words").exists() and (tmp_path / "words").read_text())
     assert "x-ignore-shared" in (tmp_path / "words").read_text()
     assert not (tmp_path / "vm").exists()
 
@@ -146,10 +150,10 @@ def test_a_migration_that_is_cancelled_leaves_nothing(started, environment, tmp_
     ready(machine)
     machine.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
     machine.monitor('migrate -d "exec:snapengine ingest - ./vm_state"')
-    streamkit.wait_for(lambda: machine.qmp("query-migrate").get("ram", {}).get("transferred", 0) > 100_000)
+    streamqemu.wait_for(lambda: machine.qmp("query-migrate").get("ram", {}).get("transferred", 0) > 100_000)
     machine.monitor("migrate_cancel")
     assert machine.wait_migration() == "cancelled"
-    streamkit.wait_for(lambda: not [name for name in os.listdir(tmp_path) if "vm_state" in name])
+    streamqemu.wait_for(lambda: not [name for name in os.listdir(tmp_path) if "vm_state" in name])
     goes_on(machine, tmp_path)
 
 

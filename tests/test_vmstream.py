@@ -162,6 +162,9 @@ REFUSED = {
     "a name that is no text": (
         kit.head([("abc", 4096)]).replace(b"abc", b"\xff\xfe\xfd"), RAM_OFFSET + 26, ["not text"],
     ),
+    "a name that rings": (
+        kit.head([("abc", 4096)]).replace(b"abc", b"a\7c"), RAM_OFFSET + 26, ["not text"],
+    ),
     "multifd": (
         b"QEVM" + kit.u32(3) + kit.configuration() + kit.ram_start([("a", 4096)], end=0x200),
         RAM_OFFSET + 35, ["multifd"],

@@ -6,8 +6,6 @@ Python, so that a Ctrl-C reaches it whatever the others wait for.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import select
 import threading
@@ -22,7 +20,7 @@ from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
 from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
-from snapengine.sinks import PIPE_BYTES, Sink, open_sink
+from snapengine.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink
 from snapengine.vmpages import DirectIntake, Spool
 
 __all__ = ["drain", "ingest"]
@@ -136,8 +134,7 @@ class _Ingest:
 
     def run(self, watch: Callable[[int], None] | None) -> Result:
         """The whole work, on a thread of its own."""
-        with contextlib.suppress(OSError):  # not a pipe, or no more is allowed: only slower
-            fcntl.fcntl(self._stream_fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        enlarge_pipe(self._stream_fd)
         worker = threading.Thread(target=self._work, name="snapengine-ingest")
         try:
             worker.start()

@@ -22,6 +22,7 @@ from snapengine.errors import ImageError
 from snapengine.image import Image
 from snapengine.qemu.blobs import HEAD, TAIL
 from snapengine.sections import ImageRegion
+from snapengine.sinks import enlarge_pipe
 from snapengine.vmsend import PageSender
 from snapengine.vmstream import HEAD_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
 
@@ -120,6 +121,7 @@ def write_stream(
     parser = _parse_head(head)
     regions = _regions_of(image, parser.ram_blocks)
     senders = [_sender(image, region, fd) for region in regions]  # before the reader gets half a stream
+    enlarge_pipe(fd)
     total = _write_all(fd, head)
     data = zeros = 0
     for region, sender in zip(regions, senders, strict=True):
