@@ -23,7 +23,8 @@ MIB = 1 << 20
 PAGE = 4096
 N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
 # targets/victim.c
-UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN = range(1, 13)
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE = range(1, 11)
+WRITE, MAP_AGAIN = 11, 12
 
 
 class GatedFile(FileSink):
@@ -81,6 +82,8 @@ def save(target, path, deed, cut="soft", regions=None, **options):
     chosen = ProcessTarget(target.pid, regions or target.region, cut=cut)
     with snapengine.snapshot(chosen, sink, memory_limit=16 * MIB, **options) as capture:
         try:
+            # Zero pages saved after their file was punched may have been in the hole: they would be lost too.
+            until(lambda: capture.progress().pages_done >= 256, "the walk does not begin")
             target.act(deed)
         finally:
             sink.gate.set()

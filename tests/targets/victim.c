@@ -44,7 +44,8 @@ static void map_a_file(char *part, uint64_t bytes) {
 }
 
 static void move(char *part, uint64_t bytes) {
-    char *place = mmap(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *place = mmap(0, bytes + unit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    place += -(uint64_t)place & (unit - 1);
     require(mremap(part, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place);
     write_pages(place, bytes / PAGE, 99);
 }
