@@ -41,6 +41,10 @@ cdef void _in_pieces(int fd, uint64_t start, uint64_t end, uint64_t unit) noexce
         start += length
 
 
+cdef void unregister_range(int fd, uint64_t start, uint64_t end) noexcept nogil:
+    _piece(fd, start, end - start, PAGE)
+
+
 cdef uint64_t _next_region(capture_t *capture, uint64_t addr) noexcept nogil:
     """Where the next region begins, as far as it is registered."""
     cdef int i
