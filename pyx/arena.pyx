@@ -16,6 +16,7 @@ from snapengine.oserror cimport raise_oserror
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
+    const int MADV_FREE
     const int MADV_HUGEPAGE
     const int MADV_WIPEONFORK
 
@@ -65,6 +66,11 @@ cdef class Arena:
             madvise(self.base, self.length, MADV_HUGEPAGE)
             if madvise(self.base, (wanted + 4095) & ~<uint64_t>4095, MADV_POPULATE_WRITE) != 0:
                 memset(self.base, 0, wanted)
+
+    cdef void lend(self):
+        """The content is not needed any more: the kernel may take the pages back when it runs short (madvise(2),
+        MADV_FREE). Until then a next user finds them present."""
+        madvise(self.base, self.length, MADV_FREE)
 
     def __dealloc__(self):
         if self.base != NULL:

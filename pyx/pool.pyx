@@ -285,6 +285,26 @@ cdef int pool_unspill(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t
     return err
 
 
+# The slots of the last capture, for the next one: where a hypervisor backs memory lazily, and takes it back
+# when it is free, the first touch of 16 MiB costs 50 to 120 ms. Read and written with the GIL.
+cdef Arena _kept = None
+
+
+cdef Arena _slots_memory(uint64_t length):
+    global _kept
+    cdef Arena memory = _kept
+    if memory is not None and length <= memory.length <= 2 * length:
+        _kept = None
+        return memory
+    return Arena(length)
+
+
+cdef void _keep(Arena memory):
+    global _kept
+    memory.lend()
+    _kept = memory
+
+
 cdef class Pool:
     """Slots, queue and spill file of one capture.
 
@@ -323,7 +343,7 @@ cdef class Pool:
             ring *= 2
         self.control = Arena(sizeof(pool_t) + n * 4)
         self.control.touch()
-        self.memory = Arena(n * (slot_bytes + MAP_BYTES))
+        self.memory = _slots_memory(n * (slot_bytes + MAP_BYTES))
         self.memory.touch(min(n, max(least, EARLY_SLOTS)) * (slot_bytes + MAP_BYTES))
         self.queue = Arena(ring * sizeof(chunk_ref))
         self.pool = <pool_t *>self.control.base
@@ -369,5 +389,7 @@ cdef class Pool:
         """Free the slots and the spill file (it has no name: its space is free then). Idempotent. Only after
         all threads have ended."""
         self.spill_file.close()
+        if self.memory is not None:
+            _keep(self.memory)
         self.memory = None
         self.queue = None

@@ -5,6 +5,7 @@ cdef class Arena:
     # Zeroed memory of its own mapping, for what capture threads write.
     cdef readonly uint64_t length         # bytes
     cdef char *base
+    cdef void lend(self)
 
 
 cdef class FileView:

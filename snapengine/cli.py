@@ -12,8 +12,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from snapengine import __version__, cli_image, cli_save, cli_tools
-from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_PIPE, Interrupted, interruptible, raw
+from snapengine import __version__, cli_image, cli_ingest, cli_qemu, cli_save, cli_tools
+from snapengine.cli_common import (
+    EXIT_CODES,
+    EXIT_ERROR,
+    EXIT_PIPE,
+    Interrupted,
+    interruptible,
+    raw,
+    silence_stdout,
+)
 from snapengine.errors import SnapengineError
 
 DESCRIPTION = """\
@@ -37,7 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"snapengine {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     cli_save.add_parser(commands)
+    cli_ingest.add_parser(commands)
     cli_image.add_parsers(commands)
+    cli_qemu.add_parser(commands)
     cli_tools.add_parsers(commands)
     return parser
 
@@ -67,13 +77,6 @@ def stdout_is_broken() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
-
-
-def silence_stdout() -> None:
-    """After a broken pipe: keep the interpreter from failing once more when it flushes stdout at the end."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

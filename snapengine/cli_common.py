@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -72,6 +73,13 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in previous:
             signal.signal(number, previous[number])
+
+
+def silence_stdout() -> None:
+    """After a broken pipe: keep the interpreter from failing once more when it flushes stdout at the end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -15,9 +15,11 @@ __all__ = [
     "HandoverError",
     "ImageError",
     "LostPagesError",
+    "MachineError",
     "RegisterError",
     "SinkError",
     "SnapengineError",
+    "StreamError",
     "TargetGoneError",
     "TruncatedImageError",
     "UffdError",
@@ -56,6 +58,10 @@ class AttachError(SnapengineError, OSError):
     process, EPERM not allowed, EBUSY traced already, ETIMEDOUT it did not stop, EOPNOTSUPP never possible."""
 
 
+class MachineError(SnapengineError, RuntimeError):
+    """A QEMU machine cannot be saved or restored, or refused a command; the text says which and why."""
+
+
 class HandoverError(SnapengineError, ValueError):
     """A peer's hand-over message is malformed or does not fit its memory map."""
 
@@ -70,6 +76,17 @@ class SinkError(SnapengineError, OSError):
 
 class CaptureCancelled(SnapengineError):
     """The capture was cancelled; the target is released and no image is left."""
+
+
+class StreamError(SnapengineError, ValueError):
+    """A virtual machine's migration stream is cut, damaged, or holds what this package does not know.
+
+    ``offset`` is the byte offset in the stream of what is refused.
+    """
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(f"{message} (at byte {offset})")
+        self.offset = offset
 
 
 class ImageError(SnapengineError, ValueError):

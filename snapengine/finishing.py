@@ -76,7 +76,8 @@ def _about_attached(parts: Parts) -> dict[str, Any]:
     if target is None:
         return {}
     left_out = [not_captured_object(item) for item in target.not_captured]
-    return {"cut": target.cut, "injection_ns": target.injection_ns, "not_captured": left_out}
+    about = {"cut": target.cut, "injection_ns": target.injection_ns, "not_captured": left_out}
+    return about | {"stop_parts_ns": dict(getattr(target, "stop_parts_ns", {}))}
 
 
 def _late_warnings(parts: Parts) -> list[str]:

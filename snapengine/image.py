@@ -223,8 +223,8 @@ class Image:
             start = max(page * PAGE_BYTES - low, 0)
             yield start, min((page + pages) * PAGE_BYTES - low, place.length) - start, RUN_KINDS[kind]
 
-    def restorer(self, region: ImageRegion, offset: int, length: int) -> Restorer:
-        """A plan for these bytes, after it is sure that the image has all of them."""
+    def checked_runs(self, region: ImageRegion, offset: int, length: int) -> Runs:
+        """`resolve`, after it is sure that the image has all of these bytes."""
         runs = self.resolve(region, offset, length)
         low = region.start_byte + offset
         end = -(-(low + length) // PAGE_BYTES) if length else low // PAGE_BYTES
@@ -234,7 +234,12 @@ class Image:
         lost = runs.first_of(LOST)
         if lost is not None:
             raise LostPagesError(f"{self.name}: {page_text(region, lost)} was lost at capture time")
-        return Restorer(self.index, runs, low, low + length)
+        return runs
+
+    def restorer(self, region: ImageRegion, offset: int, length: int) -> Restorer:
+        """A plan for these bytes, after it is sure that the image has all of them."""
+        low = region.start_byte + offset
+        return Restorer(self.index, self.checked_runs(region, offset, length), low, low + length)
 
     def read(self, region: RegionSpec, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` in a region."""

@@ -60,6 +60,9 @@ class Result:
     """Mappings of an attached process that are not in the image: ``start``, ``end``, ``perms``, ``path`` and
     ``reason``."""
 
+    stop_parts_ns: dict[str, int] = field(default_factory=dict)
+    """Of a QEMU machine: what its stop was spent on (see `snapengine.qemu.target.QemuTarget`)."""
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, keys in the order of the fields."""
         return asdict(self)

@@ -11,6 +11,7 @@ import pytest
 
 CI = os.environ.get("CI") == "true"
 _skipped: list[str] = []
+_ran_on: set[str] = set()
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,8 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_terminal_summary(terminalreporter):
+    for line in sorted(_ran_on):
+        terminalreporter.line(line)
     if _skipped:
         terminalreporter.section("core tests were skipped, which CI=true does not allow", red=True)
         for line in _skipped:
@@ -170,3 +173,40 @@ def programs():
 
     yield
     targetkit.remove_programs()
+
+
+@pytest.fixture
+def machines():
+    """``machines(guest, accel=...)``: a machine of QEMU that does not outlive the test (qemukit.Machines)."""
+    import qemukit
+
+    qemu = qemukit.find_qemu()
+    if qemu is None:
+        pytest.skip("no QEMU: qemu-system-x86_64 is not in PATH, and QEMU is not set")
+    _ran_on.add(f"{qemu}: QEMU {'.'.join(map(str, qemukit.qemu_version(qemu)))}")
+    with qemukit.Machines() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def linux_guest():
+    """linuxkit.Linux, where Debian's kernel can be had."""
+    import guest_kernel
+    import linuxkit
+
+    try:
+        linuxkit.initramfs()
+        _ran_on.add(f"guest: Linux {(guest_kernel.find() / 'release').read_text().strip()}")
+    except guest_kernel.NoKernel as error:
+        pytest.skip(f"no kernel for the Linux guest: {error}")
+    return linuxkit.Linux
+
+
+@pytest.fixture(params=["tcg", pytest.param("kvm", marks=pytest.mark.host_optional)])
+def accel(request):
+    """Each way that QEMU runs a guest here. (Only the sweep runs under every KVM.)"""
+    import qemukit
+
+    if request.param == "kvm" and not qemukit.kvm_usable():
+        pytest.skip("no access to /dev/kvm")
+    return request.param

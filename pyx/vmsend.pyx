@@ -1,0 +1,131 @@
+"""Pages of an image as records of a migration stream, written with writev from where they were decoded.
+
+One thread per object. It waits for the reader of the stream as long as that takes; a signal's Python handler
+runs meanwhile, and what it raises ends the wait.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memcpy
+from posix.uio cimport writev
+
+from snapengine.image_format cimport SNAP_PAGE_BYTES, SNAP_ZERO
+from snapengine.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
+from snapengine.oserror cimport raise_oserror
+from snapengine.runs cimport run_t
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLOUT
+    int poll(pollfd *fds, unsigned long count, int timeout_ms)
+
+cdef char[1] ZERO_BYTE = [0]
+
+
+cdef class PageSender(Restorer):
+    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open`, and both of `send_*`."""
+
+    def open(self, int out, bytes name not None):
+        """Send to the descriptor `out`, as the block `name` (UTF-8, at most 255 bytes)."""
+        if len(name) > 255 or self.low % SNAP_PAGE_BYTES or self.high % SNAP_PAGE_BYTES:
+            raise ValueError(f"block {name!r}: not whole pages, or a name of more than 255 bytes")
+        self.out = out
+        self.first_page = self.low // SNAP_PAGE_BYTES
+        self.block_name = name
+
+    def send_data(self):
+        """All pages that hold data. Raises what the image or the descriptor has."""
+        self.run(0, -1, 0, 0, self.jobs)
+
+    def send_zeros(self, bint holes):
+        """A record of 9 bytes for each zero page, and with `holes` for each hole."""
+        cdef size_t i
+        cdef uint64_t page
+        cdef const run_t *run
+        with nogil:
+            for i in range(self.blank.count):
+                run = &self.blank.runs[i]
+                if not holes and run.kind != SNAP_ZERO:
+                    continue
+                for page in range(run.page, run.page + run.pages):
+                    self.add(page, ZERO_BYTE, 1, RAM_ZERO)
+                    self.zero_pages += 1
+            self.flush()
+
+    cdef int place(self, size_t number, const char *payload, char *to, int to_fd,
+                   uint64_t to_offset) except -1 nogil:
+        cdef size_t i
+        cdef uint64_t page
+        cdef const char *data
+        cdef const run_t *run
+        for i in range(self.starts[number], self.starts[number + 1]):
+            run = &self.live.runs[i]
+            data = payload + <size_t>run.data_page * SNAP_PAGE_BYTES
+            for page in range(run.page, run.page + run.pages):
+                self.add(page, data, SNAP_PAGE_BYTES, RAM_PAGE)
+                data += SNAP_PAGE_BYTES
+                self.data_pages += 1
+        return self.flush()  # the payload's bytes go away
+
+    cdef int add(self, uint64_t page, const char *data, size_t length, uint64_t flag) except -1 nogil:
+        cdef iovec *part
+        cdef uint64_t word = (page - self.first_page) * SNAP_PAGE_BYTES | flag
+        cdef size_t n
+        if self.queued == BATCH:
+            self.flush()
+        part = &self.parts[2 * self.queued]
+        if self.named:
+            vm_store64(self.heads[self.queued], word | RAM_CONTINUE)
+            part[0].iov_base = self.heads[self.queued]
+            part[0].iov_len = 8
+        else:
+            with gil:
+                n = len(self.block_name)
+                memcpy(self.first_head + 9, <const char *>self.block_name, n)
+            vm_store64(self.first_head, word)
+            self.first_head[8] = <char>n
+            part[0].iov_base = self.first_head
+            part[0].iov_len = 9 + n
+            self.named = True
+        part[1].iov_base = <void *>data
+        part[1].iov_len = length
+        self.queued += 1
+        return 0
+
+    cdef int flush(self) except -1 nogil:
+        """Write what is queued."""
+        cdef iovec *part = self.parts
+        cdef int left = 2 * self.queued
+        cdef ssize_t done
+        while left:
+            done = writev(self.out, part, left)
+            if done < 0:
+                self.write_failed(errno)
+                continue
+            self.sent_bytes += <uint64_t>done
+            while left and <size_t>done >= part.iov_len:
+                done -= <ssize_t>part.iov_len
+                part += 1
+                left -= 1
+            if done:
+                part.iov_base = <char *>part.iov_base + done
+                part.iov_len -= <size_t>done
+        self.queued = 0
+        return 0
+
+    cdef int write_failed(self, int err) except -1 with gil:
+        """Return if the write is to be tried again, after a wait where the descriptor does not block."""
+        cdef pollfd entry
+        PyErr_CheckSignals()
+        if err == EAGAIN:
+            entry.fd = self.out
+            entry.events = <short>POLLOUT
+            entry.revents = 0
+            with nogil:
+                poll(&entry, 1, 50)
+        elif err != EINTR:
+            raise_oserror(err, b"write to the reader of the stream")
+        return 0

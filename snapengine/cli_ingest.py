@@ -1,0 +1,109 @@
+"""`snapengine ingest`: a virtual machine's migration stream into an image."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from snapengine.cli_common import EXIT_CODES, EXIT_OK, argument, raw, silence_stdout
+from snapengine.cli_save import make_options, report
+from snapengine.units import parse_size
+
+DESCRIPTION = """\
+Read a migration stream of QEMU to its end and make it an image: each page once, zero pages left out,
+checksummed and, with --compress, compressed. Works as the command of QEMU's `migrate "exec:..."`. Exit code
+0 means that the image is complete; if the stream is cut, or holds what is not known here, no image is left.
+"""
+EPILOG = f"""\
+STREAM is a file, or - for standard input. SINK is where the image goes: PATH, exec:COMMAND, fd:N, - or null:
+(see `snapengine save --help`).
+
+Figures are printed only if standard output is a terminal, or with --json: as a command of QEMU's, this
+shares QEMU's standard output.
+
+examples, in QEMU's monitor:
+  migrate_set_capability background-snapshot on
+  migrate "exec:snapengine ingest --direct - ./vm_state"
+  migrate "exec:snapengine ingest --compress zstd - ./vm_state"
+and in a shell:
+  snapengine ingest old-state.bin vm_state
+
+{EXIT_CODES}
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `ingest` to the command line."""
+    parser = commands.add_parser(
+        "ingest",
+        help="a migration stream of QEMU into an image",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    add = parser.add_argument
+    add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
+    add("sink", metavar="SINK", help="where the image goes")
+    add("--direct", action="store_true",
+        help="write pages as they come; for background-snapshot, which sends each once. Without, they go "
+        "through a file in --spill-dir, which keeps the last of each")  # fmt: skip
+    add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
+    add("--rate-limit", type=argument(parse_size), metavar="SIZE",
+        help="most bytes a second into the sink (default: no limit)")  # fmt: skip
+    add("--spill-dir", metavar="DIR", help="where pages wait for the end of the stream (default: $TMPDIR)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    add("--quiet", action="store_true", help="print nothing but errors (and --json)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+@contextlib.contextmanager
+def opened_stream(path: str) -> Iterator[int]:
+    """A descriptor of the stream of the command line."""
+    if path == "-":
+        yield 0
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "is a directory, not a stream", path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def fill_standard_descriptors() -> None:
+    """Where standard output or error is closed, the image would get its number, and words go into it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command."""
+    from snapengine.qemu.ingest import ingest
+
+    try:
+        options = make_options(args)
+    except ValueError as error:
+        args.parser.error(str(error))
+    fill_standard_descriptors()
+    with opened_stream(args.stream) as fd:
+        result = ingest(fd, args.sink, options, direct=args.direct,
+                        name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
+    args.quiet = args.quiet or not sys.stdout.isatty()
+    try:
+        report(result, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the image is complete: that nobody reads the figures does not change it
+        silence_stdout()
+    return EXIT_OK

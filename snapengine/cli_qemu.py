@@ -1,0 +1,25 @@
+"""`snapengine qemu`: what concerns QEMU's machines. The commands of the group are added here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from snapengine.cli_common import raw
+from snapengine.cli_qemu_analyze import add_analyze
+from snapengine.cli_qemu_restore import add_restore
+from snapengine.cli_qemu_save import add_save
+
+DESCRIPTION = "Virtual machines of QEMU.\n"
+EPILOG = "`snapengine qemu COMMAND --help` has the options and examples of each command.\n"
+
+
+def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add the group to the command line."""
+    parser = commands.add_parser(
+        "qemu", help="virtual machines of QEMU", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
+    )
+    group = parser.add_subparsers(metavar="COMMAND", required=True, dest="qemu_command")
+    add_save(group)
+    add_restore(group)
+    add_analyze(group)

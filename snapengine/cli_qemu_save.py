@@ -1,0 +1,109 @@
+"""`snapengine qemu save`: a live snapshot of a running QEMU machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from snapengine.cli_common import EXIT_CODES, argument, raw, say
+from snapengine.cli_save import exit_code, make_options, report
+from snapengine.errors import AttachError, UffdPermissionError
+from snapengine.options import METHODS
+from snapengine.progress import follow
+from snapengine.units import parse_seconds, parse_size
+
+DESCRIPTION = """\
+Save a virtual machine that stock QEMU (7.2 or newer) runs, while it goes on running. QEMU is attached to;
+the guest stands for a few milliseconds, in which the devices' state is taken and its RAM is protected, and
+runs on while the RAM is saved. The image holds the machine at one instant, every page once.
+
+Who may not attach to QEMU's process has it save itself (--via-migration): slower, but compressed,
+checked and bounded as well.
+"""
+EPILOG = f"""\
+SINK is as in `snapengine save`: PATH, file:PATH, exec:COMMAND, fd:N or -.
+
+QMP is a Unix socket (-qmp unix:PATH,server=on,wait=off) that no other client uses at the moment.
+
+examples:
+  snapengine qemu save --qmp /run/vm.qmp vm.img
+  snapengine qemu save --qmp /run/vm.qmp --compress zstd --json vm.img
+  snapengine qemu save --qmp /run/vm.qmp --block-snapshot drive0=/vm/after.qcow2 vm.img
+  snapengine qemu save --qmp /run/vm.qmp --via-migration --compress zstd vm.img
+
+{EXIT_CODES}
+"""
+
+
+def add_save(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add `qemu save`."""
+    parser = commands.add_parser(
+        "save", help="save a running machine", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
+    )
+    size, seconds = argument(parse_size), argument(parse_seconds)
+    add = parser.add_argument
+    add("sink", metavar="SINK", help="where the image goes")
+    add("--qmp", required=True, metavar="SOCKET", help="QEMU's monitor: a Unix socket")
+    add("--pid", type=int, default=0, metavar="PID", help="QEMU's process (default: who listens at SOCKET)")
+    add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
+    add("--via-migration", action="store_true",
+        help="do not attach: QEMU saves itself (background-snapshot; dirty-logging: migrate)")  # fmt: skip
+    add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
+        help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
+        "the file that it had stays as it was then; may be repeated")  # fmt: skip
+    add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
+    add("--rate-limit", type=size, metavar="SIZE", help="most bytes a second into the sink")
+    add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
+    add("--strict", action="store_true", default=None, help="fail if QEMU discards memory before it is saved")
+    add("--downtime-limit", type=seconds, metavar="SECONDS",
+        help="dirty logging: longest pause of the last round (default 0.3)")  # fmt: skip
+    add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
+    add("--max-seconds", type=seconds, metavar="SECONDS", help="dirty logging: give up after so long")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    add("--quiet", action="store_true", help="print nothing but errors (and --json)")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def parse_disk(text: str) -> tuple[str, str]:
+    """``DEVICE=FILE``. Raises ValueError."""
+    device, separator, file = text.partition("=")
+    if not (device and separator and file):
+        raise ValueError(f"{text!r} is not DEVICE=FILE")
+    return device, file
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command."""
+    from snapengine import snapshot
+    from snapengine.qemu.monitor import Monitor
+    from snapengine.qemu.target import QemuTarget
+    from snapengine.qemu.viamigration import save_by_migration
+
+    try:
+        options = make_options(args)
+    except ValueError as error:
+        args.parser.error(str(error))
+    if args.via_migration and args.block_snapshot:
+        args.parser.error(
+            "--block-snapshot goes without --via-migration: QEMU does not stop where we could take it"
+        )
+    with Monitor(args.qmp) as monitor:
+        if args.via_migration:
+            result = save_by_migration(monitor, args.sink, options)
+        else:
+            target = QemuTarget(monitor, args.pid, block_snapshots=dict(args.block_snapshot))
+            try:
+                with snapshot(target, args.sink, options) as capture:
+                    follow(capture, args.quiet)
+            except (AttachError, UffdPermissionError) as error:
+                text = f"{error.strerror}. QEMU can also save itself: --via-migration"
+                raise type(error)(error.errno, text) from None
+            result = capture.result
+    report(result, args)
+    if result.stop_parts_ns and not args.quiet and not args.json:
+        parts = ", ".join(f"{name} {ns / 1e6:.1f}" for name, ns in result.stop_parts_ns.items())
+        say(f"guest stopped {result.stop_ns / 1e6:.1f} ms (by part, ms: {parts})")
+    sys.stdout.flush()
+    return exit_code(result)

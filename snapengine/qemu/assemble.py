@@ -1,0 +1,84 @@
+"""What an image of a migration stream has beside its pages: regions, blobs, figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
+from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob
+from snapengine.result import COMPLETED, Result
+from snapengine.targets import PAGE_BYTES, Region
+from snapengine.vmpages import DirectIntake, Spool
+from snapengine.writer import Writer
+
+
+def regions_of(blocks: Sequence[tuple[str, int]]) -> list[tuple[Region, int]]:
+    """Regions and first page numbers of RAM blocks (name, bytes in use), one behind the other: a stream says
+    nothing of addresses."""
+    regions = []
+    at = 0
+    for name, used in blocks:
+        regions.append((Region(name, at, used), at // PAGE_BYTES))
+        at += used
+    return regions
+
+
+def write_end(
+    writer: Writer,
+    intake: DirectIntake | Spool,
+    options: Options,
+    blobs: dict[str, bytes],
+    members: dict[str, Any],
+    began_ns: int,
+    peak_bytes: int,
+    known: dict[str, Any] | None = None,
+) -> Result:
+    """Write what follows the pages, the image's trailer included; returns its figures.
+
+    `intake` has read all of the stream and queued all pages, which are written. `members` are added to the
+    machine's description, `began_ns` is the monotonic clock at the start, `known` are figures of the sender's.
+    """
+    for name, blob in {**_stream_blobs(intake, members), **blobs}.items():
+        writer.vmstate(name, blob, options.zstd_level)
+    stats = _figures(writer, intake, began_ns, peak_bytes).to_json() | (known or {})
+    writer.finish(stats)
+    return Result(**stats)
+
+
+def _stream_blobs(intake: DirectIntake | Spool, members: dict[str, Any]) -> dict[str, bytes]:
+    stream = {
+        "bytes": intake.offset,
+        "pages": intake.pages,
+        "zero_pages": intake.zeros,
+        "repeated": intake.repeats,
+        "ram_end": intake.has_end,
+    }
+    machine = machine_blob(VIA_STREAM, intake.machine_type, intake.ram_blocks, {"stream": stream, **members})
+    return {MACHINE: machine, HEAD: intake.head, TAIL: intake.tail}
+
+
+def _figures(writer: Writer, intake: DirectIntake | Spool, began_ns: int, peak_bytes: int) -> Result:
+    direct = isinstance(intake, DirectIntake)
+    saved = intake.saved if isinstance(intake, DirectIntake) else intake.data_pages
+    return Result(
+        method=WRITE_TRACKING if direct else DIRTY_LOGGING,
+        status=COMPLETED,
+        image_bytes=writer.image_bytes,
+        region_bytes=intake.total_pages * PAGE_BYTES,
+        nonzero_bytes=intake.data_pages * PAGE_BYTES,
+        pages_total=intake.total_pages,
+        pages_saved=saved,
+        zero_pages=intake.zero_pages,
+        hole_pages=intake.total_pages - intake.data_pages - intake.zero_pages,
+        duplicate_pages=saved - intake.data_pages,
+        faults=0,
+        rounds=0,
+        arm_ns=0,
+        stop_ns=0,
+        duration_ns=time.monotonic_ns() - began_ns,
+        fault_ns={"p50": 0, "p99": 0, "max": 0},
+        peak_buffer_bytes=peak_bytes,
+        spilled_bytes=0 if isinstance(intake, DirectIntake) else intake.spooled_bytes,
+    )

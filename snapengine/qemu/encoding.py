@@ -1,0 +1,72 @@
+"""The writing half of an image that is not a capture's: pool, encoder threads, writer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from snapengine.encoder import Encoder
+from snapengine.options import Options
+from snapengine.pool import Pool
+from snapengine.sinks import Sink
+from snapengine.targets import PAGE_BYTES, Region
+from snapengine.writer import Writer
+
+
+class Encoding:
+    """Takes filled slots from `pool` into `sink`. One thread fills them (`snapengine.vmpages`).
+
+    `on_failure` is called, once or more and from any thread, when an encoder fails: it must make whoever
+    fills slots stop. The sink's `commit` and `abort` remain the caller's.
+    """
+
+    def __init__(
+        self, sink: Sink, options: Options, total_pages: int, on_failure: Callable[[], None]
+    ) -> None:
+        self._threads_wanted = options.encoder_threads or 2
+        self._on_failure = on_failure
+        self._error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        # Whoever fills slots waits for room, so no more pages are ever queued than the pool holds.
+        most = min(total_pages, options.memory_limit // PAGE_BYTES)
+        self.writer = Writer(sink, rate_limit=options.rate_limit)
+        self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
+        self._encoder = Encoder(self.pool, self.writer, options.zstd_level, self._threads_wanted)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of buffer at one time."""
+        return self.pool.peak_bytes + self._encoder.scratch_bytes
+
+    def start(self, regions: Sequence[tuple[Region, int]]) -> None:
+        """Begin the image with these regions (and their first page numbers), and start to encode."""
+        self.writer.begin(regions)
+        for number in range(self._threads_wanted):
+            thread = threading.Thread(target=self._encode, args=(number,), name=f"snapengine-encode-{number}")
+            thread.start()
+            self._threads.append(thread)
+
+    def _encode(self, number: int) -> None:
+        try:
+            self._encoder.run(number)
+        except BaseException as error:
+            self._error = self._error or error
+            self._on_failure()
+
+    def join(self) -> None:
+        """Wait for the threads, which end when the pool is closed and empty. Raises what one raised."""
+        for thread in self._threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> BaseException | None:
+        """After a failure, and `on_failure`'s: end the threads. Returns what one of them failed with."""
+        self.writer.cancel()
+        for thread in self._threads:
+            thread.join()
+        return self._error
+
+    def close(self) -> None:
+        """Free the slots; after `join` or `stop`."""
+        self.pool.close()

@@ -1,0 +1,182 @@
+"""A migration stream into an image: parse, resolve repeated pages, compress, index, commit.
+
+One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in
+Python, so that a Ctrl-C reaches it whatever the others wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from snapengine.errors import CaptureCancelled
+from snapengine.options import Options
+from snapengine.qemu.assemble import regions_of, write_end
+from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
+from snapengine.qemu.encoding import Encoding
+from snapengine.qemu.tail import check_tail
+from snapengine.result import Result
+from snapengine.sinks import PIPE_BYTES, Sink, open_sink
+from snapengine.vmpages import DirectIntake, Spool
+
+__all__ = ["ingest"]
+
+
+def ingest(
+    stream_fd: int,
+    sink: Any,
+    options: Options | None = None,
+    *,
+    direct: bool = False,
+    extra_blobs: dict[str, bytes] | None = None,
+    name: str = "stream",
+    watch: Callable[[int], None] | None = None,
+    finish: Callable[[], dict[str, Any]] | None = None,
+) -> Result:
+    """Read a migration stream to its end and make it an image.
+
+    Parameters
+    ----------
+    stream_fd:
+        Where the stream comes from: a pipe, a socket or a file. It remains the caller's.
+    sink:
+        As `snapengine.snapshot` takes it.
+    options:
+        `compress`, `memory_limit`, `rate_limit`, `spill_dir` and `encoder_threads` count here.
+    direct:
+        Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if
+        one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`,
+        which keeps the last of each, and the image holds each once.
+    extra_blobs:
+        Further named blobs. A JSON object as "qemu.machine" is merged into the one that is written.
+    name:
+        The stream's name, for messages.
+    watch:
+        Is called about ten times a second with the bytes of the stream so far; what it raises ends the work.
+    finish:
+        Is called when the stream is complete and the image is not; returns fields of the result that only the
+        stream's sender knows. What it raises leaves no image.
+
+    Returns
+    -------
+    Result
+        The figures, with the method "write-tracking" if `direct`, else "dirty-logging". What only a capture
+        has is 0.
+
+    Raises
+    ------
+    StreamError
+        The stream is cut, damaged, or holds what this package does not know.
+    SinkError, OSError, ValueError
+        The image or the spool cannot be written; the extra blobs are wrong. No image is left in any case.
+    """
+    blobs = dict(extra_blobs or {})
+    members = parse_members(blobs.pop(MACHINE)) if MACHINE in blobs else {}
+    if taken := {HEAD, TAIL} & blobs.keys():
+        raise ValueError(f"extra blobs: {', '.join(sorted(taken))} is the stream's")
+    work = _Ingest(stream_fd, open_sink(sink), options or Options(), direct, blobs, members, name)
+    work.finish = finish
+    return work.run(watch)
+
+
+class _Ingest:
+    """One run of `ingest`."""
+
+    def __init__(
+        self,
+        stream_fd: int,
+        sink: Sink,
+        options: Options,
+        direct: bool,
+        blobs: dict[str, bytes],
+        members: dict[str, Any],
+        name: str,
+    ) -> None:
+        self._sink = sink
+        self._options = options
+        self._blobs = blobs
+        self._members = members
+        self.finish: Callable[[], dict[str, Any]] | None = None
+        self._error: BaseException | None = None
+        self._result: Result | None = None
+        self._encoding: Encoding | None = None
+        self._intake: DirectIntake | Spool
+        self._stream_fd = stream_fd
+        try:
+            self._intake = (
+                DirectIntake(stream_fd, name=name)
+                if direct
+                else Spool(stream_fd, options.spill_dir, name=name)
+            )
+        except BaseException:
+            sink.abort()
+            raise
+        self._began = time.monotonic_ns()
+
+    def run(self, watch: Callable[[int], None] | None) -> Result:
+        """The whole work, on a thread of its own."""
+        with contextlib.suppress(OSError):  # not a pipe, or no more is allowed: only slower
+            fcntl.fcntl(self._stream_fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        worker = threading.Thread(target=self._work, name="snapengine-ingest")
+        try:
+            worker.start()
+            while worker.is_alive():
+                worker.join(0.1)
+                if watch is not None and worker.is_alive():
+                    watch(self._intake.offset)
+        except BaseException:
+            self._stop()
+            if worker.ident is not None:
+                worker.join()
+            self._sink.abort()
+            raise
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def _stop(self) -> None:
+        self._intake.fail()
+        if self._encoding is not None:
+            self._encoding.writer.cancel()
+
+    def _work(self) -> None:
+        try:
+            self._result = self._convert()
+        except BaseException as error:
+            self._stop()
+            cause = self._encoding.stop() if self._encoding is not None else None
+            # The reader is told to stop when an encoder fails; what failed there is the reason.
+            self._error = cause if cause is not None and isinstance(error, CaptureCancelled) else error
+            self._sink.abort()
+        finally:
+            if isinstance(self._intake, Spool):
+                self._intake.close()
+            if self._encoding is not None:
+                self._encoding.close()
+
+    def _convert(self) -> Result:
+        intake = self._intake
+        intake.read_head()
+        intake.open_tables()
+        encoding = self._encoding = Encoding(self._sink, self._options, intake.total_pages, self._stop)
+        encoding.start(regions_of(intake.ram_blocks))
+        intake.attach(encoding.pool, self._options.zstd_level is None)
+        intake.read_pages()
+        intake.read_tail()
+        check_tail(intake.tail, intake.offset, intake.name)
+        if isinstance(intake, DirectIntake):
+            intake.put_holes()
+        else:
+            intake.put_all()
+        intake.close_lane()
+        encoding.join()
+        known = self.finish() if self.finish is not None else {}
+        result = write_end(encoding.writer, intake, self._options, self._blobs, self._members,
+                           self._began, encoding.peak_bytes, known)  # fmt: skip
+        self._sink.commit()
+        return result

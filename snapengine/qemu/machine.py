@@ -1,0 +1,237 @@
+"""What a QEMU machine is: enough to tell whether another one can go on from its snapshot.
+
+The description is a blob of the image (FORMAT.md, "Blobs of a QEMU machine").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from snapengine.errors import CorruptImageError, MachineError, UnsupportedVersionError
+from snapengine.qemu.blobs import DEVICES, MACHINE, VERSION
+from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.ramblocks import RamBlock
+
+BLOB_LIMITS = {MACHINE: 16 << 20, DEVICES: 256 << 20}
+
+OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
+OWN_DMA_FILES = re.compile(r"/dev/(vhost-\w+|vfio/.*)")
+BUSY = ("setup", "active", "device", "cancelling", "pre-switchover", "postcopy-active", "postcopy-paused",
+        "postcopy-recover", "wait-unplug", "colo")  # fmt: skip
+NOT_SAVED_IN = (
+    "inmigrate",
+    "postmigrate",
+    "finish-migrate",
+    "save-vm",
+    "restore-vm",
+    "internal-error",
+    "shutdown",
+)
+
+
+def version_of(monitor: Monitor) -> str:
+    """``"7.2.22"``."""
+    qemu = monitor.execute("query-version")["qemu"]
+    return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+
+
+def type_of(monitor: Monitor, path: str) -> str:
+    """The type of an object in QEMU's tree."""
+    return str(monitor.execute("qom-get", {"path": path, "property": "type"}))
+
+
+def machine_type(monitor: Monitor) -> str:
+    """The machine's type as `-machine` takes it: ``"pc-i440fx-7.2"``."""
+    return type_of(monitor, "/machine").removesuffix("-machine")
+
+
+def devices(monitor: Monitor) -> list[dict[str, str]]:
+    """All devices: ``path`` in the tree and ``type``, in the order of the paths."""
+    found = []
+    for folder in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
+        for item in monitor.execute("qom-list", {"path": folder}):
+            kind = re.fullmatch(r"child<(.*)>", item["type"])
+            if kind and (folder != "/machine/unattached" or item["name"].startswith("device[")):
+                found.append({"path": f"{folder}/{item['name']}", "type": kind[1]})
+    return sorted(found, key=lambda device: device["path"])
+
+
+def disks(monitor: Monitor) -> list[dict[str, str]]:
+    """The disks with a medium: the name of the ``device`` ("" if it has none), of its ``node``, and the
+    ``file`` it has now."""
+    found = []
+    for item in monitor.execute("query-block"):
+        medium = item.get("inserted")
+        if medium:
+            node = medium.get("node-name", "")
+            found.append({"device": item["device"], "node": node, "file": medium["file"]})
+    return found
+
+
+def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -> dict[str, Any]:
+    """The description, in JSON types. ``via``: ``"device-state"`` or ``"migration-stream"``."""
+    return {
+        "version": VERSION,
+        "via": via,
+        "qemu": version_of(monitor),
+        "machine_type": machine_type(monitor),
+        "accelerator": "kvm" if monitor.execute("query-kvm")["enabled"] else "other",
+        "cpus": [type_of(monitor, cpu["qom-path"]) for cpu in monitor.execute("query-cpus-fast")],
+        "ram_blocks": [
+            {"name": block.name, "used": block.used, "total": block.total, "page_size": block.page_size}
+            for block in blocks
+        ],
+        "memory_backends": [
+            {"id": item.get("id", ""), "size": item["size"], "share": item.get("share", False)}
+            for item in monitor.execute("query-memdev")
+        ],
+        "devices": devices(monitor),
+        "disks": disks(monitor),
+        "command_line": command_line(pid),
+    }
+
+
+def command_line(pid: int) -> list[str]:
+    """The arguments that QEMU was started with; nothing if this user may not know."""
+    if not pid:
+        return []
+    data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [part.decode("utf-8", "replace") for part in data.removesuffix(b"\0").split(b"\0")]
+
+
+def refuse_busy(monitor: Monitor) -> str:
+    """Raise `MachineError` if the machine migrates or is in no state to be saved; else its run state."""
+    status = monitor.execute("query-migrate").get("status", "none")
+    if status in BUSY:
+        raise MachineError(f"the machine is migrating already (its migration is {status})")
+    run_state = str(monitor.execute("query-status")["status"])
+    if run_state in NOT_SAVED_IN:
+        raise MachineError(f"the machine cannot be saved: it is in the state {run_state}")
+    return run_state
+
+
+def refuse_blocked(monitor: Monitor) -> None:
+    """Raise `MachineError` if a device of the machine blocks migration: its state cannot be saved."""
+    reasons = monitor.execute("query-migrate").get("blocked-reasons", [])
+    if reasons:
+        raise MachineError(f"the machine cannot be saved: {reasons[0]}")
+
+
+def refuse_devices(monitor: Monitor, pid: int) -> None:
+    """Raise `MachineError`, with the name, for a device that writes to the machine's memory past QEMU."""
+    for device in devices(monitor):
+        if OWN_DMA.fullmatch(device["type"]):
+            name = device["path"].rpartition("/")[2]
+            raise MachineError(
+                f"device {name} ({device['type']}) writes to the machine's memory past QEMU: that goes unseen"
+            )
+    for name in open_files(pid):
+        if OWN_DMA_FILES.fullmatch(name):
+            raise MachineError(
+                f"the machine uses {name}: the kernel or a device writes to its memory past QEMU "
+                "(for a network card: vhost=off)"
+            )
+    if "type=vhost-user" in monitor.human("info network"):
+        raise MachineError(
+            "a network card of the type vhost-user: another process writes to the machine's memory"
+        )
+
+
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of a process point to. Raises OSError."""
+    names = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    return names
+
+
+def pack(description: Mapping[str, Any]) -> bytes:
+    """The description as a blob."""
+    return json.dumps(description, separators=(",", ":")).encode("ascii")
+
+
+def parse(blob: bytes, image_name: str) -> dict[str, Any]:
+    """The description in an image's blob. `CorruptImageError`, `UnsupportedVersionError`."""
+    try:
+        value = json.loads(blob.decode("ascii"))
+        version = value["version"]
+        if version == VERSION:
+            _check(value)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptImageError(f"{image_name}: the machine's description is malformed ({error})") from None
+    if version != VERSION:
+        raise UnsupportedVersionError(f"{image_name}: the machine's description has version {version!r}")
+    return dict(value)
+
+
+def _check(value: Any) -> None:
+    for name in ("via", "machine_type"):
+        if type(value[name]) is not str:
+            raise ValueError(f"{name} is not text")
+    for block in value["ram_blocks"]:
+        used = block["used"]
+        if type(block["name"]) is not str or not 0 < len(block["name"].encode()) < 256:
+            raise ValueError("the name of a RAM block")
+        if type(used) is not int or not 0 < used < 1 << 63:
+            raise ValueError("the size of a RAM block")
+
+
+def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What keeps the machine `found` from going on from `saved`, one line each; nothing: it fits."""
+    lines = []
+    for name, word in (
+        ("machine_type", "machine type"),
+        ("qemu", "QEMU version"),
+        ("accelerator", "accelerator"),
+    ):
+        if name in saved and saved[name] != found[name]:
+            lines.append(f"{word}: {saved[name]} was saved, this is {found[name]}")
+    if "cpus" in saved and saved["cpus"] != found["cpus"]:
+        lines.append(f"CPUs: {_counted(saved['cpus'])} were saved, these are {_counted(found['cpus'])}")
+    lines += _block_differences(saved["ram_blocks"], found["ram_blocks"])
+    if "devices" in saved:
+        lines += _device_differences(saved["devices"], found["devices"])
+    return lines
+
+
+def _block_differences(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    there = {block["name"]: block for block in found}
+    for block in saved:
+        other = there.pop(block["name"], None)
+        if other is None:
+            lines.append(f"RAM block {block['name']} ({block['used']} bytes) is missing")
+        elif not _fits(block, other):
+            lines.append(
+                f"RAM block {block['name']}: {block['used']} bytes were saved, this has {other['used']}"
+            )
+    lines += [f"RAM block {name} ({block['used']} bytes) was not there" for name, block in there.items()]
+    return lines
+
+
+def _fits(saved: dict[str, Any], other: dict[str, Any]) -> bool:
+    """QEMU resizes a block that it made larger than it uses (ACPI tables, for example)."""
+    resized = other["total"] > other["used"] or saved.get("total", 0) > saved["used"]
+    same_total = saved.get("total", other["total"]) == other["total"]
+    return bool(
+        saved["used"] == other["used"] or (resized and same_total and saved["used"] <= other["total"])
+    )
+
+
+def _device_differences(saved: list[dict[str, str]], found: list[dict[str, str]]) -> list[str]:
+    before = {(item["path"], item["type"]) for item in saved}
+    now = {(item["path"], item["type"]) for item in found}
+    lines = [f"device {path} ({kind}) is missing" for path, kind in sorted(before - now)]
+    return lines + [f"device {path} ({kind}) was not there" for path, kind in sorted(now - before)]
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names))) or "none"

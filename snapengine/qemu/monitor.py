@@ -1,0 +1,189 @@
+"""A QEMU monitor (QMP), spoken to in plain calls.
+
+The protocol is the package qemu.qmp's, which is asynchronous: its loop runs on a thread of its own here.
+Source: docs/interop/qmp-spec of QEMU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+
+from snapengine.errors import MachineError, TargetGoneError
+
+CONNECT_SECONDS = 5.0
+COMMAND_SECONDS = 60.0  # `stop` waits until all disk requests are done
+
+Value = TypeVar("Value")
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+
+class Monitor:
+    """A connection to a QMP socket. Close it, or use it in a ``with``.
+
+    Parameters
+    ----------
+    address:
+        A path of a Unix socket, ``unix:PATH``, ``HOST:PORT`` or ``tcp:HOST:PORT``.
+
+    Raises
+    ------
+    MachineError
+        Nobody listens there, or what listens does not speak QMP. Every method: QEMU refused the command; the
+        text has QEMU's reason.
+    TargetGoneError
+        Every method: QEMU has ended, or closed the connection.
+    """
+
+    def __init__(self, address: str, *, seconds: float = CONNECT_SECONDS) -> None:
+        self.address = address
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="snapengine-qmp", daemon=True)
+        self._thread.start()
+        self._client = QMPClient("snapengine")
+        self._socket: socket.socket | None = None
+        self._events = EventListener()
+        try:
+            self._socket = self._connect(address, seconds)
+            self._client.register_listener(self._events)
+            self._run(self._greet(seconds), seconds + 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def peer_pid(self) -> int:
+        """The process that opened the socket for listening (unix(7), SO_PEERCRED); 0: not a Unix socket."""
+        assert self._socket is not None
+        if self._socket.family != socket.AF_UNIX:
+            return 0
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[0])
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether `pass_descriptor` works: on Unix sockets."""
+        return self._socket is not None and self._socket.family == socket.AF_UNIX
+
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def execute(
+        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = COMMAND_SECONDS
+    ) -> Any:
+        """What the command returns, in JSON types."""
+        return self._run(self._execute(command, arguments), seconds, command)
+
+    def human(self, line: str) -> str:
+        """The text that a command of the human monitor prints."""
+        return str(self.execute("human-monitor-command", {"command-line": line}))
+
+    def pass_descriptor(self, fd: int, name: str) -> None:
+        """Hand a descriptor over, for QEMU to use as ``fd:NAME`` (its own copy: ours stays ours)."""
+        self._run(self._execute("getfd", {"fdname": name}, fd), COMMAND_SECONDS, "getfd")
+
+    def pass_file(self, fd: int) -> int:
+        """Hand a descriptor over, for QEMU to open as ``/dev/fdset/N``. Returns N."""
+        done = self._run(self._execute("add-fd", {}, fd), COMMAND_SECONDS, "add-fd")
+        return int(done["fdset-id"])
+
+    def events(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """The events since the last call: (name, QEMU's clock in nanoseconds, data)."""
+        found = []
+        for event in self._run(self._take_events(), COMMAND_SECONDS):
+            stamp = event["timestamp"]
+            at = int(stamp["seconds"]) * 10**9 + int(stamp["microseconds"]) * 1000
+            found.append((str(event["event"]), at, event.get("data", {})))
+        return found
+
+    def close(self) -> None:
+        """Disconnect; QEMU goes on. Idempotent."""
+        if self._loop.is_closed():
+            return
+        if self._client.runstate.name != "IDLE":
+            # What the connection ended with is not news any more.
+            with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
+                self._run(self._client.disconnect(), CONNECT_SECONDS)
+        elif self._socket is not None:
+            self._socket.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # -- on the loop's thread --
+
+    async def _greet(self, seconds: float) -> None:
+        assert self._socket is not None
+        await asyncio.wait_for(self._client.connect(self._socket), seconds)
+
+    async def _execute(self, command: str, arguments: dict[str, Any] | None, fd: int = -1) -> Any:
+        if fd >= 0:
+            self._client.send_fd_scm(fd)  # it goes with the next command's first byte
+        return await self._client.execute(command, arguments)
+
+    async def _take_events(self) -> list[Any]:
+        return list(self._events.clear())
+
+    # -- on the caller's thread --
+
+    def _connect(self, address: str, seconds: float) -> socket.socket:
+        target = parse_address(address)
+        made = socket.socket(socket.AF_UNIX if isinstance(target, str) else socket.AF_INET)
+        made.settimeout(seconds)
+        try:
+            made.connect(target)
+        except OSError as error:
+            made.close()
+            raise MachineError(f"{address}: no QEMU listens there ({error.strerror or error})") from None
+        made.setblocking(False)
+        return made
+
+    def _run(self, work: Coroutine[Any, Any, Value], seconds: float, command: str = "") -> Value:
+        """Do `work` on the loop, and turn what can go wrong into errors of ours."""
+        waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return waiting.result(seconds)
+        except TimeoutError:
+            waiting.cancel()
+            what = f"{command} took more than {seconds:g} s" if command else "no greeting"
+            hint = "" if command else ": it is not QMP, or another client holds the connection"
+            raise MachineError(f"{self.address}: {what}{hint}") from None
+        except ExecuteError as error:
+            raise MachineError(f"QEMU refuses {command}: {error}") from None
+        except ConnectError as error:
+            raise MachineError(f"{self.address}: this is not QMP ({error.exc or error})") from None
+        except (QMPError, EOFError, OSError):
+            raise TargetGoneError(errno.ESRCH, f"{self.address}: QEMU has closed the connection") from None
+
+
+def parse_address(address: str) -> str | tuple[str, int]:
+    """A path, or (host, port). Raises ValueError."""
+    if address.startswith("unix:"):
+        return address[5:].split(",")[0]
+    text = address.removeprefix("tcp:")
+    host, colon, port = text.rpartition(":")
+    if colon and port.isdecimal() and "/" not in text:
+        return host or "localhost", int(port)
+    if text != address:
+        raise ValueError(f"{address!r} is not tcp:HOST:PORT")
+    return address

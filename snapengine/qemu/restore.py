@@ -1,0 +1,277 @@
+"""A machine that goes on where an image has it: QEMU is started, waits, is fed a migration stream, runs.
+
+The stream is made from the image, so that any QEMU and any RAM backend takes it, and no right to attach is
+needed. An image of an attached machine has no stream of its own; its devices' state is one but for the RAM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from snapengine.errors import ImageError, MachineError, TargetGoneError
+from snapengine.image import Image
+from snapengine.qemu import machine
+from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_STREAM
+from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.ramblocks import ram_blocks
+from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
+
+START_SECONDS = 30.0
+STREAM_NAME = "snapengine-stream"
+FILE_HEADER_BYTES = 8  # magic and version, which the devices' state has as every stream has
+# Behind the devices QEMU expects a description of their fields, for debuggers, and warns if there is none.
+NO_DESCRIPTION = struct.pack(">BI", 0x06, 2) + b"{}"
+OURS = ("-incoming", "-daemonize", "-S", "-loadvm")
+
+
+@dataclass(slots=True)
+class Restored:
+    """A machine that was restored. Times are nanoseconds."""
+
+    pid: int
+    qmp: str
+    status: str
+    """QEMU's run state: ``"running"``, or ``"paused"`` if that was asked for."""
+    start_ns: int = 0
+    """From the start of QEMU until its monitor answered."""
+    load_ns: int = 0
+    """From the first byte of the stream until QEMU had loaded it all."""
+    stream_bytes: int = 0
+    differences: list[str] = field(default_factory=list)
+    """What differs from the machine that was saved (only with `force`; otherwise that is an error)."""
+    process: subprocess.Popen[bytes] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON types."""
+        names = ("pid", "qmp", "status", "start_ns", "load_ns", "stream_bytes", "differences")
+        return {name: getattr(self, name) for name in names}
+
+
+def restore_machine(
+    image: Image,
+    command: Sequence[str],
+    *,
+    qmp: str | None = None,
+    run: bool = True,
+    force: bool = False,
+    stdio: bool = False,
+    log: str | os.PathLike[str] | None = None,
+) -> Restored:
+    """Start QEMU by `command` and let it go on from `image`.
+
+    Parameters
+    ----------
+    image:
+        Made by `snapengine qemu save` or `snapengine ingest`.
+    command:
+        QEMU and its arguments, as the machine that was saved had them, without ``-S`` and ``-incoming``. Its
+        disks must be as they were at T.
+    qmp:
+        Unix socket to make for the restored machine's monitor; None: in a new directory.
+    run:
+        Let the guest run; otherwise it stays paused.
+    force:
+        Go on though the machine differs from the one that was saved.
+    stdio:
+        QEMU has our standard input and output, and gets our signals; otherwise it has neither.
+    log:
+        The file for what QEMU prints (without `stdio`); None: it is kept until we end, for the errors' texts.
+
+    Raises
+    ------
+    ImageError
+        Not an image of a machine, or damaged. Nothing of the machine is left.
+    MachineError
+        QEMU does not start, is another machine, or refuses the state. It is ended.
+    """
+    saved = read_description(image)
+    for argument in command:
+        if argument.replace("--", "-") in OURS:
+            raise MachineError(
+                f"the command has {argument} already: how QEMU waits and loads is up to snapengine"
+            )
+    if not command or shutil.which(command[0]) is None:
+        raise MachineError(f"there is no program {command[0] if command else ''!r}")
+    folder = None if qmp else tempfile.mkdtemp(prefix="snapengine-qemu-")
+    path = os.path.abspath(qmp) if qmp else f"{folder}/qmp.sock"
+    if os.path.exists(path):
+        raise MachineError(f"{path} exists already: another machine may listen there")
+    with contextlib.ExitStack() as stack:
+        # Not our standard output: who reads that would wait for the end of the machine.
+        output: Any = None
+        if not stdio:
+            output = stack.enter_context(open(log, "w+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
+        return _start(image, saved, command, path, folder, output, run, force)
+
+
+def _start(
+    image: Image, saved: dict[str, Any], command: Sequence[str], path: str, folder: str | None, output: Any,
+    run: bool, force: bool,
+) -> Restored:  # fmt: skip
+    began = time.monotonic_ns()
+    process = subprocess.Popen(
+        [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{path},server=on,wait=off"],
+        stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output,
+        start_new_session=output is not None,
+    )  # fmt: skip
+    try:
+        with connect(path, process) as monitor:
+            restored = Restored(process.pid, path, "", process=process)
+            restored.start_ns = time.monotonic_ns() - began
+            restored.differences = compare(monitor, saved, force, image.name)
+            load(monitor, image, saved, restored)
+            if run:
+                monitor.execute("cont")
+            restored.status = str(monitor.execute("query-status")["status"])
+        return restored
+    except BaseException as error:
+        end(process)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        if folder:
+            os.rmdir(folder)
+        if isinstance(error, TargetGoneError):
+            raise MachineError(f"QEMU ended while it was restored{said(output)}") from None
+        if isinstance(error, MachineError):
+            raise MachineError(f"{error}{said(output)}") from None
+        raise
+
+
+def said(output: Any) -> str:
+    """The last line that QEMU printed, to stand behind an error."""
+    if output is None:
+        return ""
+    output.seek(0)
+    lines = output.read().decode("utf-8", "replace").strip().splitlines()
+    return f" ({lines[-1].strip()})" if lines else ""
+
+
+def read_description(image: Image) -> dict[str, Any]:
+    """The description of the machine. `ImageError`: there is none."""
+    if MACHINE not in image.vmstate:
+        raise ImageError(
+            f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)"
+        )
+    sizes = image.vmstate.sizes()
+    for name, limit in machine.BLOB_LIMITS.items():
+        if sizes.get(name, 0) > limit:
+            raise ImageError(f"{image.name}: the blob {name} has {sizes[name]} bytes")
+    return machine.parse(image.vmstate[MACHINE], image.name)
+
+
+def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
+    """What comes before the RAM in the stream, and what comes behind it."""
+    if saved["via"] == VIA_STREAM:
+        return stream_blobs(image)
+    blocks = [(block["name"], block["used"]) for block in saved["ram_blocks"]]
+    state = image.vmstate[DEVICES][FILE_HEADER_BYTES:]
+    return make_head(saved["machine_type"], blocks), state + NO_DESCRIPTION
+
+
+def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:
+    """The monitor of a QEMU that is starting. Raises MachineError."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        code = process.poll()
+        if code is not None:
+            raise MachineError(f"QEMU did not start (exit code {code})")
+        if os.path.exists(path):
+            try:
+                return Monitor(path)
+            except MachineError:
+                if time.monotonic() > deadline:
+                    raise
+        if time.monotonic() > deadline:
+            raise MachineError(f"QEMU's monitor did not appear within {START_SECONDS:g} s")
+        time.sleep(0.01)
+
+
+def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> list[str]:
+    """The differences. Raises MachineError if there are any, unless forced."""
+    found = machine.describe(monitor, 0, ram_blocks(monitor), saved["via"])
+    lines = machine.differences(saved, found)
+    if lines and not force:
+        raise MachineError(f"{name}: this is another machine: " + "; ".join(lines))
+    return lines
+
+
+def load(monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored) -> None:
+    """Feed QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
+    head, tail = stream_ends(image, saved)
+    began = time.monotonic_ns()
+    theirs, ours = os.pipe()
+    try:
+        monitor.pass_descriptor(theirs, STREAM_NAME)
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    feeder = Feeder(image, ours, head, tail)
+    try:
+        monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
+        while True:
+            status = monitor.execute("query-migrate")
+            if status.get("status") == "completed":
+                break
+            if status.get("status") == "failed":
+                reason = status.get("error-desc", "it does not say why")
+                raise feeder.error or MachineError(f"QEMU refuses the state: {reason}")
+            if isinstance(feeder.error, ImageError):
+                raise feeder.error
+            time.sleep(0.005)
+        feeder.join()
+    except TargetGoneError:
+        feeder.join()
+        if isinstance(feeder.error, ImageError):
+            raise feeder.error from None
+        raise
+    if feeder.error is not None:
+        raise feeder.error
+    restored.load_ns = time.monotonic_ns() - began
+    restored.stream_bytes = feeder.written
+
+
+class Feeder:
+    """Writes the stream on a thread of its own, and closes the pipe at its end."""
+
+    def __init__(self, image: Image, fd: int, head: bytes, tail: bytes) -> None:
+        self.written = 0
+        self.error: BaseException | None = None
+        self._fd = fd
+        self._thread = threading.Thread(
+            target=self._feed, args=(image, head, tail), name="snapengine-feed", daemon=True
+        )
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end of the stream."""
+        self._thread.join()
+
+    def _feed(self, image: Image, head: bytes, tail: bytes) -> None:
+        try:
+            self.written = write_stream(image, self._fd, head, tail).stream_bytes
+        except OSError as error:
+            broken = error.errno == errno.EPIPE
+            self.error = TargetGoneError(errno.EPIPE, "QEMU closed the stream") if broken else error
+        except BaseException as error:
+            self.error = error
+        finally:
+            os.close(self._fd)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a QEMU that we started: a machine that is restored by half is none."""
+    process.kill()
+    process.wait()

@@ -1,0 +1,268 @@
+"""QemuTarget: a machine that stock QEMU runs, attached to from outside.
+
+QEMU's process is attached to as any other (`snapengine.process`); what is tracked are its RAM blocks. T lies
+between `stop` and `cont`: the devices' state is taken by QMP meanwhile, so it is of the same instant as the
+memory. Tried on QEMU 7.2 and 10.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from collections.abc import Mapping
+
+from snapengine import attach
+from snapengine.errors import MachineError, RegisterError, TargetGoneError
+from snapengine.inject import inject_userfaultfd
+from snapengine.maps import Mapping as MemoryMapping
+from snapengine.maps import covering, page_size_of, read_maps
+from snapengine.processrecord import NotCaptured
+from snapengine.qemu import machine
+from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
+from snapengine.qemu.guard import Guard
+from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
+from snapengine.selection import FROZEN_EACH
+from snapengine.targets import PAGE_BYTES, Region
+
+
+class QemuTarget:
+    """A running QEMU machine.
+
+    Parameters
+    ----------
+    monitor:
+        Its QMP connection. The target does not close it.
+    pid:
+        QEMU's process; 0: the one that listens at the monitor's Unix socket.
+    block_snapshots:
+        Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken at T, so the file that
+        the disk had before holds its content of T, and QEMU goes on in the new file.
+
+    Raises (when the capture opens it)
+    ----------------------------------
+    MachineError
+        The machine migrates, has a device whose memory accesses cannot be tracked, or QEMU refuses a command.
+    AttachError
+        This user may not attach to QEMU; the text says why.
+    RegisterError
+        A RAM block that the kernel cannot write-protect: a shared mapping of a file on a disk.
+    """
+
+    can_pause = True
+    cut = "stop"
+
+    def __init__(
+        self, monitor: Monitor, pid: int = 0, *, block_snapshots: Mapping[str, str] | None = None
+    ) -> None:
+        self.monitor = monitor
+        self.pid = pid or monitor.peer_pid
+        if not self.pid:
+            raise MachineError(
+                f"{monitor.address}: the process of a QEMU behind TCP is not known: give its pid"
+            )
+        self.injection_ns = 0
+        self.warnings: list[str] = []
+        self.not_captured: list[NotCaptured] = []
+        self.frozen_regions: list[Region] = []
+        self.stop_parts_ns: dict[str, int] = {}
+        """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
+        (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
+        RESUME, by QEMU's clock."""
+        self._disks = dict(block_snapshots or {})
+        self._blocks: list[RamBlock] = []
+        self._frozen: list[bytes | None] = []
+        self._guard: Guard | None = None
+        self._state_fd = self._state_set = -1
+        self._description = b""
+        self._stopped_at = self._stood_ns = self._at = 0
+        self._was_running = False
+
+    # -- what a capture calls --
+
+    def open(self, features: int) -> tuple[int, int, list[Region]]:
+        """Attach, while the machine runs."""
+        info = attach.check(self.pid)
+        machine.refuse_busy(self.monitor)
+        machine.refuse_blocked(self.monitor)
+        machine.refuse_devices(self.monitor, self.pid)
+        self._blocks = locate(ram_blocks(self.monitor), self.pid)
+        tracked = self._sort(read_maps(self.pid))
+        self._check_disks()
+        description = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
+        self._description = machine.pack(description)
+        self._open_state_file()
+        try:
+            injected = inject_userfaultfd(self.pid)
+        except BaseException:
+            self._close_state_file()
+            raise
+        self.injection_ns = injected.stop_ns
+        if info.ksm_pages:
+            self.warnings.append(
+                f"KSM has merged {info.ksm_pages} pages of QEMU: pages that it merges from now on are lost "
+                "(-machine mem-merge=off)"
+            )
+        return self.pid, injected.fd, tracked
+
+    def pause(self) -> None:
+        """Stop the guest, unless it stands already."""
+        self.monitor.events()  # forget those of before
+        self._was_running = bool(self.monitor.execute("query-status")["running"])
+        if self._was_running:
+            self._guard = Guard(self.monitor.fileno())
+        self._at = self._stopped_at = time.monotonic_ns()
+        if self._was_running:
+            self.monitor.execute("stop")
+        self._part("stop")
+
+    def vmstate(self) -> dict[str, bytes]:
+        """The devices' state at T, and what the machine is."""
+        if self._disks:
+            self._snapshot_disks()
+            self._part("block_snapshot")
+        path = f"/dev/fdset/{self._state_set}"
+        # live=false: otherwise QEMU gives up a stopped machine's disks, as after a migration.
+        self.monitor.execute("xen-save-devices-state", {"filename": path, "live": False})
+        self._part("device_state")
+        self._copy_frozen()
+        return {}
+
+    def resume(self) -> None:
+        """Let the guest go on."""
+        if not self._stopped_at:
+            return
+        self._part("arm")
+        began, self._stopped_at = self._stopped_at, 0
+        if self._was_running:
+            self.monitor.execute("cont")
+        self._part("cont")
+        self._stood_ns = time.monotonic_ns() - began
+        if self._guard is not None:
+            self._guard.dismiss()
+        self._note_events()
+
+    def armed(self) -> None:
+        """T is fixed, and the guest runs."""
+
+    def record(self) -> dict[str, bytes]:
+        """The blobs of the machine."""
+        size = os.fstat(self._state_fd).st_size
+        if size <= 8:
+            raise MachineError("QEMU wrote no device state")
+        state = os.pread(self._state_fd, size, 0)
+        return {MACHINE: self._description, DEVICES: state}
+
+    def frozen_bytes(self, number: int) -> bytes | None:
+        """What a block that the kernel cannot write-protect held at T."""
+        return self._frozen[number]
+
+    @property
+    def stop_ns(self) -> int:
+        """How long the guest stood, in nanoseconds, as QEMU's events tell; by our clock if they do not."""
+        return self.stop_parts_ns.get("guest", self._stood_ns)
+
+    def close(self, status: str) -> None:
+        """Let the guest go on if it stands, and take back what QEMU was given. Idempotent."""
+        try:
+            if self._stopped_at:
+                self.resume()
+        finally:
+            if self._guard is not None:
+                self._guard.dismiss()
+            self._close_state_file()
+
+    # -- parts --
+
+    def _part(self, name: str) -> None:
+        now = time.monotonic_ns()
+        self.stop_parts_ns[name] = now - self._at
+        self._at = now
+
+    def _note_events(self) -> None:
+        at = {name: when for name, when, _ in self.monitor.events()}
+        if "STOP" in at and "RESUME" in at:
+            self.stop_parts_ns["guest"] = at["RESUME"] - at["STOP"]
+
+    def _sort(self, mappings: list[MemoryMapping]) -> list[Region]:
+        tracked = []
+        for block in self._blocks:
+            length = -(-block.used // PAGE_BYTES) * PAGE_BYTES
+            covered = covering(mappings, block.addr, block.addr + length)
+            if not covered:
+                raise MachineError(f"RAM block {block.name!r} is not mapped at {block.addr:#x}")
+            shared = {mapping.shared for mapping in covered}.pop()
+            if any("w" not in mapping.perms or mapping.backing == "file" for mapping in covered):
+                if length > FROZEN_EACH:
+                    raise RegisterError(
+                        errno.EINVAL,
+                        f"RAM block {block.name!r} ({covered[0]}) is a mapping that the kernel does not "
+                        "write-protect: use memory-backend-ram, memory-backend-memfd or a file in /dev/shm",
+                    )
+                self.frozen_regions.append(Region(block.name, block.addr, length, PAGE_BYTES, "anon"))
+                continue
+            size = page_size_of(covered[0], self.pid)
+            kind = ("hugetlb" if size > PAGE_BYTES else "anon") if not shared else "shared"
+            if shared and size > PAGE_BYTES:
+                kind = "hugetlb-shared"
+            tracked.append(Region(block.name, block.addr, length, size, kind))
+        if not tracked:
+            raise MachineError("the machine has no RAM that can be tracked")
+        return tracked
+
+    def _copy_frozen(self) -> None:
+        self._frozen = [None] * len(self.frozen_regions)
+        if not self.frozen_regions:
+            return
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            for number, region in enumerate(self.frozen_regions):
+                data = os.pread(memory.fileno(), region.length, region.addr)
+                self._frozen[number] = data if len(data) == region.length else None
+
+    def _open_state_file(self) -> None:
+        """QEMU writes the devices' state into a file of ours that it is handed, wherever it runs."""
+        if not self.monitor.passes_descriptors:
+            raise MachineError(f"{self.monitor.address}: the devices' state needs QMP on a Unix socket")
+        self._state_fd = os.memfd_create("snapengine:devices", os.MFD_CLOEXEC)
+        writable = os.open(f"/proc/self/fd/{self._state_fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._state_set = self.monitor.pass_file(writable)
+        finally:
+            os.close(writable)
+
+    def _close_state_file(self) -> None:
+        if self._state_fd < 0:
+            return
+        os.close(self._state_fd)
+        self._state_fd = -1
+        if self._state_set >= 0:
+            with contextlib.suppress(TargetGoneError):  # QEMU has ended: nothing is left to take back
+                self.monitor.execute("remove-fd", {"fdset-id": self._state_set})
+
+    def _check_disks(self) -> None:
+        known = {disk["device"] or disk["node"] for disk in machine.disks(self.monitor)}
+        for device, file in self._disks.items():
+            if device not in known:
+                raise MachineError(
+                    f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known))}"
+                )
+            if os.path.exists(file):
+                raise MachineError(f"--block-snapshot: {file} exists already")
+            self.warnings.append(
+                f"disk {device} goes on in {file}; the file that it had keeps its content of T"
+            )
+
+    def _snapshot_disks(self) -> None:
+        """All in one transaction: either every disk goes on in its new file, or none does."""
+        nodes = {disk["node"] for disk in machine.disks(self.monitor) if not disk["device"]}
+        actions = []
+        for name, file in self._disks.items():
+            disk = {"device": name}
+            if name in nodes:
+                disk = {"node-name": name, "snapshot-node-name": f"{name}-{uuid.uuid4().hex[:8]}"}
+            data = disk | {"snapshot-file": os.path.abspath(file), "format": "qcow2"}
+            actions.append({"type": "blockdev-snapshot-sync", "data": data})
+        self.monitor.execute("transaction", {"actions": actions})

@@ -1,0 +1,55 @@
+from libc.stddef cimport size_t
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef enum:
+    BUFFER_BYTES = 1 << 20
+    BLOCKS_MAX = 1024       # a machine has a few dozen; each named record looks through them
+
+
+cdef struct block_t:
+    uint64_t first_page      # blocks are numbered one behind the other
+    uint64_t pages
+    unsigned char name_bytes
+    char name[255]
+
+
+cdef class StreamParser:
+    # Takes a stream apart, front to back. What a page is good for, a subclass says (on_page, on_zero).
+    cdef readonly str name
+    cdef int fd                       # -1: all there is lies in the buffer
+    cdef char *buffer                 # BUFFER_BYTES; [begin, end) is what was read and not yet used
+    cdef size_t begin
+    cdef size_t end
+    cdef readonly uint64_t offset     # in the stream, of buffer[begin]
+    cdef bint ended                   # the descriptor is at its end
+    cdef volatile int cancelled
+    cdef int state
+    cdef bytearray keep               # what is taken while the head is read
+    cdef readonly bytes head
+    cdef readonly bytes tail
+    cdef readonly object machine_type  # None: the stream has no configuration section
+    cdef readonly uint32_t section_id  # of "ram"
+    cdef readonly bint has_end        # the RAM has an END section (background-snapshot writes none)
+    cdef readonly uint64_t total_pages
+    cdef readonly uint64_t pages      # PAGE records so far
+    cdef readonly uint64_t zeros      # ZERO records so far
+    cdef block_t *blocks
+    cdef size_t n_blocks
+    cdef block_t *current             # of the last record, for RAM_CONTINUE
+
+    # One record; `data` is 4096 bytes that stay where they are until before_refill().
+    cdef int on_page(self, uint64_t page, const char *data) except -1 nogil
+    cdef int on_zero(self, uint64_t page) except -1 nogil
+    # The bytes of all pages so far are about to move.
+    cdef int before_refill(self) except -1 nogil
+
+    # Make `count` bytes available (at most BUFFER_BYTES) or raise.
+    cdef int need(self, size_t count) except -1 nogil
+    cdef int read_some(self) except -1 nogil
+    cdef int refuse(self, const char *what, uint64_t offset) except -1 with gil
+    cdef int truncated(self) except -1 with gil
+    cdef int bad_flags(self, uint64_t word, uint64_t offset) except -1 with gil
+    cdef bytes take(self, size_t count)
+    cdef int find_block(self) except -1 nogil
+    cdef int records(self) except -1 nogil
+    cdef int add_block(self, bytes name, uint64_t length, uint64_t offset) except -1

@@ -1,0 +1,122 @@
+"""The Linux guest: Debian's cloud kernel, and an initramfs whose only program is guests/worker.c."""
+
+import atexit
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import guest_kernel
+from machinekit import until
+
+MIB = 1 << 20
+SOURCE = Path(__file__).parent / "guests" / "worker.c"
+KERNEL_LINE = "console=ttyS0 quiet panic=-1 nokaslr mitigations=off"
+DISK_BYTES = MIB
+REGULAR, FOLDER, DEVICE = 0o100755, 0o040755, 0o020600
+
+
+def cpio_entry(name, mode, data=b"", device=(0, 0)):
+    """One file of an initramfs: the kernel's buffer-format.rst, "newc"."""
+    path = name.encode() + b"\0"
+    fields = [0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0]
+    header = b"070701" + b"".join(b"%08x" % field for field in fields)
+    return _padded(header + path) + _padded(data)
+
+
+def _padded(data):
+    return data + bytes(-len(data) % 4)
+
+
+@functools.cache
+def initramfs():
+    """(kernel, initramfs): the paths of both; guest_kernel.NoKernel if there is no kernel to be had."""
+    kernel = guest_kernel.find()
+    room = Path(tempfile.mkdtemp(prefix="snapengine-guests-"))
+    atexit.register(shutil.rmtree, room)
+    program = room / "init"
+    command = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(program), str(SOURCE)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    entries = [cpio_entry(name, FOLDER) for name in ("dev", "proc", "modules")]
+    entries.append(cpio_entry("dev/console", DEVICE, device=(5, 1)))
+    entries.append(cpio_entry("init", REGULAR, program.read_bytes()))
+    for module in sorted(kernel.glob("*.ko")):
+        entries.append(cpio_entry(f"modules/{module.name}", REGULAR, module.read_bytes()))
+    entries.append(cpio_entry("TRAILER!!!", 0))
+    (room / "initramfs").write_bytes(b"".join(entries))
+    return kernel / "vmlinuz", room / "initramfs"
+
+
+def make_disk(path):
+    """An empty disk for the guest at `path`, which is returned."""
+    with open(path, "wb") as file:
+        file.truncate(DISK_BYTES)
+    return path
+
+
+@dataclass(frozen=True)
+class Linux:
+    """A machine that works on `size` MiB; `rate`, `batch` and `check` (of the disk) as in guests/worker.c.
+
+    `disk`: a file made by make_disk(), or None. A second machine may have it open while the first one lives:
+    locking is off, and who restores onto the same disk says ``check="atleast"``.
+    """
+
+    size: int = 32
+    memory: int = 160 * MIB
+    rate: int = 0
+    batch: int = 4096
+    disk: Path | None = None
+    check: str = "exact"
+    fill = None
+
+    @property
+    def arguments(self):
+        kernel, ramdisk = initramfs()
+        worker = f"size={self.size} rate={self.rate} batch={self.batch}"
+        arguments = ["-kernel", str(kernel), "-initrd", str(ramdisk)]
+        if self.disk:
+            worker += f" disk={self.check}"
+            arguments += [
+                *("-blockdev", f"driver=file,node-name=file0,filename={self.disk},locking=off"),
+                *("-blockdev", "driver=raw,node-name=disk0,file=file0"),
+                *("-device", "virtio-blk-pci,drive=disk0"),
+            ]
+        return [*arguments, "-append", f"{KERNEL_LINE} {worker}"]
+
+    def wait_ready(self, machine):
+        self.wait_round(machine)
+
+    def wait_round(self, machine, rounds=1, start=0):
+        """(round, records acknowledged) of the `rounds`th round printed from character `start` on.
+
+        AssertionError if the guest has found itself damaged by then.
+        """
+
+        def look():
+            text = machine.serial()[start:]
+            failed = re.search(r"^FAIL .*", text, re.MULTILINE)
+            assert not failed, failed[0]
+            found = re.findall(r"^round (\d+) ok writes=\d+ records=(\d+)\r?\n", text, re.MULTILINE)
+            assert found[rounds - 1 :] or not machine.ended(), f"QEMU ended: {machine.log()}"
+            return found[rounds - 1 :]
+
+        found = until(look, lambda: f"no {rounds} rounds: ...{machine.serial()[-300:]}")
+        return int(found[0][0]), int(found[0][1])
+
+    def progress(self, machine):
+        """Where the counter of written pages is, which the guest has printed."""
+        return self._printed(machine, "progress")
+
+    def work_address(self, machine):
+        """Where the first page is that it works on."""
+        return self._printed(machine, "memory")
+
+    def _printed(self, machine, name):
+        found = re.search(rf"^{name} at 0x([0-9a-f]+)", machine.serial(), re.MULTILINE)
+        assert found, f"the guest has not printed its {name}"
+        return int(found[1], 16)

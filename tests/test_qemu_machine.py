@@ -1,0 +1,183 @@
+"""What QEMU's monitor says of a machine, and what is made of it: tables, descriptions, differences."""
+
+import json
+import socket
+import threading
+
+import pytest
+
+from snapengine.errors import CorruptImageError, MachineError, UnsupportedVersionError
+from snapengine.qemu.machine import differences, pack, parse
+from snapengine.qemu.monitor import Monitor, parse_address
+from snapengine.qemu.ramblocks import RamBlock, parse_table
+
+OLD = """\
+              Block Name    PSize              Offset               Used              Total
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000
+    /rom@etc/acpi/tables    4 KiB  0x0000000011100000 0x0000000000020000 0x0000000000200000
+"""
+NEW = """\
+ Block Name    PSize              Offset               Used              Total                HVA  RO
+     a name    2 MiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
+               4 KiB  0x0000000020000000 0x0000000010000000 0x0000000010000000 0x00007f12ebe00000  rw
+    pc.bios    4 KiB  0x0000000010000000 0x0000000000040000 0x0000000000040000 0x00007f1300000000  ro
+"""
+MACHINE = {
+    "version": 1, "via": "device-state", "qemu": "7.2.0", "machine_type": "pc-i440fx-7.2",
+    "accelerator": "kvm", "cpus": ["qemu64-x86_64-cpu"] * 2,
+    "ram_blocks": [
+        {"name": "pc.ram", "used": 1 << 28, "total": 1 << 28, "page_size": 4096},
+        {"name": "/rom@etc/acpi/tables", "used": 1 << 17, "total": 1 << 21, "page_size": 4096},
+    ],
+    "devices": [{"path": "/machine/peripheral/net0", "type": "e1000"}],
+}  # fmt: skip
+
+
+# RAM blocks
+
+
+def test_table_without_addresses():
+    assert parse_table(OLD) == [
+        RamBlock("pc.ram", 4096, 0, 1 << 28, 1 << 28),
+        RamBlock("/rom@etc/acpi/tables", 4096, 0x11100000, 0x20000, 0x200000),
+    ]
+
+
+def test_table_with_addresses_leaves_out_blocks_without_a_name():
+    assert parse_table(NEW) == [
+        RamBlock("a name", 2 << 20, 0, 1 << 28, 1 << 28, 0x7F12EBE00000),
+        RamBlock("pc.bios", 4096, 0x10000000, 0x40000, 0x40000, 0x7F1300000000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        (OLD + OLD.splitlines()[1] + "\n", "twice"),
+        (OLD + " pc.rom 4 KiB what is this\n", "not understood: 'pc.rom 4 KiB what is this'"),
+    ],
+)
+def test_tables_that_are_refused(text, words):
+    with pytest.raises(MachineError, match=words):
+        parse_table(text)
+
+
+# the description
+
+
+def test_a_description_survives_its_blob():
+    assert parse(pack(MACHINE), "x.img") == MACHINE
+
+
+@pytest.mark.parametrize(
+    ("blob", "error"),
+    [
+        (b"", CorruptImageError),
+        (b"[]", CorruptImageError),
+        (b"\xff", CorruptImageError),
+        (b"[" * 100_000, CorruptImageError),
+        (pack(MACHINE | {"version": 2}), UnsupportedVersionError),
+        (pack({name: MACHINE[name] for name in MACHINE if name != "via"}), CorruptImageError),
+        (pack(MACHINE | {"machine_type": 5}), CorruptImageError),
+        (pack(MACHINE | {"ram_blocks": [{"name": "x", "used": -1}]}), CorruptImageError),
+        (pack(MACHINE | {"ram_blocks": [{"name": "x" * 300, "used": 1}]}), CorruptImageError),
+        (pack(MACHINE | {"ram_blocks": 7}), CorruptImageError),
+    ],
+)
+def test_descriptions_that_are_refused(blob, error):
+    with pytest.raises(error, match=r"x\.img"):
+        parse(blob, "x.img")
+
+
+def changed(**members):
+    return json.loads(json.dumps(MACHINE)) | members
+
+
+def test_the_same_machine_does_not_differ():
+    assert differences(MACHINE, changed()) == []
+
+
+def test_a_block_that_qemu_resizes_may_differ_in_size():
+    blocks = changed()["ram_blocks"]
+    blocks[1]["used"] = 1 << 16
+    assert differences(MACHINE, changed(ram_blocks=blocks)) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_another_size_of_ram(known):
+    saved = changed()
+    if not known:  # an image made of a stream does not tell how far a block may grow
+        for block in saved["ram_blocks"]:
+            del block["total"]
+    found = changed()
+    found["ram_blocks"][0] |= {"used": 1 << 29, "total": 1 << 29}
+    assert differences(saved, found) == [
+        "RAM block pc.ram: 268435456 bytes were saved, this has 536870912",
+    ]
+
+
+def test_everything_that_differs_is_said():
+    found = changed(qemu="10.0.2", machine_type="pc-q35-7.2", accelerator="other", cpus=["max-x86_64-cpu"])
+    found["ram_blocks"][0]["name"] = "ram0"
+    found["devices"] = []
+    text = "\n".join(differences(MACHINE, found))
+    for part in (
+        "QEMU version: 7.2.0 was saved, this is 10.0.2",
+        "machine type: pc-i440fx-7.2 was saved, this is pc-q35-7.2",
+        "accelerator: kvm", "CPUs: 2 x qemu64-x86_64-cpu were saved, these are 1 x max-x86_64-cpu",
+        "RAM block pc.ram (268435456 bytes) is missing", "RAM block ram0 (268435456 bytes) was not there",
+        "device /machine/peripheral/net0 (e1000) is missing",
+    ):  # fmt: skip
+        assert part in text
+
+
+# the monitor
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("/run/vm.qmp", "/run/vm.qmp"),
+        ("unix:/run/vm.qmp,server=on", "/run/vm.qmp"),
+        ("localhost:4444", ("localhost", 4444)),
+        ("tcp::4444", ("localhost", 4444)),
+        ("./a:1", "./a:1"),
+    ],
+)
+def test_addresses(text, address):
+    assert parse_address(text) == address
+
+
+def test_an_address_without_port():
+    with pytest.raises(ValueError, match="not tcp:HOST:PORT"):
+        parse_address("tcp:host")
+
+
+def test_nobody_listens(tmp_path):
+    with pytest.raises(MachineError, match="no QEMU listens there"):
+        Monitor(str(tmp_path / "none.sock"))
+
+
+@pytest.mark.parametrize(("greeting", "words"), [(b"", "no greeting"), (b"HELO there\r\n", "not QMP")])
+def test_what_is_not_a_monitor(tmp_path, greeting, words):
+    path = str(tmp_path / "other.sock")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        done = threading.Event()
+
+        def serve():
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(greeting)
+                done.wait(20)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with pytest.raises(MachineError, match=words):
+                Monitor(path, seconds=0.5)
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,377 @@
+"""Machines that cannot be saved or restored: one line that says why, the machine as before, nothing left."""
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from qemukit import MIB, until
+from sweepkit import Sweep
+
+import snapengine
+from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
+from snapengine.qemu.machine import refuse_devices
+from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.restore import restore_machine
+from snapengine.qemu.target import QemuTarget
+from snapengine.qemu.viamigration import save_by_migration
+from snapengine.options import Options
+
+NOBODY = 65534
+
+
+def cli(*arguments, prefix=(), **named):
+    """The command line; (exit code, stdout, stderr)."""
+    command = [*prefix, sys.executable, "-m", "snapengine.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **named)
+    return done.returncode, done.stdout, done.stderr
+
+
+def attempt(machine, folder, way, match, **options):
+    """A snapshot that is refused; the guest runs on, and there is neither an image nor a part of one."""
+    with Monitor(str(machine.socket)) as monitor, pytest.raises(SnapengineError, match=match) as caught:
+        if way == "migration":
+            save_by_migration(monitor, folder / "vm.img", Options(**options))
+        else:
+            with snapengine.snapshot(QemuTarget(monitor), folder / "vm.img", **options):
+                pass
+    assert "\n" not in str(caught.value)
+    assert os.listdir(folder) == []
+    assert machine.qmp("query-fdsets") == []
+    if machine.qmp("query-status")["running"]:
+        machine.wait_progress(1000)
+    return caught.value
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty directory for images."""
+    path = tmp_path / "images"
+    path.mkdir()
+    return path
+
+
+# what is saved
+
+
+@pytest.mark.parametrize("way", ["attached", "migration"])
+def test_a_machine_that_migrates_already(machines, way, folder):
+    machine = machines(Sweep(noise=1.0)).ready()
+    machine.qmp("migrate-set-parameters", max_bandwidth=MIB)
+    machine.qmp("migrate", uri="exec:cat > /dev/null")
+    try:
+        attempt(machine, folder, way, "migrating already")
+        assert machine.qmp("query-migrate")["status"] in ("setup", "active")
+    finally:
+        machine.qmp("migrate_cancel")
+
+
+def test_a_device_that_shares_its_memory(machines, folder):
+    extra = ["-object", "memory-backend-memfd,id=shared,size=1M,share=on",
+             "-device", "ivshmem-plain,memdev=shared,id=window"]  # fmt: skip
+    machine = machines(Sweep(), extra=extra).ready()
+    attempt(machine, folder, "attached", r"(window \(ivshmem-plain\)|ivshmem)")
+
+
+class Answers:
+    """A monitor that knows these answers: of hardware that no test machine has."""
+
+    def __init__(self, devices=(), network=""):
+        self.devices, self.network = devices, network
+
+    def execute(self, command, arguments):
+        assert command == "qom-list"
+        listed = [{"name": name, "type": f"child<{kind}>"} for name, kind in self.devices]
+        return listed if arguments["path"] == "/machine/peripheral" else []
+
+    def human(self, line):
+        assert line == "info network"
+        return self.network
+
+
+@pytest.mark.parametrize(
+    ("monitor", "match"),
+    [
+        (Answers([("gpu0", "vfio-pci")]), r"device gpu0 \(vfio-pci\)"),
+        (Answers([("gpu0", "vfio-pci-nohotplug")]), "gpu0"),
+        (Answers([("fs0", "vhost-user-fs-pci")]), "fs0"),
+        (Answers([("scsi0", "vhost-scsi-pci")]), "scsi0"),
+        (Answers(network="net0: index=0,type=vhost-user,..."), "a network card of the type vhost-user"),
+    ],
+)
+def test_devices_that_write_past_qemu(monitor, match):
+    with pytest.raises(MachineError, match=match):
+        refuse_devices(monitor, os.getpid())
+
+
+def test_a_plain_device_is_not_refused():
+    refuse_devices(Answers([("net0", "virtio-net-pci")], "net0: index=0,type=user"), os.getpid())
+
+
+@pytest.mark.parametrize("way", ["attached", "migration"])
+def test_a_device_that_blocks_migration(machines, way, folder):
+    """An internal snapshot of a vvfat disk cannot be taken: QEMU itself blocks that."""
+    source = folder.parent / "fat"
+    source.mkdir()
+    extra = ["-drive", f"file=fat:rw:{source},format=raw,if=none,id=fat"]
+    machine = machines(Sweep(), extra=extra).ready()
+    attempt(machine, folder, way, "does not support live migration")
+
+
+def test_ram_in_a_file_on_a_disk(machines, folder):
+    extra = ["-object", f"memory-backend-file,id=m,share=on,mem-path={folder.parent}/ram,size=64M",
+             "-machine", "pc,memory-backend=m"]  # fmt: skip
+    file_system = subprocess.run(["stat", "-f", "-c", "%T", folder], capture_output=True, text=True, check=True)
+    if "tmpfs" in file_system.stdout:
+        pytest.skip("the temporary directory is a tmpfs, whose files can be tracked")
+    machine = machines(Sweep(), extra=extra).ready()
+    attempt(machine, folder, "attached", r"RAM block 'm' .*does not write-protect: use memory-backend-ram")
+
+
+def test_a_full_disk(machines, folder):
+    machine = machines(Sweep(noise=1.0)).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        for way in ("attached", "migration"):
+            with pytest.raises(SnapengineError, match="No space left|stopped reading"):
+                if way == "migration":
+                    save_by_migration(monitor, "exec:cat > /dev/full", Options())
+                else:
+                    with snapengine.snapshot(QemuTarget(monitor), "exec:cat > /dev/full"):
+                        pass
+            machine.wait_progress(1000)
+
+
+def test_a_disk_that_is_not_there(machines, folder):
+    machine = machines(Sweep()).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        target = QemuTarget(monitor, block_snapshots={"nix": str(folder / "x.qcow2")})
+        with pytest.raises(MachineError, match="no disk 'nix'"), snapengine.snapshot(target, folder / "vm.img"):
+            pass
+    machine.wait_progress(1000)
+    assert os.listdir(folder) == []
+
+
+def test_qemu_that_dies_half_way(machines, folder):
+    for way in ("attached", "migration"):
+        machine = machines(Sweep(noise=1.0)).ready()
+        threading.Timer(0.5, os.kill, (machine.pid, signal.SIGKILL)).start()
+        begin = time.monotonic()
+        with Monitor(str(machine.socket)) as monitor, pytest.raises((TargetGoneError, SnapengineError)):
+            if way == "migration":
+                save_by_migration(monitor, folder / "vm.img", Options(rate_limit=4 * MIB))
+            else:
+                with snapengine.snapshot(QemuTarget(monitor), folder / "vm.img", rate_limit=4 * MIB,
+                                         memory_limit=16 * MIB):  # fmt: skip
+                    pass
+        assert time.monotonic() - begin < 15
+        assert os.listdir(folder) == []
+        machine.kill()
+
+
+def test_without_the_right_to_attach(machines, folder):
+    machine = machines(Sweep()).ready()
+    place = machine.room / "images"
+    place.mkdir()
+    for path in (machine.room.parent, machine.room, place):
+        path.chmod(0o777)
+    machine.socket.chmod(0o777)
+    user = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
+    if subprocess.run([*user, sys.executable, "-c", "import snapengine.cli"], check=False).returncode:
+        pytest.skip("another user cannot import the package from here")
+    code, _, text = cli("qemu", "save", "--qmp", machine.socket, place / "vm.img", prefix=user)
+    assert code == 1
+    assert "--via-migration" in text.splitlines()[-1]
+    assert os.listdir(place) == []
+    machine.wait_progress(1000)
+
+
+def test_killed_while_the_guest_stands(machines, folder):
+    """SIGKILL between `stop` and `cont`: the guest goes on without us."""
+    machine = machines(Sweep()).ready()
+    script = (
+        "import os, signal, sys\n"
+        "from snapengine.qemu.monitor import Monitor\n"
+        "from snapengine.qemu.target import QemuTarget\n"
+        "target = QemuTarget(Monitor(sys.argv[1]))\n"
+        "target.open(0)\n"
+        "target.pause()\n"
+        "assert not target.monitor.execute('query-status')['running']\n"
+        "print('stands', flush=True)\n"
+        "os.killpg(0, signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, machine.socket], capture_output=True, text=True, check=False,
+        timeout=60, start_new_session=True,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("stands\n", -signal.SIGKILL), done.stderr
+    until(lambda: machine.qmp("query-status")["running"], "the guest stands for ever")
+    machine.wait_progress(1000)
+
+
+# what is restored
+
+
+@pytest.fixture
+def saved(machines, folder):
+    """(a machine that was killed, its image)."""
+    machine = machines(Sweep(memory=32 * MIB)).ready()
+    machine.progress_address  # noqa: B018 - known from now on
+    with Monitor(str(machine.socket)) as monitor, snapengine.snapshot(QemuTarget(monitor), folder / "vm.img"):
+        pass
+    machine.kill()
+    return machine, folder / "vm.img"
+
+
+def qemus():
+    """The ids of the processes that this one has started and that are still there."""
+    found = set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            stat = Path(f"/proc/{entry}/stat").read_text(errors="replace")
+            if int(stat.rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(entry))
+    return found
+
+
+def refused(path, command, error, match, **options):
+    """A restore that fails: no new QEMU runs, and no socket of ours is left."""
+    before = qemus()
+    with snapengine.open_image(path) as image, pytest.raises(error, match=match) as caught:
+        restore_machine(image, command, **options)
+    assert "\n" not in str(caught.value)
+    assert qemus() <= before
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        (["-m", "64"], "RAM block pc.ram: 33554432 bytes were saved, this has 67108864"),
+        (["-device", "virtio-rng-pci"], r"device .*virtio-rng-pci\) was not there"),
+        (["-smp", "2"], "CPUs: 1 x .* was|were saved, these are 2 x"),
+        (["-machine", "q35"], "machine type"),
+    ],
+)
+def test_another_machine(saved, extra, match):
+    machine, path = saved
+    refused(path, [*machine.command, *extra], MachineError, match, qmp=str(machine.room / "new"))
+    assert not (machine.room / "new").exists()
+
+
+def test_another_machine_by_force(saved):
+    machine, path = saved
+    command = [*machine.command, "-name", "another", "-device", "virtio-rng-pci"]
+    with snapengine.open_image(path) as image:
+        restored = restore_machine(image, command, force=True)
+    restored.process.kill()
+    restored.process.wait()
+    assert any("virtio-rng-pci" in line for line in restored.differences)
+
+
+@pytest.mark.parametrize(
+    ("command", "match"),
+    [
+        (["no-such-program"], "no program 'no-such-program'"),
+        ([], "no program"),
+        (["qemu-system-x86_64", "-incoming", "tcp:0:1"], "-incoming already"),
+        (["qemu-system-x86_64", "-daemonize"], "-daemonize already"),
+        (["qemu-system-x86_64", "-no-such-option"], "did not start .exit code 1"),
+        (["true"], "did not start .exit code 0"),
+    ],
+)
+def test_commands_that_are_no_machine(saved, command, match):
+    refused(saved[1], command, MachineError, match)
+
+
+def test_a_socket_that_is_there(saved):
+    machine, path = saved
+    (machine.room / "new").touch()
+    refused(path, machine.command, MachineError, "exists already", qmp=str(machine.room / "new"))
+    assert (machine.room / "new").exists()
+
+
+def test_an_image_of_something_else(saved, tmp_path):
+    machine, _ = saved
+    with snapengine.snapshot(bytearray(b"x" * 8192), tmp_path / "other.img"):
+        pass
+    refused(tmp_path / "other.img", machine.command, ImageError, "not an image of a QEMU machine")
+
+
+def test_a_damaged_image(saved):
+    machine, path = saved
+    with snapengine.open_image(path) as image:
+        offset = image.index.extent(image.index.count // 2)[0]
+    with open(path, "r+b") as file:
+        file.seek(offset + 6000)
+        byte = file.read(1)[0]
+        file.seek(offset + 6000)
+        file.write(bytes([byte ^ 4]))
+    refused(path, machine.command, ImageError, "checksum")
+
+
+def test_devices_that_qemu_refuses(saved, tmp_path):
+    """The state of the devices is cut: QEMU ends, and what it printed says why."""
+    machine, path = saved
+    with snapengine.open_image(path) as image:
+        blobs = {name: image.vmstate[name] for name in image.vmstate}
+        buffers = {region.name: mmap.mmap(-1, region.length) for region in image.regions}
+        for region in image.regions:
+            image.restore_into(region, buffers[region.name])
+    blobs["qemu.devices"] = blobs["qemu.devices"][:300] + b"\xff" * 300
+    with snapengine.snapshot(buffers, tmp_path / "bad.img", vmstate=blobs):
+        pass
+    refused(tmp_path / "bad.img", machine.command, MachineError, "refuses the state|ended while")
+
+
+# the command line
+
+
+def test_save_and_restore_by_command(machines, folder):
+    machine = machines(Sweep()).ready()
+    code, out, text = cli("qemu", "save", "--qmp", machine.socket, "--json", "--compress", "zstd", folder / "vm.img")
+    assert (code, text) == (0, "")
+    figures = json.loads(out)
+    assert figures["status"] == "completed"
+    assert figures["stop_parts_ns"]["device_state"] > 0
+    code, out, text = cli("qemu", "save", "--qmp", machine.socket, "--via-migration", "null:")
+    assert code == 0
+    assert "write-tracking" in out
+    before = machine.counter()
+    machine.kill()
+    code, out, text = cli(
+        "qemu", "restore", "--json", "--paused", "--qmp", machine.room / "new", folder / "vm.img", "--",
+        *machine.command,
+    )  # fmt: skip
+    assert code == 0, text
+    restored = json.loads(out)
+    try:
+        with Monitor(restored["qmp"]) as monitor:
+            assert monitor.execute("query-status")["status"] == restored["status"] == "paused"
+            monitor.execute("cont")
+            assert monitor.execute("query-status")["running"]
+    finally:
+        os.kill(restored["pid"], signal.SIGKILL)
+    assert before > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["qemu", "save", "--qmp", "/nowhere.sock", "x.img"], 1, "no QEMU listens there"),
+        (["qemu", "save", "--qmp", "/x", "--block-snapshot", "a", "x.img"], 2, "not DEVICE=FILE"),
+        (["qemu", "save", "--qmp", "/x", "--via-migration", "--block-snapshot", "a=b", "x"], 2, "--block-snapshot"),
+        (["qemu", "restore", "/nowhere.img", "--", "true"], 1, "/nowhere.img"),
+        (["qemu", "restore", "x.img"], 2, "required"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, code, words, tmp_path):
+    done, _, text = cli(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done == code
+    assert words in text.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
