@@ -99,8 +99,8 @@ cdef uint64_t _free_from(capture_t *capture, uint64_t start, uint64_t addr) noex
     return start
 
 
-cdef void take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
-    """A missing page of what is taken in is filled when it is touched."""
+cdef void _take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
+    """What is in two by now all the same: registered alike, the parts become one again."""
     cdef vma_t inner, outer
     cdef uint64_t edge = region.track_end
     if not region.alone_after and not next_vma(capture.maps, edge - PAGE, &inner) \
@@ -116,6 +116,27 @@ cdef void take_in_growth(capture_t *capture, region_t *region, uint64_t mode) no
             region.held_start = min(region.held_start, edge)
 
 
+cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
+    cdef uint64_t start = region.track_start
+    cdef uint64_t end = region.track_end
+    cdef int err
+    cdef vma_t vma
+    if not next_vma(capture.maps, start, &vma) and vma.start < start:
+        start = _free_from(capture, vma.start, start)
+    if not next_vma(capture.maps, end - PAGE, &vma) and vma.end > end:
+        end = _free_until(capture, end, vma.end)
+    err = uffd_register(capture.uffds[0], start, end - start, mode)
+    if err:
+        err = register_mapped(capture.uffds[0], region.track_start, region.track_end - region.track_start,
+                              region.unit_pages * PAGE, mode)
+    else:
+        region.held_start = min(region.held_start, start)
+        region.held_end = max(region.held_end, end)
+    if not err:
+        _take_in_growth(capture, region, mode)
+    return err
+
+
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t mode = UFFDIO_REGISTER_MODE_WP
     cdef uint64_t length = region.track_end - region.track_start
@@ -126,13 +147,12 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
         # A peer may have registered for missing faults itself. With WP_UNPOPULATED its holes get markers,
         # which no UFFDIO_ZEROPAGE fills (EEXIST): a fault on one could never be answered.
         uffd_unregister(capture.uffds[0], region.track_start, length)
-    err = uffd_register(capture.uffds[0], region.track_start, length, mode)
-    if err and capture.attached:
-        err = register_mapped(capture.uffds[0], region.track_start, length, region.unit_pages * PAGE, mode)
+    if capture.attached:
+        err = register_attached(capture, region, mode)
+    else:
+        err = uffd_register(capture.uffds[0], region.track_start, length, mode)
     if err:
         capture_fail(capture, err, "UFFDIO_REGISTER", region.track_start)
-    elif capture.attached:
-        take_in_growth(capture, region, mode)
     return err
 
 

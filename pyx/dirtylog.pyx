@@ -11,7 +11,7 @@ Documentation/admin-guide/mm/pagemap.rst.
 from libc.errno cimport EPERM, ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 
-from snapengine.arming cimport register_region, take_in_growth
+from snapengine.arming cimport register_attached, register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
 from snapengine.events cimport forget_all
@@ -25,7 +25,7 @@ from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
 from snapengine.source cimport copy_run, populated, put_pages, scan_presence
-from snapengine.uffd cimport register_mapped, uffd_protect
+from snapengine.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
@@ -83,11 +83,7 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
 
 cdef int _track_anew(capture_t *capture, region_t *region) noexcept nogil:
     """An attached process has mapped something over a part of the region: track that too, if it can be."""
-    cdef int err = register_mapped(capture.uffds[0], region.track_start, region.track_end - region.track_start,
-                                   region.unit_pages * PAGE, UFFDIO_REGISTER_MODE_WP)
-    if not err:
-        take_in_growth(capture, region, UFFDIO_REGISTER_MODE_WP)
-    return err
+    return register_attached(capture, region, UFFDIO_REGISTER_MODE_WP)
 
 
 cdef int _begin_anew(capture_t *capture, region_t *region, scan_t *scan) noexcept nogil:

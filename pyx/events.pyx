@@ -25,10 +25,8 @@ from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
 from snapengine.trust cimport distrust
-from snapengine.uffd cimport (
-    protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_unregister, uffd_wake,
-)
-from snapengine.unregister cimport unregister_all
+from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_wake
+from snapengine.unregister cimport unregister_all, unregister_range
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -203,7 +201,7 @@ cdef void _let_move(capture_t *capture, uint64_t uffd, const uffd_msg *message) 
             for i in range(capture.n_regions):
                 if start + length <= capture.regions[i].held_start < end:
                     end = capture.regions[i].held_start
-    uffd_unregister(capture.uffds[uffd], start, end - start)
+    unregister_range(capture.uffds[uffd], start, end)
 
 
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil:

@@ -138,6 +138,9 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
         # Registered by the target's own doing, not part of this capture: let it go on.
         if missing:
             _fill(capture, lane, uffd, addr)
+        elif capture.attached:
+            # It has moved here: who read of that unregisters it, and not before it is known to be lost.
+            uffd_wake(capture.uffds[uffd], addr, PAGE)
         else:
             release(capture, lane, uffd, addr, PAGE)
         return

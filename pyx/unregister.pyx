@@ -12,7 +12,7 @@ from libc.errno cimport EINVAL
 from libc.stdint cimport uint64_t
 
 from snapengine.bitmap cimport bits_test
-from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.session cimport page_addr, region_t
 from snapengine.uffd cimport uffd_unregister
 
@@ -41,6 +41,10 @@ cdef void _in_pieces(int fd, uint64_t start, uint64_t end, uint64_t unit) noexce
         start += length
 
 
+cdef void unregister_range(int fd, uint64_t start, uint64_t end) noexcept nogil:
+    _piece(fd, start, end - start, PAGE)
+
+
 cdef uint64_t _next_region(capture_t *capture, uint64_t addr) noexcept nogil:
     """Where the next region begins, as far as it is registered."""
     cdef int i
@@ -56,7 +60,7 @@ cdef void _by_mapping(capture_t *capture, int fd, region_t *region) noexcept nog
     cdef uint64_t unit = region.unit_pages * PAGE
     cdef uint64_t end
     cdef uint64_t after = _next_region(capture, region.held_end)
-    cdef vma_t vma
+    cdef vma_t vma, grown
     cdef int err
     while start < region.held_end:
         err = next_vma(capture.maps, start, &vma)
@@ -71,6 +75,12 @@ cdef void _by_mapping(capture_t *capture, int fd, region_t *region) noexcept nog
         end = min(end, start + max(WHOLE_MAX, unit))
         _piece(fd, start, end - start, unit)
         start = end
+        # It may have grown since it was asked for: that is a mapping of its own now.
+        while start < after and start == vma.end and not next_vma(capture.maps, start, &grown) \
+                and same_vma(&vma, &grown):
+            vma = grown
+            start = min(grown.end, after)
+            _piece(fd, grown.start, start - grown.start, unit)
 
 
 cdef void _rest(capture_t *capture, int fd, region_t *region) noexcept nogil:

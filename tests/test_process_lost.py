@@ -14,7 +14,7 @@ import snapengine
 from snapengine.errors import LostPagesError
 from snapengine.image import open_image
 from snapengine.packing import LOST
-from snapengine.process import ProcessTarget
+from snapengine.process import APPEARED, ProcessTarget
 from snapengine.sinks import PYTHON_LEVEL, FileSink
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
@@ -23,8 +23,8 @@ MIB = 1 << 20
 PAGE = 4096
 N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
 # targets/victim.c
-UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE = range(1, 7)
-GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN = range(7, 13)
+UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE = range(1, 11)
+WRITE, MAP_AGAIN, EXTEND = 11, 12, 13
 
 
 class GatedFile(FileSink):
@@ -82,6 +82,8 @@ def save(target, path, deed, cut="soft", regions=None, **options):
     chosen = ProcessTarget(target.pid, regions or target.region, cut=cut)
     with snapengine.snapshot(chosen, sink, memory_limit=16 * MIB, **options) as capture:
         try:
+            # Zero pages saved after their file was punched may have been in the hole: they would be lost too.
+            until(lambda: capture.progress().pages_done >= 256, "the walk does not begin")
             target.act(deed)
         finally:
             sink.gate.set()
@@ -181,6 +183,34 @@ def test_memory_is_not_split(tmp_path):
         start = target.words[MEMORY]
         hidden = 16 * PAGE
         save(target, tmp_path / "image", GROW, regions=f"{start + hidden:x}-{start + N_PAGES * PAGE:x}")
+        target.check_running()
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_memory_that_has_grown_is_not_split(tmp_path, method):
+    """It grows after its mappings were listed, before they are registered. Registered up to its old end it
+    would be two mappings, and a later mremap() of all of it would fail."""
+
+    class GrowsLate(ProcessTarget):
+        def open(self, features):
+            opened = super().open(features)
+            target.act(EXTEND)
+            return opened
+
+    with Victim("anon") as target:
+        start = target.words[MEMORY]
+        readable = f"{start + 16 * PAGE:x}-{start + N_PAGES * PAGE:x}"
+        chosen = GrowsLate(target.pid, readable, method=method)
+        sink = GatedFile(tmp_path / "image")
+        with snapengine.snapshot(chosen, sink, memory_limit=16 * MIB, method=method) as capture:
+            try:
+                until(lambda: capture.progress().pages_done >= 256, "the walk does not begin")
+                target.act(GROW)
+            finally:
+                sink.gate.set()
+        if method == "write-tracking":
+            ends = [item["end"] for item in capture.result.not_captured if item["reason"] == APPEARED]
+            assert start + (N_PAGES + 256) * PAGE in ends
         target.check_running()
 
 

@@ -13,7 +13,7 @@ from test_process import MODES, check_untouched, snap
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
-OTHERS, N_OTHERS, REFUSED = COUNTERS + 16, 5, 6  # targets/restless.c
+OTHERS, N_OTHERS = COUNTERS + 16, 5  # targets/restless.c
 ROUNDS = 4
 
 
@@ -86,14 +86,3 @@ def test_forks_with_shared_memory(tmp_path, mode):
             check_order(path, target, low, target.last_write())
             target.check_others()
         check_untouched(target, before)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_no_mremap_is_refused(tmp_path, mode):
-    """A mapping that we leave in two (registered up to where it ended when it was listed, say) could not be
-    moved any more as one: realloc() would fail."""
-    with Restless("mremap") as target:
-        for _ in range(20):
-            snap(target.pid, tmp_path / "image", mode)
-            target.check_others()
-        assert target.words[REFUSED] == 0

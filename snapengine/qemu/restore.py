@@ -22,10 +22,11 @@ from typing import Any
 from snapengine.errors import ImageError, MachineError, TargetGoneError
 from snapengine.image import Image
 from snapengine.qemu import machine
-from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_STREAM
+from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
+from snapengine.vmstream import TAIL_MAX_BYTES
 
 START_SECONDS = 30.0
 STREAM_NAME = "snapengine-stream"
@@ -158,16 +159,13 @@ def said(output: Any) -> str:
 
 
 def read_description(image: Image) -> dict[str, Any]:
-    """The description of the machine. `ImageError`: there is none."""
-    if MACHINE not in image.vmstate:
-        raise ImageError(
-            f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)"
-        )
-    sizes = image.vmstate.sizes()
-    for name, limit in machine.BLOB_LIMITS.items():
-        if sizes.get(name, 0) > limit:
-            raise ImageError(f"{image.name}: the blob {name} has {sizes[name]} bytes")
-    return machine.parse(image.vmstate[MACHINE], image.name)
+    """The description of the machine. `ImageError`: there is none, or it is malformed."""
+    saved = read_machine(image)
+    if saved is None:
+        raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)")
+    if saved["via"] not in (VIA_STREAM, VIA_DEVICES):
+        raise ImageError(f"{image.name}: its machine was saved in a way that is not known: {saved['via']!r}")
+    return saved
 
 
 def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -175,6 +173,9 @@ def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
     if saved["via"] == VIA_STREAM:
         return stream_blobs(image)
     blocks = [(block["name"], block["used"]) for block in saved["ram_blocks"]]
+    size = image.vmstate.sizes().get(DEVICES, 0)
+    if not FILE_HEADER_BYTES < size <= TAIL_MAX_BYTES:
+        raise ImageError(f"{image.name}: the blob {DEVICES} has {size} bytes")
     state = image.vmstate[DEVICES][FILE_HEADER_BYTES:]
     return make_head(saved["machine_type"], blocks), state + NO_DESCRIPTION
 

@@ -10,11 +10,11 @@
 #include <pthread.h>
 #include <string.h>
 
-enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16 };
-enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN };
+enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16, ROOM = 512 };
+enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN, EXTEND };
 
 static char *memory;
-static uint64_t pages;
+static uint64_t pages, extended;
 static int fd = -1;
 static uint64_t unit = PAGE;
 
@@ -44,14 +44,15 @@ static void map_a_file(char *part, uint64_t bytes) {
 }
 
 static void move(char *part, uint64_t bytes) {
-    char *place = mmap(0, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *place = mmap(0, bytes + unit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    place += -(uint64_t)place & (unit - 1);
     require(mremap(part, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place);
     write_pages(place, bytes / PAGE, 99);
 }
 
 /* All of the memory that may be read, in one call. */
 static void grow(void) {
-    uint64_t bytes = (pages - HIDDEN) * PAGE;
+    uint64_t bytes = (pages + extended - HIDDEN) * PAGE;
     char *moved = mremap(memory + HIDDEN * PAGE, bytes, bytes + 512 * PAGE, MREMAP_MAYMOVE);
     require(moved != MAP_FAILED);
     for (uint64_t i = 0; moved != MAP_FAILED && i < pages - HIDDEN; i++)
@@ -68,6 +69,14 @@ static void rewrite(uint64_t offset, uint64_t bytes) {
         punch(offset, unit);
         write_pages(memory + offset, unit / PAGE, 77);
     }
+}
+
+/* Where it lies: it ends later than before. */
+static void extend(void) {
+    uint64_t bytes = (pages - HIDDEN) * PAGE;
+    extended = ROOM / 2;
+    require(mremap(memory + HIDDEN * PAGE, bytes, bytes + extended * PAGE, 0) != MAP_FAILED);
+    write_pages(memory + pages * PAGE, extended, 5);
 }
 
 static void act(enum deed deed) {
@@ -87,6 +96,8 @@ static void act(enum deed deed) {
         move(part, bytes);
     if (deed == GROW)
         grow();
+    if (deed == EXTEND)
+        extend();
     if (deed == MAP_A_FILE)
         map_a_file(part, bytes);
     if (deed == REWRITE)
@@ -119,9 +130,11 @@ static void map(const char *kind) {
         flags |= MAP_ANONYMOUS;
     for (uint64_t i = 0; own && i < pages; i++)
         require(pwrite(fd, "file", 4, (off_t)(i * PAGE)) == 4);
-    memory = mmap(0, pages * PAGE, PROT_READ | PROT_WRITE, flags, fd, 0);
+    memory = mmap(0, (pages + (fd < 0 ? ROOM : 0)) * PAGE, PROT_READ | PROT_WRITE, flags, fd, 0);
     if (memory == MAP_FAILED)
         exit(6);
+    if (fd < 0)
+        munmap(memory + pages * PAGE, ROOM * PAGE);
     unit = huge ? 2 << 20 : PAGE;
     if (!huge)
         madvise(memory, pages * PAGE, MADV_NOHUGEPAGE);
