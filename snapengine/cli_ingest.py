@@ -50,8 +50,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
     add("sink", metavar="SINK", help="where the image goes")
     add("--direct", action="store_true",
-        help="write pages as they come: for background-snapshot, which sends each once, and is let come to "
-        "its end if we fail. Otherwise they go through a file in --spill-dir, which keeps the last of each")  # fmt: skip
+        help="write pages as they come: for background-snapshot, which sends each once, and which comes to "
+        "its end even if we fail. Otherwise a file in --spill-dir keeps the last of each")  # fmt: skip
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
     add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
     add("--rate-limit", type=argument(parse_size), metavar="SIZE",

@@ -12,7 +12,8 @@ def restoring(machines, image, machine, **options):
     """``with restoring(machines, image, machine) as new``: the dead `machine` goes on from `image`."""
     machine.progress_address  # noqa: B018 - it is known from now on: the guest prints it only once
     setup = machines.setup_like(machine)
-    restored = restore_machine(image, setup.command, qmp=str(setup.room / "restored"), **options)
+    command = [*setup.command, *setup.monitors]
+    restored = restore_machine(image, command, qmp=str(setup.room / "restored"), **options)
     try:
         yield machines.adopt(setup, restored.pid, machine)
     finally:

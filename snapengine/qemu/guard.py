@@ -23,7 +23,8 @@ class Guard:
     ----------
     fd:
         For `GO_ON` a connection to QMP that has said `qmp_capabilities`: QEMU takes whole commands from it,
-        whoever writes them; each of ours is one send(), so the guard's cannot fall into the middle of one. For `DRAIN` the end of a pipe that QEMU writes into.
+        whoever writes them; each of ours is one send(), so the guard's cannot fall into the middle of one.
+        For `DRAIN` the end of a pipe that QEMU writes into.
     script:
         `GO_ON` or `DRAIN`.
     """

@@ -162,7 +162,7 @@ def read_description(image: Image) -> dict[str, Any]:
     """The description of the machine. `ImageError`: there is none, or it is malformed."""
     saved = read_machine(image)
     if saved is None:
-        raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says what it is of)")
+        raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says of what)")
     if saved["via"] not in (VIA_STREAM, VIA_DEVICES):
         raise ImageError(f"{image.name}: its machine was saved in a way that is not known: {saved['via']!r}")
     return saved
