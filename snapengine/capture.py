@@ -101,7 +101,7 @@ class Capture:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._begun = threading.Event()  # the image has its header: chunks may follow
-        self._started = self._cancelled = False
+        self._started = self._cancelled = self._given_up = False
         self._error: BaseException | None = None
         self._result: Result | None = None
         self._parts = Parts(target)
@@ -274,6 +274,8 @@ class Capture:
         try:
             self._parts.encoder.run(number)
         except BaseException as error:
+            if self._given_up:
+                return
             with self._lock:
                 self._error = self._error or error
             self._parts.session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
@@ -284,6 +286,8 @@ class Capture:
         try:
             if isinstance(engine, DirtyLog):
                 status = self._log_rounds(engine)
+                if status == NOT_CONVERGED:
+                    self._give_up()
             else:
                 engine.join()
             for thread in self._encoders:
@@ -301,6 +305,13 @@ class Capture:
         finally:
             self._ended = time.monotonic_ns()
             self._done.set()
+
+    def _give_up(self) -> None:
+        """There will be no image: what waits for a slow sink need not reach it."""
+        assert self._parts.writer is not None
+        self._raise_failure()
+        self._given_up = True
+        self._parts.writer.cancel()
 
     def _log_rounds(self, engine: DirtyLog) -> str:
         options = self._options
