@@ -8,6 +8,8 @@ SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/
 
 # Snapshots of attached processes per test case and round: 60 cases, so 1020.
 ATTACH_CUTS ?= 17
+# Machines saved, killed and restored per test case and round.
+QEMU_ROUNDS ?= 10
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -42,7 +44,7 @@ bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build
 
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
-	ATTACH_CUTS=$(ATTACH_CUTS) .ci/soak $(BIN)/python
+	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python
 
 .PHONY: dist
 dist: $(VENV)/.test  ## Build the sdist, and from it the wheel, into dist/
