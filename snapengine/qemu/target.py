@@ -72,6 +72,8 @@ class QemuTarget:
         """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
         (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
         RESUME, by QEMU's clock."""
+        self.events: frozenset[str] = frozenset()
+        self._info: attach.ProcessInfo | None = None
         self._disks = dict(block_snapshots or {})
         self._blocks: list[RamBlock] = []
         self._frozen: list[bytes | None] = []
@@ -83,20 +85,32 @@ class QemuTarget:
 
     # -- what a capture calls --
 
+    def check(self) -> None:
+        """Raise what speaks against attaching to QEMU: AttachError, TargetGoneError."""
+        self._info = attach.check(self.pid)
+
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach, while the machine runs."""
-        info = attach.check(self.pid)
+        if self._info is None:
+            self.check()
+        info = self._info
+        assert info is not None
         machine.refuse_busy(self.monitor)
         machine.refuse_blocked(self.monitor)
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
-        tracked = self._sort(read_maps(self.pid))
+        mappings = read_maps(self.pid)
+        tracked = self._sort(mappings)
+        # Guests give RAM back (balloon, free page reporting): of a memfd with share=off only the event tells.
+        files = [m for m in mappings if not m.shared and m.backing == "memory file"]
+        if any(m.start < region.addr + region.length and region.addr < m.end for m in files for region in tracked):
+            self.events = frozenset(["EVENT_REMOVE"])
         self._check_disks()
         description = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         self._description = machine.pack(description)
         self._open_state_file()
         try:
-            injected = inject_userfaultfd(self.pid)
+            injected = inject_userfaultfd(self.pid, info=info)
         except BaseException:
             self._close_state_file()
             raise
@@ -147,6 +161,10 @@ class QemuTarget:
 
     def armed(self) -> None:
         """T is fixed, and the guest runs."""
+
+    def late_warnings(self) -> list[str]:
+        """Nothing: QEMU maps its RAM once."""
+        return []
 
     def record(self) -> dict[str, bytes]:
         """The blobs of the machine."""
