@@ -68,8 +68,8 @@ cdef class Arena:
                 memset(self.base, 0, wanted)
 
     cdef void lend(self):
-        """The content is not needed any more: the kernel may take the pages back when it runs short (madvise(2),
-        MADV_FREE). Until then a next user finds them present."""
+        """The content is not needed any more: the kernel may take the pages back when it runs short
+        (madvise(2), MADV_FREE). Until then a next user finds them present."""
         madvise(self.base, self.length, MADV_FREE)
 
     def __dealloc__(self):

@@ -73,16 +73,17 @@ cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
 
 
 cdef ssize_t _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
-    """read(2). What a REMOVE event names is gone from then on: no copy may be believed until that is noted."""
+    """read(2). What a REMOVE event names is gone from then on: no copy is believed until that is noted."""
     cdef ssize_t got, i
+    cdef uint64_t start
     cdef int err
     snap_add(&capture.reading, 1)
     got = read(uffd, messages, 64 * sizeof(uffd_msg))
     err = errno
     for i in range(got // <ssize_t>sizeof(uffd_msg) if got > 0 else 0):
         if messages[i].event == UFFD_EVENT_REMOVE and uffd == capture.uffds[0]:
-            distrust(capture, snap_removed(&messages[i]), snap_removed_end(&messages[i]) - snap_removed(&messages[i]),
-                     True)
+            start = snap_removed(&messages[i])
+            distrust(capture, start, snap_removed_end(&messages[i]) - start, True)
     snap_leave(&capture.reading)
     return got if got >= 0 else -err
 

@@ -1,4 +1,4 @@
-"""The thread that stops all threads of a process, and holds them: seize, wait, settle, take registers, let go.
+"""The thread that stops all threads of a process and holds them: seize, wait, take registers, let go.
 
 ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
 while it works, and its end lets go of everything. `pyx/freezer` makes it and waits for it.

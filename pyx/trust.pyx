@@ -8,12 +8,12 @@ each copy is followed by questions; a page that fails one is lost, never wrong.
 | all | discarded, unmapped, mapped over, merged | it is not protected any more (PAGEMAP_SCAN) |
 | private mapping of a memory file | discarded: the file shows through, protected like before | EVENT_REMOVE |
 | shared | moved by mremap(), and written to at its new place | EVENT_REMAP |
-| memory file | punched or cut: zero pages, protected like those before | the file's time; mappings do not change it |
+| memory file | punched or cut: zero pages, protected like before | its time; mappings do not change it |
 | hugetlb file | the same, but its time stays | a mapping of it here, the witness, has lost the page |
 
-Runs on capture threads. What is noted is written by the first walker before `armed`; `distrusted` by who reads
-an event, with atomic or. Of a REMOVE event the read itself lets the target go on: `reading` counts who is
-between that and the bits, and a copy is believed only when nobody is.
+Runs on capture threads. What is noted is written by the first walker before `armed`; `distrusted` by who
+reads an event, with atomic or. Of a REMOVE event the read itself lets the target go on: `reading` counts who
+is between that and the bits, and a copy is believed only when nobody is.
 """
 
 from libc.errno cimport ENXIO, errno
@@ -121,12 +121,12 @@ cdef bint punched(region_t *region, uint64_t page) noexcept nogil:
 
 
 cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
-    cdef uint64_t entry
+    cdef uint64_t entry, here
     cdef uint64_t at = page
     while at < page + n:
         if bits_test(capture.witnessed, at >> 9):
-            if pagemap_read(capture.own_pagemap, <uint64_t>region.witness + page_addr(region, at) - region.addr,
-                            &entry, 1) or not entry:
+            here = <uint64_t>region.witness + page_addr(region, at) - region.addr
+            if pagemap_read(capture.own_pagemap, here, &entry, 1) or not entry:
                 return True
         at = (at | 511) + 1
     return False

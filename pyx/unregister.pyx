@@ -1,9 +1,9 @@
 """Letting go of everything that a userfaultfd protects, in pieces.
 
-Each UFFDIO_UNREGISTER stops the target's page faults for its length: 28 ms per GiB of 4 KiB pages. So a peer's
-memory is let go in pieces of half a millisecond. In memory of an attached process a piece that ends inside a
-mapping would split it for a moment, and the target's mremap() over the edge would fail: there a piece is a whole
-mapping, up to 1 GiB, and also what that has grown by.
+Each UFFDIO_UNREGISTER stops the target's page faults for its length: 28 ms per GiB of 4 KiB pages. So a
+peer's memory is let go in pieces of half a millisecond. In memory of an attached process a piece that ends
+inside a mapping would split it for a moment, and a mremap() over the edge would fail: there a piece
+is a whole mapping, up to 1 GiB, and also what that has grown by.
 
 Runs on the first walker, at the end, and on who reads the fork of one child too many.
 """

@@ -8,7 +8,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil
 cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil
 # UFFDIO_REGISTER for one region, as the method wants it. 0, or an errno: the capture has failed.
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil
-# The same for an attached process, of which parts may be unmapped by now. What has grown by mremap(), or was merged
-# with a new neighbour, since the mappings were listed is registered whole: in two, a later mremap() over the
-# edge would fail. Nothing there is protected or saved; a missing page there is filled when it is touched.
+# The same for an attached process, of which parts may be unmapped by now. What has grown by mremap(), or was
+# merged with a new neighbour, since it was listed is registered whole: in two, a later mremap() over
+# the edge would fail. Nothing there is protected or saved; a missing page is filled when it is touched.
 cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil

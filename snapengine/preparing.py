@@ -35,7 +35,8 @@ def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]
     if isinstance(parts.target, AttachedTarget):
         parts.attached = parts.target
         parts.warnings += parts.attached.warnings
-        wanted |= sum(FEATURES[name] for name in parts.attached.events) & int(supported_features())
+        if tracking:  # dirty logging has nobody who reads events
+            wanted |= sum(FEATURES[name] for name in parts.attached.events) & int(supported_features())
     if not tracking and not parts.target.can_pause:
         raise ValueError("dirty logging needs a target that can pause: give pause and resume")
     shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)

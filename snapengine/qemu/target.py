@@ -99,7 +99,13 @@ class QemuTarget:
         machine.refuse_blocked(self.monitor)
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
-        tracked = self._sort(read_maps(self.pid))
+        mappings = read_maps(self.pid)
+        tracked = self._sort(mappings)
+        # Guests give RAM back (balloon, free page reporting): of a memfd with share=off only the event tells.
+        files = [m for m in mappings if not m.shared and m.backing == "memory file"]
+        ends = [(region.addr, region.addr + region.length) for region in tracked]
+        if any(m.start < end and start < m.end for m in files for start, end in ends):
+            self.events = frozenset(["EVENT_REMOVE"])
         self._check_disks()
         description = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         self._description = machine.pack(description)
@@ -154,12 +160,12 @@ class QemuTarget:
             self._guard.dismiss()
         self._note_events()
 
-    def late_warnings(self) -> list[str]:
-        """Nothing: QEMU does not move its RAM."""
-        return []
-
     def armed(self) -> None:
         """T is fixed, and the guest runs."""
+
+    def late_warnings(self) -> list[str]:
+        """Nothing: QEMU maps its RAM once."""
+        return []
 
     def record(self) -> dict[str, bytes]:
         """The blobs of the machine."""
