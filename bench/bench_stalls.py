@@ -11,7 +11,7 @@ from snapengine.options import MIB, Options
 from snapengine.peer import PeerTarget
 
 SIZE = size("STALL_SIZE", "256M")
-PAIRS = 3
+PAIRS = 5
 LIMIT = 64 * MIB
 SINK_RATE = 50 * MIB
 

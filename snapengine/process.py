@@ -233,7 +233,7 @@ class ProcessTarget:
                 self._frozen[number] = data if len(data) == region.length else None
 
     def _note(self, mappings: list[Mapping]) -> None:
-        self._record = dataclasses.replace(read_process(self.pid, self.cut), mappings=mappings)
+        self._record = read_process(self.pid, self.cut, mappings=mappings)
         known = [(region.addr, region.addr + region.length) for region in self._tracked + self.frozen_regions]
         known += [(item.start, item.end) for item in self.not_captured]
         new = appeared(self._record.mappings, known)

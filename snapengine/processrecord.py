@@ -212,6 +212,7 @@ def read_process(
     pid: int,
     cut: Cut,
     *,
+    mappings: list[MemoryMapping] | None = None,
     threads: Iterable[ThreadState] = (),
     not_captured: Iterable[NotCaptured] = (),
 ) -> ProcessRecord:
@@ -231,7 +232,7 @@ def read_process(
             cmdline=_arguments(_read(pid, "cmdline")),
             exe=_executable(pid),
             cut=cut,
-            mappings=_live_mappings(pid),
+            mappings=_live_mappings(pid) if mappings is None else mappings,
             auxv=_read(pid, "auxv"),
             threads=list(threads),
             not_captured=list(not_captured),
