@@ -216,7 +216,8 @@ def read_process(
     threads: Iterable[ThreadState] = (),
     not_captured: Iterable[NotCaptured] = (),
 ) -> ProcessRecord:
-    """The process as /proc has it now (proc(5)); what /proc does not know is given by the caller.
+    """The process as /proc has it now (proc(5)); what /proc does not know is given by the caller, and its
+    `mappings` if they were listed already.
 
     `TargetGoneError`: there is no such process, or it has no memory (any more). ``PermissionError``: this
     user may not read it.
