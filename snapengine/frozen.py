@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from snapengine.packing import DATA, LOST, ZERO
 from snapengine.tally import Extra
 from snapengine.targets import PAGE_BYTES, Region
@@ -9,6 +11,21 @@ from snapengine.writer import Writer
 
 CHUNK_PAGES = 256
 _ZERO = bytes(PAGE_BYTES)
+
+
+def copy_frozen(pid: int, regions: list[Region]) -> list[bytes | None]:
+    """The bytes of each region of a process, which stands still; None: they cannot be read. Raises OSError."""
+    if not regions:
+        return []
+    copies: list[bytes | None] = []
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for region in regions:
+            try:
+                data = os.pread(memory.fileno(), region.length, region.addr)
+            except OSError:
+                data = b""  # it becomes lost pages, and is reported
+            copies.append(data if len(data) == region.length else None)
+    return copies
 
 
 def write_frozen(

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from snapengine import attach
 from snapengine.errors import AttachError, TargetGoneError
 from snapengine.freezer import Freezer
+from snapengine.frozen import copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.maps import Mapping, read_maps
 from snapengine.options import METHODS, WRITE_TRACKING
@@ -126,7 +127,7 @@ class ProcessTarget:
                 self.warnings.append(SHARED_UNSEEN)
             if not self._tracked:
                 raise AttachError(22, f"process {self.pid}: no memory that can be tracked is selected")
-            self._copy_frozen()
+            self._frozen = copy_frozen(self.pid, self.frozen_regions)
         except BaseException:
             os.close(injected.fd)
             self._thaw()
@@ -137,7 +138,7 @@ class ProcessTarget:
         """Stop all threads, unless they stand already."""
         if self._freezer is None:
             self._freeze()
-            self._copy_frozen()
+            self._frozen = copy_frozen(self.pid, self.frozen_regions)
 
     def vmstate(self) -> dict[str, bytes]:
         """Nothing yet: see `record`. Dirty logging notes the process here, at T."""
@@ -219,18 +220,6 @@ class ProcessTarget:
         if not mappings:
             raise TargetGoneError(3, f"process {self.pid} has ended")
         return mappings
-
-    def _copy_frozen(self) -> None:
-        self._frozen = [None] * len(self.frozen_regions)
-        if not self.frozen_regions:
-            return
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
-            for number, region in enumerate(self.frozen_regions):
-                try:
-                    data = os.pread(memory.fileno(), region.length, region.addr)
-                except OSError:
-                    continue  # stays None, and is reported as not captured
-                self._frozen[number] = data if len(data) == region.length else None
 
     def _note(self, mappings: list[Mapping]) -> None:
         self._record = read_process(self.pid, self.cut, mappings=mappings)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from snapengine import attach
 from snapengine.errors import MachineError, RegisterError, TargetGoneError
+from snapengine.frozen import copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.maps import Mapping as MemoryMapping
 from snapengine.maps import covering, page_size_of, read_maps
@@ -143,7 +144,7 @@ class QemuTarget:
         # live=false: otherwise QEMU gives up a stopped machine's disks, as after a migration.
         self.monitor.execute("xen-save-devices-state", {"filename": path, "live": False})
         self._part("device_state")
-        self._copy_frozen()
+        self._frozen = copy_frozen(self.pid, self.frozen_regions)
         return {}
 
     def resume(self) -> None:
@@ -231,15 +232,6 @@ class QemuTarget:
         if not tracked:
             raise MachineError("the machine has no RAM that can be tracked")
         return tracked
-
-    def _copy_frozen(self) -> None:
-        self._frozen = [None] * len(self.frozen_regions)
-        if not self.frozen_regions:
-            return
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
-            for number, region in enumerate(self.frozen_regions):
-                data = os.pread(memory.fileno(), region.length, region.addr)
-                self._frozen[number] = data if len(data) == region.length else None
 
     def _open_state_file(self) -> None:
         """QEMU writes the devices' state into a file of ours that it is handed, wherever it runs."""
