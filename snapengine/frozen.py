@@ -14,7 +14,7 @@ _ZERO = bytes(PAGE_BYTES)
 
 
 def copy_frozen(pid: int, regions: list[Region]) -> list[bytes | None]:
-    """The bytes of each region of a process, which stands still; None: they cannot be read. Raises OSError."""
+    """The bytes of each region of a process that stands still; None: not readable. Raises OSError."""
     if not regions:
         return []
     copies: list[bytes | None] = []
