@@ -355,8 +355,10 @@ class Capture:
             self._parts.tracker.join()  # before anything that its threads use is closed
         self._stop_encoders()
         self._error = self._error or error
-        self._clean_up("cancelled" if self._cancelled else "failed")
-        self._done.set()
+        try:
+            self._clean_up("cancelled" if self._cancelled else "failed")
+        finally:
+            self._done.set()
 
     def _stop_encoders(self) -> None:
         """The capture has failed: wait for the threads that use the pool and the sink, closed next."""

@@ -18,6 +18,8 @@ from snapengine.cli_stream import read_stream, stream_info, verify_stream
 from snapengine.errors import ImageError
 from snapengine.figures import figures_table
 from snapengine.processinfo import process_rows
+from snapengine.qemu.blobs import read_machine
+from snapengine.qemu.info import machine_rows
 from snapengine.result import Result
 from snapengine.units import format_count, format_size
 
@@ -33,8 +35,8 @@ REGION_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 
 IMAGE_HELP = "the image: a file, or - for standard input"
 INFO = """\
-Print what is in an image: the figures of the capture, the process (if it was attached to), the regions of
-memory, the named blobs.
+Print what is in an image: the figures of the capture, the process (if it was attached to), the QEMU
+machine (if it is one), the regions of memory, the named blobs.
 Checks the index, not every page: that is `verify`.
 """
 VERIFY = """\
@@ -128,7 +130,7 @@ def read_info(path: str) -> dict[str, Any]:
         info = stream_info(read_stream())
     else:
         with opened(path) as image:
-            info = image.info()
+            info = image.info() | {"machine": read_machine(image)}
     stats: dict[str, Any] = info.pop("stats")
     return stats | info
 
@@ -157,12 +159,15 @@ def print_info(info: dict[str, Any]) -> None:
     for region in info["regions"]:
         size, page = format_size(region["length"]), format_size(region["page_size"])
         table.add_row(region["name"], f"{region['addr']:#x}", size, page, region["kind"])
-    if info["process"] is not None:
-        process = Table.grid(padding=(0, 2))
-        for row in process_rows(info["process"]):
-            process.add_row(*row)
+    rows = process_rows(info["process"]) if info["process"] is not None else []
+    if info["machine"] is not None:
+        rows += machine_rows(info["machine"])
+    if rows:
+        about = Table.grid(padding=(0, 2))
+        for row in rows:
+            about.add_row(*row)
         out.print()
-        out.print(process)
+        out.print(about)
     out.print()
     out.print(table)
     for name, size in info["vmstate"].items():

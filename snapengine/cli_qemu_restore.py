@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from snapengine.cli_common import EXIT_CODES, EXIT_OK, print_json, raw, say
+from snapengine.progress import Bar
+from snapengine.targets import PAGE_BYTES
 from snapengine.units import format_size
+
+if TYPE_CHECKING:
+    from snapengine.qemu.restore import Restored
 
 DESCRIPTION = """\
 Start QEMU and let it go on where the image has the machine. Give QEMU's command line as the machine that was
@@ -51,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
     from snapengine.image import open_image
     from snapengine.qemu.restore import restore_machine
 
-    with open_image(args.image) as image:
+    with open_image(args.image) as image, Bar(args.foreground) as bar:
+        saved_bytes = image.index.data_pages() * PAGE_BYTES
         restored = restore_machine(
             image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
-            log=args.log,
+            log=args.log, progress=bar.of_bytes("loading", saved_bytes),
         )  # fmt: skip
     for line in restored.differences:
         say(f"warning: {line}")
@@ -65,5 +73,20 @@ def run(args: argparse.Namespace) -> int:
         say(f"process {restored.pid} is {restored.status}, loaded {loaded}; its monitor: {restored.qmp}")
     if args.foreground:
         assert restored.process is not None
-        return restored.process.wait()
+        return _wait(restored, args.qmp is None)
     return EXIT_OK
+
+
+def _wait(restored: Restored, own_folder: bool) -> int:
+    """Until QEMU has ended; a signal that is ours ends it, too."""
+    assert restored.process is not None
+    try:
+        code = restored.process.wait()
+    except BaseException:
+        restored.process.terminate()
+        restored.process.wait()
+        raise
+    finally:
+        if own_folder:
+            shutil.rmtree(Path(restored.qmp).parent, ignore_errors=True)
+    return code if code >= 0 else 128 - code

@@ -10,7 +10,7 @@ from snapengine.cli_common import EXIT_CODES, argument, raw, say
 from snapengine.cli_save import exit_code, make_options, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.options import METHODS
-from snapengine.progress import follow
+from snapengine.progress import Bar, follow
 from snapengine.units import parse_seconds, parse_size
 
 DESCRIPTION = """\
@@ -91,19 +91,21 @@ def run(args: argparse.Namespace) -> int:
         )
     with Monitor(args.qmp) as monitor:
         if args.via_migration:
-            result = save_by_migration(monitor, args.sink, options)
+            with Bar(args.quiet) as bar:
+                result = save_by_migration(monitor, args.sink, options, progress=bar.of_bytes("saving"))
         else:
             target = QemuTarget(monitor, args.pid, block_snapshots=dict(args.block_snapshot))
             try:
                 with snapshot(target, args.sink, options) as capture:
                     follow(capture, args.quiet)
-            except (AttachError, UffdPermissionError) as error:
+            except BaseException as error:
+                for line in target.moved_disks:
+                    say(f"warning: {line}")
+                if not isinstance(error, AttachError | UffdPermissionError):
+                    raise
                 text = f"{error.strerror}. QEMU can also save itself: --via-migration"
                 raise type(error)(error.errno, text) from None
             result = capture.result
     report(result, args)
-    if result.stop_parts_ns and not args.quiet and not args.json:
-        parts = ", ".join(f"{name} {ns / 1e6:.1f}" for name, ns in result.stop_parts_ns.items())
-        say(f"guest stopped {result.stop_ns / 1e6:.1f} ms (by part, ms: {parts})")
     sys.stdout.flush()
     return exit_code(result)

@@ -10,6 +10,7 @@ from snapengine.errors import LostPagesError
 from snapengine.image import region_info
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord
+from snapengine.qemu.blobs import MACHINE, check_machine
 from snapengine.stream import ImageStream, stream_image
 
 
@@ -33,6 +34,7 @@ def stream_info(stream: ImageStream) -> dict[str, Any]:
         "regions": [region_info(region) for region in stream.regions],
         "vmstate": {name: len(blob) for name, blob in stream.vmstate.items()},
         "process": process_info(process_of(stream), stream.regions),
+        "machine": machine_of(stream),
         "stats": stream.stats,
     }
 
@@ -42,6 +44,12 @@ def process_of(stream: ImageStream) -> ProcessRecord | None:
     if "process" not in stream.vmstate:
         return None
     return ProcessRecord.from_vmstate(stream.vmstate, stream.name)
+
+
+def machine_of(stream: ImageStream) -> dict[str, Any] | None:
+    """The description of the QEMU machine in a stream that was read to its end. Raises ImageError."""
+    blob = stream.vmstate.get(MACHINE)
+    return None if blob is None else check_machine(blob, stream.name)
 
 
 def verify_stream() -> dict[str, Any]:

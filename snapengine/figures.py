@@ -25,12 +25,18 @@ def figures_rows(result: Result) -> list[tuple[str, str]]:
     if result.method == DIRTY_LOGGING:
         rows.append(("rounds", format_count(result.rounds)))
     if result.stop_ns:
-        rows.append(("target paused", format_ns(result.stop_ns)))
+        rows.append(("target paused", _pause(result)))
     spilled = f", {format_size(result.spilled_bytes)} spilled" if result.spilled_bytes else ""
     rows.append(("buffer, peak", format_size(result.peak_buffer_bytes) + spilled))
     if result.lost_pages:
         rows.append(("lost pages", format_count(result.lost_pages)))
     return rows
+
+
+def _pause(result: Result) -> str:
+    """The pause; what it was spent on, but for "guest", which is the sum by another clock."""
+    parts = [f"{name} {format_ns(ns)}" for name, ns in result.stop_parts_ns.items() if name != "guest"]
+    return format_ns(result.stop_ns) + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _image(result: Result) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,19 @@ class Bar:
             completed=min(now.pages_done, now.pages_total),
             details=details(now),
         )
+
+    def of_bytes(self, word: str, total: int | None = None) -> Callable[[int], None]:
+        """A function that draws so many bytes, of `total` if that is known, of something without pages."""
+        began = time.monotonic()
+
+        def draw(done: int) -> None:
+            seconds = time.monotonic() - began
+            rate = f"  {format_size(round(done / seconds))}/s" if seconds > 0 else ""
+            known = min(done, total) if total else done
+            self._bar.update(self._task, description=word, total=total, completed=known,
+                             details=format_size(done) + rate)  # fmt: skip
+
+        return draw
 
     def __enter__(self) -> Bar:
         self._bar.start()

@@ -18,6 +18,7 @@ DEVICES = "qemu.devices"
 VERSION = 1
 MACHINE_MAX_BYTES = 1 << 20
 VIA_STREAM = "migration-stream"
+LISTED = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
 VIA_DEVICES = "device-state"
 
 
@@ -55,17 +56,20 @@ def read_machine(image: Image) -> dict[str, Any] | None:
         return None
     if size > MACHINE_MAX_BYTES:
         raise CorruptImageError(f"{image.name}: {MACHINE} has {size} bytes; {MACHINE_MAX_BYTES} are allowed")
+    return check_machine(image.vmstate[MACHINE], image.name)
+
+
+def check_machine(blob: bytes, name: str) -> dict[str, Any]:
+    """The members of the description in the image `name`; raises as `read_machine` does."""
     try:
-        members = parse_members(image.vmstate[MACHINE])
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CorruptImageError):
-            raise
-        raise CorruptImageError(f"{image.name}: {MACHINE} is no JSON object") from None
+        members = parse_members(blob)
+    except (ValueError, RecursionError):
+        raise CorruptImageError(f"{name}: {MACHINE} is no JSON object") from None
     if members.get("version") != VERSION:
         version = str(members.get("version"))[:20]
-        raise UnsupportedVersionError(f"{image.name}: {MACHINE} of version {version}; {VERSION} is known")
+        raise UnsupportedVersionError(f"{name}: {MACHINE} of version {version}; {VERSION} is known")
     if not _well_formed(members):
-        raise CorruptImageError(f"{image.name}: {MACHINE} lacks a member, or one has a wrong type")
+        raise CorruptImageError(f"{name}: {MACHINE} lacks a member, or one has a wrong type")
     return members
 
 
@@ -80,6 +84,21 @@ def _well_formed(members: dict[str, Any]) -> bool:
             and isinstance(block.get("name"), str)
             and isinstance(block.get("used"), int)
             and block["used"] > 0
+            and isinstance(block.get("total", 0), int)
             for block in blocks
         )
+        and all(isinstance(members.get(name, ""), str) for name in ("qemu", "accelerator"))
+        and all(_texts(members.get(name, [])) for name in ("cpus", "command_line"))
+        and all(_objects(members.get(name, []), keys) for name, keys in LISTED.items())
+    )
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _objects(value: Any, keys: Sequence[str]) -> bool:
+    """A list of objects that have at least these members, of text."""
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value
     )

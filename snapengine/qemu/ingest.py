@@ -60,8 +60,7 @@ def ingest(
     watch:
         Is called about ten times a second with the bytes of the stream so far; what it raises ends the work.
     finish:
-        Is called when the stream is complete and the image is not; returns fields of the result that only the
-        stream's sender knows. What it raises leaves no image.
+        Is called as soon as the stream has ended, long before the image is complete; returns fields of the result that only the sender knows. What it raises leaves no image.
 
     Returns
     -------
@@ -183,13 +182,13 @@ class _Ingest:
         intake.read_pages()
         intake.read_tail()
         check_tail(intake.tail, intake.offset, intake.name)
+        known = self.finish() if self.finish is not None else {}
         if isinstance(intake, DirectIntake):
             intake.put_holes()
         else:
             intake.put_all()
         intake.close_lane()
         encoding.join()
-        known = self.finish() if self.finish is not None else {}
         result = write_end(encoding.writer, intake, self._options, self._blobs, self._members,
                            self._began, encoding.peak_bytes, known)  # fmt: skip
         self._sink.commit()

@@ -18,9 +18,9 @@ from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock
 
 OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
-OWN_DMA_FILES = re.compile(r"/dev/(vhost-\w+|vfio/.*)")
+OWN_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
 BUSY = ("setup", "active", "device", "cancelling", "pre-switchover", "postcopy-active", "postcopy-paused",
-        "postcopy-recover", "wait-unplug", "colo")  # fmt: skip
+        "postcopy-recover", "postcopy-recover-setup", "postcopy-device", "wait-unplug", "colo")  # fmt: skip
 NOT_SAVED_IN = (
     "inmigrate",
     "postmigrate",
@@ -134,10 +134,12 @@ def refuse_devices(monitor: Monitor, pid: int) -> None:
                 f"the machine uses {name}: the kernel or a device writes to its memory past QEMU "
                 "(for a network card: vhost=off)"
             )
-    if "type=vhost-user" in monitor.human("info network"):
-        raise MachineError(
-            "a network card of the type vhost-user: another process writes to the machine's memory"
-        )
+    cards = monitor.human("info network")
+    for kind in ("vhost-user", "vhost-vdpa"):
+        if f"type={kind}" in cards:
+            raise MachineError(
+                f"a network card of the type {kind}: who is not QEMU writes to the machine's memory"
+            )
 
 
 def open_files(pid: int) -> list[str]:
@@ -171,6 +173,17 @@ def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
     lines += _block_differences(saved["ram_blocks"], found["ram_blocks"])
     if "devices" in saved:
         lines += _device_differences(saved["devices"], found["devices"])
+    return lines
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What became of one machine meanwhile, one line each: also of blocks that QEMU resizes by itself."""
+    lines = differences(before, now)
+    sizes = {block["name"]: block["used"] for block in now["ram_blocks"]}
+    for block in before["ram_blocks"]:
+        size = sizes.get(block["name"], block["used"])
+        if size != block["used"]:
+            lines.append(f"RAM block {block['name']} had {block['used']} bytes, and has {size}")
     return lines
 
 

@@ -152,6 +152,9 @@ class Monitor:
         made.settimeout(seconds)
         try:
             made.connect(target)
+        except BlockingIOError:
+            made.close()
+            raise MachineError(f"{address}: another client holds the connection, and others wait") from None
         except OSError as error:
             made.close()
             raise MachineError(f"{address}: no QEMU listens there ({error.strerror or error})") from None

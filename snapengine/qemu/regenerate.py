@@ -26,7 +26,7 @@ from snapengine.sinks import enlarge_pipe
 from snapengine.vmsend import PageSender
 from snapengine.vmstream import HEAD_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
 
-__all__ = ["SMALL_BLOCK_BYTES", "Sent", "make_head", "stream_blobs", "write_stream"]
+__all__ = ["SMALL_BLOCK_BYTES", "Meter", "Sent", "make_head", "stream_blobs", "write_stream"]
 
 SMALL_BLOCK_BYTES = 64 << 20
 RAM_SECTION_ID = 2
@@ -35,6 +35,18 @@ Holes = Literal["small", "send", "skip"]
 _MAGIC_VERSION = struct.pack(">4sI", b"QEVM", 3)
 _START, _PART, _END, _CONFIGURATION, _FOOTER = 0x01, 0x02, 0x03, 0x07, 0x7E
 _MEM_SIZE, _EOS = 0x04, 0x10
+
+
+class Meter:
+    """How far `write_stream` is. Any thread may look."""
+
+    def __init__(self) -> None:
+        self.senders: list[PageSender] = []
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of RAM records that the reader has taken."""
+        return sum(sender.sent_bytes for sender in self.senders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +101,9 @@ def stream_blobs(image: Image) -> tuple[bytes, bytes]:
 
 
 def write_stream(
-    image: Image, fd: int, head: bytes | None = None, tail: bytes | None = None, *, holes: Holes = "small"
-) -> Sent:
+    image: Image, fd: int, head: bytes | None = None, tail: bytes | None = None, *, holes: Holes = "small",
+    meter: Meter | None = None,
+) -> Sent:  # fmt: skip
     """Write the machine's stream into `fd`, a blocking or non-blocking descriptor that remains the caller's.
 
     Parameters
@@ -104,6 +117,8 @@ def write_stream(
         would populate nothing but cost time. Not so of blocks that QEMU fills from files at its start
         (firmware, option ROMs, ACPI tables), which are small. So "small" sends the holes of blocks of up to
         64 MiB as zero pages; "send" those of all blocks, for a machine whose RAM is not fresh; "skip" none.
+    meter:
+        Tells other threads how far the stream is.
 
     Raises
     ------
@@ -121,6 +136,8 @@ def write_stream(
     parser = _parse_head(head)
     regions = _regions_of(image, parser.ram_blocks)
     senders = [_sender(image, region, fd) for region in regions]  # before the reader gets half a stream
+    if meter is not None:
+        meter.senders = senders
     enlarge_pipe(fd)
     total = _write_all(fd, head)
     data = zeros = 0

@@ -10,12 +10,13 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,11 @@ from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
-from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
+from snapengine.qemu.regenerate import Meter, make_head, stream_blobs, write_stream
 from snapengine.vmstream import TAIL_MAX_BYTES
 
 START_SECONDS = 30.0
+END_SECONDS = 2.0
 STREAM_NAME = "snapengine-stream"
 FILE_HEADER_BYTES = 8  # magic and version, which the devices' state has as every stream has
 # Behind the devices QEMU expects a description of their fields, for debuggers, and warns if there is none.
@@ -68,6 +70,7 @@ def restore_machine(
     force: bool = False,
     stdio: bool = False,
     log: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Restored:
     """Start QEMU by `command` and let it go on from `image`.
 
@@ -88,6 +91,8 @@ def restore_machine(
         QEMU has our standard input and output, and gets our signals; otherwise it has neither.
     log:
         The file for what QEMU prints (without `stdio`); None: it is kept until we end, for the errors' texts.
+    progress:
+        Is called with the bytes of RAM that QEMU has taken so far, while it loads.
 
     Raises
     ------
@@ -104,34 +109,41 @@ def restore_machine(
             )
     if not command or shutil.which(command[0]) is None:
         raise MachineError(f"there is no program {command[0] if command else ''!r}")
-    folder = None if qmp else tempfile.mkdtemp(prefix="snapengine-qemu-")
-    path = os.path.abspath(qmp) if qmp else f"{folder}/qmp.sock"
-    if os.path.exists(path):
-        raise MachineError(f"{path} exists already: another machine may listen there")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as stack:
+        if qmp:
+            path = os.path.abspath(qmp)
+            if os.path.exists(path):
+                raise MachineError(f"{path} exists already: another machine may listen there")
+        else:
+            folder = tempfile.mkdtemp(prefix="snapengine-qemu-")
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            path = f"{folder}/qmp.sock"
         # Not our standard output: who reads that would wait for the end of the machine.
         output: Any = None
         if not stdio:
             output = stack.enter_context(open(log, "w+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
-        return _start(image, saved, command, path, folder, output, run, force)
+        restored = _start(image, saved, command, path, output, run, force, progress)
+        undo.pop_all()
+        return restored
 
 
 def _start(
-    image: Image, saved: dict[str, Any], command: Sequence[str], path: str, folder: str | None, output: Any,
-    run: bool, force: bool,
+    image: Image, saved: dict[str, Any], command: Sequence[str], path: str, output: Any, run: bool,
+    force: bool, progress: Callable[[int], None] | None,
 ) -> Restored:  # fmt: skip
     began = time.monotonic_ns()
+    monitor_at = path.replace(",", ",,")  # QEMU's way to write a comma in an option
     process = subprocess.Popen(
-        [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{path},server=on,wait=off"],
+        [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{monitor_at},server=on,wait=off"],
         stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output,
         start_new_session=output is not None,
     )  # fmt: skip
     try:
         with connect(path, process) as monitor:
-            restored = Restored(process.pid, path, "", process=process)
+            restored = Restored(monitor.peer_pid or process.pid, path, "", process=process)
             restored.start_ns = time.monotonic_ns() - began
             restored.differences = compare(monitor, saved, force, image.name)
-            load(monitor, image, saved, restored)
+            load(monitor, image, saved, restored, progress)
             if run:
                 monitor.execute("cont")
             restored.status = str(monitor.execute("query-status")["status"])
@@ -140,8 +152,6 @@ def _start(
         end(process)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        if folder:
-            os.rmdir(folder)
         if isinstance(error, TargetGoneError):
             raise MachineError(f"QEMU ended while it was restored{said(output)}") from None
         if isinstance(error, MachineError):
@@ -155,6 +165,7 @@ def said(output: Any) -> str:
         return ""
     output.seek(0)
     lines = output.read().decode("utf-8", "replace").strip().splitlines()
+    lines = [line for line in lines if "terminating on signal" not in line]  # that was our own
     return f" ({lines[-1].strip()})" if lines else ""
 
 
@@ -207,7 +218,10 @@ def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> 
     return lines
 
 
-def load(monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored) -> None:
+def load(
+    monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored,
+    progress: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
     """Feed QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
     head, tail = stream_ends(image, saved)
     began = time.monotonic_ns()
@@ -229,14 +243,19 @@ def load(monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restor
             if status.get("status") == "failed":
                 reason = status.get("error-desc", "it does not say why")
                 raise feeder.error or MachineError(f"QEMU refuses the state: {reason}")
-            if isinstance(feeder.error, ImageError):
+            if feeder.error is not None and not isinstance(feeder.error, TargetGoneError):
                 raise feeder.error
+            if progress is not None:
+                progress(feeder.meter.sent_bytes)
             time.sleep(0.005)
         feeder.join()
-    except TargetGoneError:
-        feeder.join()
-        if isinstance(feeder.error, ImageError):
-            raise feeder.error from None
+    except BaseException as error:
+        if restored.process is not None:
+            end(restored.process)  # else the feeder waits for a reader for ever
+        feeder.join()  # before the image is closed
+        cause = feeder.error
+        if isinstance(error, TargetGoneError) and cause and not isinstance(cause, TargetGoneError):
+            raise cause from None
         raise
     if feeder.error is not None:
         raise feeder.error
@@ -249,6 +268,7 @@ class Feeder:
 
     def __init__(self, image: Image, fd: int, head: bytes, tail: bytes) -> None:
         self.written = 0
+        self.meter = Meter()
         self.error: BaseException | None = None
         self._fd = fd
         self._thread = threading.Thread(
@@ -262,7 +282,7 @@ class Feeder:
 
     def _feed(self, image: Image, head: bytes, tail: bytes) -> None:
         try:
-            self.written = write_stream(image, self._fd, head, tail).stream_bytes
+            self.written = write_stream(image, self._fd, head, tail, meter=self.meter).stream_bytes
         except OSError as error:
             broken = error.errno == errno.EPIPE
             self.error = TargetGoneError(errno.EPIPE, "QEMU closed the stream") if broken else error
@@ -273,6 +293,20 @@ class Feeder:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a QEMU that we started: a machine that is restored by half is none."""
-    process.kill()
-    process.wait()
+    """End a QEMU that we started: a machine that is restored by half is none. Idempotent.
+
+    It is asked first: QEMU then removes its other sockets and its pid file.
+    """
+    if process.poll() is not None:
+        return
+    own_group = os.getpgid(process.pid) == process.pid  # then there may be a wrapper around QEMU
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            if own_group:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS if number == signal.SIGTERM else None)
+            if not own_group:
+                return

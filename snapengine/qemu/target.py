@@ -13,9 +13,11 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from snapengine import attach
-from snapengine.errors import MachineError, RegisterError, TargetGoneError
+from snapengine.errors import MachineError, RegisterError, SnapengineError, TargetGoneError
 from snapengine.frozen import copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.maps import Mapping as MemoryMapping
@@ -23,7 +25,7 @@ from snapengine.maps import covering, page_size_of, read_maps
 from snapengine.processrecord import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
-from snapengine.qemu.guard import GO_ON, Guard
+from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
 from snapengine.selection import FROZEN_EACH
@@ -63,7 +65,7 @@ class QemuTarget:
         self.pid = pid or monitor.peer_pid
         if not self.pid:
             raise MachineError(
-                f"{monitor.address}: the process of a QEMU behind TCP is not known: give its pid"
+                f"{monitor.address}: QEMU's process is not known (TCP, or a container): give its pid"
             )
         self.injection_ns = 0
         self.warnings: list[str] = []
@@ -74,13 +76,16 @@ class QemuTarget:
         """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
         (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
         RESUME, by QEMU's clock."""
+        self.moved_disks: list[str] = []
+        """One line for each disk that goes on in another file since T, whatever becomes of the image."""
         self._disks = dict(block_snapshots or {})
         self._info: attach.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
         self._frozen: list[bytes | None] = []
         self._guard: Guard | None = None
         self._state_fd = self._state_set = -1
-        self._description = b""
+        self._machine: dict[str, Any] = {}
+        self._changes: list[str] = []
         self._stopped_at = self._stood_ns = self._at = 0
         self._was_running = False
 
@@ -92,12 +97,21 @@ class QemuTarget:
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach, while the machine runs."""
+        try:
+            return self._attach()
+        except BaseException:
+            self._close_state_file()
+            raise
+
+    def _attach(self) -> tuple[int, int, list[Region]]:
         if self._info is None:
             self.check()
         info = self._info
         assert info is not None
         machine.refuse_busy(self.monitor)
         machine.refuse_blocked(self.monitor)
+        self._open_state_file()
+        self._refuse_another_process()
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
         mappings = read_maps(self.pid)
@@ -108,14 +122,8 @@ class QemuTarget:
         if any(m.start < end and start < m.end for m in files for start, end in ends):
             self.events = frozenset(["EVENT_REMOVE"])
         self._check_disks()
-        description = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
-        self._description = machine.pack(description)
-        self._open_state_file()
-        try:
-            injected = inject_userfaultfd(self.pid, info=info)
-        except BaseException:
-            self._close_state_file()
-            raise
+        self._machine = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
+        injected = inject_userfaultfd(self.pid, info=info)
         self.injection_ns = injected.stop_ns
         if info.ksm_pages:
             self.warnings.append(
@@ -129,7 +137,7 @@ class QemuTarget:
         self.monitor.events()  # forget those of before
         self._was_running = bool(self.monitor.execute("query-status")["running"])
         if self._was_running:
-            self._guard = Guard(self.monitor.fileno(), GO_ON)
+            self._guard = Guard(self.monitor.fileno(), [("cont", {})])
         self._at = self._stopped_at = time.monotonic_ns()
         if self._was_running:
             self.monitor.execute("stop")
@@ -152,29 +160,36 @@ class QemuTarget:
         if not self._stopped_at:
             return
         self._part("arm")
-        began, self._stopped_at = self._stopped_at, 0
         if self._was_running:
             self.monitor.execute("cont")
         self._part("cont")
-        self._stood_ns = time.monotonic_ns() - began
+        self._stood_ns = time.monotonic_ns() - self._stopped_at
+        self._stopped_at = 0  # not before QEMU has said yes: what comes between has close() try again
         if self._guard is not None:
             self._guard.dismiss()
         self._note_events()
+        # Not at T itself, which would lengthen the stop.
+        now = machine.describe(self.monitor, self.pid, ram_blocks(self.monitor), VIA_DEVICES)
+        self._changes = machine.changes(self._machine, now)
 
     def armed(self) -> None:
         """T is fixed, and the guest runs."""
 
     def late_warnings(self) -> list[str]:
-        """Nothing: QEMU maps its RAM once."""
-        return []
+        """Where the disks are now. Nothing of the RAM: QEMU maps it once."""
+        return list(self.moved_disks)
 
     def record(self) -> dict[str, bytes]:
-        """The blobs of the machine."""
+        """The blobs of the machine. Raises MachineError."""
+        if self._changes:
+            raise MachineError(
+                "the machine was changed while its snapshot was prepared: " + "; ".join(self._changes)
+            )
         size = os.fstat(self._state_fd).st_size
         if size <= 8:
             raise MachineError("QEMU wrote no device state")
         state = os.pread(self._state_fd, size, 0)
-        return {MACHINE: self._description, DEVICES: state}
+        return {MACHINE: machine.pack(self._machine), DEVICES: state}
 
     def frozen_bytes(self, number: int) -> bytes | None:
         """What a block that the kernel cannot write-protect held at T."""
@@ -189,9 +204,12 @@ class QemuTarget:
         """Let the guest go on if it stands, and take back what QEMU was given. Idempotent."""
         try:
             if self._stopped_at:
-                self.resume()
+                with contextlib.suppress(TargetGoneError):  # QEMU has ended: nothing stands
+                    self.resume()
         finally:
             if self._guard is not None:
+                if self._stopped_at:
+                    self._guard.release()
                 self._guard.dismiss()
             self._close_state_file()
 
@@ -250,24 +268,36 @@ class QemuTarget:
         os.close(self._state_fd)
         self._state_fd = -1
         if self._state_set >= 0:
-            with contextlib.suppress(TargetGoneError):  # QEMU has ended: nothing is left to take back
+            with contextlib.suppress(SnapengineError):  # QEMU has ended, or hangs: nothing can be done
                 self.monitor.execute("remove-fd", {"fdset-id": self._state_set})
+
+    def _refuse_another_process(self) -> None:
+        """Who opened the socket need not be QEMU: libvirt hands over one that listens already."""
+        ours = os.fstat(self._state_fd)
+        for number in os.listdir(f"/proc/{self.pid}/fd"):
+            try:
+                found = os.stat(f"/proc/{self.pid}/fd/{number}")
+            except FileNotFoundError:
+                continue  # closed meanwhile
+            if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino) and self.pid != os.getpid():
+                return
+        raise MachineError(
+            f"process {self.pid} is not the QEMU that answers at {self.monitor.address}: give that one's pid"
+        )
 
     def _check_disks(self) -> None:
         known = {disk["device"] or disk["node"] for disk in machine.disks(self.monitor)}
         for device, file in self._disks.items():
             if device not in known:
                 raise MachineError(
-                    f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known))}"
+                    f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known)) or 'none'}"
                 )
             if os.path.exists(file):
                 raise MachineError(f"--block-snapshot: {file} exists already")
-            self.warnings.append(
-                f"disk {device} goes on in {file}; the file that it had keeps its content of T"
-            )
 
     def _snapshot_disks(self) -> None:
         """All in one transaction: either every disk goes on in its new file, or none does."""
+        files = [os.path.abspath(file) for file in self._disks.values()]
         nodes = {disk["node"] for disk in machine.disks(self.monitor) if not disk["device"]}
         actions = []
         for name, file in self._disks.items():
@@ -276,4 +306,15 @@ class QemuTarget:
                 disk = {"node-name": name, "snapshot-node-name": f"{name}-{uuid.uuid4().hex[:8]}"}
             data = disk | {"snapshot-file": os.path.abspath(file), "format": "qcow2"}
             actions.append({"type": "blockdev-snapshot-sync", "data": data})
-        self.monitor.execute("transaction", {"actions": actions})
+        try:
+            self.monitor.execute("transaction", {"actions": actions})
+        except MachineError:
+            used = {disk["file"] for disk in machine.disks(self.monitor)}  # a timeout says nothing
+            for file in files:
+                if file not in used:
+                    Path(file).unlink(missing_ok=True)
+            raise
+        self.moved_disks = [
+            f"disk {device} goes on in {file}; the file that it had keeps its content of T"
+            for device, file in self._disks.items()
+        ]

@@ -1,22 +1,24 @@
 """A machine saved by QEMU's own migration, its stream taken apart into our image.
 
 For users who may not attach to QEMU. Write tracking is QEMU's background-snapshot, dirty logging its plain
-`migrate`. What was set for migration before is set again afterwards, and the machine runs as before.
+`migrate`. What was set for migration before is set again afterwards, and the machine runs as before: from the
+first setting on a guard stands by, should we be killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from snapengine.errors import CaptureCancelled, MachineError, StreamError, TargetGoneError
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import MACHINE, VIA_STREAM
-from snapengine.qemu.guard import DRAIN, Guard
+from snapengine.qemu.guard import Command, Guard
 from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
@@ -24,12 +26,16 @@ from snapengine.result import Result
 
 STREAM_NAME = "snapengine-save"
 BACKGROUND = "background-snapshot"
-# Each makes a stream that does not hold the pages themselves, or not all of them.
+# Each makes a stream that does not hold the pages themselves, or not all of them, or waits for an answer.
 UNWANTED = ("xbzrle", "compress", "multifd", "postcopy-ram", "mapped-ram", "x-ignore-shared", "dirty-bitmaps",
-            "block", "release-ram", "x-colo", "return-path", "zero-copy-send",
-            "postcopy-preempt")  # fmt: skip
+            "block", "release-ram", "x-colo", "return-path", "zero-copy-send", "postcopy-preempt",
+            "pause-before-switchover", "switchover-ack", "validate-uuid")  # fmt: skip
+# QEMU refuses background-snapshot beside them.
+NOT_IN_BACKGROUND = ("auto-converge", "dirty-limit", "late-block-activate", "postcopy-blocktime",
+                     "rdma-pin-all")  # fmt: skip
 NO_LIMIT = 1 << 40  # bytes a second
 END_SECONDS = 30.0
+GUARD_TURNS = 3
 
 
 def save_by_migration(
@@ -51,57 +57,64 @@ def save_by_migration(
     was_running = bool(monitor.execute("query-status")["running"])
     background = options.method == WRITE_TRACKING and was_running  # QEMU would let a paused one run
     description = machine.describe(monitor, monitor.peer_pid, ram_blocks(monitor), VIA_STREAM)
-    migration = _Migration(monitor, options)
-    with _settings(monitor, options, background):
-        read_fd = migration.start()
-        guard = Guard(read_fd, DRAIN) if background else None
+    ours, theirs = _settings(monitor, options, background)
+    with contextlib.ExitStack() as stack:
+        migration = _Migration(monitor, options, was_running, background)
+        stack.callback(migration.close)
+        last = [*theirs, ("cont", {})] if was_running and not background else theirs
+        guard = Guard(monitor.fileno(), last, turns=GUARD_TURNS,
+                      drain_fd=migration.read_fd if background else -1)  # fmt: skip
+        stack.callback(guard.dismiss)
+        stack.callback(_take_back, monitor, theirs)
+        for command, arguments in ours:
+            monitor.execute(command, arguments)
+        stack.callback(migration.go_on)
+        stack.callback(migration.end)
+        migration.start()
         try:
             return ingest(
-                read_fd, sink, options, direct=background, extra_blobs={MACHINE: machine.pack(description)},
-                name="QEMU's stream", watch=lambda done: migration.watch(done, progress),
-                finish=migration.finish,
+                migration.read_fd, sink, options, direct=background,
+                extra_blobs={MACHINE: machine.pack(description)}, name="QEMU's stream",
+                watch=lambda done: migration.watch(done, progress), finish=migration.finish,
             )  # fmt: skip
         except StreamError:
             migration.raise_failure()  # the stream was cut because the migration failed
             raise
-        finally:
-            try:
-                migration.end(read_fd, background)
-            finally:
-                if guard is not None:
-                    guard.dismiss()
-            if was_running and not monitor.execute("query-status")["running"]:
-                monitor.execute("cont")
 
 
 class _Migration:
-    """One migration of QEMU's into a pipe."""
+    """One migration of QEMU's into a pipe. `end`, then `close`."""
 
-    def __init__(self, monitor: Monitor, options: Options) -> None:
+    def __init__(self, monitor: Monitor, options: Options, was_running: bool, background: bool) -> None:
         self._monitor = monitor
         self._options = options
-        self._deadline = 0.0
+        self._was_running = was_running
+        self._background = background
+        self._deadline = math.inf
+        self.read_fd, self._write_fd = os.pipe()
 
-    def start(self) -> int:
-        """Begin; returns the pipe's end to read from."""
-        read_fd, write_fd = os.pipe()
+    def start(self) -> None:
+        """Begin to write the stream into the pipe."""
+        self._monitor.events()  # forget those of before
         try:
-            self._monitor.pass_descriptor(write_fd, STREAM_NAME)
+            self._monitor.pass_descriptor(self._write_fd, STREAM_NAME)
             self._monitor.execute("migrate", {"uri": f"fd:{STREAM_NAME}"})
         except BaseException:
-            os.close(read_fd)
+            # A copy that stays in QEMU would keep the pipe open. (`migrate` takes it, unless it is refused.)
+            with contextlib.suppress(MachineError, TargetGoneError):
+                self._monitor.execute("closefd", {"fdname": STREAM_NAME})
             raise
         finally:
-            os.close(write_fd)
-        self._deadline = time.monotonic() + self._options.max_seconds
-        return read_fd
+            self._close_writer()
+        if not self._background:
+            self._deadline = time.monotonic() + self._options.max_seconds
 
     def watch(self, done: int, progress: Callable[[int], None] | None) -> None:
-        """Ten times a second, while the stream is read."""
+        """Ten times a second, while the stream is read and the image is written."""
         if progress is not None:
             progress(done)
         self.raise_failure()
-        if self._options.method != WRITE_TRACKING and time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline:
             raise MachineError(
                 f"QEMU's migration did not converge within {self._options.max_seconds:g} s: the guest writes "
                 "faster than the sink takes it"
@@ -116,25 +129,50 @@ class _Migration:
             raise CaptureCancelled("QEMU's migration was cancelled")
 
     def finish(self) -> dict[str, Any]:
-        """The stream has ended: what QEMU says of it, for the figures. It says so a moment later."""
+        """The stream has ended: let the guest go on; what QEMU says of it, for the figures.
+
+        QEMU knows a moment later that the stream has ended.
+        """
+        self._deadline = math.inf
         self._await_end()
         self.raise_failure()
         answer = self._answer()
         if answer.get("status") != "completed":
             raise MachineError(f"QEMU's migration is {answer.get('status')}, though its stream is complete")
-        rounds = int(answer.get("ram", {}).get("dirty-sync-count", 0))
-        return {"stop_ns": int(answer.get("downtime", 0)) * 10**6, "rounds": rounds}
+        self.go_on()
+        at = {name: when for name, when, _ in self._monitor.events()}
+        stood = int(answer.get("downtime", 0)) * 10**6
+        if "STOP" in at and "RESUME" in at:
+            stood = at["RESUME"] - at["STOP"]
+        return {"stop_ns": stood, "rounds": int(answer.get("ram", {}).get("dirty-sync-count", 0))}
 
-    def end(self, read_fd: int, background: bool) -> None:
-        """Whatever happened: no migration runs any more. Closes the pipe."""
+    def go_on(self) -> None:
+        """Let the guest run if it ran: a plain `migrate` that is completed leaves it stopped."""
+        if self._was_running and not self._monitor.execute("query-status")["running"]:
+            self._monitor.execute("cont")
+
+    def end(self) -> None:
+        """Whatever happened: no migration runs any more."""
         try:
-            if background:
-                drain(read_fd)
+            if self._background:
+                drain(self.read_fd)
             elif self._answer().get("status", "none") in machine.BUSY:
                 self._monitor.execute("migrate_cancel")
         finally:
-            os.close(read_fd)
+            self.close()  # QEMU may be waiting for somebody to read
         self._await_end()
+
+    def close(self) -> None:
+        """Close the pipe. Idempotent."""
+        self._close_writer()
+        if self.read_fd >= 0:
+            os.close(self.read_fd)
+            self.read_fd = -1
+
+    def _close_writer(self) -> None:
+        if self._write_fd >= 0:
+            os.close(self._write_fd)
+            self._write_fd = -1
 
     def _answer(self) -> dict[str, Any]:
         return dict(self._monitor.execute("query-migrate"))
@@ -145,13 +183,13 @@ class _Migration:
             time.sleep(0.005)
 
 
-@contextlib.contextmanager
-def _settings(monitor: Monitor, options: Options, background: bool) -> Iterator[None]:
-    """Capabilities and parameters for our stream, and back again."""
+def _settings(monitor: Monitor, options: Options, background: bool) -> tuple[list[Command], list[Command]]:
+    """The commands that set capabilities and parameters for our stream, and those that set them back."""
     now = {item["capability"]: item["state"] for item in monitor.execute("query-migrate-capabilities")}
-    wanted = {name: False for name in UNWANTED if now.get(name)}
     if background and BACKGROUND not in now:
         raise MachineError("this QEMU has no background-snapshot (6.0 has): --method dirty-logging")
+    unwanted = UNWANTED + NOT_IN_BACKGROUND if background else UNWANTED
+    wanted = {name: False for name in unwanted if now.get(name)}
     if now.get(BACKGROUND, False) != background:
         wanted[BACKGROUND] = background
     limits = {
@@ -159,19 +197,23 @@ def _settings(monitor: Monitor, options: Options, background: bool) -> Iterator[
         "downtime-limit": int(options.downtime_limit * 1000),
     }
     before = monitor.execute("query-migrate-parameters")
-    set_capabilities(monitor, wanted)
-    try:
-        monitor.execute("migrate-set-parameters", limits)
-        yield
-    finally:
-        with contextlib.suppress(TargetGoneError):
-            set_capabilities(monitor, {name: now[name] for name in wanted})
-            monitor.execute("migrate-set-parameters", {name: before[name] for name in limits})
+    ours = [*_capabilities(wanted), ("migrate-set-parameters", limits)]
+    theirs = _capabilities({name: now[name] for name in wanted})
+    return ours, [*theirs, ("migrate-set-parameters", {name: before[name] for name in limits})]
 
 
-def set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
-    """Switch capabilities, those that exclude others first off. Raises MachineError."""
+def _capabilities(states: dict[str, bool]) -> list[Command]:
+    """Switch capabilities, those that exclude others first off."""
+    found: list[Command] = []
     for state in (False, True):
         items = [{"capability": name, "state": state} for name, value in states.items() if value is state]
         if items:
-            monitor.execute("migrate-set-capabilities", {"capabilities": items})
+            found.append(("migrate-set-capabilities", {"capabilities": items}))
+    return found
+
+
+def _take_back(monitor: Monitor, commands: Sequence[Command]) -> None:
+    """Run all of them, even if one is refused; of a QEMU that has ended there is nothing to take back."""
+    with contextlib.suppress(TargetGoneError), contextlib.ExitStack() as stack:
+        for command, arguments in reversed(commands):
+            stack.callback(monitor.execute, command, arguments)
