@@ -9,9 +9,6 @@ SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/
 # Snapshots of attached processes per test case and round: 60 cases, so 1020.
 ATTACH_CUTS ?= 17
 
-# The reports of bench-qemu name the ways as the bench does, and those come with the kits of the tests.
-QEMU_KITS := PYTHONPATH=tests:.
-
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -44,12 +41,12 @@ bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build
 	@$(BIN)/python bench/report.py
 
 .PHONY: bench-qemu
-bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes build/bench-qemu.json, build/bench/qemu-*.png
+bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes build/bench-qemu.json and build/bench/qemu-*.png
 	@mkdir -p build/bench
 	$(BIN)/python -m pytest -q bench/bench_qemu.py --benchmark-quiet \
 		--benchmark-json=build/bench-qemu.json $(BENCH)
-	@$(QEMU_KITS) $(BIN)/python bench/qemu_plots.py
-	@$(QEMU_KITS) $(BIN)/python bench/qemu_report.py
+	@$(BIN)/python bench/qemu_plots.py
+	@$(BIN)/python bench/qemu_report.py
 
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed

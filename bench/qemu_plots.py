@@ -1,4 +1,4 @@
-"""Draw what `make bench-qemu` measured: `python bench/qemu_plots.py [build/bench-qemu.json [build/bench]]`."""
+"""Draw what `make bench-qemu` measured: `python bench/qemu_plots.py [FILE.json [DIRECTORY]]`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from qemu_names import BACKGROUND, OURS, WAYS
 from qemu_report import MAIN
-from qemu_ways import BACKGROUND, OURS, WAYS
 
 from snapengine.options import MIB
 from snapengine.plot import GREY
@@ -47,7 +47,8 @@ def draw_images(infos: Sequence[Info], path: Path) -> None:
     """Image size over the hot set, a panel per sink rate, a line per way."""
     infos = [info for info in infos if info["huge"]]
     sinks, hots = sorted({info["sink_rate"] for info in infos}), sorted({info["hot"] for info in infos})
-    figure = new_figure(4.6 * len(sinks) + 2, 4.6, "Image of a running QEMU machine (hollow: gave up, no image)")
+    title = "Image of a running QEMU machine (hollow: gave up, no image)"
+    figure = new_figure(4.6 * len(sinks) + 2, 4.6, title)
     panels = figure.subplots(1, len(sinks), sharey=True, squeeze=False)[0]
     for axes, sink in zip(panels, sinks, strict=True):
         for way in WAYS:
@@ -96,7 +97,8 @@ def draw_work(info: Info, path: Path) -> None:
 
 def draw_stops(infos: Sequence[Info], path: Path) -> None:
     """How long the guest stood: by way, and of ours the parts."""
-    figure = new_figure(11, 3.8, "How long the guest was stopped (medians; hot set 127 MiB, sink without limit)")
+    title = "How long the guest was stopped (medians; hot set 127 MiB, sink without limit)"
+    figure = new_figure(11, 3.8, title)
     left, right = figure.subplots(1, 2)
     main = next(info for info in infos if info["huge"])
     for way, runs in reversed(main["runs"].items()):

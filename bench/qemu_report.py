@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from qemu_ways import BACKGROUND, OURS
+from qemu_names import BACKGROUND, OURS
 from report import GIB, Figure, figure_table, make_table
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +39,7 @@ class Must:
 
 
 def quotient(sample: str) -> Callable[[Run, Run], float]:
-    """Ours by QEMU's; what is not above zero counts as the least that the samples can tell, 1 ms or 1 byte."""
+    """Ours by QEMU's; what is less than the samples can tell counts as that: 1 ms (or 1 byte)."""
     least = 1e6 if sample.endswith("_ns") else 1.0
     return lambda ours, other: max(ours[sample], least) / max(other[sample], least)
 
@@ -76,7 +76,7 @@ def middle(runs: Sequence[Run], name: str) -> float | None:
 
 def time_text(value: float | None) -> str:
     """Nanoseconds, or a dash."""
-    return "–" if value is None else format_ns(round(value))
+    return "-" if value is None else format_ns(round(value))
 
 
 def gap_text(value: float | None) -> str:
@@ -99,7 +99,7 @@ def way_table(infos: Sequence[dict[str, Any]]) -> Table:
             table.add_row(
                 f"  {way}", str(len(runs)), format_size(round(middle(runs, "image_bytes") or 0)),
                 time_text(middle(runs, "total_ns")) if done else "gave up",
-                time_text(middle(runs, "stop_ns")) if done else "–",
+                time_text(middle(runs, "stop_ns")) if done else "-",
                 f"{rates[0]:.0f}", f"{rates[1] / rates[0]:.0%}", time_text(middle(runs, "lost_ns")),
                 gap_text(middle(runs, "gap_ns")), gap_text(middle(runs, "gap_before_ns")),
             )  # fmt: skip
