@@ -42,6 +42,14 @@ bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build
 	$(BIN)/python bench/plots.py
 	@$(BIN)/python bench/report.py
 
+.PHONY: bench-qemu
+bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes build/bench-qemu.json and build/bench/qemu-*.png
+	@mkdir -p build/bench
+	$(BIN)/python -m pytest -q bench/bench_qemu.py --benchmark-quiet \
+		--benchmark-json=build/bench-qemu.json $(BENCH)
+	@$(BIN)/python bench/qemu_plots.py
+	@$(BIN)/python bench/qemu_report.py
+
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
 	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python

@@ -16,6 +16,13 @@ from snapengine.uffd import supported_features
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_ignore_collect(collection_path, config):
+    """bench_qemu.py takes minutes and needs QEMU: it runs only if it is named."""
+    if collection_path.name == "bench_qemu.py":
+        return not any("bench_qemu" in argument for argument in config.args)
+    return None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def requires_uffd():
     """Skip where this user may not use userfaultfd."""

@@ -1,0 +1,96 @@
+"""`make bench-qemu`: machines of stock QEMU, saved live by QEMU's own ways and by ours, in alternation.
+
+Not a part of `make bench` (see conftest.py). One machine per hot set; every way saves each of them.
+"""
+
+import os
+
+import pytest
+import qemu_ways
+from benchkit import size, warm_file
+from hugepages import HUGE, collapse, huge_share, no_huge_pages
+from qemu_names import BACKGROUND, MAY_GIVE_UP, OURS
+from qemukit import Machines, find_qemu, kvm_usable, qemu_version
+from sweepkit import MIB, START, Sweep
+
+SIZE = size("QEMU_SIZE", "1G")
+ROUNDS = int(os.environ.get("SNAPENGINE_BENCH_QEMU_ROUNDS", "3"))
+ACCEL = os.environ.get("SNAPENGINE_BENCH_QEMU_ACCEL") or ("kvm" if kvm_usable() else "tcg")
+NOISE = 0.5  # every page is data; zstd can take half of it
+MAIN = 127 * MIB  # the hot set that is judged
+HOT_SETS = (31 * MIB, MAIN, SIZE - START)
+SINK_RATES = (0, 200 * MIB)
+HUGE_ENOUGH = 0.95
+
+pytestmark = [pytest.mark.timeout(480), pytest.mark.benchmark(group="qemu")]
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """Starts machines, and ends them after the module; skips without QEMU."""
+    if find_qemu() is None:
+        pytest.skip("no QEMU: qemu-system-x86_64 is not in PATH, and QEMU is not set")
+    with Machines() as started:
+        yield started
+
+
+def sweep(hot):
+    return Sweep(SIZE, START + hot, NOISE)
+
+
+@pytest.fixture(scope="module", params=HOT_SETS, ids=lambda hot: f"hot-{hot // MIB}")
+def hot_machine(request, machines):
+    """(Bytes of the hot set, the running machine), RAM in huge pages."""
+    machine = machines(sweep(request.param), accel=ACCEL).ready()
+    yield request.param, machine
+    machine.kill()
+
+
+@pytest.fixture
+def small_machine(machines):
+    """The running machine whose RAM is in 4 KiB pages; its hot set is MAIN."""
+    with no_huge_pages():
+        machine = machines(sweep(MAIN), accel=ACCEL)
+    yield machine.ready()
+    machine.kill()
+
+
+def settle(machine, huge, path):
+    """Every way begins with the same memory: background-snapshot leaves small pages behind."""
+    path.unlink(missing_ok=True)
+    warm_file(path, SIZE + SIZE // 64)
+    if huge and huge_share(machine.pid, machine.ram_address) < HUGE_ENOUGH:
+        first = -(-machine.ram_address // HUGE) * HUGE
+        collapse(machine.pid, first, machine.ram_address + SIZE - first)
+    machine.wait_progress(machine.guest.pages)  # the mappings of KVM are made anew by a sweep
+
+
+def compare(benchmark, machine, ways, path, rounds, hot, sink_rate=0, huge=True):
+    """Save by each of `ways` in turn, `rounds` times."""
+    runs = {way: [] for way in ways}
+    benchmark.extra_info.update(
+        size=SIZE, hot=hot, sink_rate=sink_rate, huge=huge, accel=ACCEL, runs=runs,
+        version=".".join(map(str, qemu_version(machine.qemu))), load=os.getloadavg(),
+    )  # fmt: skip
+
+    def alternate():
+        for way in ways:
+            settle(machine, huge, path)
+            share = huge_share(machine.pid, machine.ram_address)
+            run = qemu_ways.measure(machine, way, path, sink_rate)
+            assert run["completed"] or way in MAY_GIVE_UP, (way, run["why"])
+            runs[way].append(run | {"huge_share": share})
+
+    benchmark.pedantic(alternate, rounds=rounds)
+
+
+@pytest.mark.parametrize("sink_rate", SINK_RATES, ids=lambda rate: f"sink-{rate // MIB}")
+def bench_qemu(benchmark, hot_machine, sink_rate, tmpfs):
+    hot, machine = hot_machine
+    rounds = ROUNDS if hot == MAIN and not sink_rate else 1
+    compare(benchmark, machine, qemu_ways.ways(machine.qemu), tmpfs, rounds, hot, sink_rate)
+
+
+def bench_qemu_small_pages(benchmark, small_machine, tmpfs):
+    ways = (BACKGROUND, OURS)
+    compare(benchmark, small_machine, ways, tmpfs, ROUNDS, MAIN, huge=False)

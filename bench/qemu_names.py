@@ -1,0 +1,11 @@
+"""The ways to save a running QEMU machine, by name: for the bench, and for its report without QEMU."""
+
+OURS = "ours"
+BACKGROUND = "QEMU background-snapshot"
+QEMU_ROUNDS = ("QEMU dirty logging", "QEMU mapped-ram")
+"""Ways by rounds: they may not converge, and leave the machine stopped."""
+OUR_ROUNDS = "ours, dirty logging"
+ZSTD = "ours, zstd:1"
+STREAM = "ours, QEMU's stream"
+WAYS = (*QEMU_ROUNDS, BACKGROUND, OURS, ZSTD, OUR_ROUNDS, STREAM)
+MAY_GIVE_UP = (*QEMU_ROUNDS, OUR_ROUNDS)
