@@ -1,6 +1,5 @@
 """With a real QEMU: what it sends becomes an image, and what is made of the image a machine goes on from."""
 
-import contextlib
 import os
 import shlex
 import subprocess
@@ -8,160 +7,145 @@ import sys
 from pathlib import Path
 
 import pytest
-import streamqemu
+from machinekit import MIB, until
+from sweepkit import Sweep
 
 import snapengine
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
 
-MIB = streamqemu.MIB
-EMULATORS = streamqemu.emulators() or [None]
-
-
-@pytest.fixture(params=EMULATORS, ids=lambda path: Path(path).name if path else "none")
-def emulator(request):
-    if request.param is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
-    print("QEMU", *streamqemu.version(request.param))
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    return streamqemu.build_guest(tmp_path_factory.mktemp("guest"))
+GUEST = Sweep(memory=32 * MIB, hot=12 * MIB)
 
 
 @pytest.fixture
-def started(emulator, disk, tmp_path):
-    """``started(*arguments)``: a machine, ended with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments, env=None):
-            machine = streamqemu.Machine(emulator, tmp_path, disk, *arguments, env=env)
-            stack.callback(machine.close)
-            return machine
-
-        yield start
-
-
-@pytest.fixture
-def environment(tmp_path):
-    """Where `snapengine` is a command, which is this package."""
+def environment(tmp_path, monkeypatch):
+    """Machines start where `snapengine` is a command, which is this package, and in an empty directory."""
     script = tmp_path / "bin" / "snapengine"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m snapengine.cli "$@"\n')
     script.chmod(0o755)
-    root = str(Path(snapengine.__file__).parent.parent)
-    return os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}", "PYTHONPATH": root}
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(snapengine.__file__).parent.parent))
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
 
 
-def ready(machine):
-    streamqemu.wait_for(lambda: machine.serial.exists() and b"R" in machine.serial.read_bytes())
+def ended(machine):
+    """The status that QEMU's migration ends with."""
+
+    def look():
+        status = machine.qmp("query-migrate").get("status")
+        return status if status in ("completed", "failed", "cancelled") else None
+
+    return until(look, "the migration does not end")
 
 
-def rounds(machine, room):
-    return int.from_bytes(machine.read(0x8000, 4, room), "little")
+def faults(ram, exact=True):
+    """Why the RAM is no state of one instant.
+
+    Not `exact`, for plain `migrate`: without the page with the counter. If the reader is late, QEMU 7.2 (TCG)
+    sends that page too old: a stream that a machine loads past us (exec:cat) has it, too.
+    """
+    return [text for text in GUEST.faults(ram) if exact or "steps" in text]
 
 
-def goes_on(machine, room):
-    """The guest makes rounds, and has left nothing out."""
-    before = rounds(machine, room)
-    streamqemu.wait_for(lambda: rounds(machine, room) != before)
+def goes_on(machine, exact=True):
+    """The guest makes progress, and has left nothing out."""
+    machine.wait_progress()
     machine.qmp("stop")
-    assert streamqemu.steps(machine.read(MIB, streamqemu.HOT - MIB, room)) in ([], [1])
+    assert faults(machine.read_ram(), exact) == []
     machine.qmp("cont")
 
 
 @pytest.mark.parametrize("way", ["background", "background, direct", "plain", "plain, zstd"])
-def test_into_an_image_and_on_in_a_new_machine(started, environment, tmp_path, way):
-    machine = started(env=environment)
-    ready(machine)
+def test_into_an_image_and_on_in_a_new_machine(machines, environment, way):
+    machine = machines(GUEST).ready()
     options = "--direct " if "direct" in way else "--compress zstd " if "zstd" in way else ""
     if "background" in way:
-        machine.monitor("migrate_set_capability background-snapshot on")
-    answer = machine.monitor(f'migrate "exec:snapengine ingest {options}- ./vm_state"')
+        machine.qmp.hmp("migrate_set_capability background-snapshot on")
+    answer = machine.qmp.hmp(f'migrate "exec:snapengine ingest {options}- ./vm_state"')
     assert "continuing detached" in answer  # only a terminal can wait
-    assert machine.wait_migration() == "completed"
-    assert "completed" in machine.monitor("info migrate")
-    streamqemu.wait_for((tmp_path / "vm_state").exists)
+    assert ended(machine) == "completed"
+    assert "completed" in machine.qmp.hmp("info migrate")
+    until((environment / "vm_state").exists, "no image")
     if "background" in way:
-        goes_on(machine, tmp_path)
-    machine.close()
+        goes_on(machine)
+    machine.kill()
 
-    with snapengine.open_image(tmp_path / "vm_state") as image:
+    with snapengine.open_image(environment / "vm_state") as image:
         image.verify()
-        ram = image.read("pc.ram", 0, streamqemu.MEMORY)
+        ram = image.read("pc.ram", 0, GUEST.memory)
         blobs = stream_blobs(image)
         assert image.stats["duplicate_pages"] == 0 or way == "plain"
-        with (tmp_path / "again").open("wb") as file:
+        with (environment / "again").open("wb") as file:
             write_stream(image, file.fileno())
-    assert streamqemu.steps(ram[MIB : streamqemu.HOT]) in ([], [1])
-    data = (tmp_path / "again").read_bytes()
+    assert faults(ram, "background" in way) == []
+    data = (environment / "again").read_bytes()
     assert data.startswith(blobs[0])
     assert data.endswith(blobs[1])
 
-    resumed = started("-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
-    assert resumed.wait_migration() == "completed"
-    assert resumed.read(MIB, streamqemu.MEMORY - MIB, tmp_path) == ram[MIB:]
+    resumed = machines.successor(machine)
+    resumed.load(f"exec:cat {environment / 'again'}")
+    assert resumed.read_ram(MIB) == ram[MIB:]
     resumed.qmp("cont")
-    goes_on(resumed, tmp_path)
+    goes_on(resumed, "background" in way)
 
 
 @pytest.mark.parametrize("send_configuration", [True, False])
-def test_a_head_from_scratch_and_devices_from_elsewhere(started, tmp_path, send_configuration):
+def test_a_head_from_scratch_and_devices_from_elsewhere(machines, tmp_path, send_configuration):
     """The devices' state may come without RAM, from QMP: a made head and that state are a stream, too."""
-    machine = started()
-    ready(machine)
+    machine = machines(GUEST).ready()
     machine.qmp("stop")
     machine.qmp("xen-save-devices-state", filename=str(tmp_path / "devices"), live=False)
-    machine.qmp("migrate", uri=f"exec:cat > {tmp_path / 'stream'}")
-    assert machine.wait_migration() == "completed"
-    machine.close()
+    machine.migrate(f"exec:cat > {tmp_path / 'stream'}")
+    machine.kill()
     with (tmp_path / "stream").open("rb") as file:
         ingest(file.fileno(), tmp_path / "vm")
     with snapengine.open_image(tmp_path / "vm") as image, (tmp_path / "again").open("wb") as file:
         machine_type = read_machine(image)["machine_type"] if send_configuration else None
         head = make_head(machine_type, [(region.name, region.length) for region in image.regions])
         write_stream(image, file.fileno(), head, (tmp_path / "devices").read_bytes()[8:], holes="send")
-        ram = image.read("pc.ram", 0, streamqemu.MEMORY)
+        ram = image.read("pc.ram", 0, GUEST.memory)
     off = [] if send_configuration else ["-global", "migration.send-configuration=off"]
-    resumed = started(*off, "-S", "-incoming", f"exec:cat {tmp_path / 'again'}")
-    assert resumed.wait_migration() == "completed"
-    assert resumed.read(MIB, streamqemu.MEMORY - MIB, tmp_path) == ram[MIB:]
+    resumed = machines.successor(machine, *off)
+    resumed.load(f"exec:cat {tmp_path / 'again'}")
+    assert resumed.read_ram(MIB) == ram[MIB:]
     resumed.qmp("cont")
-    goes_on(resumed, tmp_path)
+    goes_on(resumed)
 
 
-def test_a_capability_that_is_not_known(started, tmp_path):
-    machine = started()
-    machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": True}])
-    line = [sys.executable, "-m", "snapengine.cli", "ingest", "-", str(tmp_path / "vm")]
-    environment = f"PYTHONPATH={shlex.quote(str(Path(snapengine.__file__).parent.parent))}"
-    words = f"{environment} {shlex.join(line)} 2> {tmp_path / 'words'}"
-    machine.qmp("migrate", uri=f"exec:{words}")
-    streamqemu.wait_for(lambda: (tmp_path / "words").exists() and (tmp_path / "words").read_text())
-    assert "x-ignore-shared" in (tmp_path / "words").read_text()
-    assert not (tmp_path / "vm").exists()
+def test_a_capability_that_is_not_known(machines, environment):
+    machine = machines(GUEST)
+    state = [{"capability": "x-ignore-shared", "state": True}]
+    machine.qmp("migrate-set-capabilities", capabilities=state)
+    words = environment / "words"
+    machine.qmp("migrate", uri="exec:snapengine ingest - ./vm 2> words")
+    until(lambda: words.exists() and words.read_text(), "nothing is said")
+    assert "x-ignore-shared" in words.read_text()
+    assert not (environment / "vm").exists()
 
 
-def test_a_migration_that_is_cancelled_leaves_nothing(started, environment, tmp_path):
-    machine = started(env=environment)
-    ready(machine)
-    machine.qmp("migrate-set-parameters", **{"max-bandwidth": 1 << 20})
-    machine.monitor('migrate -d "exec:snapengine ingest - ./vm_state"')
-    streamqemu.wait_for(lambda: machine.qmp("query-migrate").get("ram", {}).get("transferred", 0) > 100_000)
-    machine.monitor("migrate_cancel")
-    assert machine.wait_migration() == "cancelled"
-    streamqemu.wait_for(lambda: not [name for name in os.listdir(tmp_path) if "vm_state" in name])
-    goes_on(machine, tmp_path)
+def test_a_migration_that_is_cancelled_leaves_nothing(machines, environment):
+    machine = machines(GUEST).ready()
+    machine.qmp("migrate-set-parameters", max_bandwidth=MIB)
+    machine.qmp.hmp('migrate -d "exec:snapengine ingest - ./vm_state"')
+
+    def sent():
+        return machine.qmp("query-migrate").get("ram", {}).get("transferred", 0)
+
+    until(lambda: sent() > 100_000, "no migration")
+    machine.qmp.hmp("migrate_cancel")
+    assert ended(machine) == "cancelled"
+    until(lambda: os.listdir(environment) == [], "a part of the image stays")
+    goes_on(machine)
 
 
-def test_analyze(started, tmp_path):
-    machine = started()
-    ready(machine)
-    machine.qmp("migrate", uri=f"exec:cat > {tmp_path / 'stream'}")
-    assert machine.wait_migration() == "completed"
+def test_analyze(machines, tmp_path):
+    machine = machines(GUEST).ready()
+    machine.migrate(f"exec:cat > {tmp_path / 'stream'}")
     line = [sys.executable, "-m", "snapengine.cli", "qemu", "analyze", str(tmp_path / "stream")]
     done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
     assert "written by  " in done.stdout

@@ -18,7 +18,7 @@ Command = tuple[str, dict[str, Any]]
 """A QMP command and its arguments."""
 
 # In the shell descriptor 0 is the pipe, whose end makes `read` fail, 1 is QMP, and 2 is the stream to drain,
-# or /dev/null. A migration ends a moment after its stream, and only then QEMU takes settings: hence the turns.
+# or /dev/null. A migration ends a moment after its stream, and only then takes settings: hence the turns.
 # The connection stays open for a while: QEMU drops what it has not read of one that is closed.
 SCRIPT = """read word || {
     turns=$1

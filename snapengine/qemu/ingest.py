@@ -60,7 +60,8 @@ def ingest(
     watch:
         Is called about ten times a second with the bytes of the stream so far; what it raises ends the work.
     finish:
-        Is called as soon as the stream has ended, long before the image is complete; returns fields of the result that only the sender knows. What it raises leaves no image.
+        Is called as soon as the stream has ended, long before the image is complete; returns fields of
+        the result that only the sender knows. What it raises leaves no image.
 
     Returns
     -------

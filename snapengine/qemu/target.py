@@ -204,8 +204,9 @@ class QemuTarget:
         """Let the guest go on if it stands, and take back what QEMU was given. Idempotent."""
         try:
             if self._stopped_at:
-                with contextlib.suppress(TargetGoneError):  # QEMU has ended: nothing stands
-                    self.resume()
+                self.resume()
+        except TargetGoneError:
+            self._stopped_at = 0  # QEMU has ended: nothing stands
         finally:
             if self._guard is not None:
                 if self._stopped_at:

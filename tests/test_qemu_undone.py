@@ -1,0 +1,344 @@
+"""A machine that is saved, or is not: the guest, its settings and files are as before, wherever we fail."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from machinekit import MIB, until
+from qemukit import Setup
+from sweepkit import Sweep
+
+import snapengine
+from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
+from snapengine.options import Options
+from snapengine.qemu.guard import Guard
+from snapengine.qemu.machine import OWN_DMA_FILES
+from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.restore import restore_machine
+from snapengine.qemu.target import QemuTarget
+from snapengine.qemu.viamigration import save_by_migration
+
+SLOW = Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)
+ODD = ["pause-before-switchover", "auto-converge", "late-block-activate"]
+
+
+def settings(machine):
+    """What is set for migration."""
+    return machine.qmp("query-migrate-capabilities"), machine.qmp("query-migrate-parameters")
+
+
+def pipes(machine):
+    """Those that QEMU has open. (10.0 itself leaves a /dev/userfaultfd open for each background-snapshot.)"""
+    folder = f"/proc/{machine.pid}/fd"
+    return sorted(link for fd in os.listdir(folder) if (link := os.readlink(f"{folder}/{fd}"))[:5] == "pipe:")
+
+
+def running(machine):
+    return machine.qmp("query-status")["running"]
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_capabilities_that_are_in_the_way(machines, tmp_path, method):
+    """QEMU would refuse background-snapshot beside them, or wait for a word before its end."""
+    machine = machines(SLOW).ready()
+    states = [{"capability": name, "state": True} for name in ODD]
+    machine.qmp("migrate-set-capabilities", capabilities=states)
+    before = settings(machine)
+    with Monitor(str(machine.socket)) as monitor:
+        result = save_by_migration(monitor, tmp_path / "vm.img", Options(method=method, max_seconds=10))
+    assert result.status == "completed"
+    assert settings(machine) == before
+    machine.wait_progress(100)
+
+
+@pytest.mark.parametrize("command", ["migrate", "migrate-set-capabilities", "migrate-set-parameters"])
+def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, command):
+    """Nothing of ours is left in QEMU; and nobody waits for the end of a stream that never began."""
+    machine = machines(SLOW).ready()
+    machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "xbzrle", "state": True}])
+    before, opened = settings(machine), pipes(machine)
+    execute, refused = Monitor.execute, []
+
+    def refuse(self, name, arguments=None, **more):
+        wants = command == "migrate-set-capabilities" and "true" not in json.dumps(arguments)
+        if name != command or refused or wants:
+            return execute(self, name, arguments, **more)
+        refused.append(name)
+        raise MachineError(f"QEMU refuses {name}: because")
+
+    monkeypatch.setattr(Monitor, "execute", refuse)
+    begin = time.monotonic()
+    with Monitor(str(machine.socket)) as monitor, pytest.raises(MachineError, match="because"):
+        save_by_migration(monitor, tmp_path / "vm.img", Options())
+    assert time.monotonic() - begin < 5
+    assert settings(machine) == before
+    assert pipes(machine) == opened
+    assert os.listdir(tmp_path) == []
+    machine.wait_progress(100)
+
+
+def test_the_guest_does_not_wait_for_the_image(machines, tmp_path):
+    """Plain `migrate` stops it at the end of the stream; that the image is written later is our affair."""
+    machine = machines(SLOW).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        began = time.monotonic()
+        sink = "exec:sleep 1.5; cat >/dev/null"
+        result = save_by_migration(monitor, sink, Options(method="dirty-logging", max_seconds=1.2))
+        assert time.monotonic() - began > 1.4, "the sink was not slow"
+    assert 0 < result.stop_ns < 10**9
+    assert running(machine)  # its answer comes behind the events
+    stops = [e for e in machine.qmp.events if e["event"] in ("STOP", "RESUME")]
+    at = [e["timestamp"]["seconds"] + e["timestamp"]["microseconds"] / 1e6 for e in stops[-2:]]
+    assert [e["event"] for e in stops[-2:]] == ["STOP", "RESUME"]
+    assert at[1] - at[0] < 1
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_killed_while_qemu_migrates(machines, tmp_path, method):
+    """SIGKILL: a guard sets back what was set, and the guest runs."""
+    machine = machines(Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)).ready()
+    before = settings(machine)
+    command = [sys.executable, "-m", "snapengine.cli", "qemu", "save", "--via-migration", "--quiet", "--qmp",
+               str(machine.socket), "--method", method, "--memory-limit", "16M",
+               "exec:sleep 3"]  # fmt: skip
+    with subprocess.Popen(command, start_new_session=True) as saver:
+        until(lambda: machine.qmp("query-migrate").get("status") in ("active", "completed"), "no migration")
+        os.killpg(saver.pid, signal.SIGKILL)
+    until(lambda: settings(machine) == before, "the settings stay", 10)
+    until(lambda: running(machine), "the guest stands for ever", 10)
+    machine.wait_progress(100)
+
+
+def test_a_guard_whose_shell_is_ended():
+    guard = Guard(-1, [("cont", {})])
+    os.kill(guard._shell.pid, signal.SIGKILL)
+    guard._shell.wait()
+    guard.dismiss()
+    guard.dismiss()
+
+
+def test_interrupted_where_the_guest_goes_on(machines, tmp_path, monkeypatch):
+    """A Ctrl-C just before `cont` is sent."""
+    machine = machines(Sweep()).ready()
+    execute, done = Monitor.execute, []
+
+    def interrupt(self, name, arguments=None, **more):
+        if name == "cont" and not done:
+            done.append(name)
+            raise KeyboardInterrupt
+        return execute(self, name, arguments, **more)
+
+    monkeypatch.setattr(Monitor, "execute", interrupt)
+    with Monitor(str(machine.socket)) as monitor:
+        capture = snapengine.snapshot(QemuTarget(monitor), tmp_path / "vm.img")
+        with pytest.raises(KeyboardInterrupt):
+            capture.start()
+        assert running(machine)
+    assert os.listdir(tmp_path) == []
+    machine.wait_progress(1000)
+
+
+class Disturbed(QemuTarget):
+    """Something happens to the machine before it is stopped, or while it stands."""
+
+    def __init__(self, monitor, before=None, while_it_stands=None):
+        super().__init__(monitor)
+        self.before, self.while_it_stands = before, while_it_stands
+
+    def pause(self):
+        if self.before:
+            self.before()
+        super().pause()
+
+    def vmstate(self):
+        if self.while_it_stands:
+            self.while_it_stands()
+        return super().vmstate()
+
+
+def test_qemu_that_dies_while_the_guest_stands(machines, tmp_path):
+    machine = machines(Sweep()).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        target = Disturbed(monitor, while_it_stands=lambda: os.kill(machine.pid, signal.SIGKILL))
+        capture = snapengine.snapshot(target, tmp_path / "vm.img")
+        with pytest.raises(TargetGoneError):
+            capture.start()
+        assert capture.wait(1)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_a_device_that_is_plugged_in_meanwhile(machines, tmp_path, method):
+    """Its state would be in the image, and the description would not have it."""
+    machine = machines(SLOW).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        target = Disturbed(monitor, lambda: machine.qmp("device_add", driver="virtio-rng-pci", id="late"))
+        capture = snapengine.snapshot(target, tmp_path / "vm.img", method=method)
+        with pytest.raises(MachineError, match=r"was changed .*late") as caught, capture:
+            pass
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    machine.wait_progress(100)
+
+
+def test_a_disk_snapshot_that_fails(machines, tmp_path):
+    """Of two disks the second's cannot be made: the first's file is removed, and both go on as before."""
+    extra = []
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+        extra += ["-drive", f"file={tmp_path}/{name},format=raw,if=none,id={name}",
+                  "-device", f"virtio-blk-pci,drive={name}"]  # fmt: skip
+    machine = machines(Sweep(), extra=tuple(extra)).ready()
+    files = {"one": str(tmp_path / "a.qcow2"), "two": str(tmp_path / "nowhere" / "b.qcow2")}
+    with Monitor(str(machine.socket)) as monitor:
+        capture = snapengine.snapshot(QemuTarget(monitor, block_snapshots=files), tmp_path / "vm.img")
+        with pytest.raises(MachineError, match="refuses transaction"):
+            capture.start()
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    assert machine.qmp("query-fdsets") == []
+    machine.wait_progress(1000)
+
+
+def test_a_socket_that_another_process_opened(machines, tmp_path):
+    """As libvirt does it: whom the kernel names is not QEMU, and must not be attached to."""
+    room = machines.room / "handed"
+    room.mkdir()
+    setup = Setup(Sweep(), room)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(room / "handed"))
+        listener.listen(1)
+        fd = listener.fileno()
+        monitor = ["-chardev", f"socket,id=c,fd={fd},server=on,wait=off", "-mon", "c,mode=control"]
+        line = [*setup.command, *monitor]
+        other = stack.enter_context(subprocess.Popen(["sleep", "30"]))
+        stack.callback(other.kill)
+        qemu = stack.enter_context(subprocess.Popen(line, pass_fds=[fd], stdin=subprocess.DEVNULL))
+        stack.callback(qemu.kill)
+        with Monitor(str(room / "handed"), seconds=20) as monitor:
+            assert monitor.peer_pid == os.getpid()
+            for pid in (0, other.pid):
+                with pytest.raises(SnapengineError) as caught:
+                    snapengine.snapshot(QemuTarget(monitor, pid), tmp_path / "vm.img").start()
+                assert "\n" not in str(caught.value)
+            assert "is not the QEMU that answers" in str(caught.value)
+            with snapengine.snapshot(QemuTarget(monitor, qemu.pid), tmp_path / "vm.img"):
+                pass
+    assert os.listdir(tmp_path) == ["vm.img"]
+
+
+@pytest.mark.parametrize("name", ["/dev/vhost-net", "/dev/vhost-vdpa-0", "/dev/vfio/12"])
+def test_files_of_devices_past_qemu(name):
+    assert OWN_DMA_FILES.fullmatch(name)
+
+
+# what is restored
+
+
+@pytest.fixture
+def saved(machines, tmp_path):
+    """(a machine that was killed, its image, the command of the same machine)."""
+    machine = machines(Sweep(memory=32 * MIB)).ready()
+    with Monitor(str(machine.socket)) as qmp, snapengine.snapshot(QemuTarget(qmp), tmp_path / "vm.img"):
+        pass
+    machine.kill()
+    command = [machine.qemu, *machine.setup.machine_arguments, "-display", "none", "-serial", "null"]
+    return machine, tmp_path / "vm.img", command
+
+
+def test_a_command_that_cannot_be_executed(saved, tmp_path, monkeypatch):
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"\x7fELF")
+    odd.chmod(0o755)
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    with snapengine.open_image(saved[1]) as image:
+        with pytest.raises(OSError, match="Exec format"):
+            restore_machine(image, [str(odd)])
+        with pytest.raises(OSError, match="No such file"):
+            restore_machine(image, saved[2], log=tmp_path / "nowhere" / "log")
+        with pytest.raises(MachineError, match="another machine"):
+            restore_machine(image, [*saved[2], "-smp", "2"])
+    assert os.listdir(place) == []
+
+
+def test_other_files_of_a_qemu_that_is_not_restored(saved):
+    """QEMU may remove its pid file and sockets itself; and the reason is not that we ended it."""
+    machine, path, command = saved
+    room = machine.room / "second"
+    room.mkdir()
+    more = ["-pidfile", f"{room}/pid", "-monitor", f"unix:{room}/hmp,server=on,wait=off", "-smp", "2"]
+    with snapengine.open_image(path) as image, pytest.raises(MachineError, match="another machine") as caught:
+        restore_machine(image, [*command, *more], qmp=str(room / "q,mp"))
+    assert "terminating" not in str(caught.value)
+    assert os.listdir(room) == []
+
+
+def test_a_wrapper_around_qemu(saved):
+    """What is ended is QEMU, too; what is reported is QEMU's process."""
+    machine, path, command = saved
+    wrapper = ["sh", "-c", '"$@"; exit', "sh"]
+    with snapengine.open_image(path) as image:
+        restored = restore_machine(image, [*wrapper, *command], run=False)
+        assert restored.pid != restored.process.pid
+        os.kill(restored.pid, signal.SIGKILL)
+        restored.process.wait()
+        with pytest.raises(MachineError, match="another machine"):
+            restore_machine(image, [*wrapper, *command, "-smp", "2", "-name", f"wrapped-{machine.pid}"])
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"wrapped-{machine.pid}" not in shown
+
+
+def test_interrupted_while_it_loads(saved, monkeypatch):
+    """No QEMU and no thread is left that reads the image."""
+    from snapengine.qemu import restore
+
+    started = []
+    connect = restore.connect
+
+    def note(path, process):
+        started.append(process)
+        return connect(path, process)
+
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore, "connect", note)
+    with snapengine.open_image(saved[1]) as image, pytest.raises(KeyboardInterrupt):
+        restore_machine(image, saved[2], progress=interrupt)
+    assert started[0].poll() is not None
+    assert "snapengine-feed" not in {thread.name for thread in restore.threading.enumerate()}
+
+
+@pytest.mark.parametrize("change", [{"cpus": 5}, {"devices": [{}]}, {"disks": ["x"]}, {"qemu": 7}])
+def test_a_description_of_wrong_types(saved, tmp_path, change):
+    with snapengine.open_image(saved[1]) as image:
+        blob = json.loads(image.vmstate["qemu.machine"]) | change
+    with snapengine.snapshot(bytearray(8192), tmp_path / "odd.img",
+                             vmstate={"qemu.machine": json.dumps(blob).encode()}):  # fmt: skip
+        pass
+    path = tmp_path / "odd.img"
+    with snapengine.open_image(path) as image, pytest.raises(ImageError, match="wrong type"):
+        restore_machine(image, saved[2])
+
+
+def test_info_tells_of_the_machine(saved):
+    command = [sys.executable, "-m", "snapengine.cli", "info", str(saved[1])]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for words in ("pc-i440fx", "device-state", "CPUs", "RAM blocks", "device_state"):
+        assert words in shown
+    for line in (command, [*command[:-1], "-"]):
+        stdin = subprocess.Popen(["cat", saved[1]], stdout=subprocess.PIPE)
+        out = subprocess.run([*line, "--json"], stdin=stdin.stdout, capture_output=True, check=True).stdout
+        stdin.stdout.close()
+        stdin.wait()
+        machine = json.loads(out)["machine"]
+        assert machine["via"] == "device-state"
+        assert "pc.ram" in [block["name"] for block in machine["ram_blocks"]]
