@@ -30,7 +30,7 @@ ATTACHED: dict[str, dict[str, str]] = {
     OUR_ROUNDS: {"method": DIRTY_LOGGING},
 }
 LIMIT_S = 8.0  # rounds that have not converged by then do not
-# background-snapshot comes to its end by itself, and QEMU 7.2's guest does not survive that it is cancelled.
+# background-snapshot ends by itself; once it was cancelled, a guest of QEMU 7.2 may stand still for good.
 BACKGROUND_LIMIT_S = 60.0
 
 
