@@ -10,7 +10,7 @@ On the first walker's thread (no Python state, no GIL, no allocation):
 The other walkers help to protect, wait for `armed`, and walk.
 
 Shared words: capture.armed, stopping and finished are written by the first walker only (release) and
-read by all (acquire). capture.failed is set once by whoever fails first. If a walker stops anywhere
+read by all (acquire); capture.held by the caller, before the threads start and once to 0. capture.failed is set once by whoever fails first. If a walker stops anywhere
 before `finished`, writers of unsaved pages wait; every failure path therefore runs through forget_all,
 and the death of the process closes the userfaultfd, which does the same in the kernel.
 """
@@ -42,6 +42,15 @@ cdef void _publish(capture_t *capture, uint64_t *word) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
 
 
+cdef void _await_go(capture_t *capture) noexcept nogil:
+    """The walk takes the CPUs that whoever stopped the target needs to let it go on: not before that is done.
+    Faults are served meanwhile."""
+    pthread_mutex_lock(&capture.lock)
+    while snap_load(&capture.held) and not snap_load(&capture.failed):
+        pthread_cond_wait(&capture.changed, &capture.lock)
+    pthread_mutex_unlock(&capture.lock)
+
+
 cdef void _stop_others(capture_t *capture, lane_t *lane) noexcept nogil:
     """Wait until the last has left, by counts: pthread_join frees memory, and free() would write to pages
     that may be protected still. A walker may need a fault thread, so those stay till the last; and one
@@ -68,6 +77,7 @@ cdef void *_first_walker(void *arg) noexcept nogil:
         _publish(capture, &capture.armed)
         if not save_shared_pages(capture, lane):
             serve_held(capture, lane)
+            _await_go(capture)
             walk(capture, lane)
     _stop_others(capture, lane)
     # No other thread runs any more, so no page is released that is still being copied.
@@ -95,6 +105,7 @@ cdef void *_other_walker(void *arg) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
     if snap_load(&capture.armed):
         serve_held(capture, lane)
+        _await_go(capture)
         walk(capture, lane)
     snap_leave(&capture.walking)
     return NULL
@@ -112,13 +123,14 @@ cdef class Tracker:
         self.running = False
         self.owner = getpid()
 
-    def start(self):
-        """Make the threads, arm, and return at T. Raises nothing for a target that cannot be armed: ask
+    def start(self, bint hold=False):
+        """Make the threads, arm, and return at T; with `hold` the walk waits for `walk`. Raises nothing for a target that cannot be armed: ask
         `Session.failure`. Raises OSError if no thread can be made."""
         cdef capture_t *capture = self.session.capture
         cdef int i, err
         if self.running or snap_load(&capture.finished):
             raise RuntimeError("a tracker runs once")
+        capture.held = hold
         capture.epoll = epoll_create1(EPOLL_CLOEXEC)
         if capture.epoll < 0:
             raise OSError(errno, "epoll_create1")
@@ -178,9 +190,19 @@ cdef class Tracker:
                 snap_sleep_ns(1000000)
         return snap_load(&capture.finished) != 0
 
+    def walk(self):
+        """The target goes on: let the walk begin. Idempotent."""
+        cdef capture_t *capture = self.session.capture
+        with nogil:
+            pthread_mutex_lock(&capture.lock)
+            snap_store(&capture.held, 0)
+            pthread_cond_broadcast(&capture.changed)
+            pthread_mutex_unlock(&capture.lock)
+
     def join(self):
         """Wait until the target is released and the threads are gone. Idempotent."""
         if self.running:
+            self.walk()
             with nogil:
                 self._join_all()
             self.running = False

@@ -252,11 +252,12 @@ class Capture:
                 paused = True
                 self._target.pause()
             self._vmstate.update(self._target.vmstate())
-            tracker.start()
+            tracker.start(hold=paused)
         finally:
             if paused:
                 self._target.resume()
                 self._stop_ns = time.monotonic_ns() - stopped
+        tracker.walk()
         if self._parts.session.failure:
             tracker.join()
             self._raise_failure()

@@ -113,11 +113,12 @@ cdef struct capture_t:
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
     pthread_mutex_t lock
-    pthread_cond_t changed          # arm_pieces, arm_busy, armed, finished or failed changed
+    pthread_cond_t changed          # arm_pieces, arm_busy, armed, held, finished or failed changed
     uint64_t arm_pieces             # how many there are; 0 until everything is registered
     uint64_t arm_next               # pieces taken
     uint64_t arm_busy               # walkers that protect one
     uint64_t armed                  # atomic: T is fixed (walk writes, once)
+    uint64_t held                   # the walk waits until the target goes on
     uint64_t finished               # atomic: everything is released, no thread touches the target
     uint64_t failed                 # atomic: 0 or the errno of the first failure; any thread, once
     const char *failed_call         # written by the thread that set `failed`, before `finished`
