@@ -35,6 +35,7 @@ def parse(*arguments):
 
 def make_result(**figures):
     values = dict.fromkeys((field.name for field in dataclasses.fields(Result)), 0)
+    values["stop_parts_ns"] = {}
     fixed = {"method": "write-tracking", "status": COMPLETED, "fault_ns": {"p50": 9000, "p99": 1, "max": 2},
              "lost_runs": [], "warnings": []}  # fmt: skip
     return Result(**(values | fixed | figures))
@@ -109,6 +110,8 @@ def test_figures_leave_out_what_is_zero():
     rows = dict(figures_rows(make_result(faults=3, stop_ns=5, lost_pages=2, spilled_bytes=4096)))
     assert rows["faults"].startswith("3, served in p50 9.00 µs")
     assert rows["target paused"] == "5 ns"
+    parts = dict(figures_rows(make_result(stop_ns=5, stop_parts_ns={"stop": 3, "cont": 2, "guest": 5})))
+    assert parts["target paused"] == "5 ns (stop 3 ns, cont 2 ns)"
     assert "spilled" in rows["buffer, peak"]
 
 
