@@ -85,7 +85,7 @@ class QemuTarget:
         self._guard: Guard | None = None
         self._state_fd = self._state_set = -1
         self._machine: dict[str, Any] = {}
-        self._changes: list[str] = []
+        self._changes: list[str] | None = None
         self._stopped_at = self._stood_ns = self._at = 0
         self._was_running = False
 
@@ -168,12 +168,10 @@ class QemuTarget:
         if self._guard is not None:
             self._guard.dismiss()
         self._note_events()
-        # Not at T itself, which would lengthen the stop.
-        now = machine.describe(self.monitor, self.pid, ram_blocks(self.monitor), VIA_DEVICES)
-        self._changes = machine.changes(self._machine, now)
 
     def armed(self) -> None:
         """T is fixed, and the guest runs."""
+        self._look_again()
 
     def late_warnings(self) -> list[str]:
         """Where the disks are now. Nothing of the RAM: QEMU maps it once."""
@@ -181,6 +179,8 @@ class QemuTarget:
 
     def record(self) -> dict[str, bytes]:
         """The blobs of the machine. Raises MachineError."""
+        if self._changes is None:  # dirty logging: T was just now
+            self._look_again()
         if self._changes:
             raise MachineError(
                 "the machine was changed while its snapshot was prepared: " + "; ".join(self._changes)
@@ -215,6 +215,11 @@ class QemuTarget:
             self._close_state_file()
 
     # -- parts --
+
+    def _look_again(self) -> None:
+        """Whether blocks or devices came or went before T. Not at T itself: that would lengthen the stop."""
+        now = machine.describe(self.monitor, self.pid, ram_blocks(self.monitor), VIA_DEVICES)
+        self._changes = machine.changes(self._machine, now)
 
     def _part(self, name: str) -> None:
         now = time.monotonic_ns()
