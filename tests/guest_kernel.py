@@ -17,6 +17,7 @@ MODULES = [
     *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"),
 ]
 FETCH_S = 300
+RETRY = ("-o", "Acquire::Retries=3")
 
 
 class NoKernel(Exception):
@@ -45,7 +46,7 @@ def _fetch(room):
     with tempfile.TemporaryDirectory(dir=room.parent) as name:
         work = Path(name)
         work.chmod(0o755)  # apt downloads as another user where it can
-        _run(["apt-get", "-q", "download", _package()], work)
+        _run(["apt-get", "-q", *RETRY, "download", _package()], work)
         (package,) = work.glob("*.deb")
         _run(["dpkg-deb", "-x", str(package), "root"], work)
         (kernel,) = (work / "root" / "boot").glob("vmlinuz-*")
@@ -73,7 +74,7 @@ def _package():
         if found:
             return found[1]
         if attempt == 0 and os.geteuid() == 0:
-            _run(["apt-get", "-q", "update"], Path("/"))
+            _run(["apt-get", "-q", *RETRY, "update"], Path("/"))
     raise NoKernel(f"the configured package sources have no {PACKAGE}")
 
 
