@@ -43,9 +43,10 @@ def floors():
     return module
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def start_guest(tmp_path_factory):
-    """``start_guest(params, rate)``: (GuestProcess, socket path); ended after the module."""
+    """``start_guest(params, rate)``: (GuestProcess, socket path); ended after the bench, so that the next one
+    has the CPUs for itself."""
     with contextlib.ExitStack() as stack:
 
         def start(params, rate):

@@ -13,7 +13,8 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -94,6 +95,14 @@ class Monitor:
         """What the command returns, in JSON types."""
         return self._run(self._execute(command, arguments), seconds, command)
 
+    def send(
+        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = COMMAND_SECONDS
+    ) -> Callable[[], Any]:
+        """Send a command and return at once: calling what is returned waits for the answer. QEMU does what it
+        was sent in this order, without the way to us and back between two commands."""
+        waiting = asyncio.run_coroutine_threadsafe(self._execute(command, arguments), self._loop)
+        return lambda: self._wait(waiting, seconds, command)
+
     def human(self, line: str) -> str:
         """The text that a command of the human monitor prints."""
         return str(self.execute("human-monitor-command", {"command-line": line}))
@@ -162,8 +171,11 @@ class Monitor:
         return made
 
     def _run(self, work: Coroutine[Any, Any, Value], seconds: float, command: str = "") -> Value:
-        """Do `work` on the loop, and turn what can go wrong into errors of ours."""
-        waiting = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Do `work` on the loop and wait for it."""
+        return self._wait(asyncio.run_coroutine_threadsafe(work, self._loop), seconds, command)
+
+    def _wait(self, waiting: Future[Value], seconds: float, command: str) -> Value:
+        """The answer; what can go wrong becomes an error of ours."""
         try:
             return waiting.result(seconds)
         except TimeoutError:

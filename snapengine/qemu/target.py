@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class QemuTarget:
         self._changes: list[str] | None = None
         self._stopped_at = self._stood_ns = self._at = 0
         self._was_running = False
+        self._saved: Callable[[], Any] | None = None
 
     # -- what a capture calls --
 
@@ -139,8 +140,11 @@ class QemuTarget:
         if self._was_running:
             self._guard = Guard(self.monitor.fileno(), [("cont", {})])
         self._at = self._stopped_at = time.monotonic_ns()
-        if self._was_running:
-            self.monitor.execute("stop")
+        stopped = self.monitor.send("stop") if self._was_running else None
+        if not self._disks:
+            self._saved = self._send_save()
+        if stopped is not None:
+            stopped()
         self._part("stop")
 
     def vmstate(self) -> dict[str, bytes]:
@@ -148,9 +152,9 @@ class QemuTarget:
         if self._disks:
             self._snapshot_disks()
             self._part("block_snapshot")
-        path = f"/dev/fdset/{self._state_set}"
-        # live=false: otherwise QEMU gives up a stopped machine's disks, as after a migration.
-        self.monitor.execute("xen-save-devices-state", {"filename": path, "live": False})
+            self._saved = self._send_save()
+        assert self._saved is not None
+        self._saved()
         self._part("device_state")
         self._frozen = copy_frozen(self.pid, self.frozen_regions)
         return {}
@@ -215,6 +219,11 @@ class QemuTarget:
             self._close_state_file()
 
     # -- parts --
+
+    def _send_save(self) -> Callable[[], Any]:
+        # live=false: otherwise QEMU gives up a stopped machine's disks, as after a migration.
+        arguments = {"filename": f"/dev/fdset/{self._state_set}", "live": False}
+        return self.monitor.send("xen-save-devices-state", arguments)
 
     def _look_again(self) -> None:
         """Whether blocks or devices came or went before T. Not at T itself: that would lengthen the stop."""
