@@ -10,9 +10,10 @@ On the first walker's thread (no Python state, no GIL, no allocation):
 The other walkers help to protect, wait for `armed`, and walk.
 
 Shared words: capture.armed, stopping and finished are written by the first walker only (release) and
-read by all (acquire); capture.held by the caller, before the threads start and once to 0. capture.failed is set once by whoever fails first. If a walker stops anywhere
-before `finished`, writers of unsaved pages wait; every failure path therefore runs through forget_all,
-and the death of the process closes the userfaultfd, which does the same in the kernel.
+read by all (acquire); capture.held by the caller, before the threads start and once to 0.
+capture.failed is set once by whoever fails first. If a walker stops anywhere before `finished`, writers of
+unsaved pages wait; every failure path therefore runs through forget_all, and the death of the process
+closes the userfaultfd, which does the same in the kernel.
 """
 
 from libc.errno cimport EBUSY, errno
@@ -131,8 +132,10 @@ cdef class Tracker:
         self.owner = getpid()
 
     def start(self, bint hold=False):
-        """Make the threads, arm, and return at T; with `hold` the walk waits for `walk`. Raises nothing for a target that cannot be armed: ask
-        `Session.failure`. Raises OSError if no thread can be made."""
+        """Make the threads, arm, and return at T; with `hold` the walk waits for `walk`.
+
+        Raises nothing for a target that cannot be armed: ask `Session.failure`. Raises OSError if no thread can
+        be made."""
         cdef capture_t *capture = self.session.capture
         cdef int i, err
         if self.running or snap_load(&capture.finished):
