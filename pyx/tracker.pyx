@@ -134,8 +134,8 @@ cdef class Tracker:
     def start(self, bint hold=False):
         """Make the threads, arm, and return at T; with `hold` the walk waits for `walk`.
 
-        Raises nothing for a target that cannot be armed: ask `Session.failure`. Raises OSError if no thread can
-        be made."""
+        Raises nothing for a target that cannot be armed: ask `Session.failure`. Raises OSError if no thread
+        can be made."""
         cdef capture_t *capture = self.session.capture
         cdef int i, err
         if self.running or snap_load(&capture.finished):
