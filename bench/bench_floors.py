@@ -7,7 +7,9 @@ from benchkit import KIB, MIB, ROUNDS, Samples, guest_ram, huge_pages, protected
 from floorkit import fault_ns, in_thread, spread_ns
 from hugepages import HUGE, huge_share
 
+from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
+from snapengine.guestwriters import GuestWriters
 
 SIZE = size("FLOOR_SIZE", "256M")
 GIB = 1 << 30
@@ -85,6 +87,22 @@ def bench_floor_protect(benchmark, floors, source):
             return found
 
         repeat(benchmark, measure)
+
+
+def bench_floor_protect_busy(benchmark, floors, source):
+    """While a thread of this process runs on another CPU, which has to flush its TLB for each ioctl."""
+    part = min(SIZE, 64 * MIB)
+    with GuestMemory(GuestParams(size=MIB)) as other, GuestWriters(other) as writers:
+        writers.resume()
+        with protected(floors, source) as (fd, addr, _):
+
+            def measure():
+                found = {}
+                for name, unit in UNITS.items():
+                    found |= ioctl_ns(floors, (fd, addr, part), f"{name}_busy", unit)
+                return found
+
+            repeat(benchmark, measure)
 
 
 def bench_floor_protect_huge(benchmark, floors):
