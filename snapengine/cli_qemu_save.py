@@ -52,7 +52,7 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
         help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip
-    add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--compress", metavar="none|zstd[:LEVEL][:always]", help="default: none")
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
     add("--rate-limit", type=size, metavar="SIZE", help="most bytes a second into the sink")
     add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")

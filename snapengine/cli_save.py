@@ -80,7 +80,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--strict", action="store_true", default=None,
         help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
-    add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--compress", metavar="none|zstd[:LEVEL][:always]", help="default: none")
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
     add(
         "--rate-limit",

@@ -11,7 +11,7 @@ METHODS = (WRITE_TRACKING, DIRTY_LOGGING)
 
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
-_ZSTD = re.compile(r"zstd(?::(-?\d+))?$")
+_ZSTD = re.compile(r"zstd(?::(-?\d+))?(:always)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,10 @@ class Options:
 
     compress: str = "none"
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
-    than the CPU, or when space counts; chunks that do not shrink, or that would hold the capture
-    up, are stored raw."""
+    than the CPU, or when space counts. Chunks that do not shrink are stored raw. So are those that would
+    hold up the target: while its writers fault more than once a millisecond (dirty logging: always), a
+    chunk is compressed only if that is no slower than storing it. ``":always"`` behind it (``"zstd:3:always"``)
+    compresses those, too: the smallest image, at the price of more faults."""
 
     memory_limit: int = 64 * MIB
     """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
@@ -94,5 +96,10 @@ class Options:
             return None
         match = _ZSTD.match(self.compress)
         if match is None:
-            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL")
+            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL (and :always)")
         return int(match[1]) if match[1] else 1
+
+    @property
+    def compress_always(self) -> bool:
+        """Whether to compress also where storing raw would hold the target up less."""
+        return self.compress.endswith(":always")

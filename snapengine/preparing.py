@@ -78,7 +78,11 @@ def make_engine(
     parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.frozen = plan.place(parts.attached.frozen_regions)
-    parts.encoder = Encoder(parts.session.pool, parts.writer, options.zstd_level, encoders)
+    hurry = "writers" if tracking else "room"
+    parts.encoder = Encoder(
+        parts.session.pool, parts.writer, options.zstd_level, encoders,
+        store_raw="never" if options.compress_always else hurry,
+    )  # fmt: skip
 
 
 def _walkers(options: Options, regions: list[Region]) -> int:
