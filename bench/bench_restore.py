@@ -1,4 +1,4 @@
-"""An image back into a warm buffer, against one memcpy of the same bytes into the same buffer, in alternation."""
+"""An image back into a warm buffer, against one memcpy of the same bytes into it, in alternation."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""zstd:1 on two threads into a tmpfs, against the command ``zstd -1 -T2`` on the same bytes, in alternation."""
+"""zstd:1 on two threads into a tmpfs, against ``zstd -1 -T2`` on the same bytes, in alternation."""
 
 import shutil
 import subprocess

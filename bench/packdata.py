@@ -19,8 +19,8 @@ KINDS = ("guest", "files")
 def packable(kind: str, length: int) -> mmap.mmap:
     """`length` bytes in 4 KiB pages.
 
-    ``"guest"``: the embedded guest's pages, alike in kind, of which zstd makes a quarter. ``"files"``: Python's
-    library as it lies on disk (sources, byte code, machine code): text and code, as in a process.
+    ``"guest"``: the embedded guest's pages, alike in kind, of which zstd makes a quarter. ``"files"``:
+    Python's library as it lies on disk (sources, byte code, machine code): text and code, as in a process.
     """
     memory = small_pages(length)
     pieces = guest_pages(length) if kind == "guest" else library_files()

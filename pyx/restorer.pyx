@@ -26,8 +26,8 @@ from snapengine.errors import CorruptImageError, TruncatedImageError
 from snapengine.records import decompress
 
 
-# Half a second-level cache: pread and crc32c of 1 GiB on two threads take 100 to 108 ms with 64 to 256 KiB, 115
-# with 1 MiB, and 136 with 32 KiB.
+# Fits a second-level cache: pread and crc32c of 1 GiB on two threads take 100 to 108 ms with 64 to 256 KiB,
+# 115 with 1 MiB, and 136 with 32 KiB (AMD Zen 4, 2 CPUs; 64 KiB to 1 MiB are within the noise).
 cdef uint64_t PIECE_BYTES = 256 << 10
 
 
@@ -159,8 +159,8 @@ cdef class Restorer:
         return self.unpack(number, into, scratch, decompressor)
 
     cdef int copy_raw(self, size_t number, const destination_t *into, char *scratch) except -1 nogil:
-        """Read a raw payload in pieces, straight to where they belong if that is one piece of memory. What goes
-        into a file waits in `scratch` until all of it is verified."""
+        """Read a raw payload in pieces, straight to where they belong if that is one piece of memory. What
+        goes into a file waits in `scratch` until all of it is verified."""
         cdef chunk_t *chunk = &self.index.chunks[self.live.runs[self.starts[number]].chunk]
         cdef size_t run = self.starts[number]
         cdef uint64_t done = 0

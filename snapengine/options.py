@@ -31,9 +31,10 @@ class Options:
     compress: str = "none"
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
     than the CPU, or when space counts. Chunks that do not shrink are stored raw. So are those that would
-    hold up the target: while its writers fault more than once a millisecond (dirty logging: always), a
-    chunk is compressed only if that is no slower than storing it. ``":always"`` behind it (``"zstd:3:always"``)
-    compresses those, too: the smallest image, at the price of more faults."""
+    hold the target up, where raw is faster by the costs measured so far: while its writers fault more than
+    once a millisecond and the walk waits for room; with dirty logging whenever a round waits for room.
+    With ``":always"`` behind it (``"zstd:3:always"``) those are compressed too: the smallest image, at the
+    price of more faults or longer rounds."""
 
     memory_limit: int = 64 * MIB
     """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
