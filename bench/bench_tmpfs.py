@@ -68,7 +68,7 @@ def bench_full_speed_writer(benchmark, start_guest, tmpfs, backing):
 
 
 def bench_zstd(benchmark, start_guest, tmpfs):
-    """Alternates the two. The bytes could shrink to a quarter; chunks that would hold it up stay raw."""
+    """Alternates the two. The bytes shrink to a quarter; nobody writes, so no chunk is stored raw."""
     _, socket = start_guest(GuestParams(size=ZSTD_SIZE), 0)
     both = {"none": Samples(), "zstd:1": Samples()}
 

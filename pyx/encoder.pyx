@@ -4,9 +4,10 @@ Each thread takes a chunk, compresses it (zstandard needs the GIL for a moment p
 back while it works), and waits for its turn to write. Without compression nothing here needs the GIL.
 No capture thread ever waits for an encoder, except the walk, for room in the pool.
 
-Adaptive: a chunk is stored raw if it does not shrink, or if the walk is waiting for room and, by the
-costs measured so far, raw bytes would leave faster than compressed ones. So compression never makes a
-capture longer than storing raw would.
+A chunk is stored raw if it does not shrink, or if compressing it would hold up somebody who matters and,
+by the costs measured so far, raw bytes would leave faster. A walk that waits for room holds up nobody by
+itself: the pages it has not reached are only protected. It matters when writers run into them (a fault
+costs a writer 20 to 50 µs), and always where the walk's length is the target's pause or its next round.
 """
 
 from cpython.buffer cimport PyBUF_READ
@@ -33,6 +34,11 @@ cdef double KEEP = 0.9              # of the old estimate, for each new chunk
 # should not queue behind the walkers. One that compresses must not take the CPU from the target.
 cdef int WRITER_NICE = -10
 cdef uint64_t PROBE = 16            # while raw is better, still compress every so many chunks to measure
+# Writers fault so often that it matters: more than once in this time, which costs them 2 to 5 % of a CPU.
+cdef uint64_t FAULT_NS = 1_000_000
+cdef uint64_t LOOK_NS = 5_000_000
+
+_STORE_RAW = {"never": RAW_NEVER, "writers": RAW_FOR_WRITERS, "room": RAW_FOR_ROOM}
 
 
 cdef bint _await_turn(turn_t *turn, uint64_t ticket) noexcept nogil:
@@ -62,13 +68,19 @@ cdef double _mixed(double old, double new) noexcept nogil:
 
 
 cdef class Encoder:
-    """The encoder side of one capture; `run` is the body of each of `threads` threads."""
+    """The encoder side of one capture; `run` is the body of each of `threads` threads.
 
-    def __init__(self, Pool pool not None, Writer writer not None, level, int threads):
+    `store_raw`: when a chunk that would shrink may be stored raw, if that is faster: ``"never"``;
+    ``"writers"``, while writers fault and the walk waits for room; ``"room"``, while anybody waits for room.
+    """
+
+    def __init__(self, Pool pool not None, Writer writer not None, level, int threads, *,
+                 str store_raw="writers"):
         cdef int number
         self.pool = pool
         self.writer = writer
         self.compressing = level is not None
+        self.store_raw = _STORE_RAW[store_raw]
         self.threads = threads
         self.control = Arena(sizeof(turn_t))
         self.control.touch()
@@ -90,8 +102,20 @@ cdef class Encoder:
         """Bytes that the encoders hold beside the pool."""
         return self.threads * self.pool.pool.stride * (2 if self.compressing else 1)
 
+    cdef void _look_at_faults(self) noexcept nogil:
+        """Only by the thread whose turn it is."""
+        cdef uint64_t now = snap_now_ns()
+        cdef uint64_t urgent = snap_load(&self.pool.pool.urgent)
+        if now - self.turn.seen_ns < LOOK_NS:
+            return
+        self.turn.writers_fault = (urgent - self.turn.urgent_seen) * FAULT_NS > now - self.turn.seen_ns
+        self.turn.urgent_seen = urgent
+        self.turn.seen_ns = now
+
     cdef bint _worth_it(self, uint64_t ticket) noexcept nogil:
         cdef double zstd_cost, raw_cost
+        if self.store_raw == RAW_NEVER or (self.store_raw == RAW_FOR_WRITERS and not self.turn.writers_fault):
+            return True
         if not snap_load(&self.pool.pool.starved) or self.turn.sink_cost == 0 or ticket % PROBE == 0:
             return True
         raw_cost = self.turn.sink_cost
@@ -130,6 +154,7 @@ cdef class Encoder:
                     uint64_t stored, uint16_t encoding, uint32_t crc) except -1 nogil:
         """Only by the thread whose turn it is."""
         cdef uint64_t begin = snap_now_ns()
+        self._look_at_faults()
         self.writer.chunk(entries, chunk.n_entries, payload, stored, chunk.data_bytes, encoding, crc)
         if stored:
             self.turn.sink_cost = _mixed(self.turn.sink_cost, (snap_now_ns() - begin) / <double>stored)

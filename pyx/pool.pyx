@@ -163,6 +163,8 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
     cdef int err = 0
     cdef bint fresh = False
     cdef uint32_t crc = 0
+    if not wait and not lane.patient:
+        snap_add(&pool.urgent, 1)
     if lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX:
         return 0
     if lane.sums:

@@ -55,13 +55,13 @@ cdef class PageSender(Restorer):
                     self.zero_pages += 1
             self.flush()
 
-    cdef int place(self, size_t number, const char *payload, char *to, int to_fd,
-                   uint64_t to_offset) except -1 nogil:
+    cdef int place(self, size_t first, size_t number, const char *payload, uint64_t done, uint64_t count,
+                   const destination_t *into) except -1 nogil:
         cdef size_t i
         cdef uint64_t page
         cdef const char *data
         cdef const run_t *run
-        for i in range(self.starts[number], self.starts[number + 1]):
+        for i in range(first, self.starts[number + 1]):     # into no memory: always a whole payload
             run = &self.live.runs[i]
             data = payload + <size_t>run.data_page * SNAP_PAGE_BYTES
             for page in range(run.page, run.page + run.pages):

@@ -8,6 +8,11 @@ from snapengine.writer cimport Writer
 cdef enum:
     ENCODERS_MAX = 64
 
+cdef enum:                          # when a chunk that would shrink may be stored raw
+    RAW_NEVER
+    RAW_FOR_WRITERS                 # while writers fault, and the walk waits for room
+    RAW_FOR_ROOM                    # while anybody waits for room
+
 
 cdef struct turn_t:
     # Whose turn it is to write, so that chunks reach the sink in the order they were filled.
@@ -19,6 +24,10 @@ cdef struct turn_t:
     double compress_cost
     double sink_cost
     double ratio
+    # Under `lock`: whether writers fault so often that it matters, and since when that is counted.
+    bint writers_fault              # read without the lock, as a hint
+    uint64_t urgent_seen
+    uint64_t seen_ns
 
 
 cdef class Encoder:
@@ -26,6 +35,7 @@ cdef class Encoder:
     cdef Pool pool
     cdef readonly Writer writer
     cdef bint compressing
+    cdef int store_raw
     cdef int threads
     cdef Arena control
     cdef Arena memory
@@ -36,6 +46,7 @@ cdef class Encoder:
     cdef readonly uint64_t raw_chunks
     cdef readonly uint64_t compressed_chunks
 
+    cdef void _look_at_faults(self) noexcept nogil
     cdef bint _worth_it(self, uint64_t ticket) noexcept nogil
     cdef uint64_t _pack(self, int number, const char *data, uint64_t length, const char **frame) except? 0
     cdef int _load(self, const chunk_ref *chunk, int number, char **data, uint64_t **entries) except -1 nogil

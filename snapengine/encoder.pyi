@@ -2,7 +2,9 @@ from .pool import Pool
 from .writer import Writer
 
 class Encoder:
-    def __init__(self, pool: Pool, writer: Writer, level: int | None, threads: int) -> None: ...
+    def __init__(
+        self, pool: Pool, writer: Writer, level: int | None, threads: int, *, store_raw: str = "writers"
+    ) -> None: ...
     @property
     def writer(self) -> Writer: ...
     @property

@@ -43,6 +43,7 @@ from snapengine.verify import VerifyReport, verify_image
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
+JOBS_PER_THREAD = 4  # a thread takes longer to start than so many chunks to read
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
 
@@ -257,12 +258,13 @@ class Image:
         raise KeyError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
 
     def restore_into(
-        self, region: RegionSpec, buffer: Any, *, offset: int = 0, fresh: bool = False, threads: int = 1
+        self, region: RegionSpec, buffer: Any, *, offset: int = 0, fresh: bool = False, threads: int = 0
     ) -> None:
         """Fill a writable `buffer` with the region's bytes from `offset` on.
 
         With `fresh` the buffer is known to be all zero, and zero pages and holes are left alone: in new
-        memory they stay unpopulated. On an error the buffer's content is undefined.
+        memory they stay unpopulated. `threads`: 0 is one per usable CPU, at most 4. On an error the
+        buffer's content is undefined.
         """
         view = memoryview(buffer).cast("B")
         plan = self.restorer(self.region(region), offset, len(view))
@@ -270,7 +272,7 @@ class Image:
             plan.clear_blanks(view)
         run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
 
-    def restore_memfd(self, region: RegionSpec, *, threads: int = 1) -> int:
+    def restore_memfd(self, region: RegionSpec, *, threads: int = 0) -> int:
         """A new memfd with the region's bytes, which the caller closes. Holes and zero pages stay holes."""
         place = self.region(region)
         plan = self.restorer(place, 0, place.length)
@@ -314,8 +316,9 @@ class Image:
 
 
 def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads."""
-    if threads <= 1 or jobs < 2:
+    """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads (0: as `restore_into`)."""
+    threads = min(threads or min(4, len(os.sched_getaffinity(0)), jobs // JOBS_PER_THREAD), jobs)
+    if threads <= 1:
         work(0, jobs)
         return
     step = max(1, jobs // (threads * 4))

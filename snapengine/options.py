@@ -16,7 +16,7 @@ ARMING = (AUTO, PLAIN, TWO_STEP)
 
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
-_ZSTD = re.compile(r"zstd(?::(-?\d+))?$")
+_ZSTD = re.compile(r"zstd(?::(-?\d+))?(:always)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,11 @@ class Options:
 
     compress: str = "none"
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
-    than the CPU, or when space counts; chunks that do not shrink, or that would hold the capture
-    up, are stored raw."""
+    than the CPU, or when space counts. Chunks that do not shrink are stored raw. So are those that would
+    hold the target up, where raw is faster by the costs measured so far: while its writers fault more than
+    once a millisecond and the walk waits for room; with dirty logging whenever a round waits for room.
+    With ``":always"`` behind it (``"zstd:3:always"``) those are compressed too: the smallest image, at the
+    price of more faults or longer rounds."""
 
     arming: str = AUTO
     """Write tracking: ``"plain"`` (all is protected at T, and who writes meanwhile waits: 16 ms per GiB of
@@ -106,5 +109,10 @@ class Options:
             return None
         match = _ZSTD.match(self.compress)
         if match is None:
-            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL")
+            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL (and :always)")
         return int(match[1]) if match[1] else 1
+
+    @property
+    def compress_always(self) -> bool:
+        """Whether to compress also where storing raw would hold the target up less."""
+        return self.compress.endswith(":always")

@@ -31,6 +31,7 @@ cdef struct pool_t:
     bint closed                     # no more chunks will come
     uint64_t failed                 # atomic: set once; read without the lock
     uint64_t starved                # atomic: threads waiting for room, a hint for the encoders
+    uint64_t urgent                 # atomic: rooms asked for to serve faults
     uint32_t touched                # slots below this number have their memory
     uint64_t spill_end              # bytes of the spill file in use
     uint64_t spilled_bytes
@@ -54,6 +55,7 @@ cdef struct lane_slot:
     char *data
     uint64_t *entries
     bint sums                       # fixed: this thread also computes the checksum of what it queues
+    bint patient                    # fixed: it walks, and what it asks for is no fault's
 
 
 cdef char *slot_data(pool_t *pool, uint32_t slot) noexcept nogil

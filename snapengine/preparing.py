@@ -79,7 +79,11 @@ def make_engine(
     parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.frozen = plan.place(parts.attached.frozen_regions)
-    parts.encoder = Encoder(parts.session.pool, parts.writer, options.zstd_level, encoders)
+    hurry = "writers" if tracking else "room"
+    parts.encoder = Encoder(
+        parts.session.pool, parts.writer, options.zstd_level, encoders,
+        store_raw="never" if options.compress_always else hurry,
+    )  # fmt: skip
 
 
 def _two_step(parts: Parts, options: Options, regions: list[Region]) -> bool:

@@ -135,11 +135,16 @@ def read_payload(source: Source, record: Record) -> bytes:
         raise corrupt(source, f"zstd: {error}", record.offset) from None
 
 
-def decompress(data: bytes, raw_bytes: int) -> bytes:
-    """Exactly one zstd frame that states its size as `raw_bytes`; nothing bigger is ever allocated."""
+def decompress(
+    data: bytes | memoryview, raw_bytes: int, decompressor: zstandard.ZstdDecompressor | None = None
+) -> bytes:
+    """Exactly one zstd frame that states its size as `raw_bytes`; nothing bigger is ever allocated.
+
+    A `decompressor` is used again, by one thread at a time. ``ValueError`` or ``ZstdError``: it is not that.
+    """
     if zstandard.frame_content_size(data) != raw_bytes:
         raise ValueError("the frame's size is not the record's")
-    raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    raw = (decompressor or zstandard.ZstdDecompressor()).decompress(data, allow_extra_data=False)
     if len(raw) != raw_bytes:
         raise ValueError("the frame's size is not the record's")
     return raw

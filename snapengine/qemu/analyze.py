@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from snapengine.options import Options
@@ -105,6 +105,8 @@ def image_size(census: Census, options: Options) -> int:
     """Bytes of the image that `ingest` would make."""
     began = time.monotonic_ns()
     total = sum(used for _, used in census.ram_blocks) // PAGE_BYTES
+    if options.zstd_level is not None and not options.compress_always:  # nobody waits for this image
+        options = replace(options, compress=f"{options.compress}:always")
     encoding = Encoding(NullSink(), options, total, census.fail)
     try:
         encoding.start(regions_of(census.ram_blocks))

@@ -31,7 +31,10 @@ class Encoding:
         most = min(total_pages, options.memory_limit // PAGE_BYTES)
         self.writer = Writer(sink, rate_limit=options.rate_limit)
         self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
-        self._encoder = Encoder(self.pool, self.writer, options.zstd_level, self._threads_wanted)
+        self._encoder = Encoder(
+            self.pool, self.writer, options.zstd_level, self._threads_wanted,
+            store_raw="never" if options.compress_always else "room",
+        )  # fmt: skip
 
     @property
     def peak_bytes(self) -> int:

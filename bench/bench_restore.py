@@ -1,0 +1,80 @@
+"""An image back into a warm buffer, against one memcpy of the same bytes into it, in alternation."""
+
+import os
+import time
+
+import pytest
+from benchkit import MIB, ROUNDS, Samples, size, small_pages, warm_file
+from packdata import packable
+
+import snapengine
+
+SIZE = size("RESTORE_SIZE", "1G")
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="restore")]
+
+
+@pytest.fixture
+def destination(floors):
+    """As many bytes, warm, in 4 KiB pages."""
+    with small_pages(SIZE) as memory:
+        floors.fill(memory, 1)
+        yield memory
+
+
+def noise(length):
+    """`length` bytes that do not compress, in 4 KiB pages."""
+    memory = small_pages(length)
+    while memory.tell() < length:
+        memory.write(os.urandom(min(16 * MIB, length - memory.tell())))
+    return memory
+
+
+def measure(benchmark, floors, memory, path, destination, options):
+    """Alternate memcpy with restoring; the first pair only warms, and shows that it is the same memory."""
+    samples = Samples()
+    benchmark.extra_info.update(size=SIZE, samples=samples)
+    warm_file(path, SIZE)
+    with snapengine.snapshot(memory, path, **options):
+        pass
+
+    def restore():
+        with snapengine.open_image(path) as image:
+            image.restore_into(0, destination)
+
+    def pair():
+        memcpy = floors.copy_ns(destination, memory)
+        began = time.monotonic_ns()
+        restore()
+        samples.note(memcpy_ns=memcpy, restore_ns=time.monotonic_ns() - began)
+
+    restore()
+    assert memoryview(destination) == memoryview(memory)
+    benchmark.pedantic(pair, rounds=ROUNDS)
+    pairs = zip(samples["memcpy_ns"], samples["restore_ns"], strict=True)
+    samples["restore_memcpy_ratio"] = [memcpy / restored for memcpy, restored in pairs]
+    return samples
+
+
+def bench_restore(benchmark, floors, tmpfs, destination):
+    """Stored raw."""
+    with noise(SIZE) as memory:
+        samples = measure(benchmark, floors, memory, tmpfs, destination, {})
+    export(samples, tmpfs)
+
+
+def bench_restore_zstd(benchmark, floors, tmpfs, destination):
+    with packable("guest", SIZE) as memory:
+        measure(benchmark, floors, memory, tmpfs, destination, {"compress": "zstd:1"})
+
+
+def export(samples, path):
+    """The same image as a raw file in the tmpfs."""
+    output = path.with_suffix(".raw")
+    for _ in range(min(3, ROUNDS)):
+        warm_file(output, SIZE)
+        with snapengine.open_image(path) as image:
+            began = time.monotonic_ns()
+            image.export_raw(0, output)
+            samples.note(export_ns=time.monotonic_ns() - began)
+        output.unlink()
