@@ -54,6 +54,8 @@ cdef struct lane_slot:
     char *data
     uint64_t *entries
     bint sums                       # fixed: this thread also computes the checksum of what it queues
+    uint32_t crc                    # of the first `summed` bytes of data (who copies may sum as it goes)
+    uint64_t summed
 
 
 cdef char *slot_data(pool_t *pool, uint32_t slot) noexcept nogil
