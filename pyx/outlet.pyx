@@ -159,9 +159,9 @@ cdef class Outlet:
             self.tokens -= <double>count
 
     cdef void start_writeout(self, size_t count) noexcept nogil:
-        """The disk writes while the capture goes on, so that the fsync at the end finds little left (1 GiB: both
-        take 0.4 s, against 0.6 to 1.0). An error of the disk is kept for that fsync; a pipe or a socket has no
-        position, and memory files have no disk."""
+        """The disk writes while the capture goes on, so that the fsync at the end finds little left (1 GiB:
+        both take 0.4 s, against 0.6 to 1.0). An error of the disk is kept for that fsync; a block device is
+        written to likewise, and memory files have no disk."""
         cdef long end
         self.waiting_bytes += count
         if self.waiting_bytes < WRITEOUT_BYTES:
