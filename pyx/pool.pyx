@@ -55,6 +55,8 @@ cdef void _use_slot(pool_t *pool, lane_slot *lane, uint32_t slot) noexcept nogil
     lane.slot = slot
     lane.n_entries = 0
     lane.used = 0
+    lane.crc = 0
+    lane.summed = 0
     lane.data = slot_data(pool, slot)
     lane.entries = slot_entries(pool, slot)
 
@@ -79,8 +81,15 @@ cdef uint32_t _pop_free(pool_t *pool, bint *fresh) noexcept nogil:
     return pool.free_slots[pool.n_free]
 
 
-cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset, uint32_t crc=0,
-                bint summed=False) noexcept nogil:
+cdef void _sum_up(lane_slot *lane) noexcept nogil:
+    """What was not summed while it was copied. Here the data is in this core's cache; left to an encoder on
+    another core it would be fetched once more, and the slots in flight would not fit the cache."""
+    if lane.sums and lane.summed < lane.used:
+        lane.crc = crc32c(lane.crc, lane.data + lane.summed, lane.used - lane.summed)
+        lane.summed = lane.used
+
+
+cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset) noexcept nogil:
     cdef chunk_ref *ref
     if pool.tail - pool.head > pool.ring_mask:
         return ENOBUFS
@@ -89,8 +98,8 @@ cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_off
     ref.n_entries = lane.n_entries
     ref.data_bytes = lane.used
     ref.spill_offset = spill_offset
-    ref.crc = crc
-    ref.summed = summed
+    ref.crc = lane.crc
+    ref.summed = lane.sums and lane.summed == lane.used
     pool.tail += 1
     pthread_cond_signal(&pool.filled)
     return 0
@@ -162,15 +171,11 @@ cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil:
 cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil:
     cdef int err = 0
     cdef bint fresh = False
-    cdef uint32_t crc = 0
     if not wait and not lane.patient:
         snap_add(&pool.urgent, 1)
     if lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX:
         return 0
-    if lane.sums:
-        # Here the data is in this core's cache. Left to an encoder on another core it would be fetched once
-        # more, and the slots in flight would not fit the cache.
-        crc = crc32c(0, lane.data, lane.used)
+    _sum_up(lane)
     pthread_mutex_lock(&pool.lock)
     if wait:
         snap_add(&pool.starved, 1)
@@ -178,7 +183,7 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
             pthread_cond_wait(&pool.room, &pool.lock)
         snap_add(&pool.starved, <uint64_t>-1)
     if pool.n_free:
-        err = _queue(pool, lane.slot, lane, 0, crc, lane.sums)
+        err = _queue(pool, lane.slot, lane, 0)
         if not err:
             _use_slot(pool, lane, _pop_free(pool, &fresh))
         pthread_mutex_unlock(&pool.lock)
@@ -221,6 +226,7 @@ cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil:
     cdef int err = 0
     if lane.slot == NO_SLOT:
         return 0
+    _sum_up(lane)
     pthread_mutex_lock(&pool.lock)
     if lane.n_entries:
         err = _queue(pool, lane.slot, lane, 0)

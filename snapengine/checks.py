@@ -150,6 +150,22 @@ def check_thp(host: Host) -> Check:
                  "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")  # fmt: skip
 
 
+def check_tmpfs(host: Host) -> Check:
+    """Images in memory: the kernel makes a file of huge pages five times as fast as one of small pages."""
+    name = "huge pages in /dev/shm"
+    for line in reversed(host.mounts.splitlines()):
+        _, where, kind, options, *_ = line.split()
+        if where == "/dev/shm" and kind == "tmpfs":
+            break
+    else:
+        return Check(name, None, "no tmpfs there", "images cannot be kept in memory there")
+    if re.search(r"\bhuge=(always|within_size)\b", options):
+        return Check(name, True, "used")
+    why = "an image of 1 GiB takes 0.5 s to write there, and 0.1 s in huge pages (Linux 6.14)"
+    fix = "mount -o remount,huge=within_size /dev/shm"
+    return Check(name, None, "not used: images are written there at 2 GB/s", why, fix)
+
+
 def check_hugetlb(host: Host) -> Check:
     """Reserved huge pages; only for targets that use them."""
     total, free = host.memory.get("HugePages_Total", 0), host.memory.get("HugePages_Free", 0)

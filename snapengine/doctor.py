@@ -22,6 +22,7 @@ def examine(host: Host | None = None) -> list[Check]:
         checks.check_pidfd(host),
         checks.check_ptrace(host),
         checks.check_thp(host),
+        checks.check_tmpfs(host),
         checks.check_hugetlb(host),
         checks.check_ksm(host),
         checks.check_swap(host),

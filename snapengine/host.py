@@ -52,6 +52,8 @@ class Host:
     """/sys/kernel/mm/transparent_hugepage/enabled"""
     shmem_thp: str = ""
     """/sys/kernel/mm/transparent_hugepage/shmem_enabled"""
+    mounts: str = ""
+    """/proc/self/mounts"""
     ksm: str = ""
     """/sys/kernel/mm/ksm/run"""
     swaps: str = ""
@@ -102,6 +104,7 @@ def read_texts(root: Path) -> dict[str, str]:
         "ptrace_scope": "proc/sys/kernel/yama/ptrace_scope",
         "thp": "sys/kernel/mm/transparent_hugepage/enabled",
         "shmem_thp": "sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        "mounts": "proc/self/mounts",
         "ksm": "sys/kernel/mm/ksm/run",
         "swaps": "proc/swaps",
         "meminfo": "proc/meminfo",

@@ -13,6 +13,7 @@ cdef class Outlet:
     cdef double rate               # bytes a second; 0: no limit
     cdef double tokens             # bytes that may go out now
     cdef uint64_t refilled_ns      # when `tokens` was last brought up to date
+    cdef size_t waiting_bytes      # written to a file since the disk was last started
     cdef volatile int *cancelled   # looked at at least every 50 ms
 
     # Sends everything in parts[0..count), which it consumes, and adds what went out to `sent`.
@@ -22,5 +23,7 @@ cdef class Outlet:
     cdef size_t allow(self, size_t wanted) noexcept nogil
     # Takes `count` bytes from the rate limit.
     cdef void spend(self, size_t count) noexcept nogil
+    # Counts what was written to a file, and starts the disk on it from time to time.
+    cdef void start_writeout(self, size_t count) noexcept nogil
     # One write of at most `limit` bytes. Returns bytes written (0: try again) or -errno.
     cdef ssize_t write_some(self, iovec *parts, int count, size_t limit) noexcept nogil

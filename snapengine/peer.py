@@ -239,7 +239,7 @@ def _link(fd: int) -> str:
 
 
 def _check_memfd(fd: int, end: int, name: str) -> None:
-    """The engine maps it: a file that its owner can shrink would kill the engine with SIGBUS."""
+    """The engine reads it: what its owner cut off would be missing in the image."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise HandoverError(f"mapping {name}: memfd: not a regular file")

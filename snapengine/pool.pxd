@@ -56,6 +56,8 @@ cdef struct lane_slot:
     uint64_t *entries
     bint sums                       # fixed: this thread also computes the checksum of what it queues
     bint patient                    # fixed: it walks, and what it asks for is no fault's
+    uint32_t crc                    # of the first `summed` bytes of data (who copies may sum as it goes)
+    uint64_t summed
 
 
 cdef char *slot_data(pool_t *pool, uint32_t slot) noexcept nogil

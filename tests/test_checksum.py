@@ -1,9 +1,9 @@
-"""CRC-32C: the known answers, and that it can be continued."""
+"""CRC-32C: the known answers, that it can be continued, and that every version gives the same."""
 
 import numpy as np
 import pytest
 
-from snapengine.checksum import crc32c_of
+from snapengine.checksum import KERNELS, crc32c_of, crc32c_with
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,32 @@ def test_any_contiguous_bytes():
     assert crc32c_of(array) == crc32c_of(array.tobytes()) == crc32c_of(memoryview(bytearray(array.tobytes())))
     with pytest.raises(ValueError, match="contiguous"):
         crc32c_of(array[::2])
+
+
+def test_every_version_equals_the_library():
+    """All lengths around the 256 bytes that are folded at once, at any alignment, from any beginning."""
+    data = np.random.default_rng(1).integers(0, 256, 5000, dtype=np.uint8)
+    lengths = [*range(70), *range(240, 300), *range(500, 530), 1023, 1024, 4095, 4096, 4097, 4999]
+    for length in lengths:
+        for start in (0, 1, 7):
+            part = data[start : start + length]
+            crc = 0x9E3779B9 * length & 0xFFFFFFFF
+            expected = crc32c_with("libcrc32c", part, crc)
+            for kernel in KERNELS:
+                assert crc32c_with(kernel, part, crc) == expected, (kernel, start, length)
+
+
+def test_every_bit_counts():
+    page = bytearray(1024)
+    for kernel in KERNELS:
+        seen = {crc32c_with(kernel, page)}
+        for bit in range(8 * len(page)):
+            page[bit // 8] = 1 << bit % 8
+            seen.add(crc32c_with(kernel, page))
+            page[bit // 8] = 0
+        assert len(seen) == 1 + 8 * len(page)
+
+
+def test_a_version_that_cannot_run():
+    with pytest.raises(ValueError, match="none of libcrc32c"):
+        crc32c_with("md5", b"")

@@ -23,6 +23,7 @@ GOOD = Host(
     status=ROOT,
     thp="always [madvise] never\n",
     shmem_thp="always within_size [advise] never deny force\n",
+    mounts="tmpfs /dev/shm tmpfs rw,nosuid,nodev,huge=within_size 0 0\n",
     ksm="0\n",
     swaps="Filename\tType\tSize\n/swap\tfile\t100\n",
     meminfo="MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\nHugePages_Total: 8\nHugePages_Free: 7\n",
@@ -171,3 +172,22 @@ def test_the_command(requires_uffd):
     assert run.stderr == ""
     text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     assert all(row["name"].strip() in text for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("mounts", "found"),
+    [
+        ("tmpfs /dev/shm tmpfs rw 0 0\n", "not used"),
+        ("tmpfs /dev/shm tmpfs rw,huge=advise 0 0\ntmpfs /tmp tmpfs rw,huge=always 0 0\n", "not used"),
+        ("tmpfs /dev/shm tmpfs rw,huge=always 0 0\ntmpfs /dev/shm tmpfs rw 0 0\n", "not used"),
+        ("/dev/sda1 /dev/shm ext4 rw 0 0\n", "no tmpfs"),
+        ("", "no tmpfs"),
+    ],
+)
+def test_a_slow_tmpfs_is_no_fault(mounts, found):
+    """The last mount of a place is the one that counts."""
+    check = find(change(mounts=mounts), "huge pages in /dev/shm")
+    assert check.ok is None
+    assert found in check.found
+    assert check.why
+    assert doctor.can_track(doctor.examine(change(mounts=mounts)))

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapengine.pages import KERNEL, KERNELS, copy_with, nonzero_with
+from snapengine.checksum import crc32c_of
+from snapengine.pages import KERNEL, KERNELS, SUM_KERNELS, copy_sum_with, copy_with, nonzero_with
 
 PAGE = 4096
 
@@ -38,6 +39,24 @@ def test_every_version_equals_the_scalar_one(page):
         assert copy_with(name, dst, page) == nonzero
         assert dst == expected
         assert nonzero_with(name, page) == nonzero
+
+
+@given(pages, st.integers(0, 0xFFFFFFFF))
+def test_copied_and_summed(page, crc):
+    for name in SUM_KERNELS:
+        dst = bytearray(b"\xaa" * PAGE)
+        assert copy_sum_with(name, dst, page, crc) == (crc32c_of(page, crc) if any(page) else None)
+        assert dst == page
+
+
+@pytest.mark.parametrize("name", SUM_KERNELS)
+def test_one_byte_anywhere_is_summed(name):
+    page, dst = bytearray(PAGE), bytearray(PAGE)
+    for at in range(PAGE):
+        page[at] = 1 << at % 8
+        assert copy_sum_with(name, dst, page) == crc32c_of(page)
+        page[at] = 0
+    assert copy_sum_with(name, dst, page) is None
 
 
 def test_one_byte_anywhere_counts(kernel):
@@ -78,6 +97,10 @@ def test_wrong_arguments(kernel):
         copy_with(kernel, bytearray(PAGE + 1), bytes(PAGE))
     with pytest.raises(ValueError, match="4096"):
         nonzero_with(kernel, bytes(PAGE + 1))
+    with pytest.raises(ValueError, match="none of apart"):
+        copy_sum_with("mmx", bytearray(PAGE), bytes(PAGE))
+    with pytest.raises(ValueError, match="4096"):
+        copy_sum_with("apart", bytearray(PAGE), bytes(PAGE - 1))
     with pytest.raises(ValueError, match="none of scalar"):
         copy_with("mmx", bytearray(PAGE), bytes(PAGE))
     with pytest.raises(ValueError, match="none of scalar"):

@@ -221,6 +221,19 @@ def test_the_end_wakes_encoders(make):
 # -- the page map --
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["by the pool", "begun by who copies"])
+def test_checksums_of_what_is_queued(make, first):
+    """However far a slot was summed when it is queued, full or not."""
+    driver = make()
+    driver.open(0)
+    driver.sum_up(0)
+    assert driver.save(0, first, 2 * driver.slot_pages + 3, True) == 0
+    assert driver.close(0) == 0
+    taken = [page for _ in range(3) for page in driver.take()[3]]
+    assert taken == list(range(first, first + 2 * driver.slot_pages + 3))
+    assert driver.summed == 3
+
+
 def test_entries_merge(make):
     pool = make()
     assert pool.open(0) == 0

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
+from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
@@ -36,6 +37,7 @@ cdef class Driver:
 
     cdef readonly Pool pool
     cdef lane_slot *lanes
+    cdef readonly int summed            # chunks taken whose checksum came with them, and was right
 
     def __cinit__(self, Pool pool not None):
         cdef int i
@@ -78,6 +80,10 @@ cdef class Driver:
             err = lane_open(self.pool.pool, &self.lanes[lane])
         return err
 
+    def sum_up(self, int lane):
+        """From now on this lane's chunks have checksums. If one begins with an odd page, `save` sums that."""
+        self.lanes[lane].sums = True
+
     def room(self, int lane, uint64_t pages, bint wait):
         cdef int err
         with nogil:
@@ -95,6 +101,9 @@ cdef class Driver:
                 if err:
                     break
                 fill(slot.data + slot.used, page)
+                if slot.sums and slot.summed == slot.used and page & 1:
+                    slot.crc = crc32c(slot.crc, slot.data + slot.used, PAGE)
+                    slot.summed += PAGE
                 slot.used += PAGE
                 lane_entry(slot, page, 1, SNAP_DATA)
         return err
@@ -155,8 +164,9 @@ cdef class Driver:
                             err = -1
                         done += PAGE
                         pages.append(page)
-            if done != chunk.data_bytes:
+            if done != chunk.data_bytes or (chunk.summed and crc32c(0, data, done) != chunk.crc):
                 err = -1
+            self.summed += chunk.summed
         free(scratch)
         if chunk.slot != NO_SLOT and give_back:
             with nogil:
