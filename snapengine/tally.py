@@ -44,6 +44,7 @@ def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str
         "rounds": session.rounds,
         "arm_ns": session.arm_ns,
         "fault_ns": session.fault_ns(),
+        "fault_histogram": session.fault_histogram(),
         "spilled_bytes": session.pool.spilled_bytes,
         "lost_pages": lost,
         "lost_runs": runs,
