@@ -50,6 +50,13 @@ bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes buil
 	@$(BIN)/python bench/qemu_plots.py
 	@$(BIN)/python bench/qemu_report.py
 
+.PHONY: bench-peers
+bench-peers: $(VENV)/.bench  ## Measure against fork and loops of QEMU's and forkd's shape (3 minutes); writes build/bench-peers.json
+	@mkdir -p build/bench
+	$(BIN)/python -m pytest -q bench/bench_peers.py --benchmark-quiet \
+		--benchmark-json=build/bench-peers.json $(BENCH)
+	@$(BIN)/python bench/peer_report.py
+
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
 	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python

@@ -1,11 +1,8 @@
 """Fixtures of the benches: the floors, warm memory, guests."""
 
 import contextlib
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
+import floorkit
 import pytest
 from benchkit import TMPFS, is_tmpfs
 
@@ -13,13 +10,13 @@ from snapengine.errors import SnapengineError
 from snapengine.guestprocess import GuestProcess
 from snapengine.uffd import supported_features
 
-ROOT = Path(__file__).resolve().parent.parent
+APART = ("bench_qemu", "bench_peers")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """bench_qemu.py takes minutes and needs QEMU: it runs only if it is named."""
-    if collection_path.name == "bench_qemu.py":
-        return not any("bench_qemu" in argument for argument in config.args)
+    """The comparisons with others take minutes: they run only if they are named."""
+    if collection_path.stem in APART:
+        return not any(collection_path.stem in argument for argument in config.args)
     return None
 
 
@@ -33,14 +30,15 @@ def requires_uffd():
 
 
 @pytest.fixture(scope="session")
-def floors():
-    """The module floors, built into build/bench/ (never a part of the wheel)."""
-    subprocess.run([sys.executable, str(ROOT / "bench/setup_floors.py")], check=True)
-    (path,) = (ROOT / "build/bench").glob("floors.*.so")
-    spec = importlib.util.spec_from_file_location("floors", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def native():
+    """The native modules of the bench are built."""
+    floorkit.build()
+
+
+@pytest.fixture(scope="session")
+def floors(native):
+    """What the modules of floors offer."""
+    return floorkit.load_floors()
 
 
 @pytest.fixture

@@ -1,25 +1,46 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
-"""What the machine can do at best, in as little code as possible: the floors that the bench compares with.
+"""The floors of memory: what copying, reading and testing it takes at best, in as little code as possible.
 
 Not shipped: setup_floors.py builds it into build/bench/. Buffers must have been touched before; all
 results are nanoseconds of CLOCK_MONOTONIC.
 """
 
-from array import array
-
-from libc.errno cimport EINTR, errno
+from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from posix.types cimport pid_t
-from posix.unistd cimport read
 
-from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
+from snapengine.atomics cimport snap_add, snap_load, snap_pause
 from snapengine.oserror cimport raise_oserror
 from snapengine.processvm cimport iovec, process_vm_readv
-from snapengine.pthreads cimport snap_now_ns, snap_pin_to
-from snapengine.uffd cimport uffd_protect, uffd_unprotect, uffd_unregister
+from snapengine.pthreads cimport pthread_join, pthread_t, snap_now_ns, snap_thread_start
 
-cdef uint64_t PAGE = 4096
+cdef extern from * nogil:
+    """
+    /* Reads all of it: that is what a zero page costs. A page of data is left at its first words. */
+    __attribute__((target_clones("avx2", "default"), optimize("O3")))
+    static int floor_nonzero(const unsigned long *words) {
+        unsigned long seen = 0;
+        for (int i = 0; i < 512; i++)
+            seen |= words[i];
+        return seen != 0;
+    }
+    """
+    int floor_nonzero(const unsigned long *words)
+
+cdef enum:
+    PAGE = 4096
+    MAX_THREADS = 16
+
+cdef struct Part:
+    char *dst
+    const char *src
+    size_t length
+    uint64_t *ready             # threads that are about to begin
+    uint64_t threads
+    uint64_t began
+    uint64_t ended
+    pthread_t thread
 
 
 def address_of(const unsigned char[::1] data not None):
@@ -47,6 +68,66 @@ def copy_ns(unsigned char[::1] dst not None, const unsigned char[::1] src not No
     return began
 
 
+cdef void *copy_part(void *argument) noexcept nogil:
+    cdef Part *part = <Part *>argument
+    snap_add(part.ready, 1)
+    while snap_load(part.ready) < part.threads:
+        snap_pause()
+    part.began = snap_now_ns()
+    memcpy(part.dst, part.src, part.length)
+    part.ended = snap_now_ns()
+    return NULL
+
+
+cdef int start_parts(Part *parts, int threads, char *dst, const char *src, size_t length) noexcept nogil:
+    """Threads that wait for each other before they begin. Returns an errno value."""
+    cdef size_t each = length // threads
+    cdef int i, err = 0
+    for i in range(threads):
+        parts[i].dst = dst + i * each
+        parts[i].src = src + i * each
+        parts[i].length = each if i < threads - 1 else length - i * each
+        parts[i].ready = parts[0].ready
+        parts[i].threads = threads
+        err = snap_thread_start(&parts[i].thread, copy_part, &parts[i])
+        if err:
+            parts[0].ready[0] = threads  # those that run wait for no one
+            break
+    parts[0].threads = i if err else threads
+    return err
+
+
+def copy_by_threads_ns(unsigned char[::1] dst not None, const unsigned char[::1] src not None, int threads):
+    """memcpy() of the buffer by `threads` at one time, from the first that begins to the last that ends."""
+    cdef Part[MAX_THREADS] parts
+    cdef uint64_t ready = 0, began, ended
+    cdef int err, i
+    if dst.shape[0] < src.shape[0] or not 1 <= threads <= MAX_THREADS:
+        raise ValueError("dst is smaller than src, or threads not in 1 ... 16")
+    parts[0].ready = &ready
+    with nogil:
+        err = start_parts(parts, threads, <char *>&dst[0], <const char *>&src[0], src.shape[0])
+        for i in range(<int>parts[0].threads):
+            pthread_join(parts[i].thread, NULL)
+    if err:
+        raise_oserror(err, b"pthread_create")
+    began, ended = parts[0].began, parts[0].ended
+    for i in range(1, threads):
+        began, ended = min(began, parts[i].began), max(ended, parts[i].ended)
+    return ended - began
+
+
+def zero_test_ns(const unsigned char[::1] data not None):
+    """Ask of each page whether it holds anything but zeros: (nanoseconds, pages that do)."""
+    cdef uint64_t pages = data.shape[0] // PAGE, page, began, found = 0
+    with nogil:
+        began = snap_now_ns()
+        for page in range(pages):
+            found += floor_nonzero(<const unsigned long *>&data[page * PAGE])
+        began = snap_now_ns() - began
+    return began, found
+
+
 def vm_read_ns(pid_t pid, uint64_t addr, uint64_t length, unsigned char[::1] dst not None):
     """process_vm_readv() of `length` bytes of another process, each call as much as `dst` holds."""
     cdef iovec local, remote
@@ -67,84 +148,3 @@ def vm_read_ns(pid_t pid, uint64_t addr, uint64_t length, unsigned char[::1] dst
     if got <= 0:
         raise_oserror(errno, b"process_vm_readv")
     return began
-
-
-def write_protect_ns(int fd, uint64_t addr, uint64_t length, uint64_t piece, bint protect):
-    """UFFDIO_WRITEPROTECT over the memory, one ioctl per `piece` bytes, with or without MODE_WP."""
-    cdef uint64_t at = 0, began, size
-    cdef int err = 0
-    with nogil:
-        began = snap_now_ns()
-        while at < length and not err:
-            size = min(piece, length - at)
-            err = uffd_protect(fd, addr + at, size) if protect else uffd_unprotect(fd, addr + at, size)
-            at += size
-        began = snap_now_ns() - began
-    if err:
-        raise_oserror(err, b"UFFDIO_WRITEPROTECT")
-    return began
-
-
-cdef class FaultLoop:
-    """The least that serving a write fault takes: blocking read, memcpy of the page, un-protect it.
-
-    `fd` is a blocking userfaultfd that has `length` bytes at `addr` registered and protected. Threads that
-    call `serve` are the handlers; then `run` writes to one page after another. A handler ends when it has
-    served one of the last pages, of which there is one for each.
-    """
-    cdef int fd
-    cdef uint64_t addr, length, last
-    cdef int handlers, err
-
-    def __init__(self, int fd, uint64_t addr, uint64_t length, int handlers):
-        self.fd = fd
-        self.addr = addr
-        self.length = length
-        self.handlers = handlers
-        self.last = addr + length - handlers * PAGE
-
-    def serve(self, int cpu):
-        """A handler, on the cpu-th usable CPU, until `run` ends it."""
-        cdef char[4096] page
-        with nogil:
-            snap_pin_to(cpu)
-            while self._serve_one(page) < self.last:
-                pass
-
-    cdef uint64_t _serve_one(self, char *page) noexcept nogil:
-        # The address that was served; ~0 after an error.
-        cdef uffd_msg message
-        cdef uint64_t at
-        cdef ssize_t got = read(self.fd, &message, sizeof(message))
-        if got < 0 and errno == EINTR:
-            return 0
-        if got != sizeof(message) or message.event != UFFD_EVENT_PAGEFAULT:
-            self.err = errno if got < 0 else 5
-            uffd_unregister(self.fd, self.addr, self.length)  # or the writer waits for ever
-            return ~<uint64_t>0
-        at = message.arg.pagefault.address & ~(PAGE - 1)
-        memcpy(page, <const void *><uintptr_t>at, PAGE)
-        uffd_unprotect(self.fd, at, PAGE)
-        return at
-
-    def run(self):
-        """The nanoseconds of each write: an array."""
-        cdef uint64_t count = self.length // PAGE - self.handlers
-        cdef uint64_t i, began
-        cdef uint64_t[::1] taken
-        result = array("Q", bytes(8 * count))
-        taken = result
-        with nogil:
-            for i in range(count):
-                began = snap_now_ns()
-                (<volatile_char *><uintptr_t>(self.addr + i * PAGE))[0] = 1
-                taken[i] = snap_now_ns() - began
-            for i in range(count, count + self.handlers):
-                (<volatile_char *><uintptr_t>(self.addr + i * PAGE))[0] = 1
-        if self.err:
-            raise_oserror(self.err, b"userfaultfd")
-        return result
-
-
-cdef extern from *:
-    ctypedef char volatile_char "volatile char"

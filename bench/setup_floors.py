@@ -1,4 +1,4 @@
-"""Build floors.pyx for the bench: `python bench/setup_floors.py` leaves the module in build/bench/."""
+"""Build the floors and the peers' loops: `python bench/setup_floors.py` leaves them in build/bench/."""
 
 import os
 import sys
@@ -9,24 +9,37 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path("build/bench")
+FOLDERS = ("bench", "bench/peers")
+
+
+def sources() -> list[str]:
+    """Of every module, relative to the root of the repository."""
+    found = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.pyx")]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def build() -> None:
-    """Compile into build/bench/, relative to the root of the repository, if anything is newer."""
+    """Compile into build/bench/, relative to the root of the repository, what is older than its source."""
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        extension = Extension(
-            "floors",
-            ["bench/floors.pyx"],
-            include_dirs=["snapengine/include", "pyx"],
-            extra_compile_args=["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-        )
+        extensions = [
+            Extension(
+                Path(source).stem,
+                [source],
+                include_dirs=["snapengine/include", "pyx"],
+                extra_compile_args=["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+            )
+            for source in sources()
+        ]
         modules = cythonize(
-            [extension], build_dir="build/cython", include_path=["."], language_level=3, quiet=True
-        )
+            extensions, build_dir="build/cython", include_path=[".", *FOLDERS], language_level=3, quiet=True,
+            nthreads=os.cpu_count() or 1,
+        )  # fmt: skip
         arguments = ["-q", "build_ext", "--build-lib", str(TARGET), "--build-temp", "build/temp.bench"]
-        setup(name="floors", script_args=arguments, packages=[], py_modules=[], ext_modules=modules)
+        options = {"build_ext": {"parallel": os.cpu_count() or 1}}
+        setup(name="floors", script_args=arguments, options=options, packages=[], py_modules=[],
+              ext_modules=modules)  # fmt: skip
     finally:
         os.chdir(before)
 

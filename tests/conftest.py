@@ -35,6 +35,14 @@ def repository():
     return root
 
 
+@pytest.fixture(scope="session")
+def native_bench(repository):
+    """The native modules of the bench are built."""
+    import floorkit
+
+    floorkit.build()
+
+
 def _is_core(report):
     """A report of a skip that CI does not allow. (An expected failure is reported as a skip, too.)"""
     return report.skipped and not hasattr(report, "wasxfail") and "host_optional" not in report.keywords

@@ -1,0 +1,136 @@
+"""`make bench-peers`: ours against loops of other engines' shapes and against fork, in alternation.
+
+Not a part of `make bench` (see conftest.py). All save the same memory of this process, which a native thread
+writes to at full speed, in random order, all the time; it times its own writes.
+"""
+
+import os
+import threading
+import time
+
+import floorkit
+import pytest
+from benchkit import ROUNDS, TMPFS, is_tmpfs, size, stall_quantiles, warm_file
+from peers import shapes
+
+import snapengine
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import GuestParams
+from snapengine.guestwriters import GuestWriters
+from snapengine.options import MIB, Options
+
+SIZE = size("PEER_SIZE", "1G")
+LIMIT = 64 * MIB
+BEFORE_S = 0.5
+TAIL_S = 0.3
+
+pytestmark = [pytest.mark.timeout(480), pytest.mark.benchmark(group="peers")]
+
+
+def save_ours(memory, path, at_t):
+    """One capture by the engine; calls `at_t` at T."""
+    options = Options(memory_limit=LIMIT, spill_dir=str(TMPFS))
+    with snapengine.snapshot(memory, path or "null:", options) as capture:
+        at_t()
+    assert capture.result.lost_pages == 0
+    return {"image_bytes": capture.result.image_bytes, "faults": capture.result.faults}
+
+
+@pytest.fixture(scope="module")
+def ways(native):
+    """All that are compared, ours first."""
+    return {"ours": save_ours} | shapes.ways(floorkit.load_loops())
+
+
+@pytest.fixture(scope="module")
+def busy():
+    """(Memory in 4 KiB pages, its writer at full speed)."""
+    params = GuestParams(size=SIZE, incompressible=True)
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        writers.resume()
+        yield memory, writers
+
+
+def longest_ns(before, after):
+    """The longest write that has ended between two of the writer's `stalls`: the least ns of its bucket."""
+    counts = dict(before["histogram"])
+    return max((floor for floor, count in after["histogram"] if count > counts.get(floor, 0)), default=0)
+
+
+def written(writers, since_ns, until_ns):
+    """Writes in the bins of 10 ms that begin in the time."""
+    return sum(writes for at, writes in writers.bins(since_ns) if at < until_ns)
+
+
+class AfterT:
+    """The writer's `stalls` when the write that waited for T has ended (or for fork to return)."""
+
+    def __init__(self, writers):
+        self._writers = writers
+        self._thread = threading.Thread(target=self._wait)
+        self.stalls = None
+
+    def __call__(self):
+        """At T. It returns at once: with some ways it is this thread that has to serve the write."""
+        self._at_t = self._writers.counts()
+        self._thread.start()
+
+    def _wait(self):
+        while self._writers.counts() == self._at_t:
+            time.sleep(0.0005)
+        self.stalls = self._writers.stalls()
+
+    def join(self):
+        """Wait for it."""
+        self._thread.join()
+
+
+def measure(way, memory, writers, path):
+    """One save, and what the writer saw of it; work lost counts until TAIL_S after."""
+    watched, calm = time.monotonic_ns(), writers.stalls()
+    time.sleep(BEFORE_S)
+    began, before = time.monotonic_ns(), writers.stalls()
+    rate = written(writers, watched, began) / (began - watched)
+    after_t = AfterT(writers)
+    saved = way(memory, path, after_t)
+    ended, after = time.monotonic_ns(), writers.stalls()
+    after_t.join()
+    time.sleep(TAIL_S)
+    until = time.monotonic_ns()
+    stalls = stall_quantiles({"stalls": before}, {"stalls": after})
+    return saved | {
+        "total_ns": ended - began,
+        "stalls": stalls["stalls"],
+        "stall_p50_ns": stalls["p50_ns"],
+        "stall_p99_ns": stalls["p99_ns"],
+        "stall_longest_ns": longest_ns(before, after),
+        "stall_longest_after_t_ns": longest_ns(after_t.stalls, after),
+        "stall_longest_before_ns": longest_ns(calm, before),
+        "lost_ns": (until - began) - written(writers, began, until) / rate,
+        "writes_before_rate": rate * 1e9,
+    }
+
+
+@pytest.mark.parametrize("sink", ["tmpfs", "null"])
+def bench_peers(benchmark, ways, busy, tmp_path, sink):
+    if sink == "tmpfs" and not is_tmpfs(TMPFS):
+        pytest.skip(f"{TMPFS} is no tmpfs: set SNAPENGINE_BENCH_TMPFS")
+    path = TMPFS / f"snapengine-bench-{tmp_path.name}" if sink == "tmpfs" else None
+    runs = {way: [] for way in ways}
+    benchmark.extra_info.update(size=SIZE, sink=sink, runs=runs, load=os.getloadavg())
+
+    def alternate():
+        for name, way in ways.items():
+            if path:
+                path.unlink(missing_ok=True)
+                warm_file(path, SIZE + SIZE // 64)
+            runs[name].append(measure(way, *busy, path))
+
+    try:
+        alternate()
+        for values in runs.values():
+            values.clear()
+        benchmark.pedantic(alternate, rounds=ROUNDS)
+    finally:
+        if path:
+            path.unlink(missing_ok=True)
