@@ -10,8 +10,9 @@ import time
 
 import floorkit
 import pytest
-from benchkit import ROUNDS, TMPFS, is_tmpfs, size, stall_quantiles, warm_file
+from benchkit import ROUNDS, TMPFS, is_tmpfs, size, warm_file
 from peers import shapes
+from writerkit import stall_quantiles
 
 import snapengine
 from snapengine.guestmem import GuestMemory
