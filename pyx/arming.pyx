@@ -1,8 +1,11 @@
 """Arming: register, protect, T, scan. Nothing is served before the last protect call has returned.
 
+In two steps (`pyx/hits`) the first protection comes while faults are noted and let go, and T after a second
+one of what was hit. Otherwise T is when all is protected.
+
 Run by the walkers. The first registers everything; then all of them protect, piece by piece, since
 the kernel takes its lock for reading there and two threads are nearly twice as fast (1 GiB of 4 KiB
-pages: 22 ms by one, 14 ms by two). T is when the last piece is done, whoever did it.
+pages: 22 ms by one, 14 ms by two). It is done when the last piece is, whoever did it.
 
 `arm_next` and `arm_busy` are changed under `capture.lock`. A walker that stops between taking a
 piece and giving it back keeps T from coming: nobody is served, everybody waits, and the death of the
@@ -12,15 +15,17 @@ process releases the target.
 from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_load
+from snapengine.atomics cimport snap_load, snap_store, snap_store_seq
 from snapengine.events cimport pump
+from snapengine.faults cimport serve_held
+from snapengine.hits cimport protect_hits, stop_noting
 from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
+from snapengine.presence cimport scan_at_t, scan_before
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, region_t
-from snapengine.source cimport scan_presence
 from snapengine.trust cimport note_at_t, note_before
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
@@ -32,7 +37,7 @@ cdef uint64_t UNIT = 2 << 20
 cdef uint64_t PIECE = 128 << 20     # bytes: 3 ms of 4 KiB pages; a multiple of the usual huge page
 
 
-cdef int _protect(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
+cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
     cdef uint64_t piece = capture.arm_piece if capture.arm_piece else length
     cdef uint64_t end = addr + length
     cdef int err
@@ -42,10 +47,12 @@ cdef int _protect(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t leng
             err = protect_mapped(capture.uffds[0], addr, min(piece, end - addr))
         if err == EAGAIN:
             # A fork is under way in the target: its event must be read before anything is protected.
-            # Faults that come along are kept: none is served before T.
+            # Faults that come along are kept until T, or noted at once: T may wait for their threads to
+            # pause.
             if snap_load(&capture.failed):
                 return err
             pump(capture, lane)
+            serve_held(capture, lane)
             continue
         if err:
             capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
@@ -74,7 +81,7 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
         end = size + region.addr if data < 0 else begin + UNIT
         begin = max(begin, region.addr)
         end = min(end, region.addr + size)
-        err = _protect(capture, lane, begin, end - begin)
+        err = protect_range(capture, lane, begin, end - begin)
         if err:
             return err
         offset = end - region.addr
@@ -188,9 +195,9 @@ cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uin
     if region.sparse:
         _protect_sparse(capture, lane, region)
     elif _pieces(region) == 1:
-        _protect(capture, lane, region.track_start, region.track_end - region.track_start)
+        protect_range(capture, lane, region.track_start, region.track_end - region.track_start)
     else:
-        _protect(capture, lane, addr, min(PIECE, region.track_end - addr))
+        protect_range(capture, lane, addr, min(PIECE, region.track_end - addr))
 
 
 cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil:
@@ -205,19 +212,17 @@ cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil:
         _piece_done(capture)
 
 
-cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i, err
-    cdef uint64_t pieces = 0
-    cdef uint64_t begin = snap_now_ns()
-    err = note_before(capture, lane)
-    if err:
-        capture_fail(capture, err, "scan of the page tables", 0)
-        return 1
+cdef int _register_all(capture_t *capture, uint64_t *pieces) noexcept nogil:
+    cdef int i
     for i in range(capture.n_regions):
         if register_region(capture, &capture.regions[i]):
             return 1
         capture.n_registered = i + 1    # what is not ours by now is never unregistered by us
-        pieces += _pieces(&capture.regions[i])
+        pieces[0] += _pieces(&capture.regions[i])
+    return 0
+
+
+cdef void _protect_all(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
     pthread_mutex_lock(&capture.lock)
     capture.arm_pieces = pieces
     pthread_cond_broadcast(&capture.changed)
@@ -227,12 +232,64 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     while capture.arm_busy:
         pthread_cond_wait(&capture.changed, &capture.lock)
     pthread_mutex_unlock(&capture.lock)
-    if snap_load(&capture.failed):
-        return 1
-    capture.t_ns = snap_now_ns()
-    err = note_at_t(capture, lane) or scan_presence(capture, lane)
+
+
+cdef uint64_t _await_caller(capture_t *capture) noexcept nogil:
+    """Say that T can come, and wait until the caller wants it: nanoseconds waited."""
+    cdef uint64_t begin = snap_now_ns()
+    pthread_mutex_lock(&capture.lock)
+    snap_store(&capture.ready, 1)
+    pthread_cond_broadcast(&capture.changed)
+    while not snap_load(&capture.go) and not snap_load(&capture.failed):
+        pthread_cond_wait(&capture.changed, &capture.lock)
+    pthread_mutex_unlock(&capture.lock)
+    return snap_now_ns() - begin
+
+
+cdef void _begin_noting(capture_t *capture) noexcept nogil:
+    pthread_mutex_lock(&capture.lock)
+    snap_store_seq(&capture.noting, 1)
+    pthread_cond_broadcast(&capture.changed)
+    pthread_mutex_unlock(&capture.lock)
+
+
+cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
+    return not snap_load(&capture.failed)
+
+
+cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
+    """With two steps, after the caller has asked for it."""
+    if capture.two_step:
+        stop_noting(capture)
+        protect_hits(capture, lane)
+        return
+    _protect_all(capture, lane, pieces)
+
+
+cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef uint64_t pieces = 0
+    cdef uint64_t waited = 0
+    cdef uint64_t begin, pause, now
+    if not capture.two_step:
+        _await_caller(capture)
+    begin = pause = snap_now_ns()
+    if not _scanned(capture, note_before(capture, lane)) or _register_all(capture, &pieces):
         return 1
-    capture.arm_ns = snap_now_ns() - begin
+    if capture.two_step:
+        _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit
+    if not _scanned(capture, scan_before(capture, lane)):
+        return 1
+    if capture.two_step:
+        _protect_all(capture, lane, pieces)
+        waited = _await_caller(capture)
+        pause = snap_now_ns()
+    _fix_t(capture, lane, pieces)
+    capture.t_ns = snap_now_ns()
+    if not _scanned(capture, note_at_t(capture, lane) or scan_at_t(capture, lane)):
+        return 1
+    now = snap_now_ns()
+    capture.pause_ns = now - pause
+    capture.arm_ns = now - begin - waited
     return 0

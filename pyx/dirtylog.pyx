@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.arming cimport register_attached, register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask
+from snapengine.bitmap cimport bits_fill, bits_mask
 from snapengine.events cimport forget_all
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
@@ -24,7 +24,8 @@ from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
-from snapengine.source cimport copy_run, populated, put_pages, scan_presence
+from snapengine.presence cimport scan_anew
+from snapengine.source cimport copy_run, populated, put_pages
 from snapengine.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
@@ -299,15 +300,11 @@ cdef class DirtyLog:
     cdef int _last_pages(self) except -1:
         cdef capture_t *capture = self.session.capture
         cdef lane_t *lane = &capture.lanes[0]
-        cdef region_t *region
         cdef int i
         cdef int err = 0
         with nogil:
-            for i in range(capture.n_regions):
-                region = &capture.regions[i]
-                bits_clear(capture.present, region.first_page, region.pages)
             lane.extent_region = NULL
-            err = scan_presence(capture, lane)
+            err = scan_anew(capture, lane)
             for i in range(capture.n_regions):
                 err = err or _put_holes(capture, lane, &capture.regions[i])
         return err

@@ -213,6 +213,15 @@ cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *messag
     # UNMAP: reading the message lets the caller go on; the pages are found lost. REMOVE: see read_messages.
 
 
+cdef void hold_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    if lane.n_held < HELD_MAX:
+        lane.held[lane.n_held] = message[0]
+        lane.held_uffd[lane.n_held] = <unsigned int>uffd
+        lane.n_held += 1
+    else:                           # no room: it faults again
+        uffd_wake(capture.uffds[uffd], message.arg.pagefault.address & ~<uint64_t>4095, 4096)
+
+
 cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uffd_msg messages[64]
     cdef uint64_t index = 0
@@ -222,12 +231,8 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
         for i in range(n):
             if messages[i].event != UFFD_EVENT_PAGEFAULT:
                 handle_event(capture, index, &messages[i])
-            elif lane.n_held < HELD_MAX:
-                lane.held[lane.n_held] = messages[i]
-                lane.held_uffd[lane.n_held] = <unsigned int>index
-                lane.n_held += 1
-            else:                   # no room: it faults again
-                uffd_wake(capture.uffds[index], messages[i].arg.pagefault.address & ~<uint64_t>4095, 4096)
+            else:
+                hold_fault(capture, lane, index, &messages[i])
         index += 1
 
 

@@ -1,8 +1,9 @@
 """Fault threads: a write to a page not yet saved is saved first, out of order.
 
-They wait until T (no fault is served before the last protect call has returned: a writer let go
-earlier could write to memory not yet protected, and the image would hold the later write without the
-earlier one). They never wait for the sink, the encoders or the GIL.
+Before T nothing is saved: with two-step arming a fault is noted and let go (`pyx/hits`), until the walk
+fixes T; otherwise, and from then on, faults wait for T. (A writer that is let go once its page is saved
+could write to memory not yet protected, and the image would hold the later write without the earlier one.)
+Fault threads never wait for the sink, the encoders or the GIL.
 
 The warden is there for one case: a fault thread that reads a page which the target has just
 discarded faults itself, as missing. Another fault thread answers it; if all of them read such pages
@@ -11,15 +12,17 @@ at one time, the warden does, so that no target can hang us, nor itself.
 
 from libc.errno cimport EAGAIN, ESRCH
 
-from snapengine.atomics cimport snap_bump, snap_leave, snap_load, snap_pause, snap_store
-from snapengine.bitmap cimport bits_claim, bits_test
-from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, pump, read_messages
+from snapengine.atomics cimport snap_bump, snap_leave, snap_load, snap_pause, snap_store, snap_store_seq
+from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
+from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, hold_fault, pump, read_messages
 from snapengine.histogram cimport histogram_add
+from snapengine.hits cimport may_serve, note_hit
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
-from snapengine.pool cimport lane_room
+from snapengine.pool cimport lane_room, pool_has_room
 from snapengine.pthreads cimport (
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice, snap_now_ns,
 )
+from snapengine.readaround cimport run_for
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
 from snapengine.session cimport PRESENCE_BITS, PRESENCE_FILE, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated
@@ -92,10 +95,42 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     _fill(capture, lane, uffd, addr)
 
 
+cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
+                uint64_t addr, bint missing) noexcept nogil:
+    """A fault before T. Noted first: once the page is let go it may be written to."""
+    cdef uint64_t first, n, start, length
+    note_hit(capture, region, page, &first, &n)
+    snap_bump(&lane.arming_faults, 1)
+    if missing:
+        _fill(capture, lane, uffd, addr)
+        return
+    unit_range(region, first, n, &start, &length)
+    release(capture, lane, uffd, start, length)
+
+
+cdef uint64_t _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """The page of a fault, and what read-around takes along. 1 if the capture has failed."""
+    cdef uint64_t window = page & ~<uint64_t>63
+    cdef uint64_t n = run_for(capture, page, min(64 - (page & 63), region.first_page + region.pages - page))
+    cdef uint64_t mask, data, won
+    cdef int err
+    if n > 1 and not pool_has_room(capture.pool, 1):
+        n = 1                       # no more than must be: it may go through the spill file
+    err = lane_room(capture.pool, &lane.slot, n, False)
+    if err:
+        capture_fail(capture, err, "spill file", 0)
+        return 1
+    mask = bits_mask(page & 63, n)
+    data = populated(capture, lane, region, window, mask & ~snap_load(&capture.claimed[page >> 6]))
+    won = bits_claim(capture.claimed, page >> 6, mask)
+    if won:
+        save_window(capture, lane, region, window, won, data & won)
+    return 0
+
+
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
                        uint64_t page) noexcept nogil:
-    cdef uint64_t first, n, addr, length, bit, data
-    cdef int err
+    cdef uint64_t first, n, addr, length
     cdef int spins = 0
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
@@ -103,15 +138,9 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):
-        err = lane_room(capture.pool, &lane.slot, 1, False)
-        if err:
-            capture_fail(capture, err, "spill file", 0)
+        if n == 1 and _save_run(capture, lane, region, first):
             return
-        bit = <uint64_t>1 << (first & 63)
-        data = populated(capture, lane, region, first & ~<uint64_t>63, bit)
-        if n == 1 and bits_claim(capture.claimed, first >> 6, bit):
-            save_window(capture, lane, region, first & ~<uint64_t>63, bit, data)
-        elif n > 1 and claim_unit(capture, first, n):
+        if n > 1 and claim_unit(capture, first, n):
             save_unit(capture, lane, region, first, n)
     if uffd:
         # A child's page is released by nobody else. Who claimed it is copying and waits for nothing.
@@ -145,7 +174,9 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
             release(capture, lane, uffd, addr, PAGE)
         return
     page = page_at(region, addr)
-    if missing:
+    if not snap_load(&capture.armed) and not capture.early:
+        _note(capture, lane, uffd, region, page, addr, missing)
+    elif missing:
         _serve_missing(capture, lane, uffd, region, page, addr)
     else:
         _serve_write(capture, lane, uffd, region, page)
@@ -153,10 +184,21 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
 
 cdef void serve_held(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uffd_msg message
-    while lane.n_held:
+    while lane.n_held and may_serve(capture):
         lane.n_held -= 1
         message = lane.held[lane.n_held]
         _serve(capture, lane, lane.held_uffd[lane.n_held], &message)
+
+
+cdef void _serve_or_hold(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message,
+                         uint64_t seen) noexcept nogil:
+    if not may_serve(capture):
+        hold_fault(capture, lane, uffd, message)
+        return
+    _serve(capture, lane, uffd, message)
+    if snap_load(&capture.armed) or capture.early:
+        snap_bump(&lane.faults, 1)
+        histogram_add(&lane.histogram, snap_now_ns() - seen)
 
 
 cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
@@ -172,9 +214,7 @@ cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t 
                 handle_event(capture, uffd, &messages[i])
         for i in range(n):
             if messages[i].event == UFFD_EVENT_PAGEFAULT:
-                _serve(capture, lane, uffd, &messages[i])
-                snap_bump(&lane.faults, 1)
-                histogram_add(&lane.histogram, snap_now_ns() - seen)
+                _serve_or_hold(capture, lane, uffd, &messages[i], seen)
         seen = snap_now_ns()
         snap_store(&lane.busy_since, seen)
 
@@ -188,13 +228,27 @@ cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
                   lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
 
 
-cdef bint _await_arming(capture_t *capture) noexcept nogil:
-    """False if the capture ended before T."""
+cdef bint _await_arming(capture_t *capture, bint noting) noexcept nogil:
+    """Wait for T, or (`noting`) for the time when faults are noted. False if the capture ended before."""
     pthread_mutex_lock(&capture.lock)
-    while not snap_load(&capture.armed) and not snap_load(&capture.stopping):
+    while not snap_load(&capture.armed) and not snap_load(&capture.stopping) \
+            and not (noting and snap_load(&capture.noting)):
         pthread_cond_wait(&capture.changed, &capture.lock)
     pthread_mutex_unlock(&capture.lock)
-    return snap_load(&capture.armed) != 0
+    return not snap_load(&capture.stopping) or snap_load(&capture.armed)
+
+
+cdef bint _begin_serving(capture_t *capture, lane_t *lane, uint64_t *seen) noexcept nogil:
+    """Busy from here on, which T waits for; not before T if it is being fixed. False: the capture has
+    ended."""
+    while True:
+        seen[0] = snap_now_ns()
+        snap_store_seq(&lane.busy_since, seen[0])
+        if may_serve(capture):
+            return True
+        snap_store_seq(&lane.busy_since, 0)
+        if not _await_arming(capture, False):
+            return False
 
 
 cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
@@ -205,12 +259,12 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     snap_nice(FAULT_NICE)
     # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
     # encoder was using (p99 300 µs; 60 µs like this).
-    if not capture.early and not _await_arming(capture):
+    if not capture.early and not _await_arming(capture, True):
         return
     while not snap_load(&capture.stopping):
         n = epoll_wait(capture.epoll, ready, 8, -1)
-        seen = snap_now_ns()
-        snap_store(&lane.busy_since, seen)
+        if not _begin_serving(capture, lane, &seen):
+            return
         for i in range(max(n, 0)):
             word = ready[i].data.u64
             if word == WATCH_PID:
@@ -219,7 +273,12 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
             elif word != WATCH_STOP:
                 _serve_uffd(capture, lane, word, seen)
         serve_held(capture, lane)
-        snap_store(&lane.busy_since, 0)
+        snap_store_seq(&lane.busy_since, 0)
+        if lane.n_held:             # T was being fixed; nobody else knows of these
+            if not _begin_serving(capture, lane, &seen):
+                return
+            serve_held(capture, lane)
+            snap_store_seq(&lane.busy_since, 0)
 
 
 cdef void *fault_thread(void *arg) noexcept nogil:
@@ -245,7 +304,7 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef pollfd stop
     cdef uint64_t addr, uffd, page
     snap_name_thread("snap-warden")
-    if not _await_arming(capture):
+    if not _await_arming(capture, False):
         return
     stop.fd = capture.stop_event
     stop.events = POLLIN

@@ -82,6 +82,8 @@ cdef class Session:
         Walkers compute the checksums of what they save: where it is stored as it is.
     attached:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
+    two_step:
+        Protect while the target runs, and at T only what it has written to meanwhile.
 
     Raises MemoryError, ValueError or OSError.
     """
@@ -89,7 +91,8 @@ cdef class Session:
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
                  bint rounds=False, bint attached=False, bint sums=False,
-                 bint use_scan=True, bint early=False, uint64_t arm_piece=0):
+                 bint two_step=False, bint use_scan=True, bint early=False, bint forget_hits=False,
+                 uint64_t arm_piece=0):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:
@@ -112,6 +115,8 @@ cdef class Session:
         capture.n_fault_lanes = fault_threads
         capture.n_lanes = fault_threads + 1 + walkers
         capture.early = early
+        capture.two_step = two_step and not early
+        capture.forget_hits = forget_hits
         capture.arm_piece = arm_piece
         capture.stop_event = -1
         capture.spare_fd = <uint64_t>-1
@@ -130,8 +135,8 @@ cdef class Session:
                 capture.regions[i].check = False    # a page written while it is copied comes again
                 capture.regions[i].own = False
                 capture.regions[i].witness = NULL
-            if early:
-                # Before T there is nothing to ask: the negative control reads everything.
+            if early or forget_hits:
+                # These negative controls read everything, and believe it.
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
                 capture.regions[i].own = False
@@ -211,6 +216,8 @@ cdef class Session:
         self.capture.gone = self._bitmap((pages >> 9) + 1)
         self.capture.witnessed = self._bitmap((pages >> 9) + 1)
         self.capture.distrusted = self._bitmap(pages)
+        if self.capture.two_step:
+            self.capture.hits = self._bitmap(pages)
         if rounds:
             self.capture.data = self._bitmap(pages)
         return 0
@@ -245,8 +252,8 @@ cdef class Session:
         return err, (call.decode() if call != NULL else "?"), self.capture.failed_addr
 
     def counters(self):
-        """Sums over the threads so far: data, zero, hole and lost pages, faults."""
-        cdef uint64_t data = 0, zero = 0, hole = 0, lost = 0, faults = 0
+        """Sums over the threads so far: data, zero, hole and lost pages, faults, faults before T."""
+        cdef uint64_t data = 0, zero = 0, hole = 0, lost = 0, faults = 0, arming = 0
         cdef int i
         cdef lane_t *lane
         for i in range(self.capture.n_lanes):
@@ -256,7 +263,9 @@ cdef class Session:
             hole += snap_peek(&lane.hole_pages)
             lost += snap_peek(&lane.lost_pages)
             faults += snap_peek(&lane.faults)
-        return {"data": data, "zero": zero, "hole": hole, "lost": lost, "faults": faults}
+            arming += snap_peek(&lane.arming_faults)
+        return {"data": data, "zero": zero, "hole": hole, "lost": lost, "faults": faults,
+                "arming_faults": arming}
 
     def final_pages(self):
         """Dirty logging: pages whose last version is data, by the end of the last round."""
@@ -309,8 +318,13 @@ cdef class Session:
 
     @property
     def arm_ns(self):
-        """Nanoseconds from the first registration to T."""
+        """Nanoseconds from the first registration to T, without a wait for the caller."""
         return self.capture.arm_ns
+
+    @property
+    def pause_ns(self):
+        """Nanoseconds before T in which no fault was answered."""
+        return self.capture.pause_ns
 
     @property
     def total_pages(self):

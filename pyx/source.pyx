@@ -12,13 +12,11 @@ from posix.unistd cimport lseek, pread
 from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_test
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
-from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED
 from snapengine.pages cimport copy_page, page_nonzero
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
-    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
+    PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     page_addr,
 )
 from snapengine.trust cimport believable, punched
@@ -241,77 +239,4 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
         err = copy_run(capture, lane, region, page + i, 1)
         if err:
             return err
-    return 0
-
-
-cdef void _note_run(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
-                    bint huge) noexcept nogil:
-    cdef uint64_t first, n, unit, stop
-    start = max(start, region.addr)
-    end = min(end, region.addr + region.pages * PAGE)
-    if start >= end:
-        return
-    first = region.first_page + (start - region.addr) // PAGE
-    n = (end - start + PAGE - 1) // PAGE
-    bits_fill(capture.present, first, n)
-    if huge and region.keep_huge:
-        # Only units that lie whole inside the region's own bytes.
-        unit = (max(first, region.first_page + (region.start > region.addr)) + 511) >> 9
-        stop = (first + n - (1 if (region.end & 4095 and end >= region.end) else 0)) >> 9
-        if stop > unit:
-            bits_fill(capture.huge, unit, stop - unit)
-
-
-cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
-    """Linux before 6.7: eight bytes a page from /proc/PID/pagemap; huge pages are not told."""
-    cdef uint64_t *entries = <uint64_t *>&lane.scan.found[0]
-    cdef uint64_t done = 0
-    cdef uint64_t i, n
-    cdef uint64_t populated_bits = 1 if region.unit_pages > 1 else 3    # a hugetlb marker looks swapped
-    cdef int err
-    while done < region.pages:
-        n = min(region.pages - done, <uint64_t>1024)
-        err = pagemap_read(capture.pagemap, region.addr + done * PAGE, entries, n)
-        if err:
-            return err
-        for i in range(n):
-            if entries[i] & populated_bits:
-                bits_fill(capture.present, region.first_page + done + i, 1)
-        done += n
-    return 0
-
-
-cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i, j, found, err
-    cdef region_t *region
-    cdef scan_t *scan = &lane.scan
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.
-        if region.presence != PRESENCE_BITS and not (
-                region.presence == PRESENCE_ALL and region.reading == READ_FILE):
-            continue
-        if not capture.has_scan:
-            err = _scan_by_pagemap(capture, lane, region)
-            if err:
-                return err
-            continue
-        scan.fd = capture.pagemap
-        scan.next = region.track_start
-        scan.end = region.track_end
-        scan.flags = 0
-        scan.mask = 0
-        # hugetlb is never swapped: what looks swapped there is the marker of a protected hole.
-        scan.anyof = PAGE_IS_PRESENT if region.unit_pages > 1 else PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-        scan.returned = PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_HUGE
-        scan.err = 0
-        while True:
-            found = scan_step(scan)
-            if found < 0:
-                return scan.err
-            if found == 0:
-                break
-            for j in range(found):
-                _note_run(capture, region, scan.found[j].start, scan.found[j].end,
-                          scan.found[j].categories & PAGE_IS_HUGE and region.unit_pages == 1)
     return 0

@@ -2,7 +2,8 @@
 
 On the first walker's thread (no Python state, no GIL, no allocation):
 
-  register → protect … protect → T → scan the page tables → let the fault threads go
+  wait for the caller → register → protect … protect → T → scan the page tables → let the fault threads go
+  (two-step: register → protect … → wait for the caller → protect what was hit → T → …)
            → walk: next unit of unclaimed pages: claim, copy, unprotect
            → wait for the other walkers → stop the fault threads
            → unregister (releases all that is left) → finished
@@ -10,7 +11,7 @@ On the first walker's thread (no Python state, no GIL, no allocation):
 The other walkers help to protect, wait for `armed`, and walk.
 
 Shared words: capture.armed, stopping and finished are written by the first walker only (release) and
-read by all (acquire); capture.held by the caller, before the threads start and once to 0.
+read by all (acquire); capture.go and held by the caller, together, and held once more to 0.
 capture.failed is set once by whoever fails first. If a walker stops anywhere before `finished`, writers of
 unsaved pages wait; every failure path therefore runs through forget_all, and the death of the process
 closes the userfaultfd, which does the same in the kernel.
@@ -131,8 +132,9 @@ cdef class Tracker:
         self.running = False
         self.owner = getpid()
 
-    def start(self, bint hold=False):
-        """Make the threads, arm, and return at T; with `hold` the walk waits for `walk`.
+    def start(self):
+        """Make the threads; with two-step arming, protect. Returns when `arm` may be called, or the capture
+        has failed.
 
         Raises nothing for a target that cannot be armed: ask `Session.failure`. Raises OSError if no thread
         can be made."""
@@ -140,7 +142,6 @@ cdef class Tracker:
         cdef int i, err
         if self.running or snap_load(&capture.finished):
             raise RuntimeError("a tracker runs once")
-        capture.held = hold
         capture.epoll = epoll_create1(EPOLL_CLOEXEC)
         if capture.epoll < 0:
             raise OSError(errno, "epoll_create1")
@@ -156,6 +157,19 @@ cdef class Tracker:
         self._make_threads(capture)
         with nogil:
             pthread_mutex_lock(&capture.lock)
+            while not snap_load(&capture.ready) and not snap_load(&capture.finished):
+                pthread_cond_wait(&capture.changed, &capture.lock)
+            pthread_mutex_unlock(&capture.lock)
+
+    def arm(self, bint hold=False):
+        """Fix T, and return then, or when the capture has failed; with `hold` the walk waits for `walk`.
+        Once, after `start`."""
+        cdef capture_t *capture = self.session.capture
+        with nogil:
+            pthread_mutex_lock(&capture.lock)
+            snap_store(&capture.held, hold)
+            snap_store(&capture.go, 1)
+            pthread_cond_broadcast(&capture.changed)
             while not snap_load(&capture.armed) and not snap_load(&capture.finished):
                 pthread_cond_wait(&capture.changed, &capture.lock)
             pthread_mutex_unlock(&capture.lock)

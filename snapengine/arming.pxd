@@ -4,6 +4,9 @@ from snapengine.session cimport capture_t, lane_t, region_t
 
 # Register and protect everything, fix T, note what is populated. 0, or 1: the capture has failed.
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil
+# UFFDIO_WRITEPROTECT with MODE_WP; what an attached target has unmapped of it is passed over. 0, or an
+# errno: the capture has failed.
+cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil
 # Another walker's part of it: protect pieces until none is left.
 cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil
 # UFFDIO_REGISTER for one region, as the method wants it. 0, or an errno: the capture has failed.

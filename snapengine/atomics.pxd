@@ -8,9 +8,12 @@ cdef extern from "snapengine/atomics.h" nogil:
     uint64_t snap_add(uint64_t *word, uint64_t value)                   # relaxed; returns the old value
     void snap_bump(uint64_t *word, uint64_t value)                      # relaxed; one writer only
     uint64_t snap_peek(const uint64_t *word)                            # relaxed
+    void snap_set(uint64_t *word, uint64_t value)                       # relaxed
     void snap_leave(uint64_t *count)                                    # release; one less
     uint64_t snap_swap(uint64_t *word, uint64_t value)                  # acquire + release; the old value
     bint snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value)  # compare-and-swap
+    void snap_store_seq(uint64_t *word, uint64_t value)                 # sequentially consistent
+    uint64_t snap_load_seq(const uint64_t *word)                        # sequentially consistent
     void snap_pause()
     int snap_ctz(uint64_t word)
     int snap_popcount(uint64_t word)

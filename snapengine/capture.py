@@ -245,6 +245,8 @@ class Capture:
     def _arm(self) -> Tracker:
         assert self._parts.session is not None
         tracker = self._parts.tracker = Tracker(self._parts.session)
+        tracker.start()
+        self._raise_if_failed(tracker)  # before the target is stopped for nothing
         stopped = time.monotonic_ns()
         paused = False
         try:
@@ -252,19 +254,23 @@ class Capture:
                 paused = True
                 self._target.pause()
             self._vmstate.update(self._target.vmstate())
-            tracker.start(hold=paused)
+            tracker.arm(hold=paused)
         finally:
             if paused:
                 self._target.resume()
                 self._stop_ns = time.monotonic_ns() - stopped
         tracker.walk()
-        if self._parts.session.failure:
-            tracker.join()
-            self._raise_failure()
+        self._raise_if_failed(tracker)
         if self._parts.attached:
             self._parts.attached.armed()
             self._stop_ns = self._parts.attached.stop_ns
         return tracker
+
+    def _raise_if_failed(self, tracker: Tracker) -> None:
+        assert self._parts.session is not None
+        if self._parts.session.failure:
+            tracker.join()
+            self._raise_failure()
 
     # -- the finisher thread --
 

@@ -9,7 +9,7 @@ from typing import Any
 from snapengine.cli_common import EXIT_CODES, argument, raw, say
 from snapengine.cli_save import exit_code, make_options, report
 from snapengine.errors import AttachError, UffdPermissionError
-from snapengine.options import METHODS
+from snapengine.options import ARMING, METHODS
 from snapengine.progress import Bar, follow
 from snapengine.units import parse_seconds, parse_size
 
@@ -53,6 +53,9 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
         help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--arming", choices=ARMING,
+        help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
+        "which is that for 64 MiB and more)")  # fmt: skip
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
     add("--rate-limit", type=size, metavar="SIZE", help="most bytes a second into the sink")
     add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")

@@ -20,7 +20,7 @@ from snapengine.cli_common import (
     say,
 )
 from snapengine.figures import figures_table
-from snapengine.options import METHODS, Options
+from snapengine.options import ARMING, METHODS, Options
 from snapengine.progress import follow
 from snapengine.result import COMPLETED, Result
 from snapengine.selection import ELSEWHERE, parse_regions
@@ -81,6 +81,9 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
         help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--compress", metavar="none|zstd[:LEVEL]", help="default: none")
+    add("--arming", choices=ARMING,
+        help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
+        "which is that for 64 MiB and more)")  # fmt: skip
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
     add(
         "--rate-limit",

@@ -12,6 +12,8 @@ cdef enum:
 cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil
 # Deal with a message that is not a page fault (fork, remap, remove, unmap).
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil
+# Keep a fault in lane.held for later.
+cdef void hold_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil
 # Read what is pending on every uffd: events are dealt with, faults go to lane.held.
 cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil
 # Watch a descriptor with the capture's epoll. 0 or errno.

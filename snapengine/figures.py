@@ -17,7 +17,7 @@ def figures_rows(result: Result) -> list[tuple[str, str]]:
         ("image", _image(result)),
         ("memory", f"{format_size(result.region_bytes)}, {format_size(result.nonzero_bytes)} of it not zero"),
         ("pages", _pages(result)),
-        ("time", f"{format_ns(result.duration_ns)}, arming {format_ns(result.arm_ns)}"),
+        ("time", f"{format_ns(result.duration_ns)}, arming {_arming(result)}"),
     ]
     if result.faults:
         waits = (f"{name} {format_ns(result.fault_ns[name])}" for name in ("p50", "p99", "max"))
@@ -31,6 +31,12 @@ def figures_rows(result: Result) -> list[tuple[str, str]]:
     if result.lost_pages:
         rows.append(("lost pages", format_count(result.lost_pages)))
     return rows
+
+
+def _arming(result: Result) -> str:
+    """How long it took, and how long writers waited for T if that was less."""
+    less = f" (writers waited {format_ns(result.pause_ns)})" if 0 < result.pause_ns < result.arm_ns else ""
+    return format_ns(result.arm_ns) + less
 
 
 def _pause(result: Result) -> str:

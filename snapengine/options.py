@@ -9,6 +9,11 @@ WRITE_TRACKING = "write-tracking"
 DIRTY_LOGGING = "dirty-logging"
 METHODS = (WRITE_TRACKING, DIRTY_LOGGING)
 
+AUTO = "auto"
+PLAIN = "plain"
+TWO_STEP = "two-step"
+ARMING = (AUTO, PLAIN, TWO_STEP)
+
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
 _ZSTD = re.compile(r"zstd(?::(-?\d+))?$")
@@ -32,6 +37,11 @@ class Options:
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
     than the CPU, or when space counts; chunks that do not shrink, or that would hold the capture
     up, are stored raw."""
+
+    arming: str = AUTO
+    """Write tracking: ``"plain"`` (all is protected at T, and who writes meanwhile waits: 16 ms per GiB of
+    4 KiB pages) or ``"two-step"`` (protected before; at T only what was written to meanwhile, so the pause
+    follows the hot set). ``"auto"``: two-step from 64 MiB on, where the target runs while it is armed."""
 
     memory_limit: int = 64 * MIB
     """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
@@ -71,6 +81,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
+        if self.arming not in ARMING:
+            raise ValueError(f"arming: {self.arming!r} is none of {', '.join(ARMING)}")
         level = self.zstd_level
         if level is not None and not -7 <= level <= 22:
             raise ValueError(f"compress: zstd level {level} is not in -7 ... 22")

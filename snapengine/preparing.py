@@ -11,7 +11,7 @@ from typing import Any
 
 from snapengine.encoder import Encoder
 from snapengine.errors import UnsupportedError
-from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
+from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.plan import Plan
 from snapengine.session import Session
@@ -20,6 +20,7 @@ from snapengine.targets import AttachedTarget, Region
 from snapengine.uffd import FEATURES, Uffd, supported_features
 from snapengine.writer import Writer
 
+TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
 SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
 
 
@@ -70,7 +71,7 @@ def make_engine(
         memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
         encoders=encoders, walkers=_walkers(options, regions) if tracking else 1,
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
-        sums=options.zstd_level is None, **extra,
+        sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it
     if not tracking and not parts.session.has_scan:
@@ -79,6 +80,14 @@ def make_engine(
     if parts.attached is not None:
         parts.frozen = plan.place(parts.attached.frozen_regions)
     parts.encoder = Encoder(parts.session.pool, parts.writer, options.zstd_level, encoders)
+
+
+def _two_step(parts: Parts, options: Options, regions: list[Region]) -> bool:
+    if options.arming != AUTO:
+        return options.arming == TWO_STEP
+    # In a stop cut of a process its threads stand from before the memory is listed.
+    stands = parts.attached is not None and parts.attached.cut == "stop" and not parts.target.can_pause
+    return not stands and sum(region.length for region in regions) >= TWO_STEP_BYTES
 
 
 def _walkers(options: Options, regions: list[Region]) -> int:

@@ -37,7 +37,7 @@ class Result:
     """Write and missing faults served."""
     rounds: int
     arm_ns: int
-    """From the first registration until faults are served: the longest that a writer waits for T."""
+    """From the first registration until faults are served; a wait for the target to be paused is left out."""
     stop_ns: int
     """How long the target was paused; 0 if it never was."""
     duration_ns: int
@@ -59,6 +59,11 @@ class Result:
     not_captured: list[dict[str, Any]] = field(default_factory=list)
     """Mappings of an attached process that are not in the image: ``start``, ``end``, ``perms``, ``path`` and
     ``reason``."""
+
+    pause_ns: int = 0
+    """The part of ``arm_ns`` in which no fault was answered: the longest that a writer waited for T."""
+    arming_faults: int = 0
+    """Faults before T that were noted and let go (two-step arming); not among ``faults``."""
 
     stop_parts_ns: dict[str, int] = field(default_factory=dict)
     """Of a QEMU machine: what its stop was spent on (see `snapengine.qemu.target.QemuTarget`)."""

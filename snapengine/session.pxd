@@ -12,6 +12,7 @@ cdef enum:
     WALKERS_MAX = 16
     UFFDS_MAX = 65                  # the target's, and those of 64 forked children that live
     HELD_MAX = 256
+    STREAMS = 8                     # sequential writers that read-around follows at one time
 
 cdef enum:                          # where a region's bytes are read
     READ_MEMORY                     # a pointer of this process
@@ -54,6 +55,11 @@ cdef struct region_t:               # fixed before the threads start
     bint keep_huge                  # treat huge pages as one unit
 
 
+cdef struct stream_t:               # read-around: a writer that goes on where it was let go (a hint: relaxed)
+    uint64_t next_page              # the first page after the last run
+    uint64_t run_pages              # how long that was
+
+
 cdef struct lane_t:                 # one capture thread; only it writes, except where noted
     capture_t *capture
     lane_slot slot
@@ -67,7 +73,8 @@ cdef struct lane_t:                 # one capture thread; only it writes, except
     uint64_t hole_pages
     uint64_t lost_pages
     uint64_t faults
-    uint64_t busy_since             # when the message in hand was seen, ns; 0: none (read by the warden)
+    uint64_t arming_faults          # noted and let go before T
+    uint64_t busy_since             # when the message in hand was seen, ns; 0: none (seq_cst; read by others)
     region_t *extent_region         # cached answer of SEEK_DATA
     uint64_t extent_start
     uint64_t extent_end
@@ -100,6 +107,8 @@ cdef struct capture_t:
     int stop_event
     int epoll
     bint early                      # negative control of the tests only: serve faults before T
+    bint two_step                   # protect while the target runs; at T only what was hit meanwhile
+    bint forget_hits                # negative control of the tests only: do not protect that
     uint64_t arm_piece              # protect in pieces of so many bytes; 0: whole regions
     # Bitmaps by page number; words are changed by atomic or only.
     uint64_t *claimed               # who saves the page: 0→1 once
@@ -110,13 +119,17 @@ cdef struct capture_t:
     uint64_t *witnessed             # by page >> 9: its witness is mapped; like `present`
     uint64_t *distrusted            # the target took the page away, or put another there: any, atomic or
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
+    uint64_t *hits                  # two-step: let go before T; read when no fault thread is busy
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
     pthread_mutex_t lock
-    pthread_cond_t changed          # arm_pieces, arm_busy, armed, held, finished or failed changed
+    pthread_cond_t changed          # one of the words below has changed
     uint64_t arm_pieces             # how many there are; 0 until everything is registered
     uint64_t arm_next               # pieces taken
     uint64_t arm_busy               # walkers that protect one
+    uint64_t ready                  # atomic: the caller may ask for T (walk writes, once)
+    uint64_t go                     # atomic: the caller asks for T (caller, once)
+    uint64_t noting                 # atomic (seq_cst): faults before T are noted and let go (walk writes)
     uint64_t armed                  # atomic: T is fixed (walk writes, once)
     uint64_t held                   # the walk waits until the target goes on
     uint64_t finished               # atomic: everything is released, no thread touches the target
@@ -132,7 +145,10 @@ cdef struct capture_t:
     uint64_t running                # atomic: fault threads and warden that have not left (each, once)
     uint64_t walking                # atomic: walkers beside the first that have not left (each, once)
     uint64_t next_unit              # atomic: units of 512 pages taken by walkers
+    stream_t streams[STREAMS]       # any fault thread, relaxed
+    uint64_t next_stream
     uint64_t arm_ns
+    uint64_t pause_ns               # the part of it in which no fault is answered
     uint64_t t_ns                   # CLOCK_MONOTONIC at T
     uint64_t rounds
     lane_t *lanes

@@ -18,8 +18,10 @@ class Session:
         rounds: bool = False,
         attached: bool = False,
         sums: bool = False,
+        two_step: bool = False,
         use_scan: bool = True,
         early: bool = False,
+        forget_hits: bool = False,
         arm_piece: int = 0,
     ) -> None: ...
     @property
@@ -39,6 +41,8 @@ class Session:
     def changed_files(self) -> list[int]: ...
     @property
     def arm_ns(self) -> int: ...
+    @property
+    def pause_ns(self) -> int: ...
     @property
     def total_pages(self) -> int: ...
     @property

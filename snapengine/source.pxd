@@ -11,5 +11,3 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
                   uint64_t n) noexcept nogil
 # Append pages that need no copy (hole, zero, lost).
 cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil
-# Fill `present` and `huge` of every PRESENCE_BITS region from the page tables. 0 or errno.
-cdef int scan_presence(capture_t *capture, lane_t *lane) noexcept nogil

@@ -43,6 +43,8 @@ def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str
         "faults": counts["faults"],
         "rounds": session.rounds,
         "arm_ns": session.arm_ns,
+        "pause_ns": session.pause_ns,
+        "arming_faults": counts["arming_faults"],
         "fault_ns": session.fault_ns(),
         "fault_histogram": session.fault_histogram(),
         "spilled_bytes": session.pool.spilled_bytes,

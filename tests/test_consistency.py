@@ -50,31 +50,34 @@ def snap(guest_socket, path, make=None, **options):
         return capture.result, check_image(image)
 
 
+@pytest.mark.parametrize("arming", ["plain", "two-step"])
 @pytest.mark.parametrize("pattern", ["uniform", "hot", "sequential"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
-def test_soft_cut_is_consistent(guest, tmp_path, backing, pages, threads, pattern):
+def test_soft_cut_is_consistent(guest, tmp_path, backing, pages, threads, pattern, arming):
     params = GuestParams(
         size=32 * MIB, backing=backing, pages=pages, threads=threads, pattern=pattern,
         hot_size=4 * MIB if pattern == "hot" else 0, zero_percent=10, hole_percent=10,
     )  # fmt: skip
     with guest(params) as socket:
         for _ in range(3):
-            result, report = snap(socket, tmp_path / "image")
+            result, report = snap(socket, tmp_path / "image", arming=arming)
             assert report.consistent, report
             assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
             assert result.lost_pages == 0
+            assert (result.pause_ns < result.arm_ns) == (arming == "two-step")
             assert result.duplicate_pages == 0
 
 
+@pytest.mark.parametrize("arming", ["plain", "two-step"])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("backing", ["anon", "memfd"])
-def test_soft_cut_of_hugetlb_is_consistent(guest, tmp_path, hugetlb, backing, threads):
+def test_soft_cut_of_hugetlb_is_consistent(guest, tmp_path, hugetlb, backing, threads, arming):
     hugetlb(24)
     params = GuestParams(size=32 * MIB, backing=backing, pages="2m", threads=threads, hole_percent=25)
     with guest(params) as socket:
         for _ in range(3):
-            result, report = snap(socket, tmp_path / "image")
+            result, report = snap(socket, tmp_path / "image", arming=arming)
             assert report.consistent, report
             assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
 
@@ -131,11 +134,12 @@ def test_dirty_logging_is_consistent(guest, tmp_path, backing, pages, threads):
     assert result.stop_ns > 0
 
 
+@pytest.mark.parametrize("arming", ["plain", "two-step"])
 @pytest.mark.parametrize(("backing", "pages"), [("anon", "4k"), ("anon", "thp"), ("memfd", "4k")])
-def test_older_kernels(guest, tmp_path, backing, pages):
+def test_older_kernels(guest, tmp_path, backing, pages, arming):
     params = GuestParams(size=32 * MIB, backing=backing, pages=pages, threads=2, hole_percent=20)
     with guest(params) as socket:
-        result, report = snap(socket, tmp_path / "image", OlderKernelCapture)
+        result, report = snap(socket, tmp_path / "image", OlderKernelCapture, arming=arming)
     assert report.consistent, report
     assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
 

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
 CUTS = int(os.environ.get("ATTACH_CUTS", "1"))  # snapshots per case; `make soak` takes more
 KINDS = ["anon", "thp", "memfd", "heap", pytest.param("hugetlb", marks=pytest.mark.host_optional)]
-MODES = ["soft", "stop", "dirty"]
+MODES = ["soft", "two-step", "stop", "dirty"]
+
+SOFT = ("soft", "two-step")
 
 
 class EarlyCapture(Capture):
@@ -30,10 +32,13 @@ class EarlyCapture(Capture):
 
 
 def attach(pid, mode, **options):
-    """The target of a snapshot and the options for it; mode: soft, stop or dirty (logging)."""
+    """The target of a snapshot and the options for it; mode: soft (armed at once), two-step, stop or dirty
+    (logging)."""
     if mode == "dirty":
         return ProcessTarget(pid, method="dirty-logging"), Options(method="dirty-logging", **options)
-    return ProcessTarget(pid, cut=mode), Options(**options)
+    if mode == "two-step":
+        return ProcessTarget(pid, cut="soft"), Options(arming="two-step", **options)
+    return ProcessTarget(pid, cut=mode), Options(arming="plain", **options)
 
 
 def snap(pid, path, mode, **options):
@@ -66,8 +71,8 @@ def test_the_cut_is_consistent(request, tmp_path, kind, threads, stride, mode):
             check_order(path, target, low, target.last_write())
             assert result.status == "completed"
             assert result.lost_pages == 0
-            assert result.cut == ("soft" if mode == "soft" else "stop")
-            assert (result.stop_ns > 0) == (mode != "soft")
+            assert result.cut == ("soft" if mode in SOFT else "stop")
+            assert (result.stop_ns > 0) == (mode not in SOFT)
             assert result.injection_ns > 0
             assert result.pages_total == (
                 result.pages_saved - result.duplicate_pages + result.zero_pages + result.hole_pages
@@ -122,7 +127,7 @@ def test_many_threads(tmp_path, mode):
         assert result.lost_pages == 0
         with open_image(tmp_path / "image") as image:
             image.verify()
-            assert len(image.process.threads) == (0 if mode == "soft" else 64)
+            assert len(image.process.threads) == (0 if mode in SOFT else 64)
             assert image.read_at(target.words[MEMORY] + 4000, 1) == b"\1"
             assert target.words[PAGES] == 256
         target.check_running(64)

@@ -19,6 +19,7 @@ static inline void snap_bump(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + value, __ATOMIC_RELAXED);
 }
 static inline uint64_t snap_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+static inline void snap_set(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
 /* The last act of a thread: all it did before is visible to who then reads the count. */
 static inline void snap_leave(uint64_t *count) { __atomic_fetch_sub(count, 1, __ATOMIC_RELEASE); }
 static inline uint64_t snap_swap(uint64_t *word, uint64_t value) {
@@ -27,6 +28,12 @@ static inline uint64_t snap_swap(uint64_t *word, uint64_t value) {
 static inline int snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value) {
     return __atomic_compare_exchange_n(word, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
+/* Two words, each written by one side and then read by the other: with these, at least one side sees the other's
+ * store. Release and acquire do not give that. */
+static inline void snap_store_seq(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t snap_load_seq(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 static inline void snap_pause(void) { __builtin_ia32_pause(); }
 static inline int snap_ctz(uint64_t word) { return __builtin_ctzll(word); }
 static inline int snap_popcount(uint64_t word) { return __builtin_popcountll(word); }

@@ -1,0 +1,133 @@
+"""Two-step arming: what writers hit between the first protection and T.
+
+Protecting 1 GiB of 4 KiB pages takes 16 ms, in which a writer that meets a protected page would wait for T.
+So the memory is protected while the target runs, and a fault is answered: the page is noted here and let go,
+not copied. At T only what was hit is protected again, so the pause follows the hot set and not the memory.
+
+    first walker  register, protect all ─────────► stop_noting ► protect_hits ► T
+    fault threads        note_hit, release  …   ──►│ none any more       faults wait │► claim, copy, release
+
+It is as consistent as protecting all at once. No page is copied before T; at T every page is protected; and
+from the first protect_hits() until T no fault is answered, so a write that completes before T met a page
+that was not protected yet, and is in the image with all that it depends on.
+
+`hits` is written by fault threads (atomic or) before the page is let go, and read when they have stopped.
+`noting` is written by the first walker; each fault thread stores `busy_since` and then loads `noting`, the
+walker stores `noting` and then loads every `busy_since`, all four sequentially consistent: either the thread
+sees that noting has ended, or the walker sees that it is busy and waits. If the fault thread stops in
+between, T does not come; if the walker does, writers wait. The end of the process releases the target in
+both cases.
+"""
+
+from libc.errno cimport EAGAIN, ENOENT, ESRCH
+
+from snapengine.arming cimport protect_range
+from snapengine.atomics cimport (
+    snap_fetch_or, snap_load, snap_load_seq, snap_pause, snap_peek, snap_store_seq,
+)
+from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
+from snapengine.events cimport pump
+from snapengine.pthreads cimport snap_sleep_ns
+from snapengine.readaround cimport run_for
+from snapengine.saver cimport unit_of, unit_range
+from snapengine.session cimport capture_fail
+from snapengine.uffd cimport uffd_protect
+
+cdef uint64_t PAGE = 4096
+cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
+cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
+
+
+cdef bint may_serve(capture_t *capture) noexcept nogil:
+    return snap_load(&capture.armed) or snap_load_seq(&capture.noting) or capture.early
+
+
+cdef void note_hit(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
+                   uint64_t *n) noexcept nogil:
+    cdef uint64_t at, count
+    unit_of(capture, region, page, first, n)
+    if n[0] == 1:
+        n[0] = run_for(capture, page, min(64 - (page & 63), region.first_page + region.pages - page))
+    at = first[0]
+    while at < first[0] + n[0]:
+        count = min(64 - (at & 63), first[0] + n[0] - at)
+        snap_fetch_or(&capture.hits[at >> 6], bits_mask(at & 63, count))
+        at += count
+
+
+cdef void stop_noting(capture_t *capture) noexcept nogil:
+    cdef int i
+    cdef int spins = 0
+    snap_store_seq(&capture.noting, 0)
+    for i in range(1, capture.n_fault_lanes + 1):
+        while snap_load_seq(&capture.lanes[i].busy_since):
+            spins += 1
+            if spins < SPINS:
+                snap_pause()
+            else:
+                snap_sleep_ns(20000)    # it may wait for this CPU
+
+
+cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr,
+                        uint64_t length) noexcept nogil:
+    cdef int err = uffd_protect(capture.uffds[uffd], addr, length)
+    while err == EAGAIN and not snap_load(&capture.failed):
+        pump(capture, lane)
+        err = uffd_protect(capture.uffds[uffd], addr, length)
+    if err == ESRCH or err == ENOENT:       # it has ended, or unmapped that
+        return 0
+    if err:
+        capture_fail(capture, err, "protecting a forked child", addr)
+    return err
+
+
+cdef int _protect_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t first,
+                      uint64_t n) noexcept nogil:
+    cdef uint64_t addr, length, start, end
+    cdef uint64_t uffd = 1
+    cdef int err
+    unit_range(region, first, n, &start, &length)
+    unit_range(region, first + n - 1, 1, &end, &length)
+    length += end - start
+    addr = start
+    err = protect_range(capture, lane, addr, length)
+    while not err and region.shared and uffd < snap_peek(&capture.n_uffds):
+        err = _protect_child(capture, lane, uffd, addr, length)
+        uffd += 1
+    return err
+
+
+cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nogil:
+    """Where the run of hits at `page` ends. Small gaps count as hit, but none between two words: what is
+    huge was hit as a whole, and must not be protected in part."""
+    cdef uint64_t last = page + 1
+    cdef uint64_t more
+    while last < end:
+        if bits_test(hits, last):
+            last += 1
+            continue
+        more = bits_next(hits, last, min(end, (last | 63) + 1))
+        if not last & 63 or more - last > GAP_PAGES or more > (last | 63) or more >= end:
+            break
+        last = more
+    return last
+
+
+cdef int protect_hits(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef int i, err
+    cdef uint64_t page, end, last
+    cdef region_t *region
+    if capture.forget_hits or snap_load(&capture.failed):
+        return 0
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        end = region.first_page + region.pages
+        page = bits_next(capture.hits, region.first_page, end)
+        while page < end:
+            last = _run_end(capture.hits, page, end)
+            bits_fill(capture.present, page, last - page)   # it may have been a hole before
+            err = _protect_run(capture, lane, region, page, last - page)
+            if err:
+                return err
+            page = bits_next(capture.hits, last, end)
+    return 0
