@@ -1,7 +1,5 @@
 """The pause at T of a guest with a small hot set in a large memory, by the ways of arming, in alternation."""
 
-import dataclasses
-
 import pytest
 from benchkit import ROUNDS, Samples, size
 
@@ -9,23 +7,15 @@ import snapengine
 from snapengine.guestparams import GuestParams
 from snapengine.options import MIB, Options
 from snapengine.peer import PeerTarget
-from snapengine.result import Result
 
 SIZE = size("ARMING_SIZE", "4G")
 HOT = 32 * MIB
 WAYS = ("plain", "two-step")
 
 
-@pytest.fixture
-def two_step():
-    """Skip where the engine arms in one way only."""
-    if "pause_ns" not in {field.name for field in dataclasses.fields(Result)}:
-        pytest.skip("the engine has no two-step arming (Options.arming)")
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.benchmark(group="arming")
-def bench_hot_set_pause(benchmark, two_step, start_guest):
+def bench_hot_set_pause(benchmark, start_guest):
     params = GuestParams(size=SIZE, pattern="hot", hot_size=HOT, incompressible=True)
     _, socket = start_guest(params, None)
     samples = Samples()

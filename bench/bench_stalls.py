@@ -94,23 +94,22 @@ def bench_writer_stalls(benchmark, floors, fault_memory, start_guest, length):
     benchmark.extra_info.update(size=length, memory_limit=LIMIT, samples=samples)
 
     def capture():
-        before = guest.stats()
         with snapengine.snapshot(PeerTarget(socket), "null:", Options(memory_limit=LIMIT)) as running:
             at_t = time.monotonic_ns()
             began = after_arming(guest.stats)
             wait_saved(running)
             saved_ns, ended = time.monotonic_ns() - at_t, guest.stats()
         after = guest.stats()
-        return before, began, ended, after, saved_ns, running.result
+        return began, ended, after, saved_ns, running.result
 
     def alternate():
         bare = floor(floors, fault_memory)
-        before, began, ended, after, saved_ns, result = capture()
+        began, ended, after, saved_ns, result = capture()
         stalls = stalls_between(began, ended)
         samples.note(**spread_ns("floor", bare), walk_rate=length * 1e9 / saved_ns)
         samples.note(**{f"stall_{key}": value for key, value in spread(stalls).items()})
         samples.note(arm_ns=result.arm_ns, faults=result.faults, engine_p99_ns=result.fault_ns["p99"])
-        samples.note(**agreement(stalls_between(before, after), result.fault_histogram))
+        samples.note(**agreement(stalls_between(began, after), result.fault_histogram))
         add_up(histograms["ours"], stalls)
         add_up(histograms["floor"], by_buckets(bare))
         add_up(histograms["engine"], dict(result.fault_histogram))

@@ -1,7 +1,7 @@
 """Print what was measured: `python bench/report.py [--all] [--json] [FILE.json ...]`.
 
-One table of the figures that must be reached, each with the floor of the same run; with --all the image sizes
-and every sample, too. Without a file: what `make bench` wrote, and what `make bench-peers` did if there is one.
+One table of the figures that must be reached, each with the floor of the same run; with --all the image
+sizes and every sample, too. Without a file: what `make bench` wrote, and `make bench-peers` if it ran.
 """
 
 from __future__ import annotations

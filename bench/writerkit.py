@@ -66,6 +66,7 @@ def after_arming(stats: Callable[[], dict[str, Any]], timeout_s: float = 5.0) ->
 def agreement(stalls: Histogram, faults: Iterable[tuple[int, int]]) -> dict[str, float]:
     """Whether what a writer measured of its own stores is what the engine says of its faults.
 
+    `stalls` are those after T: `faults` has none of before, but for the one that each writer waits in at T.
     Each fault of a write is one stall, so the counts agree if the smaller is nearly the larger: a few stalls
     are the scheduler's and interrupts', not faults. Times cannot be equal: the engine's clock runs from its
     reading of a fault to the ioctl that releases it, the writer's also over the trap, the wake-up of the
