@@ -1,4 +1,4 @@
-"""What a bench makes of a guest's counters (bench/writerkit.py): against numbers known beforehand, and a guest."""
+"""What a bench makes of a guest's counters (bench/writerkit.py): known numbers, and a guest."""
 
 import time
 
