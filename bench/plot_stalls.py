@@ -56,6 +56,6 @@ def draw_stalls(infos: Sequence[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: format_ns(round(value)))
         clean(axes, "both")
     panels[0].set_ylabel("share of stalls")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower left")
+    panels[0].legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1.0, 0.86))
     figure.supxlabel("time of one write", fontsize=10)
     figure.savefig(path, dpi=110)
