@@ -69,10 +69,11 @@ def agreement(stalls: Histogram, faults: Iterable[tuple[int, int]]) -> dict[str,
     `stalls` are those after T: `faults` has none of before, but for the one that each writer waits in at T.
     Each fault of a write is one stall, so the counts agree if the smaller is nearly the larger. A stall
     without a fault is a write that the walk released before a fault thread had read of it (the kernel takes
-    the message back), or one that the scheduler or an interrupt held up. Times cannot be equal: the engine's clock runs from its
-    reading of a fault to the ioctl that releases it, the writer's also over the trap, the wake-up of the
-    fault thread before, and its own wake-up and wait for a CPU after. So no quantile of the writer's may lie
-    below the engine's (but for a bucket's width), and what lies above is what the engine cannot see.
+    the message back), or one that the scheduler or an interrupt held up. Times cannot be equal:
+    the engine's clock runs from its reading of a fault to the ioctl that releases it, the writer's also over
+    the trap, the wake-up of the fault thread before, and its own wake-up and wait for a CPU after. So no
+    quantile of the writer's may lie below the engine's (but for a bucket's width), and what lies above is
+    what the engine cannot see.
     """
     engine = dict(faults)
     counts = sorted((sum(stalls.values()), sum(engine.values())))
