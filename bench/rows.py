@@ -40,11 +40,13 @@ class Figure:
     @property
     def met(self) -> str:
         """``"yes"``, ``"no"``, ``"median only"``, or ``"-"`` where the run was too small to tell; with
-        ``", aim"`` if the median reaches what is aimed at."""
+        ``", aim"`` if the median reaches what is aimed at (``"aim"`` alone where nothing must be reached)."""
         if not self.full_size or not self.values:
             return "-"
         middle = median(self.values)
         aim = ", aim" if self.aim_limit is not None and self._reaches(middle, self.aim_limit) else ""
+        if not self.must:
+            return aim.removeprefix(", ") or "-"
         if all(self._reaches(value, self.limit) for value in self.values):
             return "yes" + aim
         return "median only" + aim if self._reaches(middle, self.limit) and not self.every else "no"

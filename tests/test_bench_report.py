@@ -43,13 +43,18 @@ def own_buffer(size=GIB, ratios=(0.7, 1.1, 1.2)):
 )
 def test_every_value_or_only_the_median(values, at_least, met):
     aim = 6 if at_least else 1
-    figure = Figure("x", "", values, "count", 3, at_least, aim="aim", aim_limit=aim)
+    figure = Figure("x", "must", values, "count", 3, at_least, aim="aim", aim_limit=aim)
     assert figure.met == met
 
 
 def test_a_run_that_is_too_small_is_not_judged():
     (figure,) = sample_figures({"bench_copy_own_buffer": own_buffer(size=GIB // 2)["extra_info"]})
     assert figure.met == "-"
+
+
+def test_what_is_only_aimed_at():
+    assert Figure("x", "", [1, 2, 9], "count", 0, aim="≤ 3", aim_limit=3).met == "aim"
+    assert Figure("x", "", [1, 4, 9], "count", 0, aim="≤ 3", aim_limit=3).met == "-"
 
 
 def test_the_floor_is_divided_round_by_round():
