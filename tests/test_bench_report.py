@@ -97,6 +97,17 @@ def test_the_command_prints_one_table_and_joins_files(tmp_path, capsys):
     assert (row["met"], row["median"], row["floor"]) == ("yes, aim", 1.1, "memcpy_ns")
 
 
+def test_what_peers_did_is_in_the_table_too():
+    def saved(total, longest):
+        stalls = {"stall_longest_ns": longest, "stall_longest_after_t_ns": longest}
+        return [{"total_ns": total, "stall_p99_ns": 10, **stalls}]
+
+    ways = {"ours": saved(10, 5), "qemu-shape": saved(70, 5), "forkd-shape": saved(20, 500)}
+    found = report.figures([bench("bench_peers[null]", "peers", size=GIB, sink="null", runs=ways)])
+    assert [figure.values for figure in found] [:3] == [[7.0], [1.0], [0.01]]
+    assert all(figure.met == "yes" for figure in found)
+
+
 def test_a_page_costs_what_its_call_does_divided(tmp_path):
     samples = {"protect_64_pages_ns": [6400.0], "vm_read_1_page_rate": [4096e6], "other_ns": [1.0]}
     assert page_costs(samples, "protect") == [(64, [100.0])]
