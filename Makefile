@@ -35,12 +35,16 @@ lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nog
 	PATH="$(abspath $(BIN)):$$PATH" .ci/cython-hints
 
 .PHONY: bench
-bench: $(VENV)/.bench  ## Measure (6 minutes); writes build/bench.json and build/bench/*.png
+bench: $(VENV)/.bench  ## Measure (10 minutes), one table; writes build/bench.json and build/bench/*.png
 	@mkdir -p build/bench
 	$(BIN)/python bench/setup_floors.py
 	$(BIN)/python -m pytest -q bench --benchmark-quiet --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/plots.py
 	@$(BIN)/python bench/report.py
+
+.PHONY: bench-history
+bench-history: $(VENV)/.bench  ## Keep what `make bench` measured in bench/history/, as NAME
+	@$(BIN)/python bench/history.py add "$(NAME)"
 
 .PHONY: bench-qemu
 bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes build/bench-qemu.json and build/bench/qemu-*.png

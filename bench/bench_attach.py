@@ -5,6 +5,7 @@ import time
 
 import pytest
 from benchkit import ROUNDS, Samples, guest_ram, size, warm_file
+from writerkit import bins_around, lost_work_ms, undisturbed
 
 import snapengine
 from snapengine.guestparams import GuestParams
@@ -16,7 +17,7 @@ from snapengine.uffd import FEATURES, MODE_WP, Uffd
 SIZE = size("ATTACH_SIZE", "1G")
 LIMIT = 64 * MIB
 INJECTIONS = 30
-BASELINE_S = 1.0
+BEFORE_NS = 300_000_000
 TAIL_S = 0.3
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="attach")]
@@ -63,20 +64,6 @@ def bench_attach_arm(benchmark, start_guest):
     samples["arm_ratio"] = [arm_ns / bare_ns for arm_ns, bare_ns in pairs]
 
 
-def lost_work(guest, began_ns, rate, ended_ns):
-    """Milliseconds of undisturbed work that the writer did not do between two moments."""
-    written = sum(writes for at, writes in guest.bins(began_ns) if at < ended_ns)
-    return (ended_ns - began_ns) / 1e6 - written / rate * 1e3
-
-
-def undisturbed(guest):
-    """Writes a second."""
-    began = time.monotonic_ns()
-    time.sleep(BASELINE_S)
-    ended = time.monotonic_ns()
-    return sum(writes for at, writes in guest.bins(began) if at < ended) / ((ended - began) / 1e9)
-
-
 def ended(pid):
     """Whether a child of somebody else's has ended."""
     try:
@@ -89,9 +76,9 @@ def ended(pid):
 def bench_lost_work(benchmark, start_guest, tmpfs):
     """A writer at full speed over everything: attach and save, or fork and let the child write the file."""
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), None)
-    samples = Samples()
+    samples, work = Samples(), {}
     options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
-    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples)
+    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples, work=work)
 
     def attach():
         with snapengine.snapshot(ProcessTarget(guest.pid), tmpfs, options) as capture:
@@ -105,17 +92,18 @@ def bench_lost_work(benchmark, start_guest, tmpfs):
 
     def alternate():
         for name, save in (("attach", attach), ("fork", fork)):
-            rate = undisturbed(guest)
+            rate = undisturbed(guest.bins)
             tmpfs.unlink(missing_ok=True)
             warm_file(tmpfs, SIZE + SIZE // 64)  # now: the host takes free memory back within a second
             began = time.monotonic_ns()
             save()
             done = time.monotonic_ns()
             time.sleep(TAIL_S)
-            lost = lost_work(guest, began, rate, time.monotonic_ns())
+            lost = lost_work_ms(guest.bins(began), began, time.monotonic_ns(), rate)
+            work[name] = bins_around(guest.bins(began - BEFORE_NS), began, done)
             samples.note(**{f"{name}_ns": done - began, f"{name}_lost_ns": lost * 1e6})
         samples.note(lost_ratio=samples["attach_lost_ns"][-1] / max(samples["fork_lost_ns"][-1], 1.0))
 
     alternate()
     samples.clear()
-    benchmark.pedantic(alternate, rounds=min(5, ROUNDS))
+    benchmark.pedantic(alternate, rounds=ROUNDS)

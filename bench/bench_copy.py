@@ -68,6 +68,9 @@ def measure(benchmark, make_target, floor):
     samples["memcpy_ratio"] = [memcpy / capture for memcpy, capture in pairs]
     pairs = zip(samples["memcpy_4k_ns"], samples["capture_ns"], strict=True)
     samples["memcpy_4k_ratio"] = [memcpy / capture for memcpy, capture in pairs]
+    if "process_vm_readv_ns" in samples:
+        pairs = zip(samples["process_vm_readv_ns"], samples["capture_ns"], strict=True)
+        samples["process_vm_readv_ratio"] = [read / capture for read, capture in pairs]
     if "ioctl_protect_ns" in samples:  # the least that one thread needs: protect, copy, un-protect
         parts = zip(*(samples[name] for name in LEAST), samples["capture_ns"], strict=True)
         samples["least_work_ratio"] = [sum(least) / capture for *least, capture in parts]

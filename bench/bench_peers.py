@@ -10,8 +10,9 @@ import time
 
 import floorkit
 import pytest
-from benchkit import ROUNDS, TMPFS, is_tmpfs, size, stall_quantiles, warm_file
+from benchkit import ROUNDS, TMPFS, is_tmpfs, size, warm_file
 from peers import shapes
+from writerkit import lost_work_ms, spread, stalls_between, written
 
 import snapengine
 from snapengine.guestmem import GuestMemory
@@ -51,15 +52,9 @@ def busy():
         yield memory, writers
 
 
-def longest_ns(before, after):
-    """The longest write that has ended between two of the writer's `stalls`: the least ns of its bucket."""
-    counts = dict(before["histogram"])
-    return max((floor for floor, count in after["histogram"] if count > counts.get(floor, 0)), default=0)
-
-
-def written(writers, since_ns, until_ns):
-    """Writes in the bins of 10 ms that begin in the time."""
-    return sum(writes for at, writes in writers.bins(since_ns) if at < until_ns)
+def spread_between(before, after):
+    """Of the writes that have ended between two of the writer's `stalls`: count, p50, p99, longest."""
+    return spread(stalls_between({"stalls": before}, {"stalls": after}))
 
 
 class AfterT:
@@ -90,24 +85,24 @@ def measure(way, memory, writers, path):
     watched, calm = time.monotonic_ns(), writers.stalls()
     time.sleep(BEFORE_S)
     began, before = time.monotonic_ns(), writers.stalls()
-    rate = written(writers, watched, began) / (began - watched)
+    rate = written(writers.bins(watched), began) / (began - watched) * 1e9
     after_t = AfterT(writers)
     saved = way(memory, path, after_t)
     ended, after = time.monotonic_ns(), writers.stalls()
     after_t.join()
     time.sleep(TAIL_S)
     until = time.monotonic_ns()
-    stalls = stall_quantiles({"stalls": before}, {"stalls": after})
+    stalls = spread_between(before, after)
     return saved | {
         "total_ns": ended - began,
         "stalls": stalls["stalls"],
         "stall_p50_ns": stalls["p50_ns"],
         "stall_p99_ns": stalls["p99_ns"],
-        "stall_longest_ns": longest_ns(before, after),
-        "stall_longest_after_t_ns": longest_ns(after_t.stalls, after),
-        "stall_longest_before_ns": longest_ns(calm, before),
-        "lost_ns": (until - began) - written(writers, began, until) / rate,
-        "writes_before_rate": rate * 1e9,
+        "stall_longest_ns": stalls["longest_ns"],
+        "stall_longest_after_t_ns": spread_between(after_t.stalls, after)["longest_ns"],
+        "stall_longest_before_ns": spread_between(calm, before)["longest_ns"],
+        "lost_ns": lost_work_ms(writers.bins(began), began, until, rate) * 1e6,
+        "writes_before_rate": rate,
     }
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from snapengine.maps import read_maps
 from snapengine.uffd import FEATURES, Uffd
@@ -17,6 +15,7 @@ from snapengine.units import parse_size
 
 KIB = 1 << 10
 MIB = 1 << 20
+GIB = 1 << 30
 TMPFS = Path(os.environ.get("SNAPENGINE_BENCH_TMPFS", "/dev/shm"))
 ROUNDS = int(os.environ.get("SNAPENGINE_BENCH_ROUNDS", "5"))
 PIECE = 64 * 4096
@@ -107,34 +106,3 @@ def protect_floor(floors: ModuleType, memory: mmap.mmap) -> dict[str, float]:
         floors.write_protect_ns(fd, addr, length, length, True)
         pieces = floors.write_protect_ns(fd, addr, length, PIECE, False)
     return {"ioctl_protect_ns": whole, "ioctl_unprotect_ns": release, "ioctl_unprotect_64_ns": pieces}
-
-
-def fault_floor(floors: ModuleType, memory: mmap.mmap, handlers: int = 2) -> dict[str, float]:
-    """p50 and p99 of a write fault with one blocked handler per CPU that does nothing but its duty."""
-    with protected(floors, memory, sync=True) as (fd, addr, length):
-        floors.write_protect_ns(fd, addr, length, length, True)
-        loop = floors.FaultLoop(fd, addr, length, handlers)
-        threads = [threading.Thread(target=loop.serve, args=(cpu,), daemon=True) for cpu in range(handlers)]
-        for thread in threads:
-            thread.start()
-        taken = sorted(loop.run())
-        for thread in threads:
-            thread.join(10)
-    return {"floor_p50_ns": taken[len(taken) // 2], "floor_p99_ns": taken[len(taken) * 99 // 100]}
-
-
-def stall_quantiles(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
-    """Of a guest's stalls between two of its `stats`: count, p50 and p99 (least ns of the bucket)."""
-    counts = dict(map(tuple, after["stalls"]["histogram"]))
-    for floor, count in before["stalls"]["histogram"]:
-        counts[floor] -= count
-    total, seen = sum(counts.values()), 0
-    found = {"p50_ns": 0, "p99_ns": 0}
-    for floor in sorted(counts):
-        seen += counts[floor]
-        if seen >= 0.5 * total and not found["p50_ns"]:
-            found["p50_ns"] = floor
-        if seen >= 0.99 * total:
-            found["p99_ns"] = floor
-            break
-    return {"stalls": total, **found}

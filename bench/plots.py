@@ -3,86 +3,48 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from plot_images import draw_images
+from plot_rates import draw_batches, draw_sizes
+from plot_stalls import draw_stalls
+from plot_work import draw_work
 
-from snapengine.options import METHODS, MIB, WRITE_TRACKING
-from snapengine.plot import GREY, STYLES
-from snapengine.result import COMPLETED
-
-
-def rate_label(rate: int | None) -> str:
-    """Pages a second, short."""
-    return "max" if rate is None else f"{rate // 1000}k" if rate else "0"
+Info = dict[str, Any]
 
 
-def by_rate(info: dict[str, Any]) -> float:
-    """Write rates in order, "max" last."""
-    return math.inf if info["write_rate"] is None else info["write_rate"]
-
-
-def draw_line(axes: Axes, infos: Sequence[dict[str, Any]], method: str, rates: Sequence[float]) -> None:
-    """One method at one sink rate; hollow markers where it gave up."""
-    color, marker = STYLES[method]
-    rows = sorted((info for info in infos if info["method"] == method), key=by_rate)
-    if not rows:
-        return
-    xs, ratios = [rates.index(by_rate(info)) for info in rows], [info["ratio"] for info in rows]
-    axes.plot(xs, ratios, color=color, linewidth=2, zorder=2)
-    for x, info in zip(xs, rows, strict=True):
-        face = color if info["status"] == COMPLETED else "white"
-        axes.plot(x, info["ratio"], marker, color=color, markerfacecolor=face, markersize=8,
-                  markeredgewidth=2, zorder=3)  # fmt: skip
-    place = {"xytext": (-2, -18)} if method == WRITE_TRACKING else {"xytext": (-12, 6)}
-    axes.annotate(method, (xs[-1], ratios[-1]), color=color, ha="right", textcoords="offset points",
-                  fontweight="bold", **place)  # fmt: skip
-    end = f"{ratios[-1]:.3f}" if ratios[-1] < 1.1 else f"{ratios[-1]:.1f}"
-    axes.annotate(end, (xs[-1], ratios[-1]), xytext=(9, 0), color=color, va="center",
-                  textcoords="offset points", annotation_clip=False)  # fmt: skip
-
-
-def draw_images(infos: Sequence[dict[str, Any]], path: Path) -> None:
-    """Image size against write rate, a panel per sink rate, a line per method."""
-    sinks = sorted({info["sink_rate"] for info in infos}, key=lambda rate: -(rate or math.inf))
-    rates = sorted({*map(by_rate, infos)})
-    ticks = [rate_label(None if rate == math.inf else int(rate)) for rate in rates]
-    figure = Figure(figsize=(4.2 * len(sinks), 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(sinks), sharey=True, squeeze=False)[0]
-    for axes, sink in zip(panels, sinks, strict=True):
-        for method in METHODS:
-            draw_line(axes, [info for info in infos if info["sink_rate"] == sink], method, rates)
-        axes.set_title(f"sink: {f'{sink // MIB} MiB/s' if sink else 'no limit'}", loc="left", fontsize=12)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(range(len(ticks)), ticks)
-        axes.set_xlim(-0.3, len(ticks) - 0.4)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylim(0.8, max(2.0, max(info["ratio"] for info in infos) * 1.3))
-    panels[0].set_ylabel("image / bytes that are not zero")
-    figure.supxlabel("pages that the guest writes a second", fontsize=10)
-    size = infos[0]["size"] // MIB
-    figure.suptitle(f"Size of the image of a guest with {size} MiB (hollow: gave up, no image)", x=0.01,
-                    ha="left", fontsize=11, color=GREY)  # fmt: skip
-    figure.savefig(path, dpi=110)
+def draw(benches: Sequence[dict[str, Any]], room: Path) -> Iterator[Path]:
+    """All that there is data for; the pictures' paths."""
+    infos = [bench["extra_info"] for bench in benches]
+    images = [bench["extra_info"] for bench in benches if bench["group"] == "images"]
+    if images:
+        draw_images(images, room / "images.png")
+        yield room / "images.png"
+    stalls = [info for info in infos if "histograms" in info]
+    if stalls:
+        draw_stalls(stalls, room / "stalls.png")
+        yield room / "stalls.png"
+    for info in (info for info in infos if "work" in info):
+        draw_work(info, room / "work.png")
+        yield room / "work.png"
+    for info in (info for info in infos if "by_size" in info):
+        draw_sizes(info, room / "sizes.png")
+        yield room / "sizes.png"
+    floors: dict[str, list[float]] = {}
+    for bench in (bench for bench in benches if bench["group"] == "floors"):
+        floors.update(bench["extra_info"].get("samples", {}))
+    if draw_batches(floors, room / "batches.png"):
+        yield room / "batches.png"
 
 
 def main(source: str = "build/bench.json", directory: str = "build/bench") -> None:
-    """Draw all that there is data for."""
-    benches = json.loads(Path(source).read_text())["benchmarks"]
-    infos = [bench["extra_info"] for bench in benches if bench["group"] == "images"]
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    if infos:
-        path = Path(directory) / "images.png"
-        draw_images(infos, path)
+    """The command."""
+    room = Path(directory)
+    room.mkdir(parents=True, exist_ok=True)
+    for path in draw(json.loads(Path(source).read_text())["benchmarks"], room):
         print(path)
 
 

@@ -9,14 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from plotkit import clean, new_figure
 from qemu_names import BACKGROUND, OURS, WAYS
 from qemu_report import MAIN
 
 from snapengine.options import MIB
-from snapengine.plot import GREY
 
 # Okabe and Ito's palette; ours in blues and green.
 COLORS = dict(
@@ -26,21 +23,6 @@ MARKERS = dict(zip(WAYS, "sDvoP^X", strict=True))
 PARTS = {"stop": "#999999", "device_state": "#E69F00", "arm": "#0072B2", "cont": "#56B4E9"}
 BIN_S = 0.01
 Info = dict[str, Any]
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """A figure with its title."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=GREY)
-    return figure
-
-
-def clean(axes: Axes, grid: str) -> None:
-    """The look that all share."""
-    axes.grid(axis=grid, color="#dddddd", linewidth=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_images(infos: Sequence[Info], path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Print what `make bench` measured: `python bench/report.py [--json] [build/bench.json]`.
+"""Print what was measured: `python bench/report.py [--all] [--json] [FILE.json ...]`.
 
-First the figures that the project must reach, then the image sizes, then every sample with its floors.
+One table of the figures that must be reached, each with the floor of the same run; with --all the image
+sizes and every sample, too. Without a file: what `make bench` wrote, and `make bench-peers` if it ran.
 """
 
 from __future__ import annotations
@@ -8,168 +9,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rows import GIB, Figure, figure_table, make_table, show, spread, unit_of
+from wanted import image_figures, sample_figures
 
 from snapengine.options import DIRTY_LOGGING, MIB, WRITE_TRACKING
-from snapengine.units import format_count, format_ns, format_size
+from snapengine.units import format_count, format_ns
 
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One figure that must be reached; `values` has one entry per round or capture."""
-
-    name: str
-    must: str
-    values: list[float]
-    unit: str
-    limit: float
-    at_least: bool = False
-    full_size: bool = True
-    every: bool = False
-    """Each value must reach the limit, not only the median."""
-
-    @property
-    def met(self) -> str:
-        """``"yes"``, ``"no"``, ``"median only"``, or ``"-"`` where the run was too small to tell."""
-        if not self.full_size or not self.values:
-            return "-"
-        good = [value >= self.limit if self.at_least else value <= self.limit for value in self.values]
-        if all(good):
-            return "yes"
-        middle = median(self.values)
-        reached = middle >= self.limit if self.at_least else middle <= self.limit
-        return "median only" if reached and not self.every else "no"
+__all__ = ["GIB", "Figure", "figure_table", "figures", "make_table", "show"]
+DEFAULTS = (Path("build/bench.json"), Path("build/bench-peers.json"))
 
 
 def figures(benches: Sequence[dict[str, Any]]) -> list[Figure]:
-    """All that must be reached, as far as the run has it."""
-    return [
+    """All that must be reached, as far as the runs have it."""
+    found = [
         *image_figures(benches),
         *sample_figures({bench["name"]: bench["extra_info"] for bench in benches}),
     ]
+    peers = [bench["extra_info"] for bench in benches if bench["group"] == "peers"]
+    if peers:
+        from peer_report import judged  # it imports this module's table
 
-
-def image_figures(benches: Sequence[dict[str, Any]]) -> list[Figure]:
-    """The image against the memory that is not zero."""
-    infos = [bench["extra_info"] for bench in benches if bench["group"] == "images"]
-    tracking = [info for info in infos if info["method"] == WRITE_TRACKING]
-    if not tracking:
-        return []
-    full = tracking[0]["size"] >= 64 * MIB
-    pages = [info["duplicate_pages"] for info in tracking]
-    ratios = [info["ratio"] for info in tracking]
-    return [
-        Figure(
-            "image / non-zero bytes, all rates", "≤ 1.005", ratios, "ratio", 1.005, full_size=full, every=True
-        ),
-        Figure("pages saved twice, all rates", "0", pages, "count", 0, every=True),
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A figure that is a sample of a bench; judged only if the bench ran at `full_size` or more."""
-
-    bench: str
-    sample: str
-    name: str
-    must: str
-    limit: float
-    full_size: int
-    at_least: bool = False
-
-
-_WRITER, _COPY = "bench_full_speed_writer", "bench_copy"
-_WANTED = (
-    Wanted(f"{_WRITER}[anon]", "capture_ns", "1 GiB, writer at full speed, tmpfs", "≤ 1.0 s", 1e9, GIB),
-    Wanted(f"{_WRITER}[memfd]", "capture_ns", "  the same, memfd", "≤ 1.0 s", 1e9, GIB),
-    Wanted(
-        f"{_WRITER}[anon]",
-        "grown_over_limit_bytes",
-        "  engine's memory - its limit",
-        "≤ 32 MiB",
-        32 * MIB,
-        GIB,
-    ),
-    Wanted(
-        f"{_COPY}_own_buffer", "memcpy_ratio", "memcpy / idle, null sink: own buffer", "≥ 0.5", 0.5, GIB, True
-    ),
-    Wanted(
-        f"{_COPY}_guest[anon]", "memcpy_ratio", "  other process, private memory", "≥ 0.5", 0.5, GIB, True
-    ),
-    Wanted(f"{_COPY}_guest[memfd]", "memcpy_ratio", "  other process, memfd", "≥ 0.5", 0.5, GIB, True),
-    Wanted("bench_stalls", "throttled_p99_ratio", "stall p99, sink 50 MiB/s / no limit", "≤ 2", 2, 128 * MIB),
-    Wanted("bench_sparse", "arm_ns", "64 GiB sparse, 256 MiB written: arming", "< 50 ms", 50e6, 64 * GIB),
-    Wanted("bench_sparse", "tables_added_bytes", "  page tables added", "< 16 MiB", 16 * MIB, 64 * GIB),
-    Wanted("bench_injection[1]", "injection_stop_ns", "attach: one thread stands", "≤ 0.5 ms", 5e5, GIB),
-    Wanted("bench_injection[3]", "injection_stop_ns", "  the same, 3 busy threads", "≤ 0.5 ms", 5e5, GIB),
-    Wanted("bench_attach_arm", "arm_ratio", "  arming / the bare ioctls", "≤ 1.3", 1.3, GIB),
-    Wanted("bench_lost_work", "attach_ns", "  1 GiB, writer at full speed, tmpfs", "≤ 1.2 s", 1.2e9, GIB),
-    Wanted("bench_lost_work", "lost_ratio", "  work lost / by fork and copy-on-write", "≤ 1.5", 1.5, GIB),
-)
-
-
-def sample_figures(infos: dict[str, dict[str, Any]]) -> list[Figure]:
-    """The figures that are samples of a bench."""
-    found = []
-    for wanted in _WANTED:
-        info = infos.get(wanted.bench, {})
-        values = info.get("samples", {}).get(wanted.sample)
-        if values:
-            found.append(
-                Figure(
-                    wanted.name, wanted.must, values, unit_of(wanted.sample), wanted.limit, wanted.at_least,
-                    full_size=info["size"] >= wanted.full_size,
-                )
-            )  # fmt: skip
+        found += judged(peers)
     return found
-
-
-def unit_of(sample: str) -> str:
-    """The unit that the name of a sample ends with."""
-    unit = sample.rsplit("_", 1)[-1]
-    return unit if unit in ("ns", "bytes", "rate", "ratio") else "count"
-
-
-_FORMATS: dict[str, Callable[[float], str]] = {
-    "ns": format_ns,
-    "bytes": format_size,
-    "rate": lambda value: f"{value / 1e9:.1f} GB/s",
-    "ratio": lambda value: f"{value:.4f}" if 0.99 < value < 1.01 else f"{value:.2f}",
-    "count": format_count,
-}
-
-
-def spread(values: Sequence[float], unit: str) -> tuple[str, str]:
-    """Median, and [min .. max]."""
-    show = _FORMATS[unit]
-    return show(median(values)), f"[{show(min(values))} .. {show(max(values))}]"
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """A table without lines; all columns but the first to the right."""
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
-def figure_table(found: Sequence[Figure]) -> Table:
-    """What must be reached, and what was."""
-    table = make_table("\nWhat it must reach", "figure", "must", "median", "[min .. max]", "n", "met")
-    for figure in found:
-        count = str(len(figure.values))
-        table.add_row(figure.name, figure.must, *spread(figure.values, figure.unit), count, figure.met)
-    return table
 
 
 def rate_text(rate: int | None) -> str:
@@ -211,24 +80,37 @@ def sample_table(benches: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def to_json(found: Sequence[Figure]) -> list[dict[str, Any]]:
+    """The rows for programs."""
+    return [
+        asdict(figure) | {"met": figure.met, "median": median(figure.values), "floor_ratios": figure.ratios}
+        for figure in found
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description="Print what the bench measured.")
-    parser.add_argument("file", nargs="?", default="build/bench.json", type=Path)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--all", action="store_true", help="image sizes and all samples, too")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON list")
     args = parser.parse_args(arguments)
-    run = json.loads(args.file.read_text())
-    found = figures(run["benchmarks"])
+    files = args.files or [path for path in DEFAULTS if path.exists()]
+    if not files:
+        parser.error(f"there is no {DEFAULTS[0]}: run `make bench`")
+    runs = [json.loads(path.read_text()) for path in files]
+    benches = [bench for run in runs for bench in run["benchmarks"]]
+    found = figures(benches)
     if args.json:
-        json.dump([asdict(figure) | {"met": figure.met} for figure in found], sys.stdout, indent=1)
+        json.dump(to_json(found), sys.stdout, indent=1)
         print()
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 130, markup=False)
-    cpu = run["machine_info"].get("cpu", {})
-    console.print(f"{cpu.get('brand_raw', 'unknown CPU')}, {cpu.get('count', '?')} CPUs", highlight=False)
-    tables = [image_table(run["benchmarks"]), sample_table(run["benchmarks"]), figure_table(found)]
-    for table in (table for table in tables if table.row_count):
+    console = Console(width=None if sys.stdout.isatty() else 190, markup=False)
+    cpu = runs[0]["machine_info"].get("cpu", {})
+    tables = [image_table(benches), sample_table(benches)] if args.all else []
+    for table in [*(table for table in tables if table.row_count), figure_table(found)]:
         console.print(table, highlight=False)
+    console.print(f"{cpu.get('brand_raw', 'unknown CPU')}, {cpu.get('count', '?')} CPUs", highlight=False)
     return 0
 
 

@@ -25,6 +25,10 @@ cdef uint64_t bucket_top(int bucket) noexcept nogil:
     return ((<uint64_t>(8 + bucket % 8) + 1) << shift) - 1
 
 
+cdef uint64_t bucket_least(int bucket) noexcept nogil:
+    return bucket_top(bucket - 1) + 1 if bucket else 0
+
+
 cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil:
     snap_bump(&histogram.counts[bucket_of(ns)], 1)
     if ns > histogram.longest:
@@ -60,7 +64,7 @@ def bucket_number(uint64_t ns):
 
 def bucket_floor(int bucket):
     """The least nanoseconds that a bucket counts."""
-    return bucket_top(bucket - 1) + 1 if bucket else 0
+    return bucket_least(bucket)
 
 
 def quantiles(values, shares=(0.5, 0.99)):

@@ -13,7 +13,9 @@ import os
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_count, bits_next, bits_test
 from snapengine.fileio cimport file_mtime
-from snapengine.histogram cimport histogram_merge, histogram_quantile, histogram_t
+from snapengine.histogram cimport (
+    HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
+)
 from snapengine.pagemap import has_pagemap_scan
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
 from snapengine.pthreads cimport (
@@ -272,16 +274,25 @@ cdef class Session:
 
     def fault_ns(self):
         """{"p50", "p99", "max"} of the time from seeing a fault to its release, in ns."""
-        cdef histogram_t total
-        cdef int i
-        total = self.capture.lanes[0].histogram
-        for i in range(1, self.capture.n_lanes):
-            histogram_merge(&total, &self.capture.lanes[i].histogram)
+        cdef histogram_t total = self._fault_histogram()
         return {
             "p50": histogram_quantile(&total, 0.5),
             "p99": histogram_quantile(&total, 0.99),
             "max": total.longest,
         }
+
+    def fault_histogram(self):
+        """[(least ns of the bucket, faults)] of the same times, ascending, empty buckets left out."""
+        cdef histogram_t total = self._fault_histogram()
+        cdef int i
+        return [(bucket_least(i), total.counts[i]) for i in range(HISTOGRAM_BUCKETS) if total.counts[i]]
+
+    cdef histogram_t _fault_histogram(self) noexcept:
+        cdef histogram_t total = self.capture.lanes[0].histogram
+        cdef int i
+        for i in range(1, self.capture.n_lanes):
+            histogram_merge(&total, &self.capture.lanes[i].histogram)
+        return total
 
     def lost_runs(self):
         """(address, bytes) of memory that was gone before it could be saved."""

@@ -12,6 +12,7 @@ cdef struct histogram_t:
 
 cdef int bucket_of(uint64_t ns) noexcept nogil
 cdef uint64_t bucket_top(int bucket) noexcept nogil         # largest ns that falls into it
+cdef uint64_t bucket_least(int bucket) noexcept nogil       # smallest ns that falls into it
 cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil
 cdef void histogram_merge(histogram_t *into, const histogram_t *other) noexcept nogil
 # The ns that a share of all values (0 < share ≤ 1) does not exceed, to a bucket's width; 0 if empty.

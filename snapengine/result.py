@@ -68,6 +68,10 @@ class Result:
     stop_parts_ns: dict[str, int] = field(default_factory=dict)
     """Of a QEMU machine: what its stop was spent on (see `snapengine.qemu.target.QemuTarget`)."""
 
+    fault_histogram: list[tuple[int, int]] = field(default_factory=list)
+    """All of the times of `fault_ns`: (least ns of the bucket, faults), ascending; 8 buckets for each power
+    of two, those without a fault left out. Their counts add up to `faults`."""
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, keys in the order of the fields."""
         return asdict(self)

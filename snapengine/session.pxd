@@ -176,6 +176,7 @@ cdef class Session:
     cdef Arena descriptors                # uffds: readable in a forked child, which must close them
     cdef list bitmaps
     cdef object owned_fds
+    cdef histogram_t _fault_histogram(self) noexcept    # of all lanes
     cdef int _open_files(self) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
     cdef int _set_region(self, region_t *region, plan) except -1

@@ -46,6 +46,7 @@ def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str
         "pause_ns": session.pause_ns,
         "arming_faults": counts["arming_faults"],
         "fault_ns": session.fault_ns(),
+        "fault_histogram": session.fault_histogram(),
         "spilled_bytes": session.pool.spilled_bytes,
         "lost_pages": lost,
         "lost_runs": runs,

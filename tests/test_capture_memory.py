@@ -150,3 +150,24 @@ def test_huge_pages_survive(tmp_path):
     assert huge_kib(address) == before
     assert result.faults <= 1
     assert saved(tmp_path / "image") == b"h" * len(buffer)
+
+
+def test_the_histogram_has_every_fault(tmp_path):
+    """As the result and as the image's figures, which `snapengine info --json` prints."""
+    buffer = anonymous(16 * MIB)
+    buffer.madvise(mmap.MADV_NOHUGEPAGE)
+    buffer[:] = b"h" * len(buffer)
+
+    def scribble():
+        for page in range(len(buffer) // PAGE - 1, 0, -5):
+            buffer[page * PAGE] = 1
+
+    result = snap(buffer, tmp_path / "image", scribble, memory_limit=16 * MIB, rate_limit=64 * MIB)
+    floors, counts = zip(*result.fault_histogram, strict=True)
+    assert list(floors) == sorted(set(floors))
+    assert all(counts)
+    assert sum(counts) == result.faults > 0
+    assert floors[-1] <= result.fault_ns["max"] < 1.13 * max(floors[-1], 8)
+    assert floors[0] <= result.fault_ns["p50"] <= result.fault_ns["p99"]
+    with open_image(tmp_path / "image") as image:
+        assert image.stats["fault_histogram"] == [list(pair) for pair in result.fault_histogram]

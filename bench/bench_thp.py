@@ -1,0 +1,47 @@
+"""Huge pages stay huge: the share of memory in them before and after a capture, where no writer hits them."""
+
+import os
+
+import pytest
+from benchkit import ROUNDS, Samples, guest_ram, huge_pages, size
+from hugepages import huge_share
+
+import snapengine
+from snapengine.guestparams import GuestParams
+from snapengine.peer import PeerTarget
+from snapengine.process import ProcessTarget
+
+SIZE = size("THP_SIZE", "256M")
+ENOUGH = 0.9
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.benchmark(group="thp")]
+
+
+def measure(benchmark, make_target, pid, addr):
+    """Captures of the same memory one after the other: what one splits, the next one finds split."""
+    samples = Samples()
+    benchmark.extra_info.update(size=SIZE, samples=samples)
+    first = huge_share(pid, addr)
+    if first < ENOUGH:
+        pytest.skip("the kernel gave no huge pages: see /sys/kernel/mm/transparent_hugepage/enabled")
+
+    def save():
+        with snapengine.snapshot(make_target(), "null:") as capture:
+            pass
+        samples.note(capture_ns=capture.result.duration_ns, huge_kept_ratio=huge_share(pid, addr) / first)
+
+    benchmark.pedantic(save, rounds=ROUNDS)
+
+
+def bench_thp_own_buffer(benchmark, floors):
+    with huge_pages(SIZE) as memory:
+        floors.fill(memory)
+        measure(benchmark, lambda: snapengine.BufferTarget(memory), os.getpid(), floors.address_of(memory))
+
+
+@pytest.mark.parametrize("how", ["peer", "attached"])
+def bench_thp_guest(benchmark, start_guest, how):
+    guest, socket = start_guest(GuestParams(size=SIZE, pages="thp", incompressible=True), 0)
+    addr = guest_ram(guest.pid, SIZE)
+    make = {"peer": lambda: PeerTarget(socket), "attached": lambda: ProcessTarget(guest.pid)}[how]
+    measure(benchmark, make, guest.pid, addr)

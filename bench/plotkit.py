@@ -1,0 +1,27 @@
+"""The look that all pictures of the bench share."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from snapengine.plot import GREY
+
+# Okabe and Ito's palette: told apart with any colour vision.
+OURS, FLOOR, OTHER, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure with its title."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=GREY)
+    return figure
+
+
+def clean(axes: Axes, grid: str) -> None:
+    """Without what says nothing."""
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
