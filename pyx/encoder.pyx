@@ -25,8 +25,8 @@ from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, pool_unspill, slot_data, slot_entries,
 )
 from snapengine.pthreads cimport (
-    pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, snap_nice, snap_now_ns,
+    LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, snap_nice_slice, snap_now_ns,
 )
 
 cdef double KEEP = 0.9              # of the old estimate, for each new chunk
@@ -201,7 +201,7 @@ cdef class Encoder:
         cdef chunk_ref chunk
         cdef uint64_t ticket
         if not self.compressing:
-            snap_nice(WRITER_NICE)
+            snap_nice_slice(WRITER_NICE, LONG_SLICE_NS)
         while pool_take(self.pool.pool, &chunk, &ticket) > 0:
             self._encode(&chunk, ticket, number)
             if chunk.slot != NO_SLOT:

@@ -18,11 +18,12 @@ from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, hold_fault, 
 from snapengine.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
-from snapengine.pool cimport lane_room, pool_has_room
+from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport (
-    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice, snap_now_ns,
+    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice_slice,
+    snap_now_ns,
 )
-from snapengine.readaround cimport run_for
+from snapengine.readaround cimport run_around
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
 from snapengine.session cimport PRESENCE_BITS, PRESENCE_FILE, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated
@@ -53,6 +54,7 @@ cdef int SPINS = 10000
 # A fault thread runs for microseconds at a time while a writer waits for it: it should not queue behind the
 # walk or an encoder.
 cdef int FAULT_NICE = -15
+cdef uint64_t FAULT_SLICE_NS = 100000
 
 
 cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
@@ -108,24 +110,22 @@ cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *regio
     release(capture, lane, uffd, start, length)
 
 
-cdef uint64_t _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
-    """The page of a fault, and what read-around takes along. 1 if the capture has failed."""
+cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """The page of a fault, and what read-around takes along. True if the capture has failed."""
     cdef uint64_t window = page & ~<uint64_t>63
-    cdef uint64_t n = run_for(capture, page, min(64 - (page & 63), region.first_page + region.pages - page))
-    cdef uint64_t mask, data, won
+    cdef uint64_t first, n, mask, data, won
     cdef int err
-    if n > 1 and not pool_has_room(capture.pool, 1):
-        n = 1                       # no more than must be: it may go through the spill file
+    run_around(capture, region, page, &first, &n)
     err = lane_room(capture.pool, &lane.slot, n, False)
     if err:
         capture_fail(capture, err, "spill file", 0)
-        return 1
-    mask = bits_mask(page & 63, n)
+        return True
+    mask = bits_mask(first & 63, n)
     data = populated(capture, lane, region, window, mask & ~snap_load(&capture.claimed[page >> 6]))
     won = bits_claim(capture.claimed, page >> 6, mask)
     if won:
         save_window(capture, lane, region, window, won, data & won)
-    return 0
+    return False
 
 
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
@@ -256,7 +256,7 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t seen, word
     cdef int i, n
     snap_name_thread("snap-fault")
-    snap_nice(FAULT_NICE)
+    snap_nice_slice(FAULT_NICE, FAULT_SLICE_NS)
     # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
     # encoder was using (p99 300 µs; 60 µs like this).
     if not capture.early and not _await_arming(capture, True):

@@ -28,7 +28,7 @@ from snapengine.atomics cimport (
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport pump
 from snapengine.pthreads cimport snap_sleep_ns
-from snapengine.readaround cimport run_for
+from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
 from snapengine.session cimport capture_fail
 from snapengine.uffd cimport uffd_protect
@@ -47,7 +47,7 @@ cdef void note_hit(capture_t *capture, region_t *region, uint64_t page, uint64_t
     cdef uint64_t at, count
     unit_of(capture, region, page, first, n)
     if n[0] == 1:
-        n[0] = run_for(capture, page, min(64 - (page & 63), region.first_page + region.pages - page))
+        n[0] = run_from(capture, page, min(64 - (page & 63), region.first_page + region.pages - page))
     at = first[0]
     while at < first[0] + n[0]:
         count = min(64 - (at & 63), first[0] + n[0] - at)

@@ -1,20 +1,34 @@
-"""Read-around: how many pages a write fault takes along.
+"""Read-around: which pages a write fault takes along.
 
-A writer that goes through memory in order would fault on every page. So whoever faults right behind the last
-run that was let go gets a run twice as long, up to 64 pages: a sequential writer soon faults once in 64
-pages, and one that jumps about pays nothing for it.
+- A writer that goes through memory in order would fault on every page. So who faults right behind the last
+run
+  that was let go gets a run twice as long, up to 64 pages: it soon faults once in 64 pages.
+- Where faults come thick, the writers stand most of the time, and each fault costs CPU time that the walk
+needs:
+  14 µs in the target alone, 10 here. So while they are less than 100 µs apart, each saves the 16 pages
+  around it. A stall then takes 29 instead of 16 µs, and there are a third as many: with one writer at full
+  speed over 1 GiB, two CPUs and no sink, it loses 244 instead of 331 ms of its work, three writers 240
+  instead of 480.
+- Any other fault takes its page alone.
 
-The table is a hint that all fault threads share, with relaxed loads and stores: if two of them meet, a run
-is shorter or longer than it might be.
+Before T only the first applies: what is let go then must be protected again.
+
+All of it is a hint that the fault threads share, with relaxed loads and stores: if two of them meet, a run is
+shorter or longer than it might be.
 """
 
 from snapengine.atomics cimport snap_add, snap_peek, snap_set
+from snapengine.pool cimport pool_has_room
+from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport STREAMS, stream_t
 
 cdef uint64_t RUN_MAX = 64
+cdef uint64_t AROUND = 16
+cdef uint64_t THICK_NS = 100000     # mean time between faults, below which they take AROUND pages
+cdef uint64_t GAP_MAX_NS = 1000000  # one long pause must not count for many faults
 
 
-cdef uint64_t run_for(capture_t *capture, uint64_t page, uint64_t most) noexcept nogil:
+cdef uint64_t run_from(capture_t *capture, uint64_t page, uint64_t most) noexcept nogil:
     cdef int i
     cdef uint64_t n = 1
     cdef stream_t *stream
@@ -29,3 +43,26 @@ cdef uint64_t run_for(capture_t *capture, uint64_t page, uint64_t most) noexcept
     snap_set(&stream.run_pages, n)
     snap_set(&stream.next_page, page + n)
     return n
+
+
+cdef bint _thick(capture_t *capture) noexcept nogil:
+    cdef uint64_t now = snap_now_ns()
+    cdef uint64_t gap = min(now - snap_peek(&capture.last_fault_ns), GAP_MAX_NS)
+    gap = (7 * snap_peek(&capture.fault_gap_ns) + gap) // 8
+    snap_set(&capture.last_fault_ns, now)
+    snap_set(&capture.fault_gap_ns, gap)
+    return gap < THICK_NS
+
+
+cdef void run_around(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
+                     uint64_t *n) noexcept nogil:
+    cdef uint64_t end = region.first_page + region.pages
+    cdef bint thick = _thick(capture)
+    first[0] = page
+    n[0] = run_from(capture, page, min(64 - (page & 63), end - page))
+    if n[0] == 1 and thick:
+        first[0] = max(page & ~(AROUND - 1), region.first_page)
+        n[0] = min((page | (AROUND - 1)) + 1, end) - first[0]
+    if n[0] > 1 and not pool_has_room(capture.pool, 1):
+        first[0] = page                 # no more than must be: it may go through the spill file
+        n[0] = 1

@@ -8,7 +8,7 @@ thread stops after its claim, the page stays protected and its writers wait; nob
 
 from libc.errno cimport EAGAIN, ENOENT, ESRCH
 
-from snapengine.atomics cimport snap_ctz, snap_fetch_or, snap_load
+from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.events cimport pump
 from snapengine.image_format cimport SNAP_HOLE
@@ -98,6 +98,22 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
         capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
 
 
+cdef void _release_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                          uint64_t mask) noexcept nogil:
+    """In one call if all between is saved, too, and may be released by who has seen that: a call takes 1 µs,
+    and
+    10 while the target runs on another CPU, whose TLB is flushed."""
+    cdef uint64_t first = snap_ctz(mask)
+    cdef uint64_t n = 64 - snap_clz(mask) - first
+    if not bits_mask(first, n) & ~snap_load(&capture.saved[page >> 6]):
+        release(capture, lane, 0, page_addr(region, page + first), n * PAGE)
+        return
+    while mask:
+        n = _run_from(mask, &first)
+        release(capture, lane, 0, page_addr(region, page + first), n * PAGE)
+        mask &= ~bits_mask(first, n)
+
+
 cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                      uint64_t won, uint64_t data) noexcept nogil:
     cdef uint64_t mask = data
@@ -118,10 +134,8 @@ cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_
     snap_fetch_or(&capture.saved[page >> 6], won)
     # A hole of private memory has no page table entry to release.
     mask = data if region.presence == PRESENCE_BITS and region.missing else won
-    while mask:
-        n = _run_from(mask, &first)
-        release(capture, lane, 0, page_addr(region, page + first), n * PAGE)
-        mask &= ~bits_mask(first, n)
+    if mask:
+        _release_window(capture, lane, region, page, mask)
     return 0
 
 

@@ -16,4 +16,5 @@ cdef extern from "snapengine/atomics.h" nogil:
     uint64_t snap_load_seq(const uint64_t *word)                        # sequentially consistent
     void snap_pause()
     int snap_ctz(uint64_t word)
+    int snap_clz(uint64_t word)
     int snap_popcount(uint64_t word)

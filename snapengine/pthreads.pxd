@@ -1,5 +1,9 @@
 # extern-only: no matching .pyx. POSIX threads for capture threads, which have no Python state.
 
+cdef enum:
+    LONG_SLICE_NS = 100000000       # the longest that the kernel takes: for what runs beside writers
+
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass
@@ -35,4 +39,5 @@ cdef extern from "snapengine/threads.h" nogil:
     unsigned long long snap_now_ns()        # CLOCK_MONOTONIC
     void snap_sleep_ns(unsigned long long ns)
     void snap_name_thread(const char *name)
+    void snap_nice_slice(int value, unsigned long long slice_ns)    # and its time slice
     void snap_nice(int value)               # of the calling thread; does nothing where it is not allowed

@@ -147,6 +147,8 @@ cdef struct capture_t:
     uint64_t next_unit              # atomic: units of 512 pages taken by walkers
     stream_t streams[STREAMS]       # any fault thread, relaxed
     uint64_t next_stream
+    uint64_t last_fault_ns          # read-around: fault threads, relaxed
+    uint64_t fault_gap_ns           # mean of the last few
     uint64_t arm_ns
     uint64_t pause_ns               # the part of it in which no fault is answered
     uint64_t t_ns                   # CLOCK_MONOTONIC at T

@@ -36,6 +36,7 @@ static inline void snap_store_seq(uint64_t *word, uint64_t value) {
 static inline uint64_t snap_load_seq(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 static inline void snap_pause(void) { __builtin_ia32_pause(); }
 static inline int snap_ctz(uint64_t word) { return __builtin_ctzll(word); }
+static inline int snap_clz(uint64_t word) { return __builtin_clzll(word); }
 static inline int snap_popcount(uint64_t word) { return __builtin_popcountll(word); }
 
 #endif

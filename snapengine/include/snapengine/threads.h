@@ -9,8 +9,11 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <stdint.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 /* Signals belong to the program's own threads: a handler that ran here could touch protected memory. */
 static inline int snap_thread_start(pthread_t *thread, void *(*start)(void *), void *arg) {
@@ -50,6 +53,22 @@ static inline void snap_sleep_ns(unsigned long long ns) {
 /* Nice value of the calling thread (Linux: of the thread, not the process). Below 0 it wants CAP_SYS_NICE;
  * without it nothing changes. */
 static inline void snap_nice(int value) { setpriority(PRIO_PROCESS, 0, value); }
+
+/* Nice value and time slice of the calling thread. Who wakes up with a shorter slice than the thread that runs
+ * takes the CPU from it at once; over time their shares are as the nice values say (sched_setattr(2); Linux 6.12,
+ * before that only the nice value counts). */
+static inline void snap_nice_slice(int value, uint64_t slice_ns) {
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } attr = {sizeof attr, SCHED_OTHER, 0, 0, 0, slice_ns, 0, 0};
+    snap_nice(value);
+    attr.nice = getpriority(PRIO_PROCESS, 0);
+    syscall(SYS_sched_setattr, 0, &attr, 0);
+}
 
 static inline void snap_name_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
 
