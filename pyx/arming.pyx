@@ -26,7 +26,7 @@ from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, region_t
-from snapengine.trust cimport note_at_t, note_before
+from snapengine.trust cimport note_again, note_at_t, note_before
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
@@ -262,6 +262,8 @@ cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
 cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
     """With two steps, after the caller has asked for it."""
     if capture.two_step:
+        if capture.attached:
+            note_again(capture)         # before: a writer that meets the second protection waits
         stop_noting(capture)
         protect_hits(capture, lane)
         return

@@ -120,22 +120,47 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
     return False
 
 
-cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
+cdef int protect_left(int fd, uint64_t addr, uint64_t length) noexcept nogil:
+    cdef int err = uffd_protect(fd, addr, length)
+    return protect_mapped(fd, addr, length) if err == ENOENT else err
+
+
+cdef int _protect_region(int fd, region_t *region) noexcept nogil:
     """Also what the parent had not registered yet when it forked (ENOENT)."""
-    cdef int i
+    cdef uint64_t length = region.track_end - region.track_start
+    cdef int err = uffd_protect(fd, region.track_start, length)
+    if err != ENOENT:
+        return err
+    err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096, UFFDIO_REGISTER_MODE_WP)
+    return err if err else protect_mapped(fd, region.track_start, length)
+
+
+cdef void _read_of(capture_t *capture, int fd) noexcept nogil:
+    """What a child does that is not in the list yet: it runs from when its own fork was read of."""
+    cdef uffd_msg messages[64]
+    cdef int i, n
+    n = read_messages(capture, fd, messages)
+    for i in range(n):
+        if messages[i].event == UFFD_EVENT_FORK:
+            _adopt_child(capture, <int>messages[i].arg.fork.ufd)
+        elif messages[i].event == UFFD_EVENT_REMAP:
+            unregister_range(fd, snap_remap_to(&messages[i]),
+                             snap_remap_to(&messages[i]) + snap_remap_len(&messages[i]))
+        elif messages[i].event == UFFD_EVENT_PAGEFAULT:     # it faults again, and then it is in the list
+            uffd_wake(fd, messages[i].arg.pagefault.address & ~<uint64_t>4095, 4096)
+
+
+cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
     cdef int err = 0
-    cdef region_t *region
-    cdef uint64_t length
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        if not region.shared or err:
-            continue
-        length = region.track_end - region.track_start
-        err = uffd_protect(fd, region.track_start, length)
-        if err == ENOENT:
-            err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096,
-                                  UFFDIO_REGISTER_MODE_WP)
-            err = err if err else protect_mapped(fd, region.track_start, length)
+    cdef int i = 0
+    while i < capture.n_regions and not err:
+        if capture.regions[i].shared:
+            err = _protect_region(fd, &capture.regions[i])
+            if err == EAGAIN and not snap_load(&capture.failed):
+                _read_of(capture, fd)   # it forks already
+                err = 0
+                continue
+        i += 1
     return err
 
 

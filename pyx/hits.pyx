@@ -19,21 +19,19 @@ between, T does not come; if the walker does, writers wait. The end of the proce
 both cases.
 """
 
-from libc.errno cimport EAGAIN, ENOENT, ESRCH
+from libc.errno cimport EAGAIN, ESRCH
 
 from snapengine.arming cimport protect_range
 from snapengine.atomics cimport (
     snap_fetch_or, snap_load, snap_load_seq, snap_pause, snap_peek, snap_store_seq,
 )
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
-from snapengine.events cimport pump
+from snapengine.events cimport protect_left, pump
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
-from snapengine.session cimport capture_fail
-from snapengine.uffd cimport uffd_protect
+from snapengine.session cimport capture_fail, page_addr, page_at
 
-cdef uint64_t PAGE = 4096
 cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
 cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
 
@@ -70,11 +68,11 @@ cdef void stop_noting(capture_t *capture) noexcept nogil:
 
 cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr,
                         uint64_t length) noexcept nogil:
-    cdef int err = uffd_protect(capture.uffds[uffd], addr, length)
+    cdef int err = protect_left(capture.uffds[uffd], addr, length)
     while err == EAGAIN and not snap_load(&capture.failed):
         pump(capture, lane)
-        err = uffd_protect(capture.uffds[uffd], addr, length)
-    if err == ESRCH or err == ENOENT:       # it has ended, or unmapped that
+        err = protect_left(capture.uffds[uffd], addr, length)
+    if err == ESRCH:                        # it has ended
         return 0
     if err:
         capture_fail(capture, err, "protecting a forked child", addr)
@@ -113,19 +111,38 @@ cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nog
     return last
 
 
+cdef void _share_edges(capture_t *capture) noexcept nogil:
+    """A fault is noted for one region; where others have bytes in the same page, it was hit for them, too."""
+    cdef int i, j, which
+    cdef uint64_t page, addr
+    cdef region_t *region
+    cdef region_t *other
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        for which in range(2):
+            page = region.first_page + (region.pages - 1 if which else 0)
+            if not (region.end if which else region.start) & 4095 or not bits_test(capture.hits, page):
+                continue
+            addr = page_addr(region, page)
+            for j in range(capture.n_regions):
+                other = &capture.regions[j]
+                if other.addr <= addr < other.addr + other.pages * 4096:
+                    bits_fill(capture.hits, page_at(other, addr), 1)
+
+
 cdef int protect_hits(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, err
     cdef uint64_t page, end, last
     cdef region_t *region
     if capture.forget_hits or snap_load(&capture.failed):
         return 0
+    _share_edges(capture)
     for i in range(capture.n_regions):
         region = &capture.regions[i]
         end = region.first_page + region.pages
         page = bits_next(capture.hits, region.first_page, end)
         while page < end:
             last = _run_end(capture.hits, page, end)
-            bits_fill(capture.present, page, last - page)   # it may have been a hole before
             err = _protect_run(capture, lane, region, page, last - page)
             if err:
                 return err

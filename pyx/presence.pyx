@@ -17,6 +17,7 @@ from libc.stdint cimport uint64_t
 
 from snapengine.bitmap cimport bits_clear, bits_fill
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
+from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, region_t
 
@@ -146,6 +147,24 @@ cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *regio
     return err
 
 
+cdef void _add_hits(capture_t *capture, region_t *region) noexcept nogil:
+    """They may have been holes. No two regions have bits in one word."""
+    cdef uint64_t word
+    for word in range(region.first_page >> 6, (region.first_page + region.pages + 63) >> 6):
+        capture.present[word] |= capture.hits[word]
+
+
+cdef void _put_back_replaced(capture_t *capture, region_t *region) noexcept nogil:
+    """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
+    it counts as data, and is found lost."""
+    cdef uint64_t addr = region.track_start
+    cdef vma_t vma
+    while addr < region.track_end and not next_vma(capture.maps, addr, &vma):
+        if vma.inode:
+            _set_present(capture, region, vma.start, vma.end, True)
+        addr = vma.end
+
+
 cdef int scan_before(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i
     cdef int err = 0
@@ -172,7 +191,11 @@ cdef int scan_at_t(capture_t *capture, lane_t *lane) noexcept nogil:
         if err:
             break
         if _by_faults(capture, &capture.regions[i]):
+            if capture.hits != NULL:
+                _add_hits(capture, &capture.regions[i])
             err = _take_out_unprotected(capture, lane, &capture.regions[i])
+            if capture.attached:
+                _put_back_replaced(capture, &capture.regions[i])
         else:
             err = _scan_region(capture, lane, &capture.regions[i])
     return err

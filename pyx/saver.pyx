@@ -86,9 +86,10 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
         else:
             snap_sleep_ns(20000)
     if err == ENOENT and length > PAGE:
-        # Part of the run is unmapped by now: the rest must still be released.
+        # Part of the run is unmapped by now: the rest must still be released, past any event, and who waits
+        # for what is unmapped must be woken.
         for offset in range(length // PAGE):
-            uffd_unprotect(capture.uffds[uffd], addr + offset * PAGE, PAGE)
+            release(capture, lane, uffd, addr + offset * PAGE, PAGE)
     elif err == ENOENT:
         uffd_wake(capture.uffds[uffd], addr, length)
     elif err == ESRCH:

@@ -20,7 +20,7 @@ from libc.errno cimport ENXIO, errno
 from posix.unistd cimport lseek
 
 from snapengine.atomics cimport snap_fetch_or, snap_load
-from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.fileio cimport file_mtime
 from snapengine.linux cimport MADV_POPULATE_READ, PAGE_IS_PRESENT
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_written
@@ -107,6 +107,40 @@ cdef int note_before(capture_t *capture, lane_t *lane) noexcept nogil:
     return _note(capture, lane)
 
 
+cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    cdef uint64_t entry, here
+    cdef uint64_t at = page
+    while at < page + n:
+        if bits_test(capture.witnessed, at >> 9):
+            here = <uint64_t>region.witness + page_addr(region, at) - region.addr
+            if pagemap_read(capture.own_pagemap, here, &entry, 1) or not entry:
+                return True
+        at = (at | 511) + 1
+    return False
+
+
+cdef void _forget_witnesses(capture_t *capture, region_t *region) noexcept nogil:
+    cdef uint64_t page = region.first_page
+    while page < region.first_page + region.pages:
+        if _witness_gone(capture, region, page, 1):
+            bits_clear(capture.witnessed, page >> 9, region.unit_pages >> 9)
+        page += region.unit_pages
+
+
+cdef void note_again(capture_t *capture) noexcept nogil:
+    """Two-step: what was punched out before the caller wanted T is a hole of T, not lost."""
+    cdef int i
+    cdef region_t *region
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        if region.presence == PRESENCE_FILE and file_changed(region):
+            region.file_ns = file_mtime(region.file)    # first, as in note_before
+            bits_clear(capture.present, region.first_page, region.pages)
+            _note_data(capture, region)
+        if region.witness != NULL:
+            _forget_witnesses(capture, region)
+
+
 cdef int note_at_t(capture_t *capture, lane_t *lane) noexcept nogil:
     return _note(capture, lane)
 
@@ -118,18 +152,6 @@ cdef bint punched(region_t *region, uint64_t page) noexcept nogil:
     if region.presence != PRESENCE_FILE:
         return False
     return lseek(region.file, offset, SEEK_DATA) != offset or file_changed(region)
-
-
-cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
-    cdef uint64_t entry, here
-    cdef uint64_t at = page
-    while at < page + n:
-        if bits_test(capture.witnessed, at >> 9):
-            here = <uint64_t>region.witness + page_addr(region, at) - region.addr
-            if pagemap_read(capture.own_pagemap, here, &entry, 1) or not entry:
-                return True
-        at = (at | 511) + 1
-    return False
 
 
 cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:

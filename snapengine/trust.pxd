@@ -6,6 +6,8 @@ from snapengine.session cimport capture_t, lane_t, region_t
 # 0 or errno.
 cdef int note_before(capture_t *capture, lane_t *lane) noexcept nogil
 cdef int note_at_t(capture_t *capture, lane_t *lane) noexcept nogil
+# Two-step, before T: note anew where the target has punched its files since.
+cdef void note_again(capture_t *capture) noexcept nogil
 # Whether the copies of pages page .. page + n - 1, just made, are all what the pages held at T.
 cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil
 # Whether a page of a shared file that held data at T and reads as zero may have been punched out since.

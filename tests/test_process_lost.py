@@ -65,9 +65,9 @@ class Victim(Target):
         start = self.words[MEMORY]
         return f"{start:x}-{start + self.words[PAGES] * PAGE:x}"
 
-    def act(self, deed):
-        """It does something to the pages FIRST ... FIRST + COUNT, and has done it."""
-        self.words[5], self.words[6] = FIRST, COUNT
+    def act(self, deed, first=FIRST, count=COUNT):
+        """It does something to the pages first ... first + count, and has done it."""
+        self.words[5], self.words[6] = first, count
         self.words[VALUES] = deed
         until(lambda: self.words[VALUES] == 0, "it did not act")
 

@@ -74,11 +74,12 @@ def test_jemalloc(tmp_path, mode):
         check_untouched(target, before)
 
 
+@pytest.mark.parametrize("how", ["fork", "families"])
 @pytest.mark.parametrize("mode", MODES)
-def test_forks_with_shared_memory(tmp_path, mode):
+def test_forks_with_shared_memory(tmp_path, mode, how):
     """A child writes to the shared memory as well: to a word that the order does not know."""
     path = tmp_path / "image"
-    with Restless("fork", "memfd") as target:
+    with Restless(how, "memfd") as target:
         before = descriptors(target.pid)
         for _ in range(ROUNDS):
             low = target.last_write()

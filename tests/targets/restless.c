@@ -1,6 +1,6 @@
 /* Threads that write in a known order while others change the mappings all the time.
  *
- * usage: restless WORDS KIND THREADS PAGES STRIDE HOW; HOW: malloc, mmap, dontneed, mremap, fork, brk, sleepers
+ * usage: restless WORDS KIND THREADS PAGES STRIDE HOW; HOW: malloc, mmap, dontneed, mremap, fork, families, brk, sleepers
  * COUNTERS: of the writers; COUNTERS + 16 + i: of the others. Those check what they have written, too.
  * REFUSED: EFAULT of mremap. */
 #include "order.h"
@@ -108,6 +108,28 @@ static void *do_fork(void *arg) {
     return arg;
 }
 
+/* A child that forks as soon as it runs; both write. */
+static void *do_families(void *arg) {
+    uint64_t me = (uint64_t)arg;
+    for (;;) {
+        int status = 0;
+        pid_t child = fork();
+        if (child == 0) {
+            pid_t grandchild = fork();
+            order_memory[4 + me] = 7;
+            if (grandchild == 0)
+                _exit(7);
+            if (grandchild < 0 || waitpid(grandchild, &status, 0) != grandchild)
+                _exit(8);
+            _exit(WEXITSTATUS(status));
+        }
+        if (child < 0 || waitpid(child, &status, 0) != child || WEXITSTATUS(status) != 7)
+            words[ERRORS]++;
+        words[COUNTERS + OTHERS + me]++;
+    }
+    return arg;
+}
+
 /* One thread only, and nobody else calls malloc meanwhile. */
 static void *do_brk(void *arg) {
     uint64_t me = (uint64_t)arg;
@@ -136,7 +158,7 @@ static const struct {
     void *(*run)(void *);
     int threads;
 } ways[] = {{"malloc", do_malloc, 8}, {"mmap", do_mmap, 2}, {"dontneed", do_dontneed, 2}, {"mremap", do_mremap, 2},
-            {"fork", do_fork, 2},     {"brk", do_brk, 1},   {"sleepers", do_sleep, SLEEPERS}};
+            {"fork", do_fork, 2},     {"families", do_families, 3}, {"brk", do_brk, 1},   {"sleepers", do_sleep, SLEEPERS}};
 
 int main(int argc, char **argv) {
     pthread_t thread;

@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { FIRST = 5, COUNT = 6, PAGE = 4096, HIDDEN = 16, ROOM = 512 };
-enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN, EXTEND };
+enum deed { UNMAP = 1, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE, WRITE, MAP_AGAIN, EXTEND, TOUCH };
 
 static char *memory;
 static uint64_t pages, extended;
@@ -98,6 +98,8 @@ static void act(enum deed deed) {
         grow();
     if (deed == EXTEND)
         extend();
+    for (uint64_t i = 0; deed == TOUCH && i < words[COUNT]; i += 8)
+        write_pages(part + i * PAGE, 1, 55);
     if (deed == MAP_A_FILE)
         map_a_file(part, bytes);
     if (deed == REWRITE)
