@@ -200,7 +200,8 @@ def kinds(image, target, first, count):
     """(kind, pages) of the runs in the target's memory."""
     start = target.words[MEMORY]
     region = next(r for r in image.regions if r.addr <= start < r.addr + r.length)
-    return [(kind, n) for _, n, kind in image.resolve(region, start - region.addr + first * PAGE, count * PAGE)]
+    runs = image.resolve(region, start - region.addr + first * PAGE, count * PAGE)
+    return [(kind, n) for _, n, kind in runs]
 
 
 def attached(target, path, between):
@@ -294,6 +295,7 @@ def test_an_engine_that_is_killed_between_the_steps(tmp_path):
 def test_a_target_that_is_killed_between_the_steps(tmp_path):
     with OrderTarget("memfd", 2, 40503) as target:
         chosen = Between(target.pid, target.process.kill)
-        with pytest.raises(TargetGoneError), snapengine.snapshot(chosen, tmp_path / "image", arming="two-step"):
+        capture = snapengine.snapshot(chosen, tmp_path / "image", arming="two-step")
+        with pytest.raises(TargetGoneError), capture:
             pass
     assert not list(tmp_path.iterdir())
