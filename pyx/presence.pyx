@@ -9,8 +9,10 @@ where holes are registered for missing faults:
 - `scan_at_t`: of those and the hits, what is not protected is no page of T, unless it is populated all the
   same: then another mapping is in its place, it stays in, and its copy is not believed (`pyx/trust`).
 
-Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only. Runs on the first
-walker; the bitmaps are read by all threads after `armed`, and `huge` as a hint before.
+Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only.
+
+Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/pieces`); the bitmaps are
+read by all threads after `armed`, and `huge` as a hint before.
 """
 
 from libc.stdint cimport uint64_t
@@ -18,7 +20,8 @@ from libc.stdint cimport uint64_t
 from snapengine.bitmap cimport bits_clear, bits_fill
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
-from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, region_t
+from snapengine.pieces cimport SPAN_PAGES, first_region, span_of
+from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, capture_fail, page_addr, region_t
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
@@ -95,10 +98,11 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     return 0
 
 
-cdef int _scan_populated(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _scan_populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
+                         uint64_t end) noexcept nogil:
     cdef int i, found
     # hugetlb is never swapped: what looks swapped there is the marker of a protected hole.
-    _begin(capture, &lane.scan, region.track_start, region.track_end, 0,
+    _begin(capture, &lane.scan, start, end, 0,
            PAGE_IS_PRESENT if region.unit_pages > 1 else POPULATED, POPULATED | PAGE_IS_HUGE)
     while True:
         found = scan_step(&lane.scan)
@@ -124,11 +128,11 @@ cdef int _put_back_populated(capture_t *capture, region_t *region, uint64_t star
             _set_present(capture, region, scan.found[i].start, scan.found[i].end, True)
 
 
-cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
+                               uint64_t end) noexcept nogil:
     cdef int i, found
     cdef int err = 0
-    cdef uint64_t start, end
-    _begin(capture, &lane.scan, region.track_start, region.track_end, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
+    _begin(capture, &lane.scan, start, end, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
     while not err:
         found = scan_step(&lane.scan)
         if found <= 0:
@@ -146,36 +150,46 @@ cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *regio
     return err
 
 
-cdef int scan_before(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i
-    cdef int err = 0
-    for i in range(capture.n_regions):
-        if not err and _by_faults(capture, &capture.regions[i]):
-            err = _scan_populated(capture, lane, &capture.regions[i])
-    return err
-
-
 cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
     # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.
     if region.presence != PRESENCE_BITS and not (
             region.presence == PRESENCE_ALL and region.reading == READ_FILE):
         return 0
     if capture.has_scan:
-        return _scan_populated(capture, lane, region)
+        return _scan_populated(capture, lane, region, region.track_start, region.track_end)
     return _scan_by_pagemap(capture, lane, region)
 
 
-cdef int scan_at_t(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i
-    cdef int err = 0
-    for i in range(capture.n_regions):
+cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span,
+                    bint at_t) noexcept nogil:
+    """What cannot be divided is done where it begins."""
+    cdef uint64_t first, end
+    if not span_of(region, span, &first, &end):
+        return 0
+    if not _by_faults(capture, region):
+        return _scan_region(capture, lane, region) if at_t and first == region.first_page else 0
+    if at_t:
+        return _take_out_unprotected(capture, lane, region, page_addr(region, first), page_addr(region, end))
+    return _scan_populated(capture, lane, region, page_addr(region, first), page_addr(region, end))
+
+
+cdef void _scan_spans(capture_t *capture, lane_t *lane, uint64_t span, bint at_t) noexcept nogil:
+    cdef int err
+    cdef int i = first_region(capture, span * SPAN_PAGES)
+    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * SPAN_PAGES:
+        err = _scan_span(capture, lane, &capture.regions[i], span, at_t)
         if err:
-            break
-        if _by_faults(capture, &capture.regions[i]):
-            err = _take_out_unprotected(capture, lane, &capture.regions[i])
-        else:
-            err = _scan_region(capture, lane, &capture.regions[i])
-    return err
+            capture_fail(capture, err, "scan of the page tables", capture.regions[i].addr)
+            return
+        i += 1
+
+
+cdef void scan_before(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
+    _scan_spans(capture, lane, span, False)
+
+
+cdef void scan_at_t(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
+    _scan_spans(capture, lane, span, True)
 
 
 cdef int scan_anew(capture_t *capture, lane_t *lane) noexcept nogil:
