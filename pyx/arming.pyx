@@ -3,13 +3,7 @@
 In two steps (`pyx/hits`) the first protection comes while faults are noted and let go, and T after a second
 one of what was hit. Otherwise T is when all is protected.
 
-Run by the walkers. The first registers everything; then all of them protect, piece by piece, since
-the kernel takes its lock for reading there and two threads are nearly twice as fast (1 GiB of 4 KiB
-pages: 22 ms by one, 14 ms by two). It is done when the last piece is, whoever did it.
-
-`arm_next` and `arm_busy` are changed under `capture.lock`. A walker that stops between taking a
-piece and giving it back keeps T from coming: nobody is served, everybody waits, and the death of the
-process releases the target.
+Run by the first walker. It registers everything; the rest is done in pieces by all walkers (`pyx/pieces`).
 """
 
 from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
@@ -18,9 +12,10 @@ from posix.unistd cimport lseek
 from snapengine.atomics cimport snap_load, snap_store, snap_store_seq
 from snapengine.events cimport pump
 from snapengine.faults cimport serve_held
-from snapengine.hits cimport protect_hits, stop_noting
+from snapengine.hits cimport protect_hits, share_edges, stop_noting
 from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
+from snapengine.pieces cimport all_pieces, spans
 from snapengine.presence cimport scan_at_t, scan_before
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
@@ -170,26 +165,6 @@ cdef uint64_t _pieces(region_t *region) noexcept nogil:
     return (region.track_end - region.track_start + PIECE - 1) // PIECE
 
 
-cdef bint _take_piece(capture_t *capture, uint64_t *piece) noexcept nogil:
-    cdef bint more
-    pthread_mutex_lock(&capture.lock)
-    more = capture.arm_next < capture.arm_pieces
-    if more:
-        piece[0] = capture.arm_next
-        capture.arm_next += 1
-        capture.arm_busy += 1
-    pthread_mutex_unlock(&capture.lock)
-    return more
-
-
-cdef void _piece_done(capture_t *capture) noexcept nogil:
-    pthread_mutex_lock(&capture.lock)
-    capture.arm_busy -= 1
-    if capture.arm_busy == 0:
-        pthread_cond_broadcast(&capture.changed)
-    pthread_mutex_unlock(&capture.lock)
-
-
 cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uint64_t number) noexcept nogil:
     cdef uint64_t addr = region.track_start + number * PIECE
     if region.sparse:
@@ -200,16 +175,12 @@ cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uin
         protect_range(capture, lane, addr, min(PIECE, region.track_end - addr))
 
 
-cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef uint64_t piece
-    cdef uint64_t before = 0        # pieces of the regions before region i
+cdef void _protect_numbered(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
     cdef int i = 0
-    while not snap_load(&capture.failed) and _take_piece(capture, &piece):
-        while piece >= before + _pieces(&capture.regions[i]):
-            before += _pieces(&capture.regions[i])
-            i += 1
-        _protect_piece(capture, lane, &capture.regions[i], piece - before)
-        _piece_done(capture)
+    while piece >= _pieces(&capture.regions[i]):
+        piece -= _pieces(&capture.regions[i])
+        i += 1
+    _protect_piece(capture, lane, &capture.regions[i], piece)
 
 
 cdef int _register_all(capture_t *capture, uint64_t *pieces) noexcept nogil:
@@ -220,18 +191,6 @@ cdef int _register_all(capture_t *capture, uint64_t *pieces) noexcept nogil:
         capture.n_registered = i + 1    # what is not ours by now is never unregistered by us
         pieces[0] += _pieces(&capture.regions[i])
     return 0
-
-
-cdef void _protect_all(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
-    pthread_mutex_lock(&capture.lock)
-    capture.arm_pieces = pieces
-    pthread_cond_broadcast(&capture.changed)
-    pthread_mutex_unlock(&capture.lock)
-    help_arming(capture, lane)
-    pthread_mutex_lock(&capture.lock)
-    while capture.arm_busy:
-        pthread_cond_wait(&capture.changed, &capture.lock)
-    pthread_mutex_unlock(&capture.lock)
 
 
 cdef uint64_t _await_caller(capture_t *capture) noexcept nogil:
@@ -253,7 +212,7 @@ cdef void _begin_noting(capture_t *capture) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
 
 
-cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
+cdef bint _noted(capture_t *capture, int err) noexcept nogil:
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
     return not snap_load(&capture.failed)
@@ -261,13 +220,15 @@ cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
 
 cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
     """With two steps, after the caller has asked for it."""
-    if capture.two_step:
-        if capture.attached:
-            note_again(capture)         # before: a writer that meets the second protection waits
-        stop_noting(capture)
-        protect_hits(capture, lane)
+    if not capture.two_step:
+        all_pieces(capture, lane, _protect_numbered, pieces)
         return
-    _protect_all(capture, lane, pieces)
+    if capture.attached:
+        note_again(capture)         # before: a writer that meets the second protection waits
+    stop_noting(capture)
+    if not snap_load(&capture.failed):
+        share_edges(capture)
+        all_pieces(capture, lane, protect_hits, spans(capture))
 
 
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
@@ -277,21 +238,22 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if not capture.two_step:
         _await_caller(capture)
     begin = pause = snap_now_ns()
-    if not _scanned(capture, note_before(capture, lane)) or _register_all(capture, &pieces):
+    if not _noted(capture, note_before(capture, lane)) or _register_all(capture, &pieces):
         return 1
     if capture.two_step:
         _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit
-    if not _scanned(capture, scan_before(capture, lane)):
-        return 1
-    if capture.two_step:
-        _protect_all(capture, lane, pieces)
+    all_pieces(capture, lane, scan_before, spans(capture))
+    if capture.two_step and not snap_load(&capture.failed):
+        all_pieces(capture, lane, _protect_numbered, pieces)
         waited = _await_caller(capture)
         pause = snap_now_ns()
-    _fix_t(capture, lane, pieces)
+    if not snap_load(&capture.failed):
+        _fix_t(capture, lane, pieces)
     capture.t_ns = snap_now_ns()
-    if not _scanned(capture, note_at_t(capture, lane) or scan_at_t(capture, lane)):
+    if snap_load(&capture.failed) or not _noted(capture, note_at_t(capture, lane)):
         return 1
+    all_pieces(capture, lane, scan_at_t, spans(capture))
     now = snap_now_ns()
     capture.pause_ns = now - pause
     capture.arm_ns = now - begin - waited
-    return 0
+    return snap_load(&capture.failed) != 0

@@ -27,6 +27,7 @@ from snapengine.atomics cimport (
 )
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport protect_left, pump
+from snapengine.pieces cimport SPAN_PAGES, first_region, span_of
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
@@ -111,8 +112,7 @@ cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nog
     return last
 
 
-cdef void _share_edges(capture_t *capture) noexcept nogil:
-    """A fault is noted for one region; where others have bytes in the same page, it was hit for them, too."""
+cdef void share_edges(capture_t *capture) noexcept nogil:
     cdef int i, j, which
     cdef uint64_t page, addr
     cdef region_t *region
@@ -130,21 +130,23 @@ cdef void _share_edges(capture_t *capture) noexcept nogil:
                     bits_fill(capture.hits, page_at(other, addr), 1)
 
 
-cdef int protect_hits(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i, err
+cdef int _protect_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span) noexcept nogil:
     cdef uint64_t page, end, last
-    cdef region_t *region
-    if capture.forget_hits or snap_load(&capture.failed):
+    cdef int err = 0
+    if not span_of(region, span, &page, &end):
         return 0
-    _share_edges(capture)
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        end = region.first_page + region.pages
-        page = bits_next(capture.hits, region.first_page, end)
-        while page < end:
-            last = _run_end(capture.hits, page, end)
-            err = _protect_run(capture, lane, region, page, last - page)
-            if err:
-                return err
-            page = bits_next(capture.hits, last, end)
-    return 0
+    page = bits_next(capture.hits, page, end)
+    while page < end and not err:
+        last = _run_end(capture.hits, page, end)
+        err = _protect_run(capture, lane, region, page, last - page)
+        page = bits_next(capture.hits, last, end)
+    return err
+
+
+cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
+    cdef int i = first_region(capture, span * SPAN_PAGES)
+    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * SPAN_PAGES \
+            and not capture.forget_hits:
+        if _protect_span(capture, lane, &capture.regions[i], span):
+            return
+        i += 1

@@ -9,8 +9,10 @@ where holes are registered for missing faults:
 - `scan_at_t`: of those and the hits, what is not protected is no page of T, unless it is populated all the
   same: then another mapping is in its place, it stays in, and its copy is not believed (`pyx/trust`).
 
-Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only. Runs on the first
-walker; the bitmaps are read by all threads after `armed`, and `huge` as a hint before.
+Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only.
+
+Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/pieces`); the bitmaps are
+read by all threads after `armed`, and `huge` as a hint before.
 """
 
 from libc.stdint cimport uint64_t
@@ -19,7 +21,8 @@ from snapengine.bitmap cimport bits_clear, bits_fill
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
-from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, region_t
+from snapengine.pieces cimport SPAN_PAGES, first_region, span_of
+from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, capture_fail, page_addr, region_t
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
@@ -96,10 +99,11 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     return 0
 
 
-cdef int _scan_populated(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _scan_populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
+                         uint64_t end) noexcept nogil:
     cdef int i, found
     # hugetlb is never swapped: what looks swapped there is the marker of a protected hole.
-    _begin(capture, &lane.scan, region.track_start, region.track_end, 0,
+    _begin(capture, &lane.scan, start, end, 0,
            PAGE_IS_PRESENT if region.unit_pages > 1 else POPULATED, POPULATED | PAGE_IS_HUGE)
     while True:
         found = scan_step(&lane.scan)
@@ -125,11 +129,11 @@ cdef int _put_back_populated(capture_t *capture, region_t *region, uint64_t star
             _set_present(capture, region, scan.found[i].start, scan.found[i].end, True)
 
 
-cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
+                               uint64_t end) noexcept nogil:
     cdef int i, found
     cdef int err = 0
-    cdef uint64_t start, end
-    _begin(capture, &lane.scan, region.track_start, region.track_end, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
+    _begin(capture, &lane.scan, start, end, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
     while not err:
         found = scan_step(&lane.scan)
         if found <= 0:
@@ -147,30 +151,31 @@ cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *regio
     return err
 
 
-cdef void _add_hits(capture_t *capture, region_t *region) noexcept nogil:
-    """They may have been holes. No two regions have bits in one word."""
+cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept nogil:
+    """They may have been holes. No two regions, and no two spans, have bits in one word."""
     cdef uint64_t word
-    for word in range(region.first_page >> 6, (region.first_page + region.pages + 63) >> 6):
+    for word in range(first >> 6, (end + 63) >> 6):
         capture.present[word] |= capture.hits[word]
 
 
-cdef void _put_back_replaced(capture_t *capture, region_t *region) noexcept nogil:
+cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
     """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
     it counts as data, and is found lost."""
-    cdef uint64_t addr = region.track_start
     cdef vma_t vma
-    while addr < region.track_end and not next_vma(capture.maps, addr, &vma):
+    while start < end and not next_vma(capture.maps, start, &vma):
         if vma.inode:
-            _set_present(capture, region, vma.start, vma.end, True)
-        addr = vma.end
+            _set_present(capture, region, max(vma.start, start), min(vma.end, end), True)
+        start = vma.end
 
 
-cdef int scan_before(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i
-    cdef int err = 0
-    for i in range(capture.n_regions):
-        if not err and _by_faults(capture, &capture.regions[i]):
-            err = _scan_populated(capture, lane, &capture.regions[i])
+cdef int _scan_at_t(capture_t *capture, lane_t *lane, region_t *region, uint64_t first,
+                    uint64_t end) noexcept nogil:
+    cdef int err
+    if capture.hits != NULL:
+        _add_hits(capture, first, end)
+    err = _take_out_unprotected(capture, lane, region, page_addr(region, first), page_addr(region, end))
+    if capture.attached:
+        _put_back_replaced(capture, region, page_addr(region, first), page_addr(region, end))
     return err
 
 
@@ -180,25 +185,40 @@ cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexce
             region.presence == PRESENCE_ALL and region.reading == READ_FILE):
         return 0
     if capture.has_scan:
-        return _scan_populated(capture, lane, region)
+        return _scan_populated(capture, lane, region, region.track_start, region.track_end)
     return _scan_by_pagemap(capture, lane, region)
 
 
-cdef int scan_at_t(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i
-    cdef int err = 0
-    for i in range(capture.n_regions):
+cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span,
+                    bint at_t) noexcept nogil:
+    """What cannot be divided is done where it begins."""
+    cdef uint64_t first, end
+    if not span_of(region, span, &first, &end):
+        return 0
+    if not _by_faults(capture, region):
+        return _scan_region(capture, lane, region) if at_t and first == region.first_page else 0
+    if at_t:
+        return _scan_at_t(capture, lane, region, first, end)
+    return _scan_populated(capture, lane, region, page_addr(region, first), page_addr(region, end))
+
+
+cdef void _scan_spans(capture_t *capture, lane_t *lane, uint64_t span, bint at_t) noexcept nogil:
+    cdef int err
+    cdef int i = first_region(capture, span * SPAN_PAGES)
+    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * SPAN_PAGES:
+        err = _scan_span(capture, lane, &capture.regions[i], span, at_t)
         if err:
-            break
-        if _by_faults(capture, &capture.regions[i]):
-            if capture.hits != NULL:
-                _add_hits(capture, &capture.regions[i])
-            err = _take_out_unprotected(capture, lane, &capture.regions[i])
-            if capture.attached:
-                _put_back_replaced(capture, &capture.regions[i])
-        else:
-            err = _scan_region(capture, lane, &capture.regions[i])
-    return err
+            capture_fail(capture, err, "scan of the page tables", capture.regions[i].addr)
+            return
+        i += 1
+
+
+cdef void scan_before(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
+    _scan_spans(capture, lane, span, False)
+
+
+cdef void scan_at_t(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
+    _scan_spans(capture, lane, span, True)
 
 
 cdef int scan_anew(capture_t *capture, lane_t *lane) noexcept nogil:

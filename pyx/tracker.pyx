@@ -21,10 +21,11 @@ from libc.errno cimport EBUSY, errno
 from libc.stdint cimport uint64_t
 from posix.unistd cimport close, getpid, write
 
-from snapengine.arming cimport arm, help_arming
+from snapengine.arming cimport arm
 from snapengine.atomics cimport snap_leave, snap_load, snap_store
 from snapengine.events cimport WATCH_PID, WATCH_STOP, forget_all, watch
 from snapengine.faults cimport answer_missing, fault_thread, serve_held, warden_thread
+from snapengine.pieces cimport help_pieces
 from snapengine.pool cimport lane_close, lane_open, pool_end
 from snapengine.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_wait, pthread_join, pthread_mutex_lock,
@@ -103,15 +104,7 @@ cdef void *_other_walker(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     cdef capture_t *capture = lane.capture
     snap_name_thread("snap-walk")
-    pthread_mutex_lock(&capture.lock)
-    while not capture.arm_pieces and not snap_load(&capture.stopping):
-        pthread_cond_wait(&capture.changed, &capture.lock)
-    pthread_mutex_unlock(&capture.lock)
-    help_arming(capture, lane)
-    pthread_mutex_lock(&capture.lock)
-    while not snap_load(&capture.armed) and not snap_load(&capture.stopping):
-        pthread_cond_wait(&capture.changed, &capture.lock)
-    pthread_mutex_unlock(&capture.lock)
+    help_pieces(capture, lane)
     if snap_load(&capture.armed):
         serve_held(capture, lane)
         _await_go(capture)

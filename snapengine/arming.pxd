@@ -7,8 +7,6 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil
 # UFFDIO_WRITEPROTECT with MODE_WP; what an attached target has unmapped of it is passed over. 0, or an
 # errno: the capture has failed.
 cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil
-# Another walker's part of it: protect pieces until none is left.
-cdef void help_arming(capture_t *capture, lane_t *lane) noexcept nogil
 # UFFDIO_REGISTER for one region, as the method wants it. 0, or an errno: the capture has failed.
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil
 # The same for an attached process, of which parts may be unmapped by now. What has grown by mremap(), or was

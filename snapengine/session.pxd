@@ -124,9 +124,10 @@ cdef struct capture_t:
     # Under `lock`.
     pthread_mutex_t lock
     pthread_cond_t changed          # one of the words below has changed
-    uint64_t arm_pieces             # how many there are; 0 until everything is registered
-    uint64_t arm_next               # pieces taken
-    uint64_t arm_busy               # walkers that protect one
+    void *piece_work                # what arming has to do in pieces
+    uint64_t pieces                 # how many there are
+    uint64_t pieces_taken
+    uint64_t pieces_busy            # walkers that work on one
     uint64_t ready                  # atomic: the caller may ask for T (walk writes, once)
     uint64_t go                     # atomic: the caller asks for T (caller, once)
     uint64_t noting                 # atomic (seq_cst): faults before T are noted and let go (walk writes)

@@ -140,7 +140,11 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
         result = save(target, tmp_path / "image", deed, cut)
         lost = lost_pages(result, target)
         end = N_PAGES if deed == TRUNCATE else FIRST + COUNT
-        assert lost == set(range(FIRST, end))
+        if deed == REWRITE:  # page by page: what a fault takes along is saved before it is punched
+            assert lost <= set(range(FIRST, end))
+            assert FIRST in lost
+        else:
+            assert lost == set(range(FIRST, end))
         assert result.lost_pages == len(lost)
         check_content(tmp_path / "image", target, lost)
         target.check_running()
