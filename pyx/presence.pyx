@@ -158,7 +158,8 @@ cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept n
         capture.present[word] |= capture.hits[word]
 
 
-cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
+cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start,
+                             uint64_t end) noexcept nogil:
     """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
     it counts as data, and is found lost."""
     cdef vma_t vma
