@@ -1,11 +1,14 @@
-"""zstd:1 on two threads into a tmpfs, against ``zstd -1 -T2`` on the same bytes, in alternation."""
+"""zstd on two threads into a tmpfs, in alternation with others on the same bytes.
+
+Level 1 against the command ``zstd -1 -T2``; the level that follows the sink against fixed ones, by its rate.
+"""
 
 import shutil
 import subprocess
 import time
 
 import pytest
-from benchkit import ROUNDS, Samples, size, warm_file
+from benchkit import MIB, ROUNDS, Samples, size, warm_file
 from packdata import KINDS, packable
 
 import snapengine
@@ -13,6 +16,8 @@ from snapengine.options import Options
 
 SIZE = size("PACK_SIZE", "1G")
 OPTIONS = Options(compress="zstd:1", encoder_threads=2)
+AUTO_SIZE = size("AUTO_SIZE", "512M")
+WAYS = ("auto", "1", "3")
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="zstd")]
 
@@ -71,3 +76,35 @@ def bench_zstd_command(benchmark, memory, source, tmpfs):
     samples["zstd_ratio"] = [theirs / ours for theirs, ours in pairs]
     pairs = zip(samples["zstd_bytes"], samples["command_bytes"], strict=True)
     samples["zstd_size_ratio"] = [ours / theirs for ours, theirs in pairs]
+
+
+def by_level(memory, path, way, rate_limit):
+    """A snapshot with ``zstd:WAY`` into a sink of so many bytes a second (0: no limit)."""
+    options = Options(compress=f"zstd:{way}", encoder_threads=2, rate_limit=rate_limit)
+    began = time.monotonic_ns()
+    with snapengine.snapshot(memory, path, options) as running:
+        pass
+    taken = time.monotonic_ns() - began
+    return {f"level_{way}_ns": taken, f"level_{way}_bytes": running.result.image_bytes}
+
+
+@pytest.mark.parametrize("rate_limit", [50 * MIB, 200 * MIB, 0], ids=["50M", "200M", "none"])
+def bench_zstd_auto(benchmark, rate_limit, tmpfs):
+    """On text and code: the pages of a guest are as large at any level."""
+    samples = Samples()
+    benchmark.extra_info.update(size=AUTO_SIZE, rate_limit=rate_limit, samples=samples)
+    with packable("files", AUTO_SIZE) as memory:
+
+        def all_ways():
+            for way in WAYS:
+                tmpfs.unlink(missing_ok=True)
+                warm_file(tmpfs, AUTO_SIZE)
+                samples.note(**by_level(memory, tmpfs, way, rate_limit))
+
+        all_ways()
+        samples.clear()
+        benchmark.pedantic(all_ways, rounds=ROUNDS)
+    for way in WAYS[1:]:
+        for unit in ("ns", "bytes"):
+            pairs = zip(samples[f"level_auto_{unit}"], samples[f"level_{way}_{unit}"], strict=True)
+            samples[f"auto_{unit}_to_{way}_ratio"] = [auto / fixed for auto, fixed in pairs]

@@ -17,6 +17,8 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 import zstandard
 
+from snapengine.levels import Levels
+
 from snapengine.atomics cimport snap_load
 from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport SNAP_RAW, SNAP_ZSTD
@@ -72,10 +74,11 @@ cdef class Encoder:
 
     `store_raw`: when a chunk that would shrink may be stored raw, if that is faster: ``"never"``;
     ``"writers"``, while writers fault and the walk waits for room; ``"room"``, while anybody waits for room.
+    `follow_sink`: the level is chosen by what compression and sink were measured to cost.
     """
 
     def __init__(self, Pool pool not None, Writer writer not None, level, int threads, *,
-                 str store_raw="writers"):
+                 str store_raw="writers", bint follow_sink=False):
         cdef int number
         self.pool = pool
         self.writer = writer
@@ -93,14 +96,28 @@ cdef class Encoder:
         for number in range(threads):
             self.scratch[number] = self.memory.base + number * pool.pool.stride
         self.packed = [b""] * threads
-        self.compressors = []
-        if self.compressing:
-            self.compressors = [zstandard.ZstdCompressor(level=level) for _ in range(threads)]
+        self.fixed_level = level if self.compressing else 0
+        self.levels = Levels(threads) if self.compressing and follow_sink else None
+        self.compressors = [{} for _ in range(threads)]
 
     @property
     def scratch_bytes(self):
         """Bytes that the encoders hold beside the pool."""
         return self.threads * self.pool.pool.stride * (2 if self.compressing else 1)
+
+    @property
+    def level(self):
+        """The zstd level of the next chunk; None without compression."""
+        if not self.compressing:
+            return None
+        return self.fixed_level if self.levels is None else self.levels.level
+
+    cdef object _compressor(self, int number, level):
+        """One per thread and level, made when it is needed: each has tables of up to some MiB."""
+        cdef dict mine = self.compressors[number]
+        if level not in mine:
+            mine[level] = zstandard.ZstdCompressor(level=level)
+        return mine[level]
 
     cdef void _look_at_faults(self) noexcept nogil:
         """Only by the thread whose turn it is."""
@@ -127,13 +144,32 @@ cdef class Encoder:
         """Compress into packed[number]. The length of the frame, or 0 if that does not save a sixteenth."""
         cdef uint64_t begin = snap_now_ns()
         cdef uint64_t stored
-        packed = self.compressors[number].compress(PyMemoryView_FromMemory(<char *>data, length, PyBUF_READ))
+        cdef double cost
+        level = self.level
+        view = PyMemoryView_FromMemory(<char *>data, length, PyBUF_READ)
+        packed = self._compressor(number, level).compress(view)
         stored = len(packed)
-        self.turn.compress_cost = _mixed(self.turn.compress_cost, (snap_now_ns() - begin) / <double>length)
+        cost = (snap_now_ns() - begin) / <double>length
+        self.turn.compress_cost = _mixed(self.turn.compress_cost, cost)
         self.turn.ratio = _mixed(self.turn.ratio, stored / <double>length)
+        if self.levels is not None:
+            self.levels.note(level, cost, stored / <double>length, self.turn.sink_cost)
+            packed = self._probe(number, level, view, packed, cost)
+            stored = len(packed)
         self.packed[number] = packed            # keeps the frame alive until this thread's next one
         frame[0] = PyBytes_AS_STRING(packed)
         return stored if stored < length - length // 16 else 0
+
+    cdef bytes _probe(self, int number, level, view, bytes packed, double cost):
+        """Compress the chunk at the next level, too, if that is to be known. The smaller of both frames."""
+        cdef uint64_t begin = snap_now_ns()
+        above = self.levels.probe(level)
+        if above is None:
+            return packed
+        other = self._compressor(number, above).compress(view)
+        taken = (snap_now_ns() - begin) / <double>len(view)
+        self.levels.compare(above, taken / cost, len(other) / <double>len(packed))
+        return min(other, packed, key=len)
 
     cdef int _load(self, const chunk_ref *chunk, int number, char **data, uint64_t **entries) except -1 nogil:
         """Where the chunk's bytes are; reads them back if they were spilled."""

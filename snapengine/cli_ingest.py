@@ -52,7 +52,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--direct", action="store_true",
         help="write pages as they come: for background-snapshot, which sends each once, and which comes to "
         "its end even if we fail. Otherwise a file in --spill-dir keeps the last of each")  # fmt: skip
-    add("--compress", metavar="none|zstd[:LEVEL][:always]", help="default: none")
+    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
+        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
     add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
     add("--rate-limit", type=argument(parse_size), metavar="SIZE",
         help="most bytes a second into the sink (default: no limit)")  # fmt: skip

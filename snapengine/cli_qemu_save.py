@@ -52,7 +52,8 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
         help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip
-    add("--compress", metavar="none|zstd[:LEVEL][:always]", help="default: none")
+    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
+        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
     add("--arming", choices=ARMING,
         help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
         "which is that for 64 MiB and more)")  # fmt: skip

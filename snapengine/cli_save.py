@@ -80,7 +80,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--strict", action="store_true", default=None,
         help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
-    add("--compress", metavar="none|zstd[:LEVEL][:always]", help="default: none")
+    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
+        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
     add("--arming", choices=ARMING,
         help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
         "which is that for 64 MiB and more)")  # fmt: skip

@@ -40,15 +40,19 @@ cdef class Encoder:
     cdef Arena control
     cdef Arena memory
     cdef char *scratch[ENCODERS_MAX]      # one slot per thread, for spilled chunks
-    cdef list compressors
+    cdef int fixed_level
+    cdef object levels                    # None: `fixed_level` for all chunks
+    cdef list compressors                 # per thread: {level: compressor}
     cdef list packed                      # each thread's last frame
     cdef turn_t *turn
     cdef readonly uint64_t raw_chunks
     cdef readonly uint64_t compressed_chunks
 
+    cdef object _compressor(self, int number, level)
     cdef void _look_at_faults(self) noexcept nogil
     cdef bint _worth_it(self, uint64_t ticket) noexcept nogil
     cdef uint64_t _pack(self, int number, const char *data, uint64_t length, const char **frame) except? 0
+    cdef bytes _probe(self, int number, level, view, bytes packed, double cost)
     cdef int _load(self, const chunk_ref *chunk, int number, char **data, uint64_t **entries) except -1 nogil
     cdef int _write(self, const uint64_t *entries, const chunk_ref *chunk, const char *payload,
                     uint64_t stored, uint16_t encoding, uint32_t crc) except -1 nogil

@@ -3,10 +3,19 @@ from .writer import Writer
 
 class Encoder:
     def __init__(
-        self, pool: Pool, writer: Writer, level: int | None, threads: int, *, store_raw: str = "writers"
+        self,
+        pool: Pool,
+        writer: Writer,
+        level: int | None,
+        threads: int,
+        *,
+        store_raw: str = "writers",
+        follow_sink: bool = False,
     ) -> None: ...
     @property
     def writer(self) -> Writer: ...
+    @property
+    def level(self) -> int | None: ...
     @property
     def raw_chunks(self) -> int: ...
     @property

@@ -16,7 +16,7 @@ ARMING = (AUTO, PLAIN, TWO_STEP)
 
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
-_ZSTD = re.compile(r"zstd(?::(-?\d+))?(:always)?$")
+_ZSTD = re.compile(r"zstd(?::(-?\d+|auto))?(:always)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,13 @@ class Options:
 
     compress: str = "none"
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
-    than the CPU, or when space counts. Chunks that do not shrink are stored raw. So are those that would
-    hold the target up, where raw is faster by the costs measured so far: while its writers fault more than
-    once a millisecond and the walk waits for room; with dirty logging whenever a round waits for room.
-    With ``":always"`` behind it (``"zstd:3:always"``) those are compressed too: the smallest image, at the
-    price of more faults or longer rounds."""
+    than the CPU, or when space counts. ``"zstd:auto"``: a level of 1 ... 6 that follows the sink, the
+    highest that does not take longer than writing: into a slow sink a smaller image in less time, at the
+    price of CPU time. Chunks that do not shrink are stored raw. So are those that would hold the target up,
+    where raw is faster by the costs measured so far: while its writers fault more than once a millisecond and
+    the walk waits for room; with dirty logging whenever a round waits for room. With ``":always"`` behind it
+    (``"zstd:3:always"``) those are compressed too: the smallest image, at the price of more faults or
+    longer rounds."""
 
     arming: str = AUTO
     """Write tracking: ``"plain"`` (all is protected at T, and who writes meanwhile waits: 16 ms per GiB of
@@ -104,13 +106,20 @@ class Options:
 
     @property
     def zstd_level(self) -> int | None:
-        """The zstd level, or None for no compression. ValueError if `compress` is malformed."""
+        """The zstd level (with ``zstd:auto`` the first one), or None for no compression. ValueError if
+        `compress` is malformed."""
         if self.compress == "none":
             return None
         match = _ZSTD.match(self.compress)
         if match is None:
-            raise ValueError(f"compress: {self.compress!r} is none of none, zstd, zstd:LEVEL (and :always)")
-        return int(match[1]) if match[1] else 1
+            ways = "none, zstd, zstd:LEVEL, zstd:auto (and :always)"
+            raise ValueError(f"compress: {self.compress!r} is none of {ways}")
+        return int(match[1]) if match[1] not in (None, AUTO) else 1
+
+    @property
+    def level_follows_sink(self) -> bool:
+        """Whether the level is chosen while it is written (``zstd:auto``)."""
+        return self.compress.startswith("zstd:auto")
 
     @property
     def compress_always(self) -> bool:

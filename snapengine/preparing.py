@@ -82,7 +82,7 @@ def make_engine(
     hurry = "writers" if tracking else "room"
     parts.encoder = Encoder(
         parts.session.pool, parts.writer, options.zstd_level, encoders,
-        store_raw="never" if options.compress_always else hurry,
+        store_raw="never" if options.compress_always else hurry, follow_sink=options.level_follows_sink,
     )  # fmt: skip
 
 

@@ -67,6 +67,8 @@ def analyze(stream_fd: int, *, compress: str = "zstd", spill_dir: str | None = N
     `compress` is the second one's, as in `Options`. In `spill_dir` (None: the system's) there must be room
     for all pages that are not zero. `StreamError`: as for `ingest`. ValueError: `compress` is wrong.
     """
+    if Options(compress=compress).level_follows_sink:
+        raise ValueError("compress: zstd:auto follows a sink, and there is none")
     ways = [Options(compress=way, spill_dir=spill_dir) for way in dict.fromkeys(("none", compress))]
     census = Census(stream_fd, spill_dir, name=name)
     try:

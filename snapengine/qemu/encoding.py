@@ -33,7 +33,7 @@ class Encoding:
         self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
         self._encoder = Encoder(
             self.pool, self.writer, options.zstd_level, self._threads_wanted,
-            store_raw="never" if options.compress_always else "room",
+            store_raw="never" if options.compress_always else "room", follow_sink=options.level_follows_sink,
         )  # fmt: skip
 
     @property
