@@ -1,7 +1,7 @@
 # extern-only: no matching .pyx. POSIX threads for capture threads, which have no Python state.
 
 cdef enum:
-    LONG_SLICE_NS = 100000000       # the longest that the kernel takes: for what runs beside writers
+    LONG_SLICE_NS = 4000000         # for what runs beside writers: longer than the default (at most 3 ms)
 
 
 cdef extern from "<pthread.h>" nogil:
