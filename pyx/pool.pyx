@@ -209,6 +209,25 @@ cdef bint pool_has_room(pool_t *pool, uint32_t slots) noexcept nogil:
     return has
 
 
+cdef void pool_await(pool_t *pool, uint64_t slots) noexcept nogil:
+    # No more than can be free: each lane holds one, and the reserve is as large.
+    slots = pool.reserve + min(slots, <uint64_t>(pool.n_slots - 2 * pool.reserve))
+    pthread_mutex_lock(&pool.lock)
+    snap_add(&pool.starved, 1)
+    while pool.n_free < slots and not snap_load(&pool.failed):
+        pthread_cond_wait(&pool.room, &pool.lock)
+    snap_add(&pool.starved, <uint64_t>-1)
+    pthread_mutex_unlock(&pool.lock)
+
+
+cdef bint pool_has_any(pool_t *pool) noexcept nogil:
+    cdef bint has
+    pthread_mutex_lock(&pool.lock)
+    has = pool.n_free > 0
+    pthread_mutex_unlock(&pool.lock)
+    return has
+
+
 cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned kind) noexcept nogil:
     cdef uint64_t last, n
     if lane.n_entries:
@@ -233,7 +252,7 @@ cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil:
     else:
         pool.free_slots[pool.n_free] = lane.slot
         pool.n_free += 1
-        pthread_cond_signal(&pool.room)
+        pthread_cond_broadcast(&pool.room)
     lane.slot = NO_SLOT
     pthread_mutex_unlock(&pool.lock)
     return err
@@ -277,7 +296,7 @@ cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil:
     pool.free_slots[pool.n_free] = slot
     pool.n_free += 1
     if pool.n_free > pool.reserve:
-        pthread_cond_signal(&pool.room)
+        pthread_cond_broadcast(&pool.room)     # walkers wait for different numbers of them
     pthread_mutex_unlock(&pool.lock)
 
 

@@ -18,7 +18,7 @@ shorter or longer than it might be.
 """
 
 from snapengine.atomics cimport snap_add, snap_peek, snap_set
-from snapengine.pool cimport pool_has_room
+from snapengine.pool cimport pool_has_any
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport STREAMS, stream_t
 
@@ -63,6 +63,8 @@ cdef void run_around(capture_t *capture, region_t *region, uint64_t page, uint64
     if n[0] == 1 and thick:
         first[0] = max(page & ~(AROUND - 1), region.first_page)
         n[0] = min((page | (AROUND - 1)) + 1, end) - first[0]
-    if n[0] > 1 and not pool_has_room(capture.pool, 1):
-        first[0] = page                 # no more than must be: it may go through the spill file
+    # The reserve is enough: a sink that is slower than the walk leaves no more free, and there few faults
+    # count most. With nothing free it goes through the spill file: no more than must be.
+    if n[0] > 1 and not pool_has_any(capture.pool):
+        first[0] = page
         n[0] = 1

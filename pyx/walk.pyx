@@ -20,7 +20,7 @@ from libc.stdint cimport uint64_t
 from snapengine.atomics cimport snap_add, snap_fetch_or, snap_load, snap_peek
 from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.image_format cimport SNAP_HOLE
-from snapengine.pool cimport lane_pages, lane_room, pool_has_room
+from snapengine.pool cimport lane_pages, lane_room, pool_await, pool_has_room
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of
 from snapengine.session cimport capture_fail, page_addr, region_t
@@ -209,6 +209,8 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     cdef bint calm = _calm(capture, lane)
     unit_of(capture, region, page, &first, &n)
     if n > 1:
+        # For all of it: a claimed unit does not wait for the sink, and what is lacking would be spilled.
+        pool_await(capture.pool, n * PAGE // capture.pool.slot_bytes)
         err = lane_room(capture.pool, &lane.slot, 64, True)
         if err:
             capture_fail(capture, err, "queue", 0)

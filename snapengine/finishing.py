@@ -38,7 +38,8 @@ def finish_image(
     stats = result.to_json()
     parts.writer.finish(stats)
     parts.sink.commit()
-    return Result(**{**stats, "lost_runs": result.lost_runs})
+    pairs = {"lost_runs": result.lost_runs, "fault_histogram": result.fault_histogram}
+    return Result(**{**stats, **pairs})
 
 
 def _attached_blobs(parts: Parts, level: int | None, extra: Extra) -> dict[str, bytes]:

@@ -72,6 +72,10 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
 cdef uint64_t lane_pages(pool_t *pool, lane_slot *lane) noexcept nogil
 # Whether so many slots are free beside the reserve. A moment later another thread may have them.
 cdef bint pool_has_room(pool_t *pool, uint32_t slots) noexcept nogil
+# Wait until so many slots are free beside the reserve, or as many as there can be, or the capture has failed.
+cdef void pool_await(pool_t *pool, uint64_t slots) noexcept nogil
+# Whether a fault thread would get a slot, if only of the reserve: then nothing has to be spilled yet.
+cdef bint pool_has_any(pool_t *pool) noexcept nogil
 # Append to the page map, merging with the entry before it.
 cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned kind) noexcept nogil
 # Queue what the slot holds and give the slot up. 0 or errno.

@@ -74,4 +74,5 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, keys in the order of the fields."""
-        return asdict(self)
+        pairs = {name: [list(pair) for pair in getattr(self, name)] for name in ("fault_histogram", "lost_runs")}
+        return asdict(self) | pairs

@@ -211,7 +211,12 @@ def test_progress_result_and_one_run_only(tmp_path):
 
 
 def test_the_result_is_in_the_image(tmp_path):
-    result = snap(bytearray(100_000), tmp_path / "image", vmstate={"cpu": b"state"})
+    buffer = bytearray(100_000)
+
+    def write():
+        buffer[50_000] = 1  # a fault, for the histogram
+
+    result = snap(buffer, tmp_path / "image", write, vmstate={"cpu": b"state"})
     with open_image(tmp_path / "image") as image:
         stats = image.info()["stats"]
         assert dict(image.vmstate) == {"cpu": b"state"}
