@@ -74,5 +74,6 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, keys in the order of the fields."""
-        pairs = {name: [list(pair) for pair in getattr(self, name)] for name in ("fault_histogram", "lost_runs")}
+        names = ("fault_histogram", "lost_runs")
+        pairs = {name: [list(pair) for pair in getattr(self, name)] for name in names}
         return asdict(self) | pairs
