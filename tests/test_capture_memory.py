@@ -152,6 +152,15 @@ def test_huge_pages_survive(tmp_path):
     assert saved(tmp_path / "image") == b"h" * len(buffer)
 
 
+def test_a_slow_sink_makes_no_huge_page_spill_that_nobody_writes_to(tmp_path):
+    buffer = anonymous(48 * MIB)
+    buffer.madvise(mmap.MADV_HUGEPAGE)
+    buffer[:] = b"h" * len(buffer)
+    result = snap(buffer, tmp_path / "image", memory_limit=16 * MIB, rate_limit=96 * MIB)
+    assert result.spilled_bytes == 0
+    assert result.pages_saved == len(buffer) // PAGE
+
+
 def test_the_histogram_has_every_fault(tmp_path):
     """As the result and as the image's figures, which `snapengine info --json` prints."""
     buffer = anonymous(16 * MIB)
