@@ -209,7 +209,7 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     cdef bint calm = _calm(capture, lane)
     unit_of(capture, region, page, &first, &n)
     if n > 1:
-        # For all of it and all walkers: a claimed unit does not wait for the sink, what is lacking is spilled.
+        # For all of it and all walkers: a claimed unit does not wait for the sink; what is lacking is spilled
         pool_await(capture.pool, (n * PAGE // capture.pool.slot_bytes + 1)
                    * <uint64_t>(capture.n_lanes - capture.n_fault_lanes - 1))
         err = lane_room(capture.pool, &lane.slot, 64, True)
