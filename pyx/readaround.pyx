@@ -1,11 +1,9 @@
 """Read-around: which pages a write fault takes along.
 
 - A writer that goes through memory in order would fault on every page. So who faults right behind the last
-run
-  that was let go gets a run twice as long, up to 64 pages: it soon faults once in 64 pages.
+  run that was let go gets a run twice as long, up to 64 pages: it soon faults once in 64 pages.
 - Where faults come thick, the writers stand most of the time, and each fault costs CPU time that the walk
-needs:
-  14 µs in the target alone, 10 here. So while they are less than 100 µs apart, each saves the 16 pages
+  needs: 14 µs in the target alone, 10 here. So while they are less than 100 µs apart, each saves the 16 pages
   around it. A stall then takes 29 instead of 16 µs, and there are a third as many: with one writer at full
   speed over 1 GiB, two CPUs and no sink, it loses 244 instead of 331 ms of its work, three writers 240
   instead of 480.

@@ -102,8 +102,7 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
 cdef void _release_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                           uint64_t mask) noexcept nogil:
     """In one call if all between is saved, too, and may be released by who has seen that: a call takes 1 µs,
-    and
-    10 while the target runs on another CPU, whose TLB is flushed."""
+    and 10 while the target runs on another CPU, whose TLB is flushed."""
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t n = 64 - snap_clz(mask) - first
     if not bits_mask(first, n) & ~snap_load(&capture.saved[page >> 6]):

@@ -39,5 +39,4 @@ cdef extern from "snapengine/threads.h" nogil:
     unsigned long long snap_now_ns()        # CLOCK_MONOTONIC
     void snap_sleep_ns(unsigned long long ns)
     void snap_name_thread(const char *name)
-    void snap_nice_slice(int value, unsigned long long slice_ns)    # and its time slice
-    void snap_nice(int value)               # of the calling thread; does nothing where it is not allowed
+    void snap_nice_slice(int value, unsigned long long slice_ns)    # of the calling thread
