@@ -16,10 +16,12 @@ cdef extern from "snapengine/format.h" nogil:
     const uint32_t SNAP_REGN
     const uint32_t SNAP_CHNK
     const uint32_t SNAP_VMST
+    const uint32_t SNAP_PADD
     const uint32_t SNAP_STAT
     const uint32_t SNAP_INDX
     const uint32_t SNAP_TRLR
     enum:
+        SNAP_ALIGN_BYTES
         SNAP_DATA
         SNAP_ZERO
         SNAP_HOLE

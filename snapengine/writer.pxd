@@ -33,6 +33,7 @@ cdef class Writer:
                    uint16_t encoding, uint32_t crc) except -1 nogil
 
     # Any record: fills in seq and header_crc, then sends header, meta and payload.
+    cdef int align(self, uint64_t before) except -1 nogil
     cdef int record(self, snap_record *header, const void *meta, const void *payload) except -1 nogil
     # Three buffers into the sink, in order; any may be empty.
     cdef int send(self, const void *head, size_t head_bytes, const void *meta, size_t meta_bytes,

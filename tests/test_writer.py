@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from image_kit import DATA, HOLE, ZERO, noise, of_type, opened, pattern, records, sample
+from image_kit import DATA, HOLE, ZERO, noise, of_type, opened, pattern, records, sample, stream_everything
 
 from snapengine.checksum import crc32c_of
 from snapengine.errors import CaptureCancelled, SinkError
@@ -310,3 +310,31 @@ def test_too_many_lost_runs_are_cut_with_a_warning():
     assert 50_000 < len(stats["lost_runs"]) < 300_000
     assert stats["warnings"][0] == "first"
     assert "cut" in stats["warnings"][1]
+
+
+@pytest.mark.parametrize("name", ["r", "r" * 7, "r" * 64])
+@pytest.mark.parametrize("pages", [1, 15, 16, 200])
+def test_large_raw_payloads_are_aligned(name, pages):
+    """To 64 bytes of the file, by records that any reader skips."""
+    sink = MemorySink()
+    writer = Writer(sink, image_id=ID)
+    writer.begin([(Region(name, 0, 4096 * 1024), 0)])
+    data = noise(pages, 7)
+    for first in (0, 300, 600):
+        writer.py_chunk([(first, pages, DATA), (first + pages, 300 - pages, ZERO)], data)
+    writer.py_chunk([(900, 124, ZERO)])
+    writer.finish({})
+    image = sink.getvalue()
+    chunks = [record for record in records(image) if record.type == b"CHNK"]
+    padding = [record for record in records(image) if record.type == b"PADD"]
+    places = [record.payload_offset % 64 for record in chunks[:3]]
+    if pages < 16:
+        assert padding == []
+    else:
+        assert places == [0, 0, 0]
+        assert padding
+        assert all(record.meta == bytes(len(record.meta)) and len(record.meta) < 64 for record in padding)
+    stream_everything(image)
+    with opened(image) as read:
+        read.verify()
+        assert read.read(name, 300 * 4096, len(data)) == data

@@ -18,6 +18,7 @@
 #define SNAP_META_MAX_BYTES (256u << 10) /* most bytes of one record's meta (page map, name) */
 #define SNAP_PART_MAX_BYTES (1u << 20)   /* most raw bytes in one part of regions, index, vmstate */
 #define SNAP_NAME_MAX_BYTES 4096u        /* most bytes of a name, in UTF-8 */
+#define SNAP_ALIGN_BYTES 64              /* where a writer puts the payload of a large raw chunk */
 
 /* One page-map entry: page number | (pages - 1) << 40 | kind << 62. */
 #define SNAP_ENTRY_PAGE_BITS 40
@@ -50,6 +51,7 @@ enum snap_encoding { SNAP_RAW = 0, SNAP_ZSTD = 1 };
 #define SNAP_REGN SNAP_TAG('R', 'E', 'G', 'N')
 #define SNAP_CHNK SNAP_TAG('C', 'H', 'N', 'K')
 #define SNAP_VMST SNAP_TAG('V', 'M', 'S', 'T')
+#define SNAP_PADD SNAP_TAG('P', 'A', 'D', 'D')
 #define SNAP_STAT SNAP_TAG('S', 'T', 'A', 'T')
 #define SNAP_INDX SNAP_TAG('I', 'N', 'D', 'X')
 #define SNAP_TRLR SNAP_TAG('T', 'R', 'L', 'R')
