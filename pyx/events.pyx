@@ -36,6 +36,7 @@ cdef extern from "<sys/epoll.h>" nogil:
         epoll_data_t data
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     const int EPOLL_CTL_ADD
+    const int EPOLL_CTL_MOD
     const unsigned int EPOLLIN
     const unsigned int EPOLLET
 
@@ -70,6 +71,20 @@ cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
     event.events = EPOLLIN | EPOLLET if word < UFFDS_MAX else EPOLLIN
     event.data.u64 = word
     return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_ADD, fd, &event) == 0 else errno
+
+
+cdef int watch_again(capture_t *capture, int fd, uint64_t word, bint on) noexcept nogil:
+    """What came meanwhile is found: EPOLL_CTL_MOD polls the descriptor anew, edge-triggered or not."""
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLET if on else EPOLLET
+    event.data.u64 = word
+    return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_MOD, fd, &event) == 0 else errno
+
+
+cdef void call_fault_threads(capture_t *capture) noexcept nogil:
+    """Any thread. The first walker sees `called` at its next look."""
+    watch_again(capture, capture.uffds[0], 0, True)
+    snap_store(&capture.called, 1)
 
 
 cdef ssize_t _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:

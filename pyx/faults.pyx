@@ -5,16 +5,18 @@ fixes T; otherwise, and from then on, faults wait for T. (A writer that is let g
 could write to memory not yet protected, and the image would hold the later write without the earlier one.)
 Fault threads never wait for the sink, the encoders or the GIL.
 
-The warden is there for one case: a fault thread that reads a page which the target has just
-discarded faults itself, as missing. Another fault thread answers it; if all of them read such pages
-at one time, the warden does, so that no target can hang us, nor itself.
+While the first walker looks for faults itself (`pyx/lookout`) it serves them by the same functions.
 """
 
 from libc.errno cimport EAGAIN, ESRCH
 
-from snapengine.atomics cimport snap_bump, snap_leave, snap_load, snap_pause, snap_store, snap_store_seq
+from snapengine.atomics cimport (
+    snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_store, snap_store_seq,
+)
 from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
-from snapengine.events cimport WATCH_PID, WATCH_STOP, handle_event, hold_fault, pump, read_messages
+from snapengine.events cimport (
+    WATCH_PID, WATCH_STOP, call_fault_threads, handle_event, hold_fault, pump, read_messages,
+)
 from snapengine.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
@@ -39,17 +41,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     const int EPOLL_CTL_DEL
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long n, int timeout_ms)
-    const short POLLIN
-
 cdef uint64_t PAGE = 4096
-cdef uint64_t STUCK_NS = 20000000
-cdef int WARDEN_TICK_MS = 10
 cdef int SPINS = 10000
 # A fault thread runs for microseconds at a time while a writer waits for it: it should not queue behind the
 # walk or an encoder.
@@ -57,7 +49,7 @@ cdef int FAULT_NICE = -15
 cdef uint64_t FAULT_SLICE_NS = 100000
 
 
-cdef void _fill(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
+cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
     """Give a missing page its zeros and wake who waits for it."""
     cdef int err
     while True:
@@ -94,7 +86,7 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
             if region.presence == PRESENCE_FILE:
                 data = populated(capture, lane, region, page & ~<uint64_t>63, bit)
             save_window(capture, lane, region, page & ~<uint64_t>63, bit, data)
-    _fill(capture, lane, uffd, addr)
+    fill_missing(capture, lane, uffd, addr)
 
 
 cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
@@ -104,7 +96,7 @@ cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *regio
     note_hit(capture, region, page, &first, &n)
     snap_bump(&lane.arming_faults, 1)
     if missing:
-        _fill(capture, lane, uffd, addr)
+        fill_missing(capture, lane, uffd, addr)
         return
     unit_range(region, first, n, &start, &length)
     release(capture, lane, uffd, start, length)
@@ -115,7 +107,7 @@ cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     cdef uint64_t window = page & ~<uint64_t>63
     cdef uint64_t first, n, mask, data, won
     cdef int err
-    run_around(capture, region, page, &first, &n)
+    run_around(capture, lane, region, page, &first, &n)
     err = lane_room(capture.pool, &lane.slot, n, False)
     if err:
         capture_fail(capture, err, "spill file", 0)
@@ -131,13 +123,18 @@ cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
                        uint64_t page) noexcept nogil:
     cdef uint64_t first, n, addr, length
-    cdef int spins = 0
+    cdef int spins = SPINS if lane.walks else 0     # it may be this thread that copies the page
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
     if snap_load(&capture.failed):
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):
+        if n > 1 and lane.walks:
+            # That takes 2 MiB or more, and this walker may hold claimed pages: not its business.
+            call_fault_threads(capture)
+            uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
+            return
         if n == 1 and _save_run(capture, lane, region, first):
             return
         if n > 1 and claim_unit(capture, first, n):
@@ -166,7 +163,7 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
     if region == NULL:
         # Registered by the target's own doing, not part of this capture: let it go on.
         if missing:
-            _fill(capture, lane, uffd, addr)
+            fill_missing(capture, lane, uffd, addr)
         elif capture.attached:
             # It has moved here: who read of that unregisters it, and not before it is known to be lost.
             uffd_wake(capture.uffds[uffd], addr, PAGE)
@@ -174,6 +171,7 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
             release(capture, lane, uffd, addr, PAGE)
         return
     page = page_at(region, addr)
+    snap_add(&capture.pool.urgent, 1)
     if not snap_load(&capture.armed) and not capture.early:
         _note(capture, lane, uffd, region, page, addr, missing)
     elif missing:
@@ -201,20 +199,23 @@ cdef void _serve_or_hold(capture_t *capture, lane_t *lane, uint64_t uffd, const 
         histogram_add(&lane.histogram, snap_now_ns() - seen)
 
 
-cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
+cdef bint serve_round(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
     cdef uffd_msg messages[64]
-    cdef int i, n
-    while True:
-        n = read_messages(capture, capture.uffds[uffd], messages)
-        if n == 0:
-            return
-        # Events first: while one waits, nothing can be released.
-        for i in range(n):
-            if messages[i].event != UFFD_EVENT_PAGEFAULT:
-                handle_event(capture, uffd, &messages[i])
-        for i in range(n):
-            if messages[i].event == UFFD_EVENT_PAGEFAULT:
-                _serve_or_hold(capture, lane, uffd, &messages[i], seen)
+    cdef int i
+    cdef int n = read_messages(capture, capture.uffds[uffd], messages)
+    # Events first: while one waits, nothing can be released.
+    for i in range(n):
+        if messages[i].event != UFFD_EVENT_PAGEFAULT:
+            handle_event(capture, uffd, &messages[i])
+    lane.waiting = n
+    for i in range(n):
+        if messages[i].event == UFFD_EVENT_PAGEFAULT:
+            _serve_or_hold(capture, lane, uffd, &messages[i], seen)
+    return n > 0
+
+
+cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
+    while serve_round(capture, lane, uffd, seen):
         seen = snap_now_ns()
         snap_store(&lane.busy_since, seen)
 
@@ -224,11 +225,11 @@ cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
     while lane.n_held:
         lane.n_held -= 1
         if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP:
-            _fill(capture, lane, lane.held_uffd[lane.n_held],
-                  lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
+            fill_missing(capture, lane, lane.held_uffd[lane.n_held],
+                         lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
 
 
-cdef bint _await_arming(capture_t *capture, bint noting) noexcept nogil:
+cdef bint await_arming(capture_t *capture, bint noting) noexcept nogil:
     """Wait for T, or (`noting`) for the time when faults are noted. False if the capture ended before."""
     pthread_mutex_lock(&capture.lock)
     while not snap_load(&capture.armed) and not snap_load(&capture.stopping) \
@@ -247,7 +248,7 @@ cdef bint _begin_serving(capture_t *capture, lane_t *lane, uint64_t *seen) noexc
         if may_serve(capture):
             return True
         snap_store_seq(&lane.busy_since, 0)
-        if not _await_arming(capture, False):
+        if not await_arming(capture, False):
             return False
 
 
@@ -259,7 +260,7 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     snap_nice_slice(FAULT_NICE, FAULT_SLICE_NS)
     # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
     # encoder was using (p99 300 µs; 60 µs like this).
-    if not capture.early and not _await_arming(capture, True):
+    if not capture.early and not await_arming(capture, True):
         return
     while not snap_load(&capture.stopping):
         n = epoll_wait(capture.epoll, ready, 8, -1)
@@ -285,48 +286,4 @@ cdef void *fault_thread(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     _serve_until_stopped(lane.capture, lane)
     snap_leave(&lane.capture.running)   # the last that the walk waits for
-    return NULL
-
-
-cdef bint _all_stuck(capture_t *capture) noexcept nogil:
-    cdef int i
-    cdef uint64_t since
-    cdef uint64_t now = snap_now_ns()
-    for i in range(1, capture.n_fault_lanes + 1):
-        since = snap_load(&capture.lanes[i].busy_since)
-        if since == 0 or now - since < STUCK_NS:
-            return False
-    return True
-
-
-cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef region_t *region
-    cdef pollfd stop
-    cdef uint64_t addr, uffd, page
-    snap_name_thread("snap-warden")
-    if not _await_arming(capture, False):
-        return
-    stop.fd = capture.stop_event
-    stop.events = POLLIN
-    while not snap_load(&capture.stopping):
-        if poll(&stop, 1, WARDEN_TICK_MS) != 0 or not _all_stuck(capture):
-            continue
-        pump(capture, lane)
-        while lane.n_held:
-            lane.n_held -= 1
-            addr = lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1)
-            uffd = lane.held_uffd[lane.n_held]
-            region = region_at(capture, addr)
-            page = page_at(region, addr) if region != NULL else 0
-            if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
-                    region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
-                _fill(capture, lane, uffd, addr)
-            else:
-                uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
-
-
-cdef void *warden_thread(void *arg) noexcept nogil:
-    cdef lane_t *lane = <lane_t *>arg
-    _watch_until_stopped(lane.capture, lane)
-    snap_leave(&lane.capture.running)
     return NULL

@@ -27,13 +27,14 @@ from snapengine.atomics cimport (
 )
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport protect_left, pump
-from snapengine.pieces cimport SPAN_PAGES, first_region, span_of
+from snapengine.pieces cimport first_region
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
 from snapengine.session cimport capture_fail, page_addr, page_at
 
 cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
+cdef uint64_t PIECE_PAGES = 4096    # small enough that two walkers share a hot set of some MiB
 cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
 
 
@@ -130,11 +131,10 @@ cdef void share_edges(capture_t *capture) noexcept nogil:
                     bits_fill(capture.hits, page_at(other, addr), 1)
 
 
-cdef int _protect_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span) noexcept nogil:
-    cdef uint64_t page, end, last
+cdef int _protect_part(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                       uint64_t end) noexcept nogil:
+    cdef uint64_t last
     cdef int err = 0
-    if not span_of(region, span, &page, &end):
-        return 0
     page = bits_next(capture.hits, page, end)
     while page < end and not err:
         last = _run_end(capture.hits, page, end)
@@ -143,10 +143,18 @@ cdef int _protect_span(capture_t *capture, lane_t *lane, region_t *region, uint6
     return err
 
 
-cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil:
-    cdef int i = first_region(capture, span * SPAN_PAGES)
-    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * SPAN_PAGES \
-            and not capture.forget_hits:
-        if _protect_span(capture, lane, &capture.regions[i], span):
+cdef uint64_t hit_pieces(capture_t *capture) noexcept nogil:
+    return (capture.page_end + PIECE_PAGES - 1) // PIECE_PAGES
+
+
+cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
+    cdef uint64_t first = piece * PIECE_PAGES
+    cdef uint64_t end = first + PIECE_PAGES
+    cdef int i = first_region(capture, first)
+    cdef region_t *region
+    while i < capture.n_regions and capture.regions[i].first_page < end and not capture.forget_hits:
+        region = &capture.regions[i]
+        if _protect_part(capture, lane, region, max(first, region.first_page),
+                         min(end, region.first_page + region.pages)):
             return
         i += 1

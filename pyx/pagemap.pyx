@@ -10,6 +10,7 @@ from posix.unistd cimport pread
 
 import os
 
+from snapengine.bitmap cimport bits_mask
 from snapengine.linux cimport (
     IOCTL_PAGEMAP_SCAN, PAGE_IS_FILE, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED,
     PAGE_IS_WRITTEN,
@@ -63,24 +64,43 @@ cdef int scan_step(scan_t *scan) noexcept nogil:
     return 0
 
 
-cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil:
+cdef long _scan_written(int fd, uint64_t start, uint64_t end, page_region *found, uint64_t length,
+                        uint64_t max_pages) noexcept nogil:
+    """How many regions were found, or -errno."""
     cdef pm_scan_arg arg
-    cdef page_region region
-    cdef long found
+    cdef long n
     arg.size = sizeof(pm_scan_arg)
     arg.flags = 0
     arg.start = start
     arg.end = end
     arg.walk_end = start
-    arg.vec = <uint64_t>&region
-    arg.vec_len = 1
-    arg.max_pages = 1
+    arg.vec = <uint64_t>found
+    arg.vec_len = length
+    arg.max_pages = max_pages
     arg.category_inverted = 0
     arg.category_mask = PAGE_IS_WRITTEN
     arg.category_anyof_mask = 0
     arg.return_mask = PAGE_IS_WRITTEN
-    found = ioctl(fd, IOCTL_PAGEMAP_SCAN, &arg)
-    return <int>(-errno if found < 0 else found)
+    n = ioctl(fd, IOCTL_PAGEMAP_SCAN, &arg)
+    return n if n >= 0 else -errno
+
+
+cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil:
+    cdef page_region region
+    return <int>_scan_written(fd, start, end, &region, 1, 1)
+
+
+cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil:
+    cdef page_region found[33]      # more cannot be apart from each other in 64 pages
+    cdef uint64_t first, last
+    cdef long i
+    cdef long regions = _scan_written(fd, start, start + n * 4096, found, 33, 0)
+    pages[0] = 0
+    for i in range(regions):
+        first = (found[i].start - start) // 4096
+        last = (found[i].end - start) // 4096
+        pages[0] |= bits_mask(first, last - first)
+    return 0 if regions >= 0 else <int>-regions
 
 
 cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:

@@ -9,8 +9,7 @@ If a thread stops between any two instructions: outside the lock the others go o
 that are left; inside it they wait for the scheduler, never for the GIL, the sink or a fault.
 """
 
-from libc.errno cimport EINTR, EIO, ENOBUFS, errno
-from posix.unistd cimport pread, pwrite
+from libc.errno cimport ENOBUFS
 
 import tempfile
 
@@ -24,11 +23,7 @@ from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-
-cdef extern from "<fcntl.h>" nogil:
-    int fallocate(int fd, int mode, long offset, long length)
-    const int FALLOC_FL_PUNCH_HOLE
-    const int FALLOC_FL_KEEP_SIZE
+from snapengine.spill cimport spill_put
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -105,36 +100,6 @@ cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_off
     return 0
 
 
-cdef int _pwrite_all(int fd, const char *data, uint64_t length, uint64_t offset) noexcept nogil:
-    cdef ssize_t put
-    while length:
-        put = pwrite(fd, data, length, offset)
-        if put < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        data += put
-        offset += put
-        length -= put
-    return 0
-
-
-cdef int _pread_all(int fd, char *data, uint64_t length, uint64_t offset) noexcept nogil:
-    cdef ssize_t got
-    while length:
-        got = pread(fd, data, length, offset)
-        if got < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        if got == 0:
-            return EIO
-        data += got
-        offset += got
-        length -= got
-    return 0
-
-
 cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
     """Write the slot to the file and queue that copy; the thread keeps the slot, empty."""
     cdef uint64_t offset
@@ -144,9 +109,7 @@ cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
     pool.spill_end += pool.stride
     pool.spilled_bytes += lane.used
     pthread_mutex_unlock(&pool.lock)
-    err = _pwrite_all(pool.spill_fd, lane.data, lane.used, offset)
-    if not err:
-        err = _pwrite_all(pool.spill_fd, <char *>lane.entries, lane.n_entries * 8, offset + pool.slot_bytes)
+    err = spill_put(pool, lane, offset)
     if err:
         return err
     pthread_mutex_lock(&pool.lock)
@@ -168,12 +131,14 @@ cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil:
     return err
 
 
+cdef inline bint _fits(pool_t *pool, lane_slot *lane, uint64_t pages) noexcept nogil:
+    return lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX
+
+
 cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil:
     cdef int err = 0
     cdef bint fresh = False
-    if not wait and not lane.patient:
-        snap_add(&pool.urgent, 1)
-    if lane.used + pages * PAGE <= pool.slot_bytes and lane.n_entries + pages <= ENTRIES_MAX:
+    if _fits(pool, lane, pages):
         return 0
     _sum_up(lane)
     pthread_mutex_lock(&pool.lock)
@@ -195,6 +160,10 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
         _use_slot(pool, lane, lane.slot)
         return 0
     return _spill(pool, lane)
+
+
+cdef bint lane_waits(pool_t *pool, lane_slot *lane, uint64_t pages) noexcept nogil:
+    return not _fits(pool, lane, pages) and not pool_has_room(pool, 1)
 
 
 cdef uint64_t lane_pages(pool_t *pool, lane_slot *lane) noexcept nogil:
@@ -298,18 +267,6 @@ cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil:
     if pool.n_free > pool.reserve:
         pthread_cond_broadcast(&pool.room)     # walkers wait for different numbers of them
     pthread_mutex_unlock(&pool.lock)
-
-
-cdef int pool_unspill(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil:
-    cdef int err = _pread_all(pool.spill_fd, data, chunk.data_bytes, chunk.spill_offset)
-    if not err:
-        err = _pread_all(pool.spill_fd, <char *>entries, chunk.n_entries * 8,
-                         chunk.spill_offset + pool.slot_bytes)
-    if not err:
-        # Gives the space back early; a file system without holes keeps it until the file is closed.
-        fallocate(pool.spill_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  chunk.spill_offset, pool.stride)
-    return err
 
 
 # The slots of the last capture, for the next one: where a hypervisor backs memory lazily, and takes it back

@@ -52,10 +52,10 @@ cdef bint _thick(capture_t *capture) noexcept nogil:
     return gap < THICK_NS
 
 
-cdef void run_around(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
+cdef void run_around(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t *first,
                      uint64_t *n) noexcept nogil:
     cdef uint64_t end = region.first_page + region.pages
-    cdef bint thick = _thick(capture)
+    cdef bint thick = lane.waiting > 1 if lane.walks else _thick(capture)
     first[0] = page
     n[0] = run_from(capture, page, min(64 - (page & 63), end - page))
     if n[0] == 1 and thick:

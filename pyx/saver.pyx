@@ -9,25 +9,17 @@ thread stops after its claim, the page stays protected and its writers wait; nob
 from libc.errno cimport EAGAIN, ENOENT, ESRCH
 
 from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
-from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
-from snapengine.events cimport pump
+from snapengine.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
+from snapengine.events cimport call_fault_threads, pump
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
-from snapengine.source cimport copy_run, put_pages
+from snapengine.source cimport copy_run, copy_window, put_pages
 from snapengine.uffd cimport uffd_unprotect, uffd_wake
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t RUN = 64              # pages copied between two looks at the clock and the pool
-
-
-cdef inline uint64_t _run_from(uint64_t mask, uint64_t *first) noexcept nogil:
-    """Lowest run of set bits: its first bit and its length."""
-    cdef uint64_t rest
-    first[0] = snap_ctz(mask)
-    rest = ~(mask >> first[0])
-    return min(<uint64_t>snap_ctz(rest), 64 - first[0]) if rest else 64
 
 
 cdef void unit_of(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
@@ -84,6 +76,8 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
         if not lane.walks or not snap_load(&capture.armed):
             pump(capture, lane)
         else:
+            if snap_load(&capture.looked_ns):
+                call_fault_threads(capture)
             snap_sleep_ns(20000)
     if err == ENOENT and length > PAGE:
         # Part of the run is unmapped by now: the rest must still be released, past any event, and who waits
@@ -109,34 +103,41 @@ cdef void _release_window(capture_t *capture, lane_t *lane, region_t *region, ui
         release(capture, lane, 0, page_addr(region, page + first), n * PAGE)
         return
     while mask:
-        n = _run_from(mask, &first)
+        n = bits_run(mask, &first)
         release(capture, lane, 0, page_addr(region, page + first), n * PAGE)
         mask &= ~bits_mask(first, n)
 
 
-cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                     uint64_t won, uint64_t data) noexcept nogil:
-    cdef uint64_t mask = data
+cdef int copy_claimed(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                      uint64_t won, uint64_t data) noexcept nogil:
+    cdef uint64_t mask = won & ~data
     cdef uint64_t first, n
-    cdef int err
+    cdef int err = copy_window(capture, lane, region, page, data) if data else 0
+    if err:
+        capture_fail(capture, err, "reading the target", page_addr(region, page + snap_ctz(data)))
+        return err
     while mask:
-        n = _run_from(mask, &first)
-        err = copy_run(capture, lane, region, page + first, n)
-        if err:
-            capture_fail(capture, err, "reading the target", page_addr(region, page + first))
-            return err
-        mask &= ~bits_mask(first, n)
-    mask = won & ~data
-    while mask:
-        n = _run_from(mask, &first)
+        n = bits_run(mask, &first)
         put_pages(capture, lane, page + first, n, SNAP_HOLE)
         mask &= ~bits_mask(first, n)
-    snap_fetch_or(&capture.saved[page >> 6], won)
+    return 0
+
+
+cdef void publish(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                  uint64_t won, uint64_t data) noexcept nogil:
     # A hole of private memory has no page table entry to release.
-    mask = data if region.presence == PRESENCE_BITS and region.missing else won
+    cdef uint64_t mask = data if region.presence == PRESENCE_BITS and region.missing else won
+    snap_fetch_or(&capture.saved[page >> 6], won)
     if mask:
         _release_window(capture, lane, region, page, mask)
-    return 0
+
+
+cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                     uint64_t won, uint64_t data) noexcept nogil:
+    cdef int err = copy_claimed(capture, lane, region, page, won, data)
+    if not err:
+        publish(capture, lane, region, page, won, data)
+    return err
 
 
 cdef int save_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t first,

@@ -37,6 +37,7 @@ cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t a
     pool_fail(capture.pool)
     pthread_mutex_lock(&capture.lock)
     pthread_cond_broadcast(&capture.changed)
+    pthread_cond_broadcast(&capture.work)
     pthread_mutex_unlock(&capture.lock)
 
 
@@ -84,6 +85,9 @@ cdef class Session:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
     two_step:
         Protect while the target runs, and at T only what it has written to meanwhile.
+    look_pages:
+        While writers fault, the first walker looks for faults itself, after so many pages (a power of 2, at
+        most 64); 0: it leaves them to the fault threads.
 
     Raises MemoryError, ValueError or OSError.
     """
@@ -92,13 +96,15 @@ cdef class Session:
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
                  bint rounds=False, bint attached=False, bint sums=False,
                  bint two_step=False, bint use_scan=True, bint early=False, bint forget_hits=False,
-                 uint64_t arm_piece=0):
+                 uint64_t arm_piece=0, uint64_t look_pages=32):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:
             raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {FAULT_LANES_MAX}")
         if not 1 <= walkers <= WALKERS_MAX:
             raise ValueError(f"walkers: {walkers} is not in 1 ... {WALKERS_MAX}")
+        if look_pages and (look_pages > 64 or look_pages & (look_pages - 1)):
+            raise ValueError(f"look_pages: {look_pages} is neither 0 nor a power of 2 up to 64")
         self.bitmaps = []
         self.owned_fds = []
         self.fault_lanes = fault_threads
@@ -118,6 +124,8 @@ cdef class Session:
         capture.two_step = two_step and not early
         capture.forget_hits = forget_hits
         capture.arm_piece = arm_piece
+        capture.look_pages = look_pages
+        capture.scarce = walkers >= len(os.sched_getaffinity(0))
         capture.stop_event = -1
         capture.spare_fd = <uint64_t>-1
         capture.epoll = -1
@@ -129,6 +137,8 @@ cdef class Session:
         capture.n_uffds = 1
         pthread_mutex_init(&capture.lock, NULL)
         pthread_cond_init(&capture.changed, NULL)
+        pthread_cond_init(&capture.work, NULL)
+        pthread_cond_init(&capture.done, NULL)
         for i, plan in enumerate(plans):
             self._set_region(&capture.regions[i], plan)
             if rounds:
@@ -234,7 +244,6 @@ cdef class Session:
             self.capture.lanes[i].walks = i == 0 or i > self.fault_lanes + 1
             self.capture.lanes[i].slot.slot = NO_SLOT
             self.capture.lanes[i].slot.sums = sums and self.capture.lanes[i].walks
-            self.capture.lanes[i].slot.patient = self.capture.lanes[i].walks
         return 0
 
     def fail(self, int err, bytes call=b"cancelled"):
@@ -336,6 +345,16 @@ cdef class Session:
     def rounds(self):
         """Rounds copied so far (write tracking: 1)."""
         return self.capture.rounds
+
+    @property
+    def walk_faults(self):
+        """Faults that the first walker served itself, between two windows."""
+        return snap_peek(&self.capture.lanes[0].faults)
+
+    @property
+    def calls(self):
+        """How often it was overdue, and the fault threads were called."""
+        return self.capture.calls
 
     @property
     def has_scan(self):

@@ -10,7 +10,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
 from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_test
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_run, bits_test
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.pagemap cimport pagemap_read
@@ -20,7 +20,7 @@ from snapengine.session cimport (
     PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     page_addr,
 )
-from snapengine.trust cimport believable, punched
+from snapengine.trust cimport all_believable, believable, punched
 
 cdef extern from "<sys/mman.h>" nogil:
     int mincore(void *addr, size_t length, unsigned char *vec)
@@ -109,7 +109,7 @@ cdef uint64_t _by_seek(capture_t *capture, lane_t *lane, region_t *region, uint6
     while mask:
         first = snap_ctz(mask)
         offset = (page + first - region.first_page) * PAGE
-        if not lane.walks:
+        if not lane.walks or lane.serving:
             mask &= mask - 1
             if _is_data(region, offset):
                 result |= <uint64_t>1 << first
@@ -254,25 +254,46 @@ cdef int _copy(capture_t *capture, lane_t *lane, region_t *region, uint64_t page
     return _from_elsewhere(capture, lane, region, page, n)
 
 
+cdef struct mark_t:                 # what a lane held before a copy, to take it back
+    lane_slot slot
+    uint64_t last_entry
+    uint64_t data
+    uint64_t zero
+    uint64_t hole
+    uint64_t lost
+
+
+cdef mark_t _mark(lane_t *lane) noexcept nogil:
+    cdef mark_t mark
+    mark.slot = lane.slot
+    mark.last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
+    mark.data = lane.data_pages
+    mark.zero = lane.zero_pages
+    mark.hole = lane.hole_pages
+    mark.lost = lane.lost_pages
+    return mark
+
+
+cdef void _take_back(lane_t *lane, const mark_t *mark) noexcept nogil:
+    lane.slot = mark.slot
+    if mark.slot.n_entries:
+        lane.slot.entries[mark.slot.n_entries - 1] = mark.last_entry
+    lane.data_pages = mark.data
+    lane.zero_pages = mark.zero
+    lane.hole_pages = mark.hole
+    lane.lost_pages = mark.lost
+
+
 cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                   uint64_t n) noexcept nogil:
-    cdef lane_slot before = lane.slot
-    cdef uint64_t last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
-    cdef uint64_t data = lane.data_pages
-    cdef uint64_t zero = lane.zero_pages
-    cdef uint64_t lost = lane.lost_pages
+    cdef mark_t mark = _mark(lane)
     cdef uint64_t i
     cdef int err = _copy(capture, lane, region, page, n)
     if err or believable(capture, region, page, n):
         return err
     # Some page is not what it was at T: it was discarded, replaced, moved or merged before or while it was
     # copied. Take the run back; keep the pages that are still good.
-    lane.slot = before
-    if before.n_entries:
-        lane.slot.entries[before.n_entries - 1] = last_entry
-    lane.data_pages = data
-    lane.zero_pages = zero
-    lane.lost_pages = lost
+    _take_back(lane, &mark)
     if n == 1:
         put_pages(capture, lane, page, 1, SNAP_LOST)
         return 0
@@ -280,4 +301,28 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
         err = copy_run(capture, lane, region, page + i, 1)
         if err:
             return err
+    return 0
+
+
+cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                     uint64_t mask) noexcept nogil:
+    cdef mark_t mark = _mark(lane)
+    cdef uint64_t rest = mask
+    cdef uint64_t first, n
+    cdef int err
+    while rest:
+        n = bits_run(rest, &first)
+        err = _copy(capture, lane, region, page + first, n)
+        if err:
+            return err
+        rest &= ~bits_mask(first, n)
+    if all_believable(capture, region, page, mask):
+        return 0
+    _take_back(lane, &mark)
+    while mask:
+        first = snap_ctz(mask)
+        err = copy_run(capture, lane, region, page + first, 1)
+        if err:
+            return err
+        mask &= mask - 1
     return 0

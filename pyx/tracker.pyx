@@ -24,7 +24,7 @@ from posix.unistd cimport close, getpid, write
 from snapengine.arming cimport arm
 from snapengine.atomics cimport snap_leave, snap_load, snap_store
 from snapengine.events cimport WATCH_PID, WATCH_STOP, forget_all, watch
-from snapengine.faults cimport answer_missing, fault_thread, serve_held, warden_thread
+from snapengine.faults cimport answer_missing, fault_thread, serve_held
 from snapengine.pieces cimport help_pieces
 from snapengine.pool cimport lane_close, lane_open, pool_end
 from snapengine.pthreads cimport (
@@ -33,6 +33,7 @@ from snapengine.pthreads cimport (
 )
 from snapengine.session cimport Session, capture_fail, capture_t, lane_t
 from snapengine.walk cimport claim_shared_pages, save_shared_pages, walk
+from snapengine.warden cimport warden_thread
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
@@ -48,6 +49,7 @@ cdef void _publish(capture_t *capture, uint64_t *word) noexcept nogil:
     pthread_mutex_lock(&capture.lock)
     snap_store(word, 1)
     pthread_cond_broadcast(&capture.changed)
+    pthread_cond_broadcast(&capture.work)
     pthread_mutex_unlock(&capture.lock)
 
 

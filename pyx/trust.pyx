@@ -19,11 +19,11 @@ is between that and the bits, and a copy is believed only when nobody is.
 from libc.errno cimport ENXIO, errno
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_fetch_or, snap_load
+from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.fileio cimport file_mtime
 from snapengine.linux cimport MADV_POPULATE_READ, PAGE_IS_PRESENT
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_written
+from snapengine.pagemap cimport pagemap_read, scan_step, scan_written, scan_written_pages
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_FILE, file_changed, page_addr
 
@@ -154,17 +154,41 @@ cdef bint punched(region_t *region, uint64_t page) noexcept nogil:
     return lseek(region.file, offset, SEEK_DATA) != offset or file_changed(region)
 
 
+cdef bint _still_there(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    return region.witness == NULL or not _witness_gone(capture, region, page, n)
+
+
+cdef void _await_readers(capture_t *capture, region_t *region) noexcept nogil:
+    while region.own and snap_load(&capture.reading):
+        snap_sleep_ns(2000)
+
+
 cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     cdef uint64_t addr = page_addr(region, page)
     if region.check and scan_written(capture.pagemap, addr, addr + n * PAGE):
         return False
-    if region.witness != NULL and _witness_gone(capture, region, page, n):
+    if not _still_there(capture, region, page, n):
         return False
     if not capture.attached:
         return True
-    while region.own and snap_load(&capture.reading):
-        snap_sleep_ns(2000)
+    _await_readers(capture, region)
     return bits_next(capture.distrusted, page, page + n) == page + n
+
+
+cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
+    """Between these pages others may have been saved and released: so which ones, not whether any."""
+    cdef uint64_t first = snap_ctz(mask)
+    cdef uint64_t n = 64 - snap_clz(mask) - first
+    cdef uint64_t written = 0
+    if region.check and (scan_written_pages(capture.pagemap, page_addr(region, page + first), n, &written)
+                         or written << first & mask):
+        return False
+    if not _still_there(capture, region, page + first, n):
+        return False
+    if not capture.attached:
+        return True
+    _await_readers(capture, region)
+    return not snap_load(&capture.distrusted[page >> 6]) & mask
 
 
 cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil:

@@ -20,16 +20,21 @@ from libc.stdint cimport uint64_t
 from snapengine.atomics cimport snap_add, snap_fetch_or, snap_load, snap_peek
 from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.image_format cimport SNAP_HOLE
-from snapengine.pool cimport lane_pages, lane_room, pool_await, pool_has_room
+from snapengine.lookout cimport look, stop_looking
+from snapengine.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
 from snapengine.pthreads cimport snap_sleep_ns
-from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of
+from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, save_window, unit_of
 from snapengine.session cimport capture_fail, page_addr, region_t
 from snapengine.source cimport copy_run, populated, put_pages
 from snapengine.uffd cimport uffd_unregister
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT_PAGES = 512
 cdef uint64_t CALM_NS = 500000
+cdef uint64_t CALM_MOST_NS = 4000000
 
 
 cdef bint _shared_with_another(capture_t *capture, region_t *region, uint64_t addr) noexcept nogil:
@@ -100,7 +105,7 @@ cdef bint _calm(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t faults = 0
     cdef int i
     cdef bint calm
-    for i in range(1, capture.n_fault_lanes + 1):
+    for i in range(capture.n_fault_lanes + 1):
         faults += snap_peek(&capture.lanes[i].faults)
     calm = lane.asked and faults == lane.faults_seen
     lane.asked = True
@@ -182,11 +187,42 @@ cdef int _save_together(capture_t *capture, lane_t *lane, region_t *region, uint
     return 0
 
 
-cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                       uint64_t end) noexcept nogil:
+cdef int _copy_looking(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t won,
+                       uint64_t data) noexcept nogil:
+    """In parts, with a look for faults between two of them. What is served then goes into the same slot."""
+    cdef uint64_t size = capture.look_pages
+    cdef uint64_t first = 0
+    cdef uint64_t part
+    cdef int err
+    cdef bint again = False
+    while first < 64:
+        part = won & bits_mask(first, size)
+        first += size
+        if not part:
+            continue
+        if again:
+            look(capture, lane)
+            err = lane_room(capture.pool, &lane.slot, size, False)
+            if err:
+                capture_fail(capture, err, "spill file", 0)
+                return err
+        err = copy_claimed(capture, lane, region, page, part, data & part)
+        if err:
+            return err
+        again = True
+    return 0
+
+
+cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t end,
+                       bint looks) noexcept nogil:
     cdef uint64_t n, mask, data, won
+    cdef uint64_t window
     cdef int err
     while page < end:
+        if looks:
+            look(capture, lane)
+        if lane.index == 0 and lane_waits(capture.pool, &lane.slot, 64):
+            stop_looking(capture)
         err = lane_room(capture.pool, &lane.slot, 64, True)
         if err:
             capture_fail(capture, err, "queue", 0)
@@ -194,9 +230,15 @@ cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint6
             return 1
         n = min(64 - (page & 63), end - page)
         mask = bits_mask(page & 63, n)
-        data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
+        window = page & ~<uint64_t>63
+        data = populated(capture, lane, region, window, mask)
         won = bits_claim(capture.claimed, page >> 6, mask)
-        if won and save_window(capture, lane, region, page & ~<uint64_t>63, won, data & won):
+        data &= won
+        if won and looks:
+            if _copy_looking(capture, lane, region, window, won, data):
+                return 1
+            publish(capture, lane, region, window, won, data)
+        elif won and save_window(capture, lane, region, window, won, data):
             return 1
         page += n
     return 0
@@ -207,7 +249,11 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     cdef uint64_t first, n
     cdef int err
     cdef bint calm = _calm(capture, lane)
+    cdef bint looks
     unit_of(capture, region, page, &first, &n)
+    looks = lane.index == 0 and n == 1 and not calm and capture.look_pages != 0
+    if lane.index == 0 and not looks:
+        stop_looking(capture)
     if n > 1:
         # For all of it and all walkers: a claimed unit does not wait for the sink; what is lacking is spilled
         pool_await(capture.pool, (n * PAGE // capture.pool.slot_bytes + 1)
@@ -221,24 +267,28 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     # Room first: a claimed unit must not wait for the sink, nor go to the spill file.
     if calm and pool_has_room(capture.pool, 3) and _dense(capture, lane, region, page):
         return _save_together(capture, lane, region, page)
-    return _save_windows(capture, lane, region, page, end)
+    return _save_windows(capture, lane, region, page, end, looks)
 
 
 cdef void _await_calm(capture_t *capture, lane_t *lane) noexcept nogil:
     """While writers fault, one walker is enough, and a second would take the CPU that a released writer needs
-    (two CPUs, 256 MiB at full speed: p99 of a stall 460 µs)."""
+    (two CPUs, 256 MiB at full speed: p99 of a stall 460 µs). Even to ask for calm takes it: more and more
+    rarely."""
+    cdef uint64_t nap = CALM_NS
     while not _calm(capture, lane) and not snap_load(&capture.failed) \
             and snap_peek(&capture.next_unit) * UNIT_PAGES < capture.page_end:
-        snap_sleep_ns(CALM_NS)
+        snap_sleep_ns(nap)
+        nap = min(2 * nap, CALM_MOST_NS)
 
 
-cdef void walk(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void _walk_units(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t page, end
     cdef int i = 0
     cdef region_t *region
     while not snap_load(&capture.failed):
         if lane.index:
             _await_calm(capture, lane)
+        sched_yield()
         page = snap_add(&capture.next_unit, 1) * UNIT_PAGES
         end = page + UNIT_PAGES
         # Regions ascend by page number, and no two of them lie in one unit.
@@ -251,3 +301,9 @@ cdef void walk(capture_t *capture, lane_t *lane) noexcept nogil:
         end = min(end, region.first_page + region.pages)
         if page < end and _walk_unit(capture, lane, region, page, end):
             return
+
+
+cdef void walk(capture_t *capture, lane_t *lane) noexcept nogil:
+    _walk_units(capture, lane)
+    if lane.index == 0:
+        stop_looking(capture)

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_fetch_or, snap_load
+from snapengine.atomics cimport snap_ctz, snap_fetch_or, snap_load
 
 # Bits of pages in words of 64, in memory that no capture can protect (arena.pxd).
 
@@ -18,6 +18,14 @@ cdef inline bint bits_test(uint64_t *bits, uint64_t page) noexcept nogil:
 cdef inline uint64_t bits_mask(uint64_t first, uint64_t count) noexcept nogil:
     """Bits first .. first + count - 1 of one word; 1 ≤ count, first + count ≤ 64."""
     return (~<uint64_t>0 >> (64 - count)) << first
+
+
+cdef inline uint64_t bits_run(uint64_t mask, uint64_t *first) noexcept nogil:
+    """Lowest run of set bits in one word, which is not 0: its first bit and its length."""
+    cdef uint64_t rest
+    first[0] = snap_ctz(mask)
+    rest = ~(mask >> first[0])
+    return min(<uint64_t>snap_ctz(rest), 64 - first[0]) if rest else 64
 
 
 # Plain (one writer, or before the threads start): set or clear count bits from first.

@@ -12,5 +12,6 @@ cdef void stop_noting(capture_t *capture) noexcept nogil
 # First walker, after that: a fault is noted for one region; where others have bytes in the same page, it was
 # hit for them, too.
 cdef void share_edges(capture_t *capture) noexcept nogil
-# Walkers, after that: protect again what was hit in a span of pages (`pieces.pxd`).
-cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil
+# Walkers, after that: protect again what was hit, in pieces (`pieces.pxd`), and how many of them there are.
+cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil
+cdef uint64_t hit_pieces(capture_t *capture) noexcept nogil

@@ -23,6 +23,8 @@ cdef struct scan_t:
 cdef int scan_step(scan_t *scan) noexcept nogil
 # Whether any of the pages in [start, end) was written since it was protected: 1, 0, or -errno.
 cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil
+# Which of n ≤ 64 pages from `start` on: bits in `pages`. 0 or errno.
+cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil
 # The populated (present or swapped) runs by /proc/PID/pagemap, for kernels without PAGEMAP_SCAN.
 # `entries` (n words) gets bit 0 = present, bit 1 = swapped. Returns 0 or errno.
 cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil

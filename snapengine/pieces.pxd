@@ -10,6 +10,8 @@ ctypedef void (*piece_work_t)(capture_t *capture, lane_t *lane, uint64_t piece) 
 # First walker: have `work` done for the pieces 0 ... pieces - 1 by all walkers; returns when all are done, or
 # the capture has failed and none is under way.
 cdef void all_pieces(capture_t *capture, lane_t *lane, piece_work_t work, uint64_t pieces) noexcept nogil
+# The pause begins: until T, wait for pieces and for each other without sleeping.
+cdef void hurry(capture_t *capture) noexcept nogil
 # Other walkers: help with that until T is fixed or the capture ends.
 cdef void help_pieces(capture_t *capture, lane_t *lane) noexcept nogil
 

@@ -31,7 +31,7 @@ cdef struct pool_t:
     bint closed                     # no more chunks will come
     uint64_t failed                 # atomic: set once; read without the lock
     uint64_t starved                # atomic: threads waiting for room, a hint for the encoders
-    uint64_t urgent                 # atomic: rooms asked for to serve faults
+    uint64_t urgent                 # atomic: faults that were served (by who serves them)
     uint32_t touched                # slots below this number have their memory
     uint64_t spill_end              # bytes of the spill file in use
     uint64_t spilled_bytes
@@ -55,7 +55,6 @@ cdef struct lane_slot:
     char *data
     uint64_t *entries
     bint sums                       # fixed: this thread also computes the checksum of what it queues
-    bint patient                    # fixed: it walks, and what it asks for is no fault's
     uint32_t crc                    # of the first `summed` bytes of data (who copies may sum as it goes)
     uint64_t summed
 
@@ -68,6 +67,8 @@ cdef int lane_open(pool_t *pool, lane_slot *lane) noexcept nogil
 # Make room for `pages` data pages and as many entries: 0, or an errno. With `wait` it waits until an
 # encoder frees a slot; without, it takes the reserve and then spills to the file, and never waits.
 cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noexcept nogil
+# Whether lane_room() would wait now.
+cdef bint lane_waits(pool_t *pool, lane_slot *lane, uint64_t pages) noexcept nogil
 # Data pages that the open slot still takes, whatever their entries.
 cdef uint64_t lane_pages(pool_t *pool, lane_slot *lane) noexcept nogil
 # Whether so many slots are free beside the reserve. A moment later another thread may have them.
@@ -86,8 +87,6 @@ cdef void pool_fail(pool_t *pool) noexcept nogil                    # wake every
 # Next chunk, waiting for one: 1; 0 when closed and empty; -1 when failed. `ticket` counts from 0.
 cdef int pool_take(pool_t *pool, chunk_ref *chunk, uint64_t *ticket) noexcept nogil
 cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil
-# Read a spilled chunk into `data` and `entries` and free its place in the file. 0 or errno.
-cdef int pool_unspill(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil
 
 
 cdef class Pool:

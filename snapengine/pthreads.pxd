@@ -36,6 +36,11 @@ cdef extern from "snapengine/threads.h" nogil:
     int snap_thread_start(pthread_t *thread, void *(*start)(void *) noexcept nogil, void *arg)
     # Bind the calling thread to the n-th CPU that the process may use.
     int snap_pin_to(int n)
+    ctypedef struct cpu_set_t:
+        pass
+    # If the calling thread runs on that CPU, and may run on another: move. Whether it did; then back by:
+    bint snap_leave_cpu(int cpu, cpu_set_t *before)
+    void snap_return_to(const cpu_set_t *before)
     unsigned long long snap_now_ns()        # CLOCK_MONOTONIC
     void snap_sleep_ns(unsigned long long ns)
     void snap_name_thread(const char *name)

@@ -14,6 +14,11 @@ cdef bint claim_unit(capture_t *capture, uint64_t first, uint64_t n) noexcept no
 # may fill a hole for the writer that waits for it, and then it looks populated.
 cdef int save_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                      uint64_t won, uint64_t data) noexcept nogil
+# Its two halves: to copy a window in parts, and release it at once.
+cdef int copy_claimed(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                      uint64_t won, uint64_t data) noexcept nogil
+cdef void publish(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                  uint64_t won, uint64_t data) noexcept nogil
 cdef int save_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t first,
                    uint64_t n) noexcept nogil
 # Unprotect and wake, through userfaultfd number `uffd`.

@@ -65,8 +65,9 @@ cdef struct lane_t:                 # one capture thread; only it writes, except
     lane_slot slot
     int index                       # 0: the first walker; then fault threads, warden, other walkers
     bint walks
+    bint serving                    # a walker's: it serves faults, whose writers wait
     bint asked                      # a walker's: whether faults_seen says anything
-    uint64_t faults_seen
+    uint64_t faults_seen            # by it, when it last asked
     pthread_t thread
     uint64_t data_pages             # counters: read by others at any time
     uint64_t zero_pages
@@ -79,6 +80,7 @@ cdef struct lane_t:                 # one capture thread; only it writes, except
     uint64_t extent_start
     uint64_t extent_end
     bint extent_data
+    int waiting                     # messages that the last read of a userfaultfd brought
     uint32_t n_held
     uffd_msg held[HELD_MAX]         # faults read while an event had to be dealt with first
     uint32_t held_uffd[HELD_MAX]
@@ -106,9 +108,11 @@ cdef struct capture_t:
     int n_lanes
     int stop_event
     int epoll
+    bint scarce                     # no more usable CPUs than walkers
     bint early                      # negative control of the tests only: serve faults before T
     bint two_step                   # protect while the target runs; at T only what was hit meanwhile
     bint forget_hits                # negative control of the tests only: do not protect that
+    uint64_t look_pages             # between two looks for faults by the first walker; 0: it never looks
     uint64_t arm_piece              # protect in pieces of so many bytes; 0: whole regions
     # Bitmaps by page number; words are changed by atomic or only.
     uint64_t *claimed               # who saves the page: 0→1 once
@@ -123,11 +127,15 @@ cdef struct capture_t:
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
     pthread_mutex_t lock
-    pthread_cond_t changed          # one of the words below has changed
+    pthread_cond_t changed          # one of the words below has changed; not those of the pieces
+    pthread_cond_t work             # the same for the other walkers, until T, and: there are pieces
+    pthread_cond_t done             # the last piece is: the first walker waits here
     void *piece_work                # what arming has to do in pieces
     uint64_t pieces                 # how many there are
     uint64_t pieces_taken
     uint64_t pieces_busy            # walkers that work on one
+    uint64_t hurry_until            # ns: till then walkers wait without sleeping; 0: the pause is not yet
+    int hurry_cpu                   # where the first walker ran then
     uint64_t ready                  # atomic: the caller may ask for T (walk writes, once)
     uint64_t go                     # atomic: the caller asks for T (caller, once)
     uint64_t noting                 # atomic (seq_cst): faults before T are noted and let go (walk writes)
@@ -145,6 +153,10 @@ cdef struct capture_t:
     uint64_t reading                # atomic: who reads events, and has not noted yet what they take away
     uint64_t running                # atomic: fault threads and warden that have not left (each, once)
     uint64_t walking                # atomic: walkers beside the first that have not left (each, once)
+    uint64_t looked_ns              # atomic: when the first walker last looked for faults; 0: it does not
+    uint64_t called                 # atomic: fault threads serve, too (any: 1, first walker: 0)
+    uint64_t look_from_ns           # the first walker's own: not before then
+    uint64_t calls                  # how often it was called (it writes)
     uint64_t next_unit              # atomic: units of 512 pages taken by walkers
     stream_t streams[STREAMS]       # any fault thread, relaxed
     uint64_t next_stream

@@ -9,5 +9,8 @@ cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint
 # Returns 0 or an errno that ends the capture.
 cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                   uint64_t n) noexcept nogil
+# The same for the pages in `mask`, not 0, of the 64-page window at `page`.
+cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                     uint64_t mask) noexcept nogil
 # Append pages that need no copy (hole, zero, lost).
 cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil

@@ -10,6 +10,8 @@ cdef int note_at_t(capture_t *capture, lane_t *lane) noexcept nogil
 cdef void note_again(capture_t *capture) noexcept nogil
 # Whether the copies of pages page .. page + n - 1, just made, are all what the pages held at T.
 cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil
+# The same of the pages in `mask`, not 0, of the 64-page window at `page`.
+cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil
 # Whether a page of a shared file that held data at T and reads as zero may have been punched out since.
 cdef bint punched(region_t *region, uint64_t page) noexcept nogil
 # The target takes [start, start + length) away, or puts something there: no later copy of it is believed.

@@ -7,8 +7,9 @@ from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
-    pool_give_back, pool_take, pool_unspill, slot_data, slot_entries,
+    pool_give_back, pool_take, slot_data, slot_entries,
 )
+from snapengine.spill cimport spill_take
 
 cdef enum:
     LANES = 8
@@ -150,7 +151,7 @@ cdef class Driver:
             data = scratch
             entries = <uint64_t *>(scratch + self.pool.pool.slot_bytes)
             with nogil:
-                err = pool_unspill(self.pool.pool, &chunk, data, entries)
+                err = spill_take(self.pool.pool, &chunk, data, entries)
         else:
             data = slot_data(self.pool.pool, chunk.slot)
             entries = slot_entries(self.pool.pool, chunk.slot)

@@ -39,6 +39,18 @@ static inline int snap_pin_to(int n) {
     return -1;
 }
 
+/* If the calling thread runs on that CPU, and may run on another: move there. 1 if it did; `before` is then
+ * for snap_return_to(). */
+static inline int snap_leave_cpu(int cpu, cpu_set_t *before) {
+    cpu_set_t others;
+    if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getcpu() != cpu || sched_getaffinity(0, sizeof *before, before))
+        return 0;
+    others = *before;
+    CPU_CLR(cpu, &others);
+    return CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0;
+}
+static inline void snap_return_to(const cpu_set_t *before) { sched_setaffinity(0, sizeof *before, before); }
+
 static inline unsigned long long snap_now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

@@ -1,0 +1,147 @@
+"""The first walker looks for faults itself: who serves, what is saved, and that nobody waits in vain."""
+
+import mmap
+import os
+import threading
+
+import pytest
+from capturekit import anonymous, saved
+from test_consistency import SoftTarget
+
+import snapengine
+from snapengine.capture import Capture
+from snapengine.guestimage import check_image
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import GuestParams
+from snapengine.guestwriters import GuestWriters
+from snapengine.image import open_image
+from snapengine.options import Options
+
+pytestmark = pytest.mark.usefixtures("requires_uffd")
+
+MIB = 1 << 20
+SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+
+
+class Watched(Capture):
+    """Keeps what its session counted."""
+
+    pages = 32
+
+    def __init__(self, *args):
+        self._session_extra = {"look_pages": self.pages}
+        super().__init__(*args)
+
+    def __exit__(self, *exc):
+        try:
+            return super().__exit__(*exc)
+        finally:
+            session = self._parts.session
+            self.walk_faults, self.calls = session.walk_faults, session.calls
+
+
+def looking(pages):
+    return type("Looking", (Watched,), {"pages": pages})
+
+
+@pytest.mark.parametrize("pages", [1, 16, 32, 64])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("backing", ["anon", "memfd"])
+def test_the_walker_serves_and_the_cut_is_consistent(guest, tmp_path, backing, threads, pages):
+    params = GuestParams(
+        size=48 * MIB, backing=backing, threads=threads, zero_percent=10, hole_percent=10, incompressible=True
+    )
+    served = 0
+    with guest(params) as socket:
+        for _ in range(3):
+            target = SoftTarget(socket, method="write-tracking")
+            with looking(pages)(target, tmp_path / "image", Options(), {}) as capture:
+                pass
+            with open_image(tmp_path / "image") as image:
+                image.verify()
+                report = check_image(image)
+            assert report.consistent, report
+            assert capture.result.lost_pages == 0
+            assert sum(count for _, count in capture.result.fault_histogram) == capture.result.faults
+            served += capture.walk_faults
+    assert served > 0
+
+
+def test_it_can_be_left_to_the_fault_threads(guest, tmp_path):
+    with guest(GuestParams(size=32 * MIB)) as socket:
+        target = SoftTarget(socket, method="write-tracking")
+        with looking(0)(target, tmp_path / "image", Options(), {}) as capture:
+            pass
+    assert capture.result.faults > 0
+    assert capture.walk_faults == 0
+
+
+def test_a_slow_sink_leaves_the_faults_to_the_fault_threads(guest, tmp_path):
+    """The walker waits for room most of the time; no writer waits with it."""
+    options = Options(memory_limit=16 * MIB, rate_limit=64 * MIB, spill_dir=str(tmp_path))
+    with guest(GuestParams(size=64 * MIB, incompressible=True)) as socket:
+        target = SoftTarget(socket, method="write-tracking")
+        with looking(32)(target, tmp_path / "image", options, {}) as capture:
+            pass
+    with open_image(tmp_path / "image") as image:
+        assert check_image(image).consistent
+    assert capture.result.faults > capture.walk_faults
+    assert capture.result.fault_ns["p99"] < capture.result.duration_ns / 10
+
+
+def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
+    """It faults itself, as missing, while the fault threads sleep: the warden calls them."""
+    calls = 0
+    for _ in range(10):
+        discarded = anonymous(64 * MIB)
+        discarded[:] = b"\1" * len(discarded)
+        params = GuestParams(size=64 * MIB, incompressible=True)
+        with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+            writers.resume()
+            target = snapengine.BufferTarget({"guest": memory, "discarded": discarded})
+            with looking(32)(target, tmp_path / "image", Options(), {}) as capture:
+                discarded.madvise(mmap.MADV_DONTNEED)
+                before = writers.counts()
+            assert writers.counts() != before, "the writer stands"
+        calls += capture.calls
+        result = capture.result
+        assert result.status == "completed"
+        with open_image(tmp_path / "image") as image:
+            image.verify()
+            found = {kind: length for _, length, kind in image.runs("discarded")}
+            data = [(at, length) for at, length, kind in image.runs("discarded") if kind == "data"]
+            assert all(image.read("discarded", at, 4096) == b"\1" * 4096 for at, _ in data)
+            assert found.keys() <= {"data", "lost"}, "what was discarded must be lost, not zero"
+        if calls:
+            break
+    assert calls > 0
+
+
+def test_forks_while_it_looks(tmp_path):
+    """Events are read by who looks: a fork returns, and the child's writes do not reach the image."""
+    memory = anonymous(64 * MIB, SHARED)
+    memory[:] = b"\1" * len(memory)
+    stop = threading.Event()
+
+    def write():
+        page = 0
+        while not stop.is_set():
+            memory[page * 4096] = 2
+            page = (page + 7919) % (len(memory) // 4096)
+
+    writer = threading.Thread(target=write)
+    statuses = []
+    with looking(32)(snapengine.BufferTarget(memory), tmp_path / "image", Options(), {}) as capture:
+        writer.start()
+        for number in range(5):
+            child = os.fork()
+            if child == 0:
+                for page in range(number, len(memory) // 4096, 16):
+                    memory[page * 4096] = 3
+                os._exit(0)
+            statuses.append(os.waitpid(child, 0)[1])
+    stop.set()
+    writer.join()
+    assert statuses == [0] * 5
+    assert capture.result.lost_pages == 0
+    assert saved(tmp_path / "image") == b"\1" * len(memory)
