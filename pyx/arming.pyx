@@ -162,17 +162,19 @@ cdef uint64_t _pieces(region_t *region) noexcept nogil:
     """A sparse file is one piece: its data is searched in order. So is memory of pages larger than one."""
     if region.sparse or region.unit_pages * PAGE > PIECE:
         return 1
-    return (region.track_end - region.track_start + PIECE - 1) // PIECE
+    return (region.track_end + PIECE - 1) // PIECE - region.track_start // PIECE
 
 
 cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uint64_t number) noexcept nogil:
-    cdef uint64_t addr = region.track_start + number * PIECE
+    # They meet at multiples of their size: a protect call that ends inside of a huge page splits it.
+    cdef uint64_t addr = (region.track_start // PIECE + number) * PIECE
+    cdef uint64_t start = max(addr, region.track_start)
     if region.sparse:
         _protect_sparse(capture, lane, region)
     elif _pieces(region) == 1:
         protect_range(capture, lane, region.track_start, region.track_end - region.track_start)
     else:
-        protect_range(capture, lane, addr, min(PIECE, region.track_end - addr))
+        protect_range(capture, lane, start, min(addr + PIECE, region.track_end) - start)
 
 
 cdef void _protect_numbered(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:

@@ -87,7 +87,8 @@ cdef class Session:
         Protect while the target runs, and at T only what it has written to meanwhile.
     look_pages:
         While writers fault, the first walker looks for faults itself, after so many pages (a power of 2, at
-        most 64); 0: it leaves them to the fault threads.
+        most 64); 0: it leaves them to the fault threads. None: 32 for memory of this process, 0 otherwise
+        (there each page takes it twice as long, and saving took 370 instead of 278 ms).
 
     Raises MemoryError, ValueError or OSError.
     """
@@ -96,15 +97,16 @@ cdef class Session:
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
                  bint rounds=False, bint attached=False, bint sums=False,
                  bint two_step=False, bint use_scan=True, bint early=False, bint forget_hits=False,
-                 uint64_t arm_piece=0, uint64_t look_pages=32):
+                 uint64_t arm_piece=0, look_pages=None):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:
             raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {FAULT_LANES_MAX}")
         if not 1 <= walkers <= WALKERS_MAX:
             raise ValueError(f"walkers: {walkers} is not in 1 ... {WALKERS_MAX}")
-        if look_pages and (look_pages > 64 or look_pages & (look_pages - 1)):
-            raise ValueError(f"look_pages: {look_pages} is neither 0 nor a power of 2 up to 64")
+        look = (0 if pid else 32) if look_pages is None else look_pages
+        if look not in (0, 1, 2, 4, 8, 16, 32, 64):
+            raise ValueError(f"look_pages: {look} is neither 0 nor a power of 2 up to 64")
         self.bitmaps = []
         self.owned_fds = []
         self.fault_lanes = fault_threads
@@ -124,7 +126,7 @@ cdef class Session:
         capture.two_step = two_step and not early
         capture.forget_hits = forget_hits
         capture.arm_piece = arm_piece
-        capture.look_pages = look_pages
+        capture.look_pages = look
         capture.scarce = walkers >= len(os.sched_getaffinity(0))
         capture.stop_event = -1
         capture.spare_fd = <uint64_t>-1

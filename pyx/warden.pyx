@@ -29,7 +29,8 @@ cdef extern from "<poll.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t STUCK_NS = 20000000
-cdef int TICK_MS = 2                # 0.2 % of a CPU
+cdef int TICK_MS = 10
+cdef int LOOK_TICK_MS = 2           # where the first walker may look for faults itself
 
 
 cdef bint _all_stuck(capture_t *capture) noexcept nogil:
@@ -47,13 +48,14 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     cdef pollfd stop
     cdef uint64_t addr, uffd, page
+    cdef int tick = LOOK_TICK_MS if capture.look_pages else TICK_MS
     snap_name_thread("snap-warden")
     if not await_arming(capture, False):
         return
     stop.fd = capture.stop_event
     stop.events = POLLIN
     while not snap_load(&capture.stopping):
-        if poll(&stop, 1, TICK_MS) != 0:
+        if poll(&stop, 1, tick) != 0:
             continue
         call_if_overdue(capture)
         if not _all_stuck(capture):

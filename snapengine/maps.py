@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -104,13 +106,14 @@ def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
 
 
 def page_size_of(mapping: Mapping, pid: int | str = "self") -> int:
-    """Bytes of the pages that a mapping is made of (/proc/PID/smaps: KernelPageSize).
-
-    Only a memory file can be made of huge pages, so smaps, which walks page tables, is read for those
-    alone.
+    """Bytes of the pages that a mapping is made of: for a memory file, which alone can be made of huge pages,
+    the block size of its file system; or, where that may not be asked, KernelPageSize of /proc/PID/smaps,
+    which walks page tables (30 ms per GiB).
     """
-    if mapping.backing != "memory file":
+    if mapping.backing != "memory file" or mapping.path.startswith("/dev/zero"):
         return 4096
+    with contextlib.suppress(OSError):
+        return os.statvfs(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").f_bsize
     wanted = f"{mapping.start:08x}-"
     found = False
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:

@@ -108,15 +108,6 @@ def _unique(name: str, mapping: Mapping) -> str:
     return name if name.startswith("[") else f"{name}@{mapping.start:x}"
 
 
-def _huge_page_size(mapping: Mapping, pid: int) -> int:
-    """Page size of a memory file: the block size of its file system, or what smaps says."""
-    try:
-        path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-        return os.statvfs(path).f_bsize
-    except OSError:
-        return page_size_of(mapping, pid)
-
-
 def select(
     pid: int,
     mappings: Iterable[Mapping],
@@ -160,7 +151,7 @@ def _sort_private(found: Selection, pid: int, mapping: Mapping, selector: Select
     if mapping.backing == "anonymous":
         found.track(mapping, mapping.path if group != "anon" else "anon", "anon")
         return
-    size = _huge_page_size(mapping, pid)
+    size = page_size_of(mapping, pid)
     found.private_files = found.private_files or size == PAGE_BYTES
     found.track(mapping, os.path.basename(mapping.path), "hugetlb" if size > PAGE_BYTES else "anon", size)
 
@@ -179,7 +170,7 @@ def _sort_shared(found: Selection, pid: int, mapping: Mapping, selector: Selecto
         else:
             found.leave_out(mapping, why)
     else:
-        size = _huge_page_size(mapping, pid)
+        size = page_size_of(mapping, pid)
         kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
         found.track(mapping, os.path.basename(mapping.path).split(" ")[0], kind, size)
 
