@@ -17,8 +17,9 @@ read. The first walker takes it back, and leaves the faults to the fault threads
 was discarded there are more. Who calls may be late, so that the walker looks again already: then both serve,
 until it has seen it.
 
-Only the target's own userfaultfd: those of forked children stay with the fault threads. So do huge pages: to
-save one takes as long as ten windows.
+Only for memory of this process (another one's pages take twice as long: looks would be rare), and only for
+its own userfaultfd: those of forked children stay with the fault threads. So do huge pages: to save one takes
+as long as ten windows.
 """
 
 from libc.stdint cimport uint64_t

@@ -67,7 +67,8 @@ class Options:
     is usable. Set 1 to leave the other CPUs to the target, at the price of a longer capture."""
 
     encoder_threads: int = 0
-    """Threads that checksum, compress and write (one at a time); 0: two."""
+    """Threads that checksum, compress and write (one at a time); 0: two, or one where nothing is compressed:
+    two would only wait for each other (into a tmpfs 494 instead of 432 ms per GiB)."""
 
     strict: bool = False
     """Fail, and leave no image, if the target discarded memory before it was saved. Otherwise the result
