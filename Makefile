@@ -35,7 +35,7 @@ lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nog
 	PATH="$(abspath $(BIN)):$$PATH" .ci/cython-hints
 
 .PHONY: bench
-bench: $(VENV)/.bench  ## Measure (10 minutes), one table; writes build/bench.json and build/bench/*.png
+bench: $(VENV)/.bench  ## Measure (8 minutes), one table; writes build/bench.json and build/bench/*.png
 	@mkdir -p build/bench
 	$(BIN)/python bench/setup_floors.py
 	$(BIN)/python -m pytest -q bench --benchmark-quiet --benchmark-json=build/bench.json $(BENCH)
