@@ -10,6 +10,7 @@ from test_consistency import SoftTarget
 
 import snapengine
 from snapengine.capture import Capture
+from snapengine.guestcheck import check_cut
 from snapengine.guestimage import check_image
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
@@ -145,3 +146,42 @@ def test_forks_while_it_looks(tmp_path):
     assert statuses == [0] * 5
     assert capture.result.lost_pages == 0
     assert saved(tmp_path / "image") == b"\1" * len(memory)
+
+
+def cut_of_own_memory(path, arming, threads, make):
+    """One capture of memory of this process, which native threads write to, and the verdict of the oracle."""
+    params = GuestParams(size=32 * MIB, threads=threads, zero_percent=10, hole_percent=10)
+    with GuestMemory(params) as memory, GuestWriters(memory) as writers:
+        writers.resume()
+        target = snapengine.BufferTarget({"ram": memory})
+        with make(target, path, Options(arming=arming), {}) as capture:
+            pass
+    with open_image(path) as image, mmap.mmap(-1, params.size) as ram:
+        image.verify()
+        image.restore_into("ram", ram)
+        return capture, check_cut(ram, params, None)
+
+
+@pytest.mark.parametrize("arming", ["plain", "two-step"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cuts_of_own_memory_are_consistent(tmp_path, threads, arming):
+    served = 0
+    for _ in range(5):
+        capture, report = cut_of_own_memory(tmp_path / "image", arming, threads, Watched)
+        assert report.consistent, report
+        assert capture.result.lost_pages == 0
+        served += capture.walk_faults
+    assert served > 0
+
+
+def test_serving_own_memory_before_t_is_noticed(tmp_path):
+    """The negative control."""
+
+    class Early(Capture):
+        _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+
+    for _ in range(50):
+        _, report = cut_of_own_memory(tmp_path / "image", "plain", 1, Early)
+        if not report.consistent:
+            return
+    raise AssertionError("50 cuts with faults served before T, and the oracle accepted all")
