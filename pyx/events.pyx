@@ -64,26 +64,27 @@ cdef extern from * nogil:
     uint64_t snap_removed_end(const uffd_msg *message)
 
 
-cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
+cdef int _control(capture_t *capture, int op, int fd, uint64_t word, unsigned int events) noexcept nogil:
     cdef epoll_event event
+    event.events = events
+    event.data.u64 = word
+    return 0 if epoll_ctl(capture.epoll, op, fd, &event) == 0 else errno
+
+
+cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil:
     # Edge-triggered for userfaultfds: a level wakes every fault thread for each fault, and all but one find
     # nothing (57 µs of CPU time a fault, against 25). Who is woken reads until there is no more.
-    event.events = EPOLLIN | EPOLLET if word < UFFDS_MAX else EPOLLIN
-    event.data.u64 = word
-    return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_ADD, fd, &event) == 0 else errno
+    return _control(capture, EPOLL_CTL_ADD, fd, word, EPOLLIN | EPOLLET if word < UFFDS_MAX else EPOLLIN)
 
 
-cdef int watch_again(capture_t *capture, int fd, uint64_t word, bint on) noexcept nogil:
+cdef int watch_target(capture_t *capture, bint on) noexcept nogil:
     """What came meanwhile is found: EPOLL_CTL_MOD polls the descriptor anew, edge-triggered or not."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLET if on else EPOLLET
-    event.data.u64 = word
-    return 0 if epoll_ctl(capture.epoll, EPOLL_CTL_MOD, fd, &event) == 0 else errno
+    return _control(capture, EPOLL_CTL_MOD, capture.uffds[0], 0, EPOLLIN | EPOLLET if on else EPOLLET)
 
 
 cdef void call_fault_threads(capture_t *capture) noexcept nogil:
     """Any thread. The first walker sees `called` at its next look."""
-    watch_again(capture, capture.uffds[0], 0, True)
+    watch_target(capture, True)
     snap_store(&capture.called, 1)
 
 

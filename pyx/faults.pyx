@@ -123,14 +123,14 @@ cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
                        uint64_t page) noexcept nogil:
     cdef uint64_t first, n, addr, length
-    cdef int spins = SPINS if lane.walks else 0     # it may be this thread that copies the page
+    cdef int spins = SPINS if lane.serving else 0   # it may be this thread that copies the page
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
     if snap_load(&capture.failed):
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):
-        if n > 1 and lane.walks:
+        if n > 1 and lane.serving:
             # That takes 2 MiB or more, and this walker may hold claimed pages: not its business.
             call_fault_threads(capture)
             uffd_wake(capture.uffds[uffd], addr, length)    # it faults again

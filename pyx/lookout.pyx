@@ -26,7 +26,7 @@ from libc.stdint cimport uint64_t
 
 from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
 from snapengine.faults cimport serve_held, serve_round
-from snapengine.events cimport call_fault_threads, watch_again
+from snapengine.events cimport call_fault_threads, watch_target
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport capture_fail
 
@@ -35,7 +35,7 @@ cdef uint64_t REST_NS = 50000000
 
 
 cdef void _watch(capture_t *capture, bint on) noexcept nogil:
-    cdef int err = watch_again(capture, capture.uffds[0], 0, on)
+    cdef int err = watch_target(capture, on)
     if err:
         capture_fail(capture, err, "epoll_ctl", 0)
 
@@ -46,24 +46,23 @@ cdef void stop_looking(capture_t *capture) noexcept nogil:
         snap_store(&capture.looked_ns, 0)
 
 
-cdef bint look(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void look(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t now = snap_now_ns()
+    cdef bint watched
     if snap_peek(&capture.called) and snap_swap(&capture.called, 0):
         stop_looking(capture)
         capture.calls += 1
         capture.look_from_ns = now + REST_NS
     if now < capture.look_from_ns:
-        return False
-    if snap_peek(&capture.looked_ns):
-        snap_store(&capture.looked_ns, now)
-    else:
-        snap_store(&capture.looked_ns, now)
+        return
+    watched = snap_peek(&capture.looked_ns) == 0
+    snap_store(&capture.looked_ns, now)
+    if watched:
         _watch(capture, False)
     lane.serving = True
     serve_round(capture, lane, 0, now)
     serve_held(capture, lane)
     lane.serving = False
-    return True
 
 
 cdef void call_if_overdue(capture_t *capture) noexcept nogil:

@@ -55,7 +55,7 @@ cdef bint _thick(capture_t *capture) noexcept nogil:
 cdef void run_around(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t *first,
                      uint64_t *n) noexcept nogil:
     cdef uint64_t end = region.first_page + region.pages
-    cdef bint thick = lane.waiting > 1 if lane.walks else _thick(capture)
+    cdef bint thick = lane.waiting > 1 if lane.serving else _thick(capture)
     first[0] = page
     n[0] = run_from(capture, page, min(64 - (page & 63), end - page))
     if n[0] == 1 and thick:

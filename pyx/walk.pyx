@@ -23,7 +23,7 @@ from snapengine.image_format cimport SNAP_HOLE
 from snapengine.lookout cimport look, stop_looking
 from snapengine.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
 from snapengine.pthreads cimport snap_sleep_ns
-from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, save_window, unit_of
+from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, unit_of
 from snapengine.session cimport capture_fail, page_addr, region_t
 from snapengine.source cimport copy_run, populated, put_pages
 from snapengine.uffd cimport uffd_unregister
@@ -234,12 +234,14 @@ cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint6
         data = populated(capture, lane, region, window, mask)
         won = bits_claim(capture.claimed, page >> 6, mask)
         data &= won
-        if won and looks:
-            if _copy_looking(capture, lane, region, window, won, data):
+        if won:
+            if looks:
+                err = _copy_looking(capture, lane, region, window, won, data)
+            else:
+                err = copy_claimed(capture, lane, region, window, won, data)
+            if err:
                 return 1
             publish(capture, lane, region, window, won, data)
-        elif won and save_window(capture, lane, region, window, won, data):
-            return 1
         page += n
     return 0
 

@@ -22,7 +22,7 @@ cdef void hold_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd
 cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil
 # Watch a descriptor with the capture's epoll. 0 or errno.
 cdef int watch(capture_t *capture, int fd, uint64_t word) noexcept nogil
-# Let the epoll wake no one for a userfaultfd that it watches, or (`on`) wake again. 0 or errno.
-cdef int watch_again(capture_t *capture, int fd, uint64_t word, bint on) noexcept nogil
+# Let the epoll wake no one for the target's own userfaultfd, or (`on`) wake again. 0 or errno.
+cdef int watch_target(capture_t *capture, bint on) noexcept nogil
 # Unregister and close every userfaultfd of the capture: after it nothing is protected, nobody waits.
 cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil
