@@ -26,6 +26,9 @@ STREAM is a file, or - for standard input. SINK is where the image goes: PATH, e
 Figures are printed only if standard output is a terminal, or with --json: as a command of QEMU's, this
 shares QEMU's standard output.
 
+The stream is believed. Without KVM, a plain `migrate` of a running guest (QEMU 7.2) now and then sends pages
+that are too old: take background-snapshot, or stop the guest first.
+
 examples, in QEMU's monitor:
   migrate_set_capability background-snapshot on
   migrate "exec:snapengine ingest --direct - ./vm_state"

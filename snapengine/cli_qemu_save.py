@@ -48,7 +48,8 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add("--pid", type=int, default=0, metavar="PID", help="QEMU's process (default: who listens at SOCKET)")
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--via-migration", action="store_true",
-        help="do not attach: QEMU saves itself (background-snapshot; dirty-logging: migrate)")  # fmt: skip
+        help="do not attach: QEMU saves itself, by background-snapshot "
+        "(dirty-logging: by migrate, and with KVM only)")  # fmt: skip
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
         help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip

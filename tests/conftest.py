@@ -215,11 +215,27 @@ def linux_guest():
     return linuxkit.Linux
 
 
+def _usable(accel):
+    import qemukit
+
+    if accel == "kvm" and not qemukit.kvm_usable():
+        pytest.skip("no access to /dev/kvm")
+    return accel
+
+
 @pytest.fixture(params=["tcg", pytest.param("kvm", marks=pytest.mark.host_optional)])
 def accel(request):
     """Each way that QEMU runs a guest here. (Only the sweep runs under every KVM.)"""
-    import qemukit
+    return _usable(request.param)
 
-    if request.param == "kvm" and not qemukit.kvm_usable():
-        pytest.skip("no access to /dev/kvm")
-    return request.param
+
+@pytest.fixture
+def kvm():
+    """The accelerator, where it can be had: QEMU's own dirty logging is exact with KVM only."""
+    return _usable("kvm")
+
+
+@pytest.fixture(params=["write-tracking", pytest.param("dirty-logging", marks=pytest.mark.host_optional)])
+def migration(request):
+    """(method, accelerator) of each way that QEMU saves itself."""
+    return request.param, _usable("kvm" if request.param == "dirty-logging" else "tcg")

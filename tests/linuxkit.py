@@ -102,7 +102,7 @@ class Linux:
             failed = re.search(r"^FAIL .*", text, re.MULTILINE)
             assert not failed, failed[0]
             found = re.findall(r"^round (\d+) ok writes=\d+ records=(\d+)\r?\n", text, re.MULTILINE)
-            assert found[rounds - 1 :] or not machine.ended(), f"QEMU ended: {machine.log()}"
+            machine.check_alive(found[rounds - 1 :])
             return found[rounds - 1 :]
 
         found = until(look, lambda: f"no {rounds} rounds: ...{machine.serial()[-300:]}")

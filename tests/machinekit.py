@@ -64,6 +64,11 @@ class Observed:
         """Whether the process is gone, or only waits to be waited for."""
         return state_of(self.pid) in ("", "Z", "X")
 
+    def check_alive(self, found):
+        """AssertionError with what QEMU and its guest said, if it ended before what we want was `found`."""
+        if not found and self.ended():
+            raise AssertionError(f"QEMU ended: {self.log()} guest: ...{self.serial()[-2000:]}")
+
     def log(self):
         """What QEMU itself has printed."""
         with contextlib.suppress(FileNotFoundError):  # who started it may keep that for itself
@@ -82,7 +87,7 @@ class Observed:
 
         def look():
             found = expression.search(self.serial(), start)
-            assert found or not self.ended(), f"QEMU ended: {self.log()}"
+            self.check_alive(found)
             return found
 
         return until(

@@ -16,12 +16,17 @@ SMALL = Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)
 
 @pytest.mark.parametrize(
     "method",
-    ["dirty-logging", "background-snapshot", pytest.param("mapped-ram", marks=pytest.mark.host_optional)],
+    [
+        pytest.param("dirty-logging", marks=pytest.mark.host_optional),
+        "background-snapshot",
+        pytest.param("mapped-ram", marks=pytest.mark.host_optional),
+    ],
 )
-def test_the_image_is_one_state_and_the_figures_are_of_it(machines, method, tmp_path):
+def test_the_image_is_one_state_and_the_figures_are_of_it(machines, method, request, tmp_path):
     if method not in qemu_native.methods(find_qemu()):
         pytest.skip(f"this QEMU is older than {method}")
-    machine = machines(SMALL).ready()
+    accel = "tcg" if method == "background-snapshot" else request.getfixturevalue("kvm")
+    machine = machines(SMALL, accel=accel).ready()
     run = qemu_native.save(machine, method, tmp_path / "state", before_s=0.2)
     assert run.completed, run.why
     assert run.image_bytes >= 30 * MIB

@@ -84,6 +84,14 @@ def test_a_machine_that_migrates_already(machines, way, folder):
         machine.qmp("migrate_cancel")
 
 
+def test_rounds_of_qemu_that_would_miss_writes(machines, folder):
+    machine = machines(Sweep(hot=8 * MIB, delay=2000)).ready()
+    attempt(machine, folder, "migration", "without KVM", method="dirty-logging")
+    machine.qmp("stop")  # it writes nothing that could be missed
+    save(machine, folder / "vm.img", "migration", method="dirty-logging")
+    assert os.listdir(folder) == ["vm.img"]
+
+
 def test_a_device_that_shares_its_memory(machines, folder):
     extra = ["-object", "memory-backend-memfd,id=shared,size=1M,share=on",
              "-device", "ivshmem-plain,memdev=shared,id=window"]  # fmt: skip

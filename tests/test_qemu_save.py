@@ -17,6 +17,12 @@ from snapengine.qemu.viamigration import save_by_migration
 
 ROUNDS = int(os.environ.get("QEMU_ROUNDS", "1"))
 WAYS = ("attached", "attached-rounds", "migration", "migration-rounds")
+EVERY_WAY = [
+    pytest.param(way, accel, marks=[pytest.mark.host_optional] if accel == "kvm" else [])
+    for way in WAYS
+    for accel in ("tcg", "kvm")
+    if (way, accel) != ("migration-rounds", "tcg")  # which is refused
+]
 PARTS = {"stop", "device_state", "arm", "cont", "guest"}
 
 
@@ -37,7 +43,7 @@ def slow_sweep(accel):
     return Sweep(hot=8 * MIB, noise=0.5, delay=2000 if accel == "tcg" else 0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "accel"), EVERY_WAY, indirect=["accel"])
 @pytest.mark.parametrize("turn", range(ROUNDS))
 def test_a_sweep_is_one_state_and_goes_on(machines, accel, way, turn, tmp_path):
     guest = slow_sweep(accel) if way.endswith("-rounds") else Sweep(noise=0.5)
@@ -143,16 +149,16 @@ def test_a_paused_machine_stays_paused(machines, tmp_path):
         assert saved_ram(image, machine) == ram
 
 
-def test_migration_settings_are_as_before(machines, tmp_path):
-    machine = machines(slow_sweep("tcg")).ready()
+def test_migration_settings_are_as_before(machines, migration, tmp_path):
+    method, accel = migration
+    machine = machines(slow_sweep(accel), accel=accel).ready()
     machine.qmp("migrate-set-parameters", max_bandwidth=123 * MIB, downtime_limit=77)
     states = machine.qmp("query-migrate-capabilities")
-    for way in ("migration", "migration-rounds"):
-        save(machine, tmp_path / "vm.img", way)
-        now = machine.qmp("query-migrate-parameters")
-        assert (now["max-bandwidth"], now["downtime-limit"]) == (123 * MIB, 77)
-        assert machine.qmp("query-migrate-capabilities") == states
-        machine.wait_progress(100)
+    save(machine, tmp_path / "vm.img", "migration" if method == "write-tracking" else "migration-rounds")
+    now = machine.qmp("query-migrate-parameters")
+    assert (now["max-bandwidth"], now["downtime-limit"]) == (123 * MIB, 77)
+    assert machine.qmp("query-migrate-capabilities") == states
+    machine.wait_progress(100)
 
 
 def test_snapshots_one_after_the_other(machines, tmp_path):

@@ -43,10 +43,10 @@ def running(machine):
     return machine.qmp("query-status")["running"]
 
 
-@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
-def test_capabilities_that_are_in_the_way(machines, tmp_path, method):
+def test_capabilities_that_are_in_the_way(machines, tmp_path, migration):
     """QEMU would refuse background-snapshot beside them, or wait for a word before its end."""
-    machine = machines(SLOW).ready()
+    method, accel = migration
+    machine = machines(SLOW, accel=accel).ready()
     states = [{"capability": name, "state": True} for name in ODD]
     machine.qmp("migrate-set-capabilities", capabilities=states)
     before = settings(machine)
@@ -83,9 +83,10 @@ def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, c
     machine.wait_progress(100)
 
 
-def test_the_guest_does_not_wait_for_the_image(machines, tmp_path):
+@pytest.mark.host_optional
+def test_the_guest_does_not_wait_for_the_image(machines, kvm, tmp_path):
     """Plain `migrate` stops it at the end of the stream; that the image is written later is our affair."""
-    machine = machines(SLOW).ready()
+    machine = machines(SLOW, accel=kvm).ready()
     with Monitor(str(machine.socket)) as monitor:
         began = time.monotonic()
         sink = "exec:sleep 1.5; cat >/dev/null"
@@ -99,10 +100,10 @@ def test_the_guest_does_not_wait_for_the_image(machines, tmp_path):
     assert at[1] - at[0] < 1
 
 
-@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
-def test_killed_while_qemu_migrates(machines, tmp_path, method):
+def test_killed_while_qemu_migrates(machines, tmp_path, migration):
     """SIGKILL: a guard sets back what was set, and the guest runs."""
-    machine = machines(Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)).ready()
+    method, accel = migration
+    machine = machines(SLOW, accel=accel).ready()
     before = settings(machine)
     command = [sys.executable, "-m", "snapengine.cli", "qemu", "save", "--via-migration", "--quiet", "--qmp",
                str(machine.socket), "--method", method, "--memory-limit", "16M",

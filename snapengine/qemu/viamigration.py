@@ -48,7 +48,8 @@ def save_by_migration(
     Raises
     ------
     MachineError
-        The machine migrates already, a device blocks migration, or QEMU refuses; the text has the reason.
+        The machine migrates already, a device blocks migration, QEMU's dirty logging may miss writes (without
+        KVM), or QEMU refuses; the text has the reason.
     StreamError
         The stream holds what is not understood.
     """
@@ -56,6 +57,8 @@ def save_by_migration(
     machine.refuse_blocked(monitor)
     was_running = bool(monitor.execute("query-status")["running"])
     background = options.method == WRITE_TRACKING and was_running  # QEMU would let a paused one run
+    if was_running and not background:
+        machine.refuse_missed_writes(monitor)
     description = machine.describe(monitor, monitor.peer_pid, ram_blocks(monitor), VIA_STREAM)
     ours, theirs = _settings(monitor, options, background)
     with contextlib.ExitStack() as stack:
