@@ -10,6 +10,7 @@ from restorekit import restoring, saved_ram
 from sweepkit import Sweep
 
 import snapengine
+from snapengine.errors import MachineError
 from snapengine.options import Options
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.target import QemuTarget
@@ -147,6 +148,10 @@ def test_a_paused_machine_stays_paused(machines, tmp_path):
     ram = bytes(machine.read_ram())
     with snapengine.open_image(tmp_path / "vm.img") as image:
         assert saved_ram(image, machine) == ram
+    with pytest.raises(MachineError, match=r"postmigrate.*\(cont\)"):
+        save(machine, tmp_path / "again.img")
+    machine.qmp("cont")
+    save(machine, tmp_path / "again.img")
 
 
 def test_migration_settings_are_as_before(machines, migration, tmp_path):

@@ -114,7 +114,9 @@ def refuse_busy(monitor: Monitor) -> str:
         raise MachineError(f"the machine is migrating already (its migration is {status})")
     run_state = str(monitor.execute("query-status")["status"])
     if run_state in NOT_SAVED_IN:
-        raise MachineError(f"the machine cannot be saved: it is in the state {run_state}")
+        # What the migration left stopped has given its disks away until `cont`.
+        hint = ", after a migration of its own: let it run first (cont)" if run_state == "postmigrate" else ""
+        raise MachineError(f"the machine cannot be saved: it is in the state {run_state}{hint}")
     return run_state
 
 
