@@ -258,8 +258,12 @@ def _stop_and_open(info, places, double deadline, bint repair):
         if not tids or len(tried) == MAX_THREADS_TRIED:
             raise injectplan.nobody_stopped(info, tried, deadline)
         tid = tids[0]
-        insn = injectplan.syscall_instruction(tid)
-        pidfd = injectplan.open_pidfd(info.pid, tid)
+        try:
+            insn = injectplan.syscall_instruction(tid)
+            pidfd = injectplan.open_pidfd(info.pid, tid)
+        except (FileNotFoundError, ProcessLookupError):
+            tried.add(tid)                  # a thread ends, the leader too, and its process lives on
+            continue
         try:
             # A thread that sleeps uninterruptibly must leave time for others; one that is only waiting
             # for a CPU, among many, needs much itself.

@@ -257,6 +257,18 @@ def check(pid: int) -> ProcessInfo:
     return info
 
 
+def check_to_save(pid: int) -> ProcessInfo:
+    """`check`, and that its memory can be listed: what /proc/PID shows of it goes with the first thread.
+
+    Raises AttachError, or TargetGoneError if the process has ended.
+    """
+    info = check(pid)
+    if info.state in ("Z", "X"):
+        text = "its first thread has ended, and with it the list of its memory: it cannot be saved"
+        raise AttachError(errno.EOPNOTSUPP, f"process {pid} ({info.name}): {text}")
+    return info
+
+
 def _price_of_stopping(pid: int, thread: ThreadStat) -> int:
     """Lower is better: asleep in a call that is resumed unseen, computing, in a call that we must repeat
     or that may be cut short, asleep where no stop reaches it (D)."""

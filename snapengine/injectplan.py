@@ -158,7 +158,10 @@ def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSErr
     """The error for a process of which no thread stopped in time."""
     who = f"process {info.pid} ({info.name})"
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        states = [thread for thread in live_threads(info.pid) if thread.tid in tried]
+        threads = live_threads(info.pid)
+        states = [thread for thread in threads if thread.tid in tried]
+        if threads and not states:
+            return AttachError(errno.EAGAIN, f"{who} cannot be stopped: its threads end before that")
         if states:
             each = ", ".join(f"{thread.tid} ({_state(thread.tid, thread.state)})" for thread in states[:4])
             text = f"{who} did not stop within {deadline:g} s: thread {each}"

@@ -69,7 +69,7 @@ class Preflight:
 
 def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
     """Look at a process. Raises `AttachError` where it cannot be attached to, `TargetGoneError`, OSError."""
-    info = attach.check(pid)
+    info = attach.check_to_save(pid)
     selector = selector or Selector()
     mappings = read_maps(pid)
     changed = own_pages(pid, mappings)

@@ -98,7 +98,7 @@ class ProcessTarget:
 
     def check(self) -> None:
         """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
-        self._info = attach.check(self.pid)
+        self._info = attach.check_to_save(self.pid)
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import random
 import signal
@@ -102,11 +103,39 @@ def released(uffd, start):
 def test_registers_are_kept(arguments):
     vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
     with Target("compute", *arguments, *vector) as target:
+        if "leave" in arguments:  # on its way pthread_exit() has libgcc open for a moment
+            until(lambda: state_of(target.pid) == "Z")
         before = descriptors(target.tids[-1])
         for _ in range(40 if arguments[0] < 10 else 8):
             inject(target.pid)
         target.check_running(arguments[0])
         assert descriptors(target.tids[-1]) == before
+
+
+@pytest.mark.parametrize("threads", [1, 12])
+def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
+    """The process lives on, and so it is not called gone."""
+    listed = attach.threads_to_stop
+
+    def leave(pid):
+        tids = sorted(listed(pid))
+        target.words[VALUES] = 1
+        until(lambda: state_of(pid) == "Z")
+        return tids
+
+    with Target("compute", threads, "leave", "linger") as target:
+        monkeypatch.setattr(attach, "threads_to_stop", leave)
+        assert inject(target.pid).tid != target.pid
+        target.check_running(threads)
+
+
+def test_threads_that_all_end_before_they_are_stopped(monkeypatch):
+    """Not for ever, and the text does not say that the process ended."""
+    gone = itertools.count(1 << 22)  # above every tid (proc_pid_max(5))
+    monkeypatch.setattr(attach, "threads_to_stop", lambda pid: [next(gone)])
+    with Target("compute", 1) as target:
+        assert "threads end before" in str(refusal(target.pid))
+        target.check_running()
 
 
 def test_an_ignored_sigtrap_stays_ignored():

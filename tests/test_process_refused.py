@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from orderkit import MIB, OrderTarget, check_order
-from targetkit import VALUES, Target, descriptors, program, status_line, traced, until
+from targetkit import VALUES, Target, descriptors, program, state_of, status_line, traced, until
 from test_process import check_untouched
 from test_process_lost import GatedFile
 
@@ -24,6 +24,7 @@ from snapengine.errors import (
     SnapengineError,
     TargetGoneError,
 )
+from snapengine.preflight import examine_process
 from snapengine.process import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
@@ -98,6 +99,18 @@ def test_a_zombie(tmp_path):
         assert "has ended" in refused(tmp_path, target.words[VALUES])
         assert "has ended" in fails(target.words[VALUES], TargetGoneError)
         target.check_running()
+
+
+@pytest.mark.parametrize("cut", ["soft", "stop"])
+def test_a_process_without_its_first_thread(tmp_path, cut):
+    """It lives, and nothing says that it has ended."""
+    with Target("compute", 2, "leave") as target:
+        until(lambda: state_of(target.pid) == "Z")
+        assert "first thread has ended" in refused(tmp_path, target.pid, "--cut", cut)
+        assert "first thread has ended" in fails(target.pid, AttachError, cut=cut)
+        with pytest.raises(AttachError, match="first thread has ended"):
+            examine_process(target.pid)
+        target.check_running(2)
 
 
 @pytest.mark.parametrize("cut", ["soft", "stop"])

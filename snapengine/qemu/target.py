@@ -94,7 +94,7 @@ class QemuTarget:
 
     def check(self) -> None:
         """Raise what speaks against attaching to QEMU: AttachError, TargetGoneError."""
-        self._info = attach.check(self.pid)
+        self._info = attach.check_to_save(self.pid)
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach, while the machine runs."""

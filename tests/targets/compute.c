@@ -1,7 +1,7 @@
 /* Threads that compute in general, SSE and x87 registers, check themselves, and write pages.
  *
- * usage: compute WORDS THREADS [leave] [notrap] [avx]
- * leave: the leader thread ends; notrap: SIGTRAP is ignored, and must stay so; avx: ymm registers as well */
+ * usage: compute WORDS THREADS [leave] [linger] [notrap] [avx]
+ * leave: the leader thread ends; linger: when VALUES is not 0 any more; notrap: SIGTRAP is ignored, and must stay so; avx: ymm registers as well */
 #include "target.h"
 #include <pthread.h>
 #include <string.h>
@@ -79,7 +79,7 @@ static void *watch_trap(void *arg) {
 }
 
 int main(int argc, char **argv) {
-    int leave = 0, threads = atoi(argv[2]);
+    int leave = 0, linger = 0, threads = atoi(argv[2]);
     pthread_t thread;
     open_words(argv[1]);
     memory = mmap(0, N_PAGES * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -90,6 +90,7 @@ int main(int argc, char **argv) {
     words[PAGES] = N_PAGES;
     for (int i = 3; i < argc; i++) {
         leave |= !strcmp(argv[i], "leave");
+        linger |= !strcmp(argv[i], "linger");
         with_avx |= !strcmp(argv[i], "avx");
         if (!strcmp(argv[i], "notrap")) {
             signal(SIGTRAP, SIG_IGN);
@@ -99,6 +100,8 @@ int main(int argc, char **argv) {
     for (int i = leave ? 0 : 1; i < threads; i++)
         pthread_create(&thread, 0, work, (void *)(uint64_t)i);
     words[READY] = 1;
+    while (linger && !words[VALUES])
+        usleep(1000);
     if (leave)
         pthread_exit(0);
     work(0);
