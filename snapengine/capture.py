@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
+from snapengine.crew import Crew
 from snapengine.dirtylog import DirtyLog
 from snapengine.errors import CaptureCancelled, SnapengineError, TargetGoneError
 from snapengine.failures import explain
@@ -105,8 +106,8 @@ class Capture:
         self._error: BaseException | None = None
         self._result: Result | None = None
         self._parts = Parts(target)
-        self._finisher: threading.Thread | None = None
-        self._encoders: list[threading.Thread] = []
+        self._encoders = Crew()
+        self._finisher = Crew()  # of one
         self._began = self._stop_ns = 0
         self._ended = 0
 
@@ -151,14 +152,11 @@ class Capture:
             else:
                 engine = DirtyLog(self._parts.session)
             self._begin_image()
-            self._finisher = threading.Thread(
-                target=self._finish, args=(engine,), name="snapengine-finish", daemon=True
-            )
-            self._finisher.start()
+            self._finisher.start("snapengine-finish", self._finish, engine)
         except BaseException as caught:
             error = self._in_words(caught)
-            if self._finisher is not None and self._finisher.ident is not None:
-                self.cancel()  # interrupted after it was started: it cleans up
+            if self._finisher.dismiss():
+                self.cancel()  # interrupted after it had begun: it cleans up
                 self._done.wait()
             else:
                 self._abandon(error)
@@ -226,11 +224,7 @@ class Capture:
         encoders = options.encoder_threads or (1 if options.zstd_level is None else 2)
         make_engine(parts, pid, regions, options, encoders, self._session_extra)
         for number in range(encoders):
-            thread = threading.Thread(
-                target=self._encode, args=(number,), name=f"snapengine-encode-{number}", daemon=True
-            )
-            thread.start()
-            self._encoders.append(thread)
+            self._encoders.start(f"snapengine-encode-{number}", self._encode, number)
         if self._cancelled and parts.session is not None:
             parts.session.fail(errno.ECANCELED)
 
@@ -297,8 +291,7 @@ class Capture:
                     self._give_up()
             else:
                 engine.join()
-            for thread in self._encoders:
-                thread.join()
+            self._encoders.wait()
             self._raise_failure()
             self._result = finish_image(
                 self._parts, self._options, self._vmstate, status, self._began, self._stop_ns
@@ -374,8 +367,8 @@ class Capture:
         if self._parts.writer is not None:
             self._parts.writer.cancel()
         self._begun.set()  # they find that the capture has failed
-        for thread in self._encoders:
-            thread.join()
+        self._encoders.dismiss()
+        self._encoders.wait()
 
     def _clean_up(self, status: str) -> None:
         _live.discard(self)

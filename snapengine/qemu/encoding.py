@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 
+from snapengine.crew import Crew
 from snapengine.encoder import Encoder
 from snapengine.options import Options
 from snapengine.pool import Pool
@@ -26,7 +26,7 @@ class Encoding:
         self._threads_wanted = options.encoder_threads or 2
         self._on_failure = on_failure
         self._error: BaseException | None = None
-        self._threads: list[threading.Thread] = []
+        self._threads = Crew()
         # Whoever fills slots waits for room, so no more pages are ever queued than the pool holds.
         most = min(total_pages, options.memory_limit // PAGE_BYTES)
         self.writer = Writer(sink, rate_limit=options.rate_limit)
@@ -45,9 +45,7 @@ class Encoding:
         """Begin the image with these regions (and their first page numbers), and start to encode."""
         self.writer.begin(regions)
         for number in range(self._threads_wanted):
-            thread = threading.Thread(target=self._encode, args=(number,), name=f"snapengine-encode-{number}")
-            thread.start()
-            self._threads.append(thread)
+            self._threads.start(f"snapengine-encode-{number}", self._encode, number)
 
     def _encode(self, number: int) -> None:
         try:
@@ -58,16 +56,15 @@ class Encoding:
 
     def join(self) -> None:
         """Wait for the threads, which end when the pool is closed and empty. Raises what one raised."""
-        for thread in self._threads:
-            thread.join()
+        self._threads.wait()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> BaseException | None:
         """After a failure, and `on_failure`'s: end the threads. Returns what one of them failed with."""
         self.writer.cancel()
-        for thread in self._threads:
-            thread.join()
+        self._threads.dismiss()
+        self._threads.wait()
         return self._error
 
     def close(self) -> None:

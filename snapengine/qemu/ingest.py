@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import select
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from snapengine.crew import Crew
 from snapengine.errors import CaptureCancelled
 from snapengine.options import Options
 from snapengine.qemu.assemble import regions_of, write_end
@@ -135,17 +135,17 @@ class _Ingest:
     def run(self, watch: Callable[[int], None] | None) -> Result:
         """The whole work, on a thread of its own."""
         enlarge_pipe(self._stream_fd)
-        worker = threading.Thread(target=self._work, name="snapengine-ingest")
+        worker = Crew()
         try:
-            worker.start()
-            while worker.is_alive():
-                worker.join(0.1)
-                if watch is not None and worker.is_alive():
+            worker.start("snapengine-ingest", self._work)
+            while not worker.wait(0.1):
+                if watch is not None:
                     watch(self._intake.offset)
         except BaseException:
             self._stop()
-            if worker.ident is not None:
-                worker.join()
+            if not worker.dismiss():
+                self._close()
+            worker.wait()
             self._sink.abort()
             raise
         if self._error is not None:
@@ -168,10 +168,13 @@ class _Ingest:
             self._error = cause if cause is not None and isinstance(error, CaptureCancelled) else error
             self._sink.abort()
         finally:
-            if isinstance(self._intake, Spool):
-                self._intake.close()
-            if self._encoding is not None:
-                self._encoding.close()
+            self._close()
+
+    def _close(self) -> None:
+        if isinstance(self._intake, Spool):
+            self._intake.close()
+        if self._encoding is not None:
+            self._encoding.close()
 
     def _convert(self) -> Result:
         intake = self._intake

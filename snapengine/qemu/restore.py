@@ -14,12 +14,12 @@ import signal
 import struct
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from snapengine.crew import Crew
 from snapengine.errors import ImageError, MachineError, TargetGoneError
 from snapengine.image import Image
 from snapengine.qemu import machine
@@ -235,6 +235,7 @@ def load(
         os.close(theirs)
     feeder = Feeder(image, ours, head, tail)
     try:
+        feeder.start()
         monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
         while True:
             status = monitor.execute("query-migrate")
@@ -248,11 +249,11 @@ def load(
             if progress is not None:
                 progress(feeder.meter.sent_bytes)
             time.sleep(0.005)
-        feeder.join()
+        feeder.wait()
     except BaseException as error:
         if restored.process is not None:
             end(restored.process)  # else the feeder waits for a reader for ever
-        feeder.join()  # before the image is closed
+        feeder.end()  # before the image is closed
         cause = feeder.error
         if isinstance(error, TargetGoneError) and cause and not isinstance(cause, TargetGoneError):
             raise cause from None
@@ -264,25 +265,34 @@ def load(
 
 
 class Feeder:
-    """Writes the stream on a thread of its own, and closes the pipe at its end."""
+    """Writes the stream on a thread of its own, and closes the pipe. `start`, then `wait` or `end`."""
 
     def __init__(self, image: Image, fd: int, head: bytes, tail: bytes) -> None:
         self.written = 0
         self.meter = Meter()
         self.error: BaseException | None = None
+        self._image = image
         self._fd = fd
-        self._thread = threading.Thread(
-            target=self._feed, args=(image, head, tail), name="snapengine-feed", daemon=True
-        )
-        self._thread.start()
+        self._ends = head, tail
+        self._thread = Crew()
 
-    def join(self) -> None:
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start("snapengine-feed", self._feed)
+
+    def wait(self) -> None:
         """Wait for the end of the stream."""
-        self._thread.join()
+        self._thread.wait()
 
-    def _feed(self, image: Image, head: bytes, tail: bytes) -> None:
+    def end(self) -> None:
+        """Nobody reads any more: afterwards nothing uses the image, and the pipe is closed."""
+        if not self._thread.dismiss():
+            os.close(self._fd)
+        self._thread.wait()
+
+    def _feed(self) -> None:
         try:
-            self.written = write_stream(image, self._fd, head, tail, meter=self.meter).stream_bytes
+            self.written = write_stream(self._image, self._fd, *self._ends, meter=self.meter).stream_bytes
         except OSError as error:
             broken = error.errno == errno.EPIPE
             self.error = TargetGoneError(errno.EPIPE, "QEMU closed the stream") if broken else error

@@ -1,0 +1,64 @@
+"""Threads that work on parts which are freed when none of them does any more.
+
+An exception may be raised in the middle of Thread.start(), or just behind it: a Ctrl-C's. Then the thread
+runs, or is about to, and neither the caller nor the Thread tells which, so no list of started threads is
+complete. Each signs on by itself instead; once the crew is dismissed none does, and touches nothing.
+
+All fields but `_started`, which is the starter's alone, are written under the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Crew:
+    """Threads, started by one thread, that count themselves. All methods but `start` may be called by any."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._started = 0
+        self._begun = 0
+        self._working = 0
+        self._dismissed = False
+
+    @property
+    def working(self) -> int:
+        """How many work at the moment."""
+        return self._working
+
+    def start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        """Start a daemon thread that calls ``work(*arguments)``, unless the crew is dismissed by then."""
+        threading.Thread(target=self._run, args=(work, arguments), name=name, daemon=True).start()
+        self._started += 1
+
+    def _run(self, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        with self._changed:
+            if self._dismissed:
+                return
+            self._begun += 1
+            self._working += 1
+        try:
+            work(*arguments)
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._changed.notify_all()
+
+    def dismiss(self) -> bool:
+        """Let no thread begin any more. Returns whether any has."""
+        with self._changed:
+            self._dismissed = True
+            return self._begun > 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all that were started have ended, or after `dismiss` those that had begun.
+
+        False if `timeout` seconds passed.
+        """
+        with self._changed:
+            return self._changed.wait_for(self._ended, timeout)
+
+    def _ended(self) -> bool:
+        return not self._working and (self._dismissed or self._begun >= self._started)
