@@ -221,9 +221,8 @@ class Capture:
         options, parts = self._options, self._parts
         pid, regions = open_target(parts, self._sink_spec, options.method)
         self._began = time.monotonic_ns()  # without the wait for a peer
-        encoders = options.encoder_threads or (1 if options.zstd_level is None else 2)
-        make_engine(parts, pid, regions, options, encoders, self._session_extra)
-        for number in range(encoders):
+        make_engine(parts, pid, regions, options, self._session_extra)
+        for number in range(options.encoders):
             self._encoders.start(f"snapengine-encode-{number}", self._encode, number)
         if self._cancelled and parts.session is not None:
             parts.session.fail(errno.ECANCELED)

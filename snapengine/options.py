@@ -118,6 +118,11 @@ class Options:
         return int(match[1]) if match[1] not in (None, AUTO) else 1
 
     @property
+    def encoders(self) -> int:
+        """How many encoder threads there are: `encoder_threads`, or what its 0 means."""
+        return self.encoder_threads or (1 if self.zstd_level is None else 2)
+
+    @property
     def level_follows_sink(self) -> bool:
         """Whether the level is chosen while it is written (``zstd:auto``)."""
         return self.compress.startswith("zstd:auto")

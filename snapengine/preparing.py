@@ -56,7 +56,7 @@ def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]
 
 
 def make_engine(
-    parts: Parts, pid: int, regions: list[Region], options: Options, encoders: int, extra: dict[str, Any]
+    parts: Parts, pid: int, regions: list[Region], options: Options, extra: dict[str, Any]
 ) -> None:
     """What saves and writes: plan, session, writer, encoder. ``extra``: arguments of the session."""
     uffd = parts.uffd
@@ -69,7 +69,7 @@ def make_engine(
     parts.session = Session(
         plan.regions, uffd.fd, uffd.features, pid, parts.pidfd,
         memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
-        encoders=encoders, walkers=_walkers(options, regions) if tracking else 1,
+        encoders=options.encoders, walkers=_walkers(options, regions) if tracking else 1,
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def make_engine(
         parts.frozen = plan.place(parts.attached.frozen_regions)
     hurry = "writers" if tracking else "room"
     parts.encoder = Encoder(
-        parts.session.pool, parts.writer, options.zstd_level, encoders,
+        parts.session.pool, parts.writer, options.zstd_level, options.encoders,
         store_raw="never" if options.compress_always else hurry, follow_sink=options.level_follows_sink,
     )  # fmt: skip
 

@@ -215,6 +215,12 @@ def linux_guest():
     return linuxkit.Linux
 
 
+@pytest.fixture
+def as_root():
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
 def _usable(accel):
     import qemukit
 

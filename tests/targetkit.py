@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from snapengine.errors import AttachError
+from snapengine.inject import inject_userfaultfd
 
 SOURCES = Path(__file__).parent / "targets"
 READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h
@@ -138,6 +139,17 @@ def refuse_in(call, kind=AttachError):
         call()
     assert "\n" not in str(caught.value)
     return caught.value
+
+
+def inject(pid, **options):
+    """An injection whose descriptor is closed at once: the `Injected`."""
+    injected = inject_userfaultfd(pid, **options)
+    os.close(injected.fd)
+    return injected
+
+
+def refusal(pid, kind=AttachError, **options):
+    return refuse_in(lambda: inject(pid, **options), kind)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class Encoding:
     def __init__(
         self, sink: Sink, options: Options, total_pages: int, on_failure: Callable[[], None]
     ) -> None:
-        self._threads_wanted = options.encoder_threads or 2
+        self._threads_wanted = options.encoders
         self._on_failure = on_failure
         self._error: BaseException | None = None
         self._threads = Crew()
