@@ -31,7 +31,7 @@ from snapengine.standstill cimport (
 
 import os
 
-from snapengine import attach, injectplan
+from snapengine import attach, injectplan, names
 from snapengine.errors import TargetGoneError
 from snapengine.threadstate import ThreadState
 
@@ -151,7 +151,7 @@ cdef class Freezer:
         cdef bint taken = self.state.registers
         return ThreadState(
             tid=thread.tid,
-            comm=(<bytes>thread.comm).decode("utf-8", "replace"),
+            comm=names.decode(thread.comm),
             regs=PyBytes_FromStringAndSize(slot, REGS_BYTES) if taken else b"",
             fpregs=PyBytes_FromStringAndSize(slot + REGS_BYTES, FPREGS_BYTES) if taken else b"",
             xstate=PyBytes_FromStringAndSize(slot + REGS_BYTES + FPREGS_BYTES, <ssize_t>thread.xstate_bytes)

@@ -13,7 +13,7 @@ from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf, sscanf
 from libc.stdlib cimport strtoull
-from libc.string cimport strcspn, strlen, strrchr, strstr
+from libc.string cimport memcpy, strlen, strrchr, strstr
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
 from posix.types cimport pid_t
 from posix.unistd cimport close, read
@@ -143,9 +143,13 @@ cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
 
 
 cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil:
-    comm[0] = 0
-    _read_file(pid, tid, b"comm", comm, 16)
-    comm[strcspn(comm, b"\n")] = 0
+    cdef char text[32]                  # the name may hold line feeds, too: only the last one is not its
+    cdef ssize_t length = _read_file(pid, tid, b"comm", text, sizeof(text))
+    if length > 0 and text[length - 1] == c"\n":
+        length -= 1
+    length = max(0, min(length, 15))
+    memcpy(comm, text, <size_t>length)
+    comm[length] = 0
 
 
 cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) noexcept nogil:

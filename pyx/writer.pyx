@@ -25,7 +25,7 @@ from snapengine.image_format cimport (
 )
 from snapengine.outlet cimport ECANCELED
 
-from snapengine import packing
+from snapengine import names, packing
 from snapengine.errors import CaptureCancelled, SinkError
 
 # A copy to or from an odd place of a file is slower: restoring 1 GiB takes 93 instead of 112 ms.
@@ -189,7 +189,7 @@ cdef class Writer:
         It goes out in parts of 1 MiB, with a zstd `level` compressed where that makes them smaller.
         `ValueError`: the name is taken, empty or longer than 4096 bytes.
         """
-        meta = name.encode()
+        meta = names.encode(name)
         if not 0 < len(meta) <= SNAP_NAME_MAX_BYTES or name in self.vmstate_names:
             raise ValueError(f"vmstate: the name {name[:80]!r} is empty, too long or taken")
         self._expect(OPEN)

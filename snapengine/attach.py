@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from . import procfs
 from .errors import AttachError, TargetGoneError
 
 CAP_SYS_PTRACE = 19
@@ -84,19 +84,9 @@ class ProcessInfo:
         return not self.thread_ids and not self.kernel_thread
 
 
-def _text(path: str) -> str:
-    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-
-
-def status_of(path: str) -> dict[str, str]:
-    """The lines of a /proc status file."""
-    pairs = (line.partition(":") for line in _text(path).splitlines())
-    return {name: value.strip() for name, _, value in pairs}
-
-
 def thread_stat(pid: int, tid: int) -> ThreadStat:
     """Raises OSError (ESRCH or ENOENT: it has ended)."""
-    head, _, tail = _text(f"/proc/{pid}/task/{tid}/stat").rpartition(")")
+    head, _, tail = procfs.read(f"/proc/{pid}/task/{tid}/stat").rpartition(")")
     fields = tail.split()
     return ThreadStat(tid, head.partition("(")[2], fields[0], int(fields[6]))
 
@@ -132,7 +122,7 @@ def _same_namespace(pid: int, kind: str) -> bool | None:
 
 def _ksm_pages(pid: int) -> int | None:
     try:
-        return int(_text(f"/proc/{pid}/ksm_merging_pages"))
+        return int(procfs.read(f"/proc/{pid}/ksm_merging_pages"))
     except (OSError, ValueError):
         return None
 
@@ -140,7 +130,7 @@ def _ksm_pages(pid: int) -> int | None:
 def name_of(pid: int) -> str:
     """The name of a process or thread, "?" if it is gone."""
     try:
-        return _text(f"/proc/{pid}/comm").rstrip("\n")
+        return procfs.read(f"/proc/{pid}/comm").removesuffix("\n")
     except OSError:
         return "?"
 
@@ -150,7 +140,7 @@ def describe(pid: int) -> ProcessInfo:
     if pid <= 0:
         raise AttachError(errno.ESRCH, f"{pid} is not a process id")
     try:
-        status = status_of(f"/proc/{pid}/status")
+        status = procfs.status(f"/proc/{pid}/status")
         leader = thread_stat(pid, pid)
         threads = live_threads(pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -185,13 +175,13 @@ def describe(pid: int) -> ProcessInfo:
 def mergeable_mappings(pid: int) -> int:
     """How many mappings KSM may merge (VmFlags "mg"). Reads smaps, which walks all page tables: 20 ms a
     GiB. Raises OSError."""
-    lines = _text(f"/proc/{pid}/smaps").splitlines()
+    lines = procfs.lines(f"/proc/{pid}/smaps")
     return sum(line.startswith("VmFlags:") and " mg" in line for line in lines)
 
 
 def has_capability(bit: int) -> bool:
     """Whether this process has the capability in effect."""
-    return bool(int(status_of("/proc/self/status")["CapEff"], 16) >> bit & 1)
+    return bool(int(procfs.status("/proc/self/status")["CapEff"], 16) >> bit & 1)
 
 
 def _may_not_trace(info: ProcessInfo) -> str | None:
@@ -213,7 +203,7 @@ def denied_because(info: ProcessInfo) -> str:
     if info.same_user_namespace is False:
         return f"{who} is in another user namespace: attaching needs CAP_SYS_PTRACE there"
     try:
-        scope = int(_text("/proc/sys/kernel/yama/ptrace_scope"))
+        scope = int(procfs.read("/proc/sys/kernel/yama/ptrace_scope"))
     except (OSError, ValueError):
         scope = 0
     if scope == 3:
@@ -277,7 +267,7 @@ def _price_of_stopping(pid: int, thread: ThreadStat) -> int:
     if thread.state != "S":
         return 1
     try:
-        call = _text(f"/proc/{pid}/task/{thread.tid}/syscall").split()[0]
+        call = procfs.read(f"/proc/{pid}/task/{thread.tid}/syscall").split()[0]
     except (OSError, IndexError):
         return 3
     if call == "running":

@@ -23,6 +23,7 @@ from snapengine.cli_common import (
     silence_stdout,
 )
 from snapengine.errors import SnapengineError
+from snapengine.names import one_line
 
 DESCRIPTION = """\
 Live snapshots of memory: the state at one instant, saved while the program goes on writing.
@@ -61,7 +62,7 @@ def describe(error: BaseException) -> str:
             text = f"{error.filename}: {text}"
     elif not isinstance(error, SnapengineError | OSError | ValueError):
         text = f"internal: {type(error).__name__}: {text} (SNAPENGINE_DEBUG=1 shows where)"
-    return " ".join(text.split()) or type(error).__name__
+    return one_line(text) or type(error).__name__
 
 
 def fail(error: Exception) -> int:

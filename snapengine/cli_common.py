@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 
+from snapengine.names import one_line
+
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -96,7 +98,7 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def say(text: str) -> None:
     """A word to the user."""
-    print(f"snapengine: {text}", file=sys.stderr)
+    print(f"snapengine: {one_line(text)}", file=sys.stderr)
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:

@@ -17,6 +17,7 @@ from snapengine.cli_common import EXIT_CODES, EXIT_OK, console, print_json, raw,
 from snapengine.cli_stream import read_stream, stream_info, verify_stream
 from snapengine.errors import ImageError
 from snapengine.figures import figures_table
+from snapengine.names import from_argument, printable, unescape
 from snapengine.processinfo import process_rows
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.info import machine_rows
@@ -26,6 +27,7 @@ from snapengine.units import format_count, format_size
 if TYPE_CHECKING:
     from snapengine.core import Lost
     from snapengine.image import Image
+    from snapengine.sections import ImageRegion
 
 PIECE_BYTES = 4 << 20  # read and written at once by `restore`
 
@@ -112,16 +114,14 @@ def is_pipe(path: str) -> bool:
     return path == "-" and not sys.stdin.buffer.seekable()
 
 
-def region_name(image: Image, name: str | None) -> str:
-    """The region that was asked for, or the only one. Raises ValueError."""
-    names = [region.name for region in image.regions]
-    if name is None and len(names) == 1:
-        return names[0]
-    if name is None:
-        raise ValueError(f"which region? {image.name} has: {', '.join(names) or 'none'}")
-    if name not in names:
-        raise ValueError(f"there is no region {name!r}; {image.name} has: {', '.join(names) or 'none'}")
-    return name
+def chosen_region(image: Image, name: str | None) -> ImageRegion:
+    """The region that was asked for, or the only one. `NoSuchRegionError`, ValueError."""
+    if name is not None:
+        return image.region(from_argument(name))
+    if len(image.regions) == 1:
+        return image.regions[0]
+    names = ", ".join(printable(region.name) for region in image.regions) or "none"
+    raise ValueError(f"which region? {image.name} has: {names}")
 
 
 def read_info(path: str) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def print_info(info: dict[str, Any]) -> None:
         table.add_column(title, justify=justify)
     for region in info["regions"]:
         size, page = format_size(region["length"]), format_size(region["page_size"])
-        table.add_row(region["name"], f"{region['addr']:#x}", size, page, region["kind"])
+        table.add_row(printable(unescape(region["name"])), f"{region['addr']:#x}", size, page, region["kind"])
     rows = process_rows(info["process"]) if info["process"] is not None else []
     if info["machine"] is not None:
         rows += machine_rows(info["machine"])
@@ -171,7 +171,7 @@ def print_info(info: dict[str, Any]) -> None:
     out.print()
     out.print(table)
     for name, size in info["vmstate"].items():
-        out.print(f"\nvmstate {name}: {format_size(size)}")
+        out.print(f"\nvmstate {printable(unescape(name))}: {format_size(size)}")
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -199,19 +199,18 @@ def verify_file(path: str) -> dict[str, Any]:
 def run_restore(args: argparse.Namespace) -> int:
     """`restore`."""
     with opened(args.image) as image:
-        name = region_name(image, args.region)
+        region = chosen_region(image, args.region)
         if args.output == "-":
-            write_out(image, name)
+            write_out(image, region)
         else:
-            image.export_raw(name, args.output)
+            image.export_raw(region, args.output)
     return EXIT_OK
 
 
-def write_out(image: Image, name: str) -> None:
+def write_out(image: Image, region: ImageRegion) -> None:
     """A region to stdout, in pieces."""
-    length = image.region(name).length
-    for offset in range(0, length, PIECE_BYTES):
-        sys.stdout.buffer.write(image.read(name, offset, min(PIECE_BYTES, length - offset)))
+    for offset in range(0, region.length, PIECE_BYTES):
+        sys.stdout.buffer.write(image.read(region, offset, min(PIECE_BYTES, region.length - offset)))
     sys.stdout.buffer.flush()
 
 
@@ -225,8 +224,8 @@ def run_export(args: argparse.Namespace) -> int:
         if args.format == "core":
             write_core(image, args.output, args.lost or "refuse")
         else:
-            name = None if args.region is None else region_name(image, args.region)
-            say(f"{args.output}: {format_size(image.export_raw(name, args.output))}")
+            region = None if args.region is None else chosen_region(image, args.region)
+            say(f"{args.output}: {format_size(image.export_raw(region, args.output))}")
     return EXIT_OK
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from snapengine.errors import LostPagesError
 from snapengine.image import region_info
+from snapengine.names import escape
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord
 from snapengine.qemu.blobs import MACHINE, check_machine
@@ -32,7 +33,7 @@ def stream_info(stream: ImageStream) -> dict[str, Any]:
         "file_bytes": stream.stats["image_bytes"],
         "chunks": stream.index.count,
         "regions": [region_info(region) for region in stream.regions],
-        "vmstate": {name: len(blob) for name, blob in stream.vmstate.items()},
+        "vmstate": {escape(name): len(blob) for name, blob in stream.vmstate.items()},
         "process": process_info(process_of(stream), stream.regions),
         "machine": machine_of(stream),
         "stats": stream.stats,

@@ -40,6 +40,7 @@ from snapengine.corenotes import (
 )
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.maps import Mapping
+from snapengine.names import encode
 from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer
@@ -298,7 +299,7 @@ def file_ranges(pieces: Iterable[Piece]) -> Iterator[FileRange]:
 
 def file_name(mapping: Mapping) -> bytes:
     r"""The file's name as the file system has it: /proc/PID/maps writes a line feed as ``\012`` (proc(5))."""
-    return mapping.path.encode("utf-8", "surrogateescape").replace(b"\\012", b"\n")
+    return encode(mapping.path).replace(b"\\012", b"\n")
 
 
 def _write_all(fd: int, data: bytes) -> None:

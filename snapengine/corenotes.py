@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from snapengine.names import encode
 from snapengine.processrecord import ProcessRecord
 from snapengine.threadstate import ThreadState
 
@@ -105,9 +106,9 @@ def prstatus(thread: ThreadState, ppid: int) -> bytes:
 
 def prpsinfo(record: ProcessRecord) -> bytes:
     """NT_PRPSINFO: a running process; its arguments are cut to 79 bytes, as the kernel does it."""
-    arguments = b" ".join(map(_bytes, record.cmdline))[:79]
+    arguments = b" ".join(map(encode, record.cmdline))[:79]
     ids = (record.uid, record.gid, record.pid, record.ppid, 0, 0)
-    return PRPSINFO.pack(0, b"R", 0, 0, 0, *ids, _bytes(record.comm)[:15], arguments)
+    return PRPSINFO.pack(0, b"R", 0, 0, 0, *ids, encode(record.comm)[:15], arguments)
 
 
 def file_note(files: Sequence[FileRange]) -> bytes:
@@ -115,10 +116,6 @@ def file_note(files: Sequence[FileRange]) -> bytes:
     numbers = (struct.pack("<QQQ", item.start, item.end, item.offset // PAGE_BYTES) for item in files)
     names = (item.path + b"\0" for item in files)
     return b"".join((struct.pack("<QQ", len(files), PAGE_BYTES), *numbers, *names))
-
-
-def _bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _note(kind: int, desc: bytes, owner: bytes = b"CORE\0") -> bytes:

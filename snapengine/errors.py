@@ -16,6 +16,7 @@ __all__ = [
     "ImageError",
     "LostPagesError",
     "MachineError",
+    "NoSuchRegionError",
     "RegisterError",
     "SinkError",
     "SnapengineError",
@@ -95,6 +96,12 @@ class ImageError(SnapengineError, ValueError):
     def __init__(self, message: str, offset: int | None = None) -> None:
         super().__init__(message if offset is None else f"{message} (at byte {offset})")
         self.offset = offset
+
+
+class NoSuchRegionError(ImageError, KeyError):
+    """The image has no region of that name or number, or several of the name; the text has those it has."""
+
+    __str__ = Exception.__str__  # KeyError's would put the text into quotes
 
 
 class TruncatedImageError(ImageError):

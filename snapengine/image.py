@@ -17,8 +17,15 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from snapengine.core import CoreFile, Lost, export_core
-from snapengine.errors import CorruptImageError, ImageError, LostPagesError, TruncatedImageError
+from snapengine.errors import (
+    CorruptImageError,
+    ImageError,
+    LostPagesError,
+    NoSuchRegionError,
+    TruncatedImageError,
+)
 from snapengine.export import export_raw
+from snapengine.names import encode, escape, printable
 from snapengine.packing import LOST
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord, check_sizes
@@ -187,23 +194,39 @@ class Image:
             "chunks": self.index.count,
             "encodings": encodings,
             "regions": [region_info(region) for region in self.regions],
-            "vmstate": self.vmstate.sizes(),
+            "vmstate": {escape(name): size for name, size in self.vmstate.sizes().items()},
             "process": process_info(self.process, self.regions),
             "stats": self.stats,
         }
 
     def region(self, spec: RegionSpec) -> ImageRegion:
-        """The region with that name or index (or itself). ``KeyError``: no such, or several of the name."""
+        """The region with that name or index (or itself).
+
+        NAME@ADDR (hexadecimal) names one of several, which images of earlier versions may hold. A name may
+        also be given as `snapengine info` shows it, with escapes for what cannot be printed.
+        `NoSuchRegionError`: there is no such region, or several of the name.
+        """
         if isinstance(spec, ImageRegion):
             return spec
         if isinstance(spec, int):
             if not 0 <= spec < len(self.regions):
-                raise KeyError(f"{self.name}: there is no region number {spec}")
+                raise NoSuchRegionError(f"{self.name}: there is no region number {spec}")
             return self.regions[spec]
-        found = [region for region in self.regions if region.name == spec]
-        if len(found) != 1:
-            raise KeyError(f"{self.name}: {len(found)} regions are named {spec!r}")
-        return found[0]
+        found = self._named(spec)
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            known = ", ".join(printable(region.name) for region in self.regions) or "none"
+            raise NoSuchRegionError(f"{self.name}: there is no region {printable(spec)}; it has: {known}")
+        each = ", ".join(printable(f"{region.name}@{region.addr:x}") for region in found)
+        raise NoSuchRegionError(f"{self.name}: {len(found)} regions are named {printable(spec)}: say {each}")
+
+    def _named(self, name: str) -> list[ImageRegion]:
+        """The regions of the first way to understand `name` that finds any."""
+        for text_of in (lambda r: r.name, lambda r: f"{r.name}@{r.addr:x}", lambda r: printable(r.name)):
+            if found := [region for region in self.regions if text_of(region) == name]:
+                return found
+        return []
 
     def resolve(self, region: ImageRegion, offset: int, length: int) -> Runs:
         """The newest runs of the pages under these bytes. ``ValueError``: outside of the region."""
@@ -251,11 +274,11 @@ class Image:
         return bytes(buffer)
 
     def read_at(self, addr: int, length: int) -> bytes:
-        """`length` bytes from an address of the target. ``KeyError``: not within one region."""
+        """`length` bytes from an address of the target. `NoSuchRegionError`: not within one region."""
         for region in self.regions:
             if region.addr <= addr and addr + length <= region.addr + region.length:
                 return self.read(region, addr - region.addr, length)
-        raise KeyError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
+        raise NoSuchRegionError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
 
     def restore_into(
         self, region: RegionSpec, buffer: Any, *, offset: int = 0, fresh: bool = False, threads: int = 0
@@ -276,7 +299,7 @@ class Image:
         """A new memfd with the region's bytes, which the caller closes. Holes and zero pages stay holes."""
         place = self.region(region)
         plan = self.restorer(place, 0, place.length)
-        fd = os.memfd_create(f"snapengine:{place.name[:200]}", os.MFD_CLOEXEC)
+        fd = os.memfd_create(_memfd_name(place.name), os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, place.length)
             with mmap.mmap(fd, place.length) as memory, memoryview(memory) as view:
@@ -330,12 +353,17 @@ def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
 def region_info(region: ImageRegion) -> dict[str, Any]:
     """A region in JSON types."""
     return {
-        "name": region.name,
+        "name": escape(region.name),
         "addr": region.addr,
         "length": region.length,
         "page_size": region.page_size,
         "kind": region.kind,
     }
+
+
+def _memfd_name(name: str) -> str:
+    """At most 249 bytes without a NUL (memfd_create(2))."""
+    return os.fsdecode((b"snapengine:" + encode(name).replace(b"\0", b"?"))[:249])
 
 
 def open_image(path_or_file: Any) -> Image:

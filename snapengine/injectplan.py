@@ -8,6 +8,7 @@ import os
 import secrets
 from dataclasses import dataclass
 
+from . import procfs
 from .attach import (
     CAP_SYS_PTRACE,
     ProcessInfo,
@@ -15,7 +16,6 @@ from .attach import (
     has_capability,
     live_threads,
     name_of,
-    status_of,
     thread_stat,
 )
 from .errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
@@ -187,7 +187,7 @@ def _seize_refused(info: ProcessInfo, tid: int, err: int) -> AttachError:
         return AttachError(err, f"{who} cannot be seized {what}(PTRACE_SEIZE: {os.strerror(err)})")
     tracer = 0
     with contextlib.suppress(OSError):
-        tracer = int(status_of(f"/proc/{tid}/status")["TracerPid"])
+        tracer = int(procfs.status(f"/proc/{tid}/status")["TracerPid"])
     if tracer:
         return AttachError(errno.EBUSY, f"{who} is being traced by {tracer} ({name_of(tracer)})")
     if info.seccomp and has_capability(CAP_SYS_PTRACE):

@@ -1,8 +1,4 @@
-"""Members of a JSON object that somebody else wrote: each with its type and range checked.
-
-Names that come from the kernel (paths, arguments) are bytes. In Python they are text with surrogateescape
-(PEP 383), in JSON plain Unicode with two escapes, so that every JSON parser reads them: see `escape`.
-"""
+"""Members of a JSON object that somebody else wrote: each with its type and range checked."""
 
 from __future__ import annotations
 
@@ -10,34 +6,9 @@ import json
 import re
 from typing import Any
 
+from snapengine.names import unescape
+
 MAX_VALUES = 1 << 22  # values in one document: each costs some 100 bytes once it is parsed
-_ESCAPES = re.compile(rb"\\(\\|x[89a-f][0-9a-f]|)")
-
-
-def escape(name: str) -> str:
-    r"""A name in plain Unicode: ``\\`` is a backslash, ``\xHH`` a byte that is not part of valid UTF-8."""
-    if name.isascii() and "\\" not in name:  # nearly every name, and a process may have 65 000 mappings
-        return name
-    return name.replace("\\", "\\\\").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def unescape(text: str) -> str:
-    """What `escape` was given. ``ValueError``: an unknown escape, a lone surrogate, or a NUL."""
-    data = _ESCAPES.sub(_replace, text.encode())
-    if b"\0" in data:
-        raise ValueError("a name holds a NUL")
-    return data.decode("utf-8", "surrogateescape")
-
-
-def _replace(match: re.Match[bytes]) -> bytes:
-    if not match[1]:
-        raise ValueError("a name holds an unknown escape")
-    return b"\\" if match[1] == b"\\" else bytes([int(match[1][1:], 16)])
-
-
-def printable(name: str) -> str:
-    """A name for a terminal: escaped, and without a control character that the terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in escape(name))
 
 
 def parse_object(blob: bytes) -> Fields:

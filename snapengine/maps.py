@@ -8,6 +8,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from snapengine import procfs
+from snapengine.names import decode
+
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
@@ -58,7 +61,7 @@ def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> li
         return []
     mappings = []
     for number in range(bisect.bisect_right(lines, start, key=_end_of), len(lines)):
-        fields = lines[number].decode("utf-8", "surrogateescape").split(maxsplit=5)
+        fields = decode(lines[number]).split(maxsplit=5)
         first, last = (int(part, 16) for part in fields[0].split("-"))
         if first >= end:
             break
@@ -116,10 +119,9 @@ def page_size_of(mapping: Mapping, pid: int | str = "self") -> int:
         return os.statvfs(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").f_bsize
     wanted = f"{mapping.start:08x}-"
     found = False
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            if not found:
-                found = line.startswith(wanted)
-            elif line.startswith("KernelPageSize:"):
-                return int(line.split()[1]) * 1024
+    for line in procfs.lines(f"/proc/{pid}/smaps"):
+        if not found:
+            found = line.startswith(wanted)
+        elif line.startswith("KernelPageSize:"):
+            return int(line.split()[1]) * 1024
     return 4096

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from . import procfs
 from .errors import HandoverError, TargetGoneError
 from .handover import PAGE_SIZES, Mapping
 
@@ -111,9 +112,8 @@ def _check_memfd(mapping: Mapping, vmas: list[Vma], fd: int, where: str) -> None
 def _vmas(pid: int) -> Iterator[Vma]:
     """Lazily: a process may have many thousands of mappings behind the last one that counts."""
     try:
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                yield parse_maps_line(line)
+        for line in procfs.lines(f"/proc/{pid}/maps"):
+            yield parse_maps_line(line)
     except PermissionError:
         raise HandoverError(f"may not read the memory map of process {pid}") from None
     except (FileNotFoundError, ProcessLookupError):
@@ -132,11 +132,10 @@ def _page_size(pid: int, vma: Vma, memfd: int = -1) -> int:
     head = f"{vma.start:08x}-{vma.end:08x} "
     found = False
     try:
-        with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                found = found or line.startswith(head)
-                if found and line.startswith("KernelPageSize:"):
-                    return int(line.split()[1]) * 1024
+        for line in procfs.lines(f"/proc/{pid}/smaps"):
+            found = found or line.startswith(head)
+            if found and line.startswith("KernelPageSize:"):
+                return int(line.split()[1]) * 1024
     except (FileNotFoundError, ProcessLookupError):
         raise TargetGoneError(f"process {pid} has ended") from None
     raise HandoverError(f"mapping at {vma.start:#x}: it changed during the hand-over")

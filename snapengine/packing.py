@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from snapengine.names import encode as encode_name
 from snapengine.targets import KINDS, PAGE_BYTES, Region
 
 PART_BYTES = 1 << 20
@@ -41,7 +42,7 @@ def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
 
 
 def _region_entry(region: Region, first_page: int) -> bytes:
-    name = region.name.encode()
+    name = encode_name(region.name)
     pages = region_pages(region.addr, region.length)
     if region.length <= 0 or region.addr < 0 or region.addr + region.length > 1 << 64:
         raise ValueError(f"region {region.name!r}: empty, or outside of the address space")

@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from snapengine import attach
+from snapengine import attach, procfs
 from snapengine.maps import Mapping, read_maps
+from snapengine.names import escape, printable
 from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
 from snapengine.process import SHARED_UNSEEN, own_pages
 from snapengine.selection import Selection, Selector, select
@@ -63,8 +64,11 @@ class Preflight:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types."""
-        return asdict(self)
+        """A dict of JSON types; names are escaped (`snapengine.names`)."""
+        found = asdict(self) | {"name": escape(self.name)}
+        for row in found["rows"]:
+            row["path"] = escape(row["path"])
+        return found
 
 
 def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
@@ -175,10 +179,9 @@ def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[st
         )
     if any(row.perms[3] == "s" for row in tracked):
         found.append(SHARED_UNSEEN)
-    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
-        pinned = [line.split()[1] for line in lines if line.startswith("VmPin:")]
-    if pinned and int(pinned[0]):
-        found.append(f"{pinned[0]} KiB are pinned (io_uring, RDMA): device writes to them are not seen")
+    pinned = procfs.status(f"/proc/{pid}/status").get("VmPin", "0 kB").split()[0]
+    if pinned != "0":
+        found.append(f"{pinned} KiB are pinned (io_uring, RDMA): device writes to them are not seen")
     if info.seccomp:
         found.append("the process has a seccomp filter, which is suspended for the injection")
     return found
@@ -193,13 +196,13 @@ def print_preflight(found: Preflight, console: Console) -> None:
         table.add_row(
             f"{row.start:x}-{row.end:x}",
             row.perms,
-            os.path.basename(row.path) if row.path.startswith("/") else row.path or "anonymous",
+            printable(os.path.basename(row.path) if row.path.startswith("/") else row.path) or "anonymous",
             format_size(row.populated),
             row.soft if row.soft != "no" else f"no: {row.reason}",
             row.stop,
         )
     console.print(table)
-    console.print(f"\nprocess {found.pid} ({found.name}), {found.threads} threads")
+    console.print(f"\nprocess {found.pid} ({printable(found.name)}), {found.threads} threads")
     console.print(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)")
     console.print(
         f"soft cut: one thread stands for about {found.injection_ns / 1e6:.1f} ms; protecting takes about "

@@ -9,6 +9,7 @@ import errno
 import os
 from typing import Any
 
+from snapengine import procfs
 from snapengine.encoder import Encoder
 from snapengine.errors import UnsupportedError
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
@@ -103,14 +104,11 @@ def _walkers(options: Options, regions: list[Region]) -> int:
 
 def _pins(pid: int) -> list[str]:
     """Pages that a device or io_uring has pinned can change without a fault: a warning, if there are any."""
-    with open(f"/proc/{pid or 'self'}/status", encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            if line.startswith("VmPin:") and int(line.split()[1]):
-                return [
-                    f"{line.split()[1]} KiB of the target are pinned (io_uring buffers, RDMA): "
-                    "device writes to them after T are not seen"
-                ]
-    return []
+    pinned = procfs.status(f"/proc/{pid or 'self'}/status").get("VmPin", "0 kB").split()[0]
+    if pinned == "0":
+        return []
+    what = "are pinned (io_uring buffers, RDMA): device writes to them after T are not seen"
+    return [f"{pinned} KiB of the target {what}"]
 
 
 def _wanted_features(method: str) -> int:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from snapengine.jsonfields import escape, printable, unescape
+from snapengine.names import escape, printable, unescape
 from snapengine.processrecord import ProcessRecord, not_captured_object
 from snapengine.sections import ImageRegion
 from snapengine.units import format_count, format_size

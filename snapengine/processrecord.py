@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
-from snapengine.jsonfields import Fields, escape, parse_object
+from snapengine.jsonfields import Fields, parse_object
 from snapengine.maps import Mapping as MemoryMapping
 from snapengine.maps import read_maps
+from snapengine.names import decode, escape
 from snapengine.threadblob import pack_threads, parse_threads
 from snapengine.threadstate import ThreadState
 
@@ -229,7 +230,7 @@ def read_process(
             ppid=status["PPid"],
             uid=status["Uid"],
             gid=status["Gid"],
-            comm=_text(_read(pid, "comm").removesuffix(b"\n")),
+            comm=decode(_read(pid, "comm").removesuffix(b"\n")),
             cmdline=_arguments(_read(pid, "cmdline")),
             exe=_executable(pid),
             cut=cut,
@@ -247,23 +248,19 @@ def _read(pid: int, name: str) -> bytes:
         return file.read()
 
 
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
-
-
 def _status(data: bytes) -> dict[str, int]:
     """The first number of the lines PPid, Uid and Gid: of the ids, the real one."""
-    lines = (line.partition(b":") for line in data.splitlines())
+    lines = (line.partition(b":") for line in data.split(b"\n"))
     return {key.decode(): int(rest.split()[0]) for key, _, rest in lines if key in (b"PPid", b"Uid", b"Gid")}
 
 
 def _arguments(data: bytes) -> list[str]:
-    return [_text(argument) for argument in data.removesuffix(b"\0").split(b"\0")] if data else []
+    return [decode(argument) for argument in data.removesuffix(b"\0").split(b"\0")] if data else []
 
 
 def _executable(pid: int) -> str:
     try:
-        return _text(os.readlink(f"/proc/{pid}/exe".encode()))
+        return decode(os.readlink(f"/proc/{pid}/exe".encode()))
     except (FileNotFoundError, PermissionError):  # a record without this name is still a record
         return ""
 

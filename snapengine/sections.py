@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from snapengine.errors import UnsupportedVersionError
+from snapengine.names import decode
 from snapengine.packing import MAX_PAGES, NAME_BYTES, REGION, region_pages
 from snapengine.records import FILE_HEADER, RECORD, FileHeader, Record
 from snapengine.sources import Source, corrupt
@@ -106,13 +107,10 @@ def check_regions(source: Source, regions: list[ImageRegion]) -> None:
 
 
 def text_of(source: Source, record: Record, name: bytes) -> str:
-    """A name in UTF-8 of at most 4096 bytes."""
+    """A name of at most 4096 bytes."""
     if len(name) > NAME_BYTES:
         raise corrupt(source, "a name is too long", record.offset)
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise corrupt(source, "a name is not UTF-8", record.offset) from None
+    return decode(name)
 
 
 class VmStateParts:

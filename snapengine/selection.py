@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from snapengine.maps import Mapping, page_size_of
 from snapengine.processrecord import NotCaptured
@@ -108,6 +109,15 @@ def _unique(name: str, mapping: Mapping) -> str:
     return name if name.startswith("[") else f"{name}@{mapping.start:x}"
 
 
+def _tell_apart(*lists: list[Region]) -> None:
+    """A heap or stack may lie in several mappings: then each part has its address in its name."""
+    counts = Counter(region.name for regions in lists for region in regions)
+    for regions in lists:
+        for number, region in enumerate(regions):
+            if counts[region.name] > 1:
+                regions[number] = replace(region, name=f"{region.name}@{region.addr:x}")
+
+
 def select(
     pid: int,
     mappings: Iterable[Mapping],
@@ -125,6 +135,7 @@ def select(
     changed = {mapping.start for mapping in own_pages}
     for mapping in mappings:
         _sort(found, pid, mapping, selector, stop, mapping.start in changed)
+    _tell_apart(found.tracked, found.frozen)
     return found
 
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import signal
 import stat
@@ -23,6 +24,7 @@ from snapengine.errors import SinkError, SnapengineError
 DISCARD = -1
 PYTHON_LEVEL = -2
 PIPE_BYTES = 1 << 20  # what an unprivileged process may set (fs.pipe-max-size)
+PARTIAL = ".partial"
 GRACE_S = 2.0  # between SIGTERM and SIGKILL
 
 
@@ -66,8 +68,9 @@ class Sink:
 class FileSink(Sink):
     """A file that appears, complete, under its name on commit.
 
-    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, which a killed process leaves
-    behind; it has no trailer, so no reader takes it for an image. Mode 0600: memory holds secrets.
+    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by who writes it. A
+    killed process leaves it behind; it has no trailer, so no reader takes it for an image, and the next sink
+    of that name removes it, since nobody holds its lock. Mode 0600: memory holds secrets.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -75,15 +78,26 @@ class FileSink(Sink):
         self._path = os.path.realpath(self.name)  # a symbolic link stays one
         directory, base = os.path.split(self._path)
         _check_destination(self.name, self._path, directory)
-        self._temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.partial")
+        prefix = _partial_prefix(directory, base)
+        _remove_stale(directory, prefix)
+        while not self._make(os.path.join(directory, f"{prefix}{secrets.token_hex(4)}{PARTIAL}")):
+            pass
+
+    def _make(self, path: str) -> bool:
+        """Create the file and lock it; False: somebody took it for stale before it was locked."""
+        self._temporary = path
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self.fd = os.open(self._temporary, flags, 0o600)
+            self.fd = os.open(path, flags, 0o600)
+            if _lock(self.fd) and os.fstat(self.fd).st_nlink:
+                return True
+            os.close(self.fd)
+            return False
         except OSError as error:
             raise _sink_error(self.name, error) from None
         except BaseException:  # a Ctrl-C is raised as the call returns: the file is there, and not ours yet
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+                os.unlink(path)
             raise
 
     def _commit(self) -> None:
@@ -289,12 +303,58 @@ def _named_sink(spec: str) -> Sink:
     return FileSink(rest if scheme == "file" and rest else spec)
 
 
+def _partial_prefix(directory: str, base: str) -> str:
+    """What the names of unfinished files of `base` begin with: as many of its bytes as leave room."""
+    room = os.pathconf(directory, "PC_NAME_MAX") - len("..12345678") - len(PARTIAL)
+    return f".{os.fsdecode(os.fsencode(base)[:room])}."
+
+
+def _lock(fd: int) -> bool:
+    """False: another process holds the lock. A file system without locks is no obstacle: there nothing is
+    removed, as no lock is got."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove_stale(directory: str, prefix: str) -> None:
+    """Remove unfinished files that a killed process has left: those whose lock nobody holds."""
+    pattern = re.compile(re.escape(prefix) + r"[0-9a-f]{8}" + re.escape(PARTIAL))
+    with contextlib.suppress(OSError):  # a directory that may not be listed
+        for name in filter(pattern.fullmatch, os.listdir(directory)):
+            _remove_if_unlocked(os.path.join(directory, name))
+
+
+def _remove_if_unlocked(path: str) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # another user's, or gone
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except OSError:
+        return  # somebody writes to it, or it may not be removed
+    finally:
+        os.close(fd)
+
+
 def _check_destination(name: str, path: str, directory: str) -> None:
     if not os.path.isdir(directory):
         raise SinkError(errno.ENOENT, f"{name}: there is no directory {directory}")
-    if os.path.isdir(path):
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:  # such as a name that is too long: better now than when all is saved
+        raise _sink_error(name, error) from None
+    if stat.S_ISDIR(mode):
         raise SinkError(errno.EISDIR, f"{name}: is a directory")
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not stat.S_ISREG(mode):
         raise SinkError(errno.EINVAL, f"{name}: not a regular file (use fd:N for a device or pipe)")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from snapengine.names import decode, encode
 from snapengine.threadstate import ThreadState
 
 HEAD = struct.Struct("<II")
@@ -21,7 +22,7 @@ def pack_threads(threads: Sequence[ThreadState]) -> bytes:
     if len({thread.tid for thread in threads}) < len(threads):
         raise ValueError("a thread is there twice")
     for thread in threads:
-        comm = thread.comm.encode("utf-8", "surrogateescape")
+        comm = encode(thread.comm)
         _check(thread.tid, len(thread.xstate))
         if (len(thread.regs), len(thread.fpregs)) != (216, 512):
             raise ValueError(f"thread {thread.tid}: registers of a wrong size")
@@ -70,4 +71,4 @@ def _name(tid: int, comm: bytes) -> str:
     name, _, padding = comm.partition(b"\0")
     if len(name) > 15 or padding.strip(b"\0"):
         raise ValueError(f"thread {tid}: its name is not padded with zeros")
-    return name.decode("utf-8", "surrogateescape")
+    return decode(name)

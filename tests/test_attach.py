@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from targetkit import VALUES, Target, state_of, status_line, until
 
-from snapengine import attach, injectplan
+from snapengine import attach, injectplan, procfs
 from snapengine.attach import describe, mergeable_mappings, refuse_reason, threads_to_stop
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
 
@@ -109,10 +109,10 @@ def test_why_it_is_denied(info, monkeypatch):
     assert f"belongs to uid {other.uid}" in attach.denied_because(other)
     apart = dataclasses.replace(info, same_user_namespace=False)
     assert "another user namespace" in attach.denied_because(apart)
-    read = attach._text
+    read = procfs.read
     for scope, words in (("1", "ptrace_scope is 1"), ("3", "until the next boot"), ("0", "not dumpable")):
         fake = {"/proc/sys/kernel/yama/ptrace_scope": scope}
-        monkeypatch.setattr(attach, "_text", lambda path, fake=fake: fake.get(path) or read(path))
+        monkeypatch.setattr(procfs, "read", lambda path, fake=fake: fake.get(path) or read(path))
         assert words in attach.denied_because(info)
 
 

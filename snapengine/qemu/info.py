@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from snapengine.jsonfields import printable
+from snapengine.names import printable
 from snapengine.units import format_count, format_size
 
 UNKNOWN = "not recorded"
