@@ -42,7 +42,7 @@ cdef bint fits(const chunk_t *chunk, const snap_record *header, size_t number, s
     """Whether a chunk's sizes and number are those of its index entry and within the limits."""
     cdef bint stored_ok = header.stored_bytes == header.raw_bytes
     if header.encoding == SNAP_ZSTD:
-        stored_ok = header.stored_bytes < header.raw_bytes
+        stored_ok = 0 < header.stored_bytes < header.raw_bytes
     return (
         stored_ok and header.type == SNAP_CHNK and header.arg == <uint32_t>number
         and 0 < header.meta_bytes <= SNAP_META_MAX_BYTES and length == sizeof(header[0]) + header.meta_bytes
@@ -100,8 +100,9 @@ cdef class PageIndex:
     def add_index(self, const unsigned char[::1] payload not None, uint64_t start, uint64_t limit):
         """Take in one INDX payload whose records lie in [start, limit).
 
-        Returns the offset behind its last record, and (offset, part number) of its VMST records. Offsets
-        must ascend: so no two records can share bytes, and their count is bounded by the file.
+        Returns the offset behind its last record, and for each VMST record (offset, record bytes, part
+        number, raw bytes, entries). Offsets must ascend: so no two records can share bytes, and their count
+        is bounded by the file.
         """
         cdef snap_index item
         cdef size_t listed = <size_t>payload.shape[0] // sizeof(item)
@@ -110,11 +111,13 @@ cdef class PageIndex:
         self.reserve(self.count + listed)
         for i in range(listed):
             memcpy(&item, &payload[i * sizeof(item)], sizeof(item))
-            if item.offset < start or item.record_bytes > limit or item.offset > limit - item.record_bytes:
+            if (item.record_bytes < sizeof(snap_record) or item.record_bytes > limit
+                    or item.offset < start or item.offset > limit - item.record_bytes):
                 raise CorruptImageError(f"{self.name}: an index entry points outside of the records", limit)
             start = item.offset + item.record_bytes
             if item.type == SNAP_VMST:
-                vmstate.append((item.offset, item.first_page))
+                numbers = item.first_page, item.last_page, item.entries
+                vmstate.append((item.offset, item.record_bytes, *numbers))
                 continue
             if not plausible(&item):
                 raise CorruptImageError(f"{self.name}: an index entry is impossible", limit)

@@ -187,9 +187,11 @@ cdef class Writer:
         """Write a named blob (bytes-like, or a readable binary file that is read to its end).
 
         It goes out in parts of 1 MiB, with a zstd `level` compressed where that makes them smaller.
-        `ValueError`: the name is taken, empty or longer than 4096 bytes.
+        `ValueError`: the name is taken, empty, longer than 4096 bytes, or holds a NUL.
         """
         meta = names.encode(name)
+        if b"\0" in meta:
+            raise ValueError(f"vmstate: the name {name[:80]!r} holds a NUL")
         if not 0 < len(meta) <= SNAP_NAME_MAX_BYTES or name in self.vmstate_names:
             raise ValueError(f"vmstate: the name {name[:80]!r} is empty, too long or taken")
         self._expect(OPEN)

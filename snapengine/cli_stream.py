@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import uuid
 from typing import Any
 
 from snapengine.errors import LostPagesError
 from snapengine.image import region_info
 from snapengine.names import escape
 from snapengine.processinfo import process_info
-from snapengine.processrecord import ProcessRecord
-from snapengine.qemu.blobs import MACHINE, check_machine
+from snapengine.processrecord import ProcessRecord, check_sizes
+from snapengine.qemu.blobs import machine_in
 from snapengine.stream import ImageStream, stream_image
 
 
@@ -29,13 +30,13 @@ def stream_info(stream: ImageStream) -> dict[str, Any]:
     return {
         "format": ".".join(map(str, stream.header.version)),
         "id": str(stream.id),
-        "parent": parent.hex() if any(parent) else None,
+        "parent": str(uuid.UUID(bytes=parent)) if any(parent) else None,
         "file_bytes": stream.stats["image_bytes"],
         "chunks": stream.index.count,
         "regions": [region_info(region) for region in stream.regions],
-        "vmstate": {escape(name): len(blob) for name, blob in stream.vmstate.items()},
+        "vmstate": {escape(name): size for name, size in stream.vmstate.sizes().items()},
         "process": process_info(process_of(stream), stream.regions),
-        "machine": machine_of(stream),
+        "machine": machine_in(stream.vmstate, stream.name),
         "stats": stream.stats,
     }
 
@@ -44,13 +45,8 @@ def process_of(stream: ImageStream) -> ProcessRecord | None:
     """The process record of a stream that was read to its end. Raises ImageError."""
     if "process" not in stream.vmstate:
         return None
+    check_sizes(stream.vmstate.sizes(), stream.name)
     return ProcessRecord.from_vmstate(stream.vmstate, stream.name)
-
-
-def machine_of(stream: ImageStream) -> dict[str, Any] | None:
-    """The description of the QEMU machine in a stream that was read to its end. Raises ImageError."""
-    blob = stream.vmstate.get(MACHINE)
-    return None if blob is None else check_machine(blob, stream.name)
 
 
 def verify_stream() -> dict[str, Any]:
@@ -71,5 +67,5 @@ def verify_stream() -> dict[str, Any]:
         "hole_pages": totals[2],
         "lost_pages": totals[3],
         "duplicate_pages": stream.index.data_pages() - totals[0],
-        "vmstate_bytes": sum(map(len, stream.vmstate.values())),
+        "vmstate_bytes": sum(stream.vmstate.sizes().values()),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from snapengine.names import without_controls
 from snapengine.options import DIRTY_LOGGING
 from snapengine.result import Result
 from snapengine.units import format_count, format_ns, format_size
@@ -12,8 +13,8 @@ from snapengine.units import format_count, format_ns, format_size
 def figures_rows(result: Result) -> list[tuple[str, str]]:
     """Name and value of what is worth a line; what is zero and usually is so is left out."""
     rows = [
-        ("method", result.method),
-        ("status", result.status),
+        ("method", without_controls(result.method)),
+        ("status", without_controls(result.status)),
         ("image", _image(result)),
         ("memory", f"{format_size(result.region_bytes)}, {format_size(result.nonzero_bytes)} of it not zero"),
         ("pages", _pages(result)),
@@ -41,7 +42,8 @@ def _arming(result: Result) -> str:
 
 def _pause(result: Result) -> str:
     """The pause; what it was spent on, but for "guest", which is the sum by another clock."""
-    parts = [f"{name} {format_ns(ns)}" for name, ns in result.stop_parts_ns.items() if name != "guest"]
+    spent = ((without_controls(name), ns) for name, ns in result.stop_parts_ns.items() if name != "guest")
+    parts = [f"{name} {format_ns(ns)}" for name, ns in spent]
     return format_ns(result.stop_ns) + (f" ({', '.join(parts)})" if parts else "")
 
 

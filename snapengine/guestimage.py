@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from .errors import ImageError
 from .guestcheck import CutReport, check_cut
 from .guestloop import BLOB, REGION
 from .guestparams import GuestParams
+from .jsonfields import Fields, parse_object
 
 PIECE_BYTES = 4 << 20
 
@@ -40,19 +41,31 @@ def check_image(image: Image) -> CutReport:
 
     Raises
     ------
-    ValueError
-        It is no image of a guest.
+    ImageError
+        It is no image of a guest, or what it says of the guest is malformed.
     """
     if BLOB not in image.vmstate:
-        raise ValueError(f"not an image of a snapengine guest: it has no vmstate {BLOB!r}")
-    state = json.loads(image.vmstate[BLOB])
-    params = GuestParams.from_json(state["params"])
+        raise ImageError(f"not an image of a snapengine guest: it has no vmstate {BLOB!r}")
+    try:
+        state = parse_object(image.vmstate[BLOB])
+        params = GuestParams.from_json(state.object("params").members)
+        writes = _writes(state, params.threads) if state.flag("paused") else None
+    except ValueError as error:
+        raise ImageError(f"the guest's own state (vmstate {BLOB!r}): {error}") from None
     regions = [region for region in image.regions if region.name == REGION]
     if len(regions) != 1 or regions[0].length != params.size:
-        raise ValueError(f"not an image of a snapengine guest: no region {REGION!r} of {params.size} bytes")
+        raise ImageError(f"not an image of a snapengine guest: no region {REGION!r} of {params.size} bytes")
     with mmap.mmap(-1, params.size) as ram:
         _load(image, regions[0], ram)
-        return check_cut(ram, params, state["writes"] if state["paused"] else None)
+        return check_cut(ram, params, writes)
+
+
+def _writes(state: Fields, threads: int) -> list[int]:
+    """How many writes each thread has done."""
+    counts = state.integers("writes", 63)
+    if len(counts) != threads:
+        raise ValueError(f"'writes' has {len(counts)} numbers for {threads} threads")
+    return counts
 
 
 def _load(image: Image, region: Any, ram: mmap.mmap) -> None:

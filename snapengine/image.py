@@ -32,14 +32,15 @@ from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.reader import PageIndex
 from snapengine.records import Record, diagnose, read_file_header, read_payload, read_record
 from snapengine.restorer import Restorer
+from snapengine.rules import Listed, check_listed
 from snapengine.runs import Runs
 from snapengine.sections import (
-    INDEX_ENTRY_BYTES,
     TRAILER_RECORD_BYTES,
     ImageRegion,
     VmStateParts,
     check_regions,
     page_text,
+    parse_index,
     parse_regions,
     parse_stats,
     parse_trailer,
@@ -50,6 +51,7 @@ from snapengine.verify import VerifyReport, verify_image
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
+MEMFD_NAME_BYTES = 249  # memfd_create(2)
 JOBS_PER_THREAD = 4  # a thread takes longer to start than so many chunks to read
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
@@ -135,19 +137,18 @@ class Image:
             offset = record.end
             if record.last_part:
                 check_regions(self._source, regions)
+                self._memory_start = record.end
                 return regions
 
-    def _load_index(self) -> list[tuple[int, int]]:
+    def _load_index(self) -> list[Listed]:
         offset = self.trailer.indx_offset
-        end_of_records = 64
-        vmstate: list[tuple[int, int]] = []
+        end_of_records = self._memory_start
+        vmstate: list[Listed] = []
         while True:
             record = read_record(self._source, offset, expect=b"INDX")
-            payload = read_payload(self._source, record)
-            if len(payload) != record.arg * INDEX_ENTRY_BYTES:
-                raise corrupt(self, "the index has a wrong size", offset)
-            end_of_records, parts = self.index.add_index(payload, end_of_records, self.trailer.stat_offset)
-            vmstate += parts
+            entries = parse_index(self._source, record, read_payload(self._source, record))
+            end_of_records, parts = self.index.add_index(entries, end_of_records, self.trailer.stat_offset)
+            vmstate += map(Listed._make, parts)
             offset = record.end
             if record.last_part:
                 break
@@ -155,10 +156,12 @@ class Image:
             raise corrupt(self, "the index is not complete", self.trailer.indx_offset)
         return vmstate
 
-    def _load_vmstate(self, places: list[tuple[int, int]]) -> dict[str, list[Record]]:
+    def _load_vmstate(self, places: list[Listed]) -> dict[str, list[Record]]:
         collector = VmStateParts(self._source)
-        for offset, _ in places:
-            collector.add(read_record(self._source, offset, expect=b"VMST"))
+        for listed in places:
+            record = read_record(self._source, listed.offset, expect=b"VMST")
+            check_listed(self._source, record, listed)
+            collector.add(record)
         return collector.finish()
 
     @property
@@ -170,7 +173,10 @@ class Image:
     def stats(self) -> dict[str, Any]:
         """The figures of the capture (`Result.to_json`)."""
         record = read_record(self._source, self.trailer.stat_offset, expect=b"STAT")
-        return parse_stats(self._source, record, read_payload(self._source, record))
+        stats = parse_stats(self._source, record, read_payload(self._source, record))
+        if stats.get("image_bytes") != self._source.size:
+            raise corrupt(self, "the figures state another size", record.offset)
+        return stats
 
     @cached_property
     def process(self) -> ProcessRecord | None:

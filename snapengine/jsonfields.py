@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from snapengine.names import unescape
 
 MAX_VALUES = 1 << 22  # values in one document: each costs some 100 bytes once it is parsed
+MAX_DEPTH = 32  # who prints the document again has a stack, too
 
 
 def parse_object(blob: bytes) -> Fields:
-    """The one JSON object in ASCII that `blob` must be. ``ValueError``: it is not."""
+    """The one JSON object in ASCII that `blob` must be. ``ValueError``: it is not.
+
+    Text in it can be encoded as UTF-8, and there is neither NaN nor Infinity, which are no JSON.
+    """
     if sum(map(blob.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError("it has too many values")
     try:
-        value = json.loads(blob.decode("ascii"))
+        text = blob.decode("ascii")
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_number)
+        if _depth(value) > MAX_DEPTH:
+            raise ValueError("too deep")
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is no text
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON in ASCII") from None
     return Fields(value, "it")
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How deep the lists and objects nest, level by level: without a stack of ours."""
+    depth = 0
+    level = [value]
+    while level and depth <= MAX_DEPTH:
+        inner = [item for item in level if isinstance(item, dict | list)]
+        level = [one for item in inner for one in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+    return depth
 
 
 class Fields:
@@ -28,11 +61,15 @@ class Fields:
     def __init__(self, value: Any, what: str) -> None:
         if type(value) is not dict:
             raise ValueError(f"{what} is not a JSON object")
-        self._value = value
+        self.members: dict[str, Any] = value
         self._what = what
 
+    def has(self, key: str) -> bool:
+        """Whether there is such a member."""
+        return key in self.members
+
     def _take(self, key: str, wanted: type) -> Any:
-        value = self._value.get(key)
+        value = self.members.get(key)
         if type(value) is not wanted:
             raise ValueError(f"{self._what} has no proper {key!r}")
         return value
@@ -61,3 +98,46 @@ class Fields:
     def objects(self, key: str) -> list[Fields]:
         """A list of objects."""
         return [Fields(item, f"an item of {key!r}") for item in self._take(key, list)]
+
+    def flag(self, key: str) -> bool:
+        """true or false."""
+        return bool(self._take(key, bool))
+
+    def plain(self, key: str) -> str:
+        """Text without the escapes of a name."""
+        return str(self._take(key, str))
+
+    def plains(self, key: str) -> list[str]:
+        """A list of such text."""
+        items: list[str] = self._take(key, list)
+        if not all(type(item) is str for item in items):
+            raise ValueError(f"{self._what}: {key!r} is not a list of strings")
+        return items
+
+    def integers(self, key: str, bits: int) -> list[int]:
+        """A list of integers in [0, 2^bits)."""
+        items: list[int] = self._take(key, list)
+        if not all(_is_number(item, bits) for item in items):
+            raise ValueError(f"{self._what}: {key!r} is not a list of numbers")
+        return items
+
+    def pairs(self, key: str, bits: int) -> list[Sequence[int]]:
+        """A list of pairs of integers in [0, 2^bits)."""
+        items: list[Sequence[int]] = self._take(key, list)
+        for item in items:
+            if type(item) is not list or len(item) != 2 or not all(_is_number(one, bits) for one in item):
+                raise ValueError(f"{self._what}: {key!r} is not a list of pairs of numbers")
+        return items
+
+    def object(self, key: str) -> Fields:
+        """An object."""
+        return Fields(self._take(key, dict), repr(key))
+
+    def numbers(self, bits: int) -> None:
+        """All members must be integers in [0, 2^bits)."""
+        for key in self.members:
+            self.number(key, bits)
+
+
+def _is_number(value: Any, bits: int) -> bool:
+    return type(value) is int and 0 <= value < 1 << bits

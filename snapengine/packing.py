@@ -19,6 +19,7 @@ from snapengine.targets import KINDS, PAGE_BYTES, Region
 PART_BYTES = 1 << 20
 NAME_BYTES = 4096
 MAX_PAGES = 1 << 40
+HUGE_MAX_BYTES = 1 << 30  # hugetlb pages of x86-64 have 2 MiB or 1 GiB
 DATA, ZERO, HOLE, LOST = range(4)
 RAW, ZSTD = range(2)
 REGION = struct.Struct("<QQQIHH")
@@ -30,6 +31,13 @@ PLACEHOLDER = 2**63  # as many digits as an image's size can have
 def region_pages(addr: int, length: int) -> int:
     """Pages touched by [addr, addr + length)."""
     return -(-(addr % PAGE_BYTES + length) // PAGE_BYTES)
+
+
+def page_size_fits(kind: str, page_size: int) -> bool:
+    """Whether pages of so many bytes can be those of a region of that kind (FORMAT.md)."""
+    if not kind.startswith("hugetlb"):
+        return page_size == PAGE_BYTES
+    return PAGE_BYTES < page_size <= HUGE_MAX_BYTES and page_size & (page_size - 1) == 0
 
 
 def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
@@ -50,8 +58,12 @@ def _region_entry(region: Region, first_page: int) -> bytes:
         raise ValueError(f"region {region.name!r}: page numbers beyond 2^40")
     if len(name) > NAME_BYTES:
         raise ValueError(f"region {region.name[:80]!r}: the name is longer than {NAME_BYTES} bytes")
+    if b"\0" in name:
+        raise ValueError(f"region {region.name[:80]!r}: the name holds a NUL")
     if region.kind not in KINDS:
         raise ValueError(f"region {region.name!r}: kind {region.kind!r} is none of {', '.join(KINDS)}")
+    if not page_size_fits(region.kind, region.page_size):
+        raise ValueError(f"region {region.name!r}: pages of {region.page_size} bytes are not {region.kind}")
     head = (region.addr, region.length, first_page, region.page_size, KINDS.index(region.kind), len(name))
     return REGION.pack(*head) + name
 

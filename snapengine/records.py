@@ -12,18 +12,18 @@ from typing import NamedTuple
 import zstandard
 
 from snapengine.checksum import crc32c_of
-from snapengine.errors import ImageError, TruncatedImageError, UnsupportedVersionError
-from snapengine.packing import RAW, ZSTD
-from snapengine.sources import FileSource, Source, corrupt, truncated
+from snapengine.errors import ImageError, TruncatedImageError
+from snapengine.packing import RAW
+from snapengine.rules import (
+    CHUNK_MAX_BYTES,
+    LAST_PART,
+    META_MAX_BYTES,
+    check_file_header,
+    check_record,
+)
+from snapengine.sources import FileSource, Named, Source, corrupt, truncated
 
 MAGIC = b"\x89SNPE\r\n\x1a"
-MAJOR = 1
-FEATURES = 0
-LAST_PART = 1
-MAY_IGNORE = 1 << 15
-KNOWN_TYPES = (b"REGN", b"CHNK", b"VMST", b"STAT", b"INDX", b"TRLR")
-CHUNK_MAX_BYTES = 4 << 20
-META_MAX_BYTES = 256 << 10
 
 FILE_HEADER = struct.Struct("<8sHHIQ16s16sII")
 RECORD = struct.Struct("<4sHHQQIIQII")
@@ -77,13 +77,10 @@ def read_file_header(source: Source) -> FileHeader:
     if magic != MAGIC:
         raise corrupt(source, "not a snapengine image")
     data = magic + source.take(len(MAGIC), FILE_HEADER.size - len(MAGIC))
-    _, major, minor, _, features, image_id, parent_id, _, crc = FILE_HEADER.unpack(data)
+    _, major, minor, size, features, image_id, parent_id, reserved, crc = FILE_HEADER.unpack(data)
     if crc32c_of(data[:-4]) != crc:
         raise corrupt(source, "the file header's checksum does not match", 0)
-    if major != MAJOR:
-        raise UnsupportedVersionError(f"{source.name}: format version {major}; this program reads {MAJOR}")
-    if features & ~FEATURES:
-        raise UnsupportedVersionError(f"{source.name}: needs features {features:#x} that are unknown here")
+    check_file_header(source, (major, minor), size, features, reserved)
     return FileHeader((major, minor), image_id, parent_id)
 
 
@@ -97,42 +94,35 @@ def read_record(source: Source, offset: int, *, expect: bytes | None = None) -> 
     if crc32c_of(meta, crc32c_of(header[:-4])) != crc:
         raise corrupt(source, "a record header's checksum does not match", offset)
     record = Record(offset, type_, encoding, flags, stored, raw, arg, seq, payload_crc, header, meta)
-    _check_record(source, record, expect)
-    return record
-
-
-def _check_record(source: Source, record: Record, expect: bytes | None) -> None:
-    text = record.type.decode("ascii", "backslashreplace")
-    if record.type not in KNOWN_TYPES:
-        if not record.flags & MAY_IGNORE:
-            raise UnsupportedVersionError(f"{source.name}: unknown record {text!r}", record.offset)
-        if record.stored_bytes > 1 << 62:
-            raise corrupt(source, f"record {text!r} has an impossible size", record.offset)
-    elif record.flags & ~(LAST_PART | MAY_IGNORE) or record.encoding not in (RAW, ZSTD):
-        text += " uses an unknown encoding or flag"
-        raise UnsupportedVersionError(f"{source.name}: {text}", record.offset)
-    elif record.raw_bytes > CHUNK_MAX_BYTES or (
-        record.stored_bytes >= record.raw_bytes
-        if record.encoding == ZSTD
-        else record.stored_bytes != record.raw_bytes
-    ):
-        raise corrupt(source, f"{text} has impossible sizes", record.offset)
+    check_record(source, record)
     if expect is not None and record.type != expect:
-        raise corrupt(source, f"{text} where {expect.decode()} should be", record.offset)
+        text = record.type.decode("ascii", "backslashreplace")
+        raise corrupt(source, f"{text} where {expect.decode()} should be", offset)
+    return record
 
 
 def read_payload(source: Source, record: Record) -> bytes:
     """The payload of a known record: verified, then decompressed; `record.raw_bytes` bytes."""
+    return decoded(source, record, take_payload(source, record))
+
+
+def take_payload(source: Source, record: Record) -> bytes:
+    """The payload of a known record as it is stored, verified."""
     data = source.take(record.payload_offset, record.stored_bytes)
     if crc32c_of(data) != record.payload_crc:
         text = record.type.decode()
         raise corrupt(source, f"the payload's checksum of {text} does not match", record.offset)
+    return data
+
+
+def decoded(where: Named, record: Record, data: bytes) -> bytes:
+    """What `take_payload` returned, decompressed."""
     if record.encoding == RAW:
         return data
     try:
         return decompress(data, record.raw_bytes)
     except (ValueError, zstandard.ZstdError) as error:
-        raise corrupt(source, f"zstd: {error}", record.offset) from None
+        raise corrupt(where, f"zstd: {error}", record.offset) from None
 
 
 def decompress(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from snapengine.errors import UnsupportedVersionError
+from snapengine.jsonfields import parse_object
 from snapengine.names import decode
-from snapengine.packing import MAX_PAGES, NAME_BYTES, REGION, region_pages
+from snapengine.packing import NAME_BYTES, REGION, region_pages
 from snapengine.records import FILE_HEADER, RECORD, FileHeader, Record
+from snapengine.resultfields import check_figures
+from snapengine.rules import INDEX_ENTRY_BYTES, check_region
 from snapengine.sources import Source, corrupt
 from snapengine.targets import KINDS, PAGE_BYTES
 
 TRAILER = struct.Struct("<QQQQQQQ16s")
 TRAILER_RECORD_BYTES = RECORD.size + TRAILER.size
-INDEX_ENTRY_BYTES = 40
 
 
 class Trailer(NamedTuple):
@@ -88,11 +88,7 @@ def parse_regions(source: Source, record: Record, payload: bytes) -> Iterator[Im
         position += REGION.size
         name = payload[position : position + name_bytes]
         position += name_bytes
-        pages = region_pages(addr, length)
-        if kind >= len(KINDS):
-            raise UnsupportedVersionError(f"{source.name}: unknown kind of region {kind}", record.offset)
-        if not length or addr + length > 1 << 64 or first_page + pages > MAX_PAGES:
-            raise corrupt(source, "a region has an impossible size", record.offset)
+        check_region(source, record.offset, addr, length, first_page, page_size, kind)
         yield ImageRegion(text_of(source, record, name), addr, length, page_size, KINDS[kind], first_page)
     if position != len(payload):
         raise corrupt(source, "the regions do not fit their record", record.offset)
@@ -107,9 +103,9 @@ def check_regions(source: Source, regions: list[ImageRegion]) -> None:
 
 
 def text_of(source: Source, record: Record, name: bytes) -> str:
-    """A name of at most 4096 bytes."""
-    if len(name) > NAME_BYTES:
-        raise corrupt(source, "a name is too long", record.offset)
+    """A name of at most 4096 bytes, none of them a NUL."""
+    if len(name) > NAME_BYTES or b"\0" in name:
+        raise corrupt(source, "a name is too long, or holds a NUL", record.offset)
     return decode(name)
 
 
@@ -137,12 +133,18 @@ class VmStateParts:
         return self._parts
 
 
+def parse_index(source: Source, record: Record, payload: bytes) -> bytes:
+    """The entries in one INDX record, after their number was checked."""
+    if len(payload) != record.arg * INDEX_ENTRY_BYTES:
+        raise corrupt(source, "the index has a wrong size", record.offset)
+    return payload
+
+
 def parse_stats(source: Any, record: Record, payload: bytes) -> dict[str, Any]:
-    """The JSON object of a STAT record."""
+    """The JSON object of a STAT record. Members that `Result` has are of its types; all may be missing."""
     try:
-        stats = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise corrupt(source, "the figures are not JSON", record.offset) from None
-    if not isinstance(stats, dict):
-        raise corrupt(source, "the figures are not a JSON object", record.offset)
-    return stats
+        fields = parse_object(payload)
+        check_figures(fields)
+    except ValueError as error:
+        raise corrupt(source, f"the figures: {error}", record.offset) from None
+    return fields.members

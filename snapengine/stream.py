@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from snapengine.errors import ImageError, LostPagesError
@@ -11,19 +11,20 @@ from snapengine.packing import DATA, LOST
 from snapengine.reader import PageIndex
 from snapengine.records import (
     FILE_HEADER,
-    KNOWN_TYPES,
     Record,
+    decoded,
     read_file_header,
-    read_payload,
     read_record,
     skip_payload,
+    take_payload,
 )
+from snapengine.rules import KNOWN_TYPES, Listed, Order, check_listed
 from snapengine.sections import (
-    INDEX_ENTRY_BYTES,
     ImageRegion,
     VmStateParts,
     check_regions,
     page_text,
+    parse_index,
     parse_regions,
     parse_stats,
     parse_trailer,
@@ -46,6 +47,36 @@ class Pages(NamedTuple):
     """`pages` * 4096 bytes for data, else empty."""
 
 
+class StreamVmState(Mapping[str, bytes]):
+    """The named blobs of a stream, verified. They are kept as they are stored, and decoded when they are
+    asked for, so that they take no more memory than they had bytes in the stream."""
+
+    def __init__(self) -> None:
+        self._stored: dict[str, list[tuple[Record, bytes]]] = {}
+
+    def add(self, name: str, record: Record, stored: bytes) -> None:
+        """The next part of a blob."""
+        self._stored.setdefault(name, []).append((record, stored))
+
+    def __getitem__(self, name: str) -> bytes:
+        return b"".join(decoded(self, record, stored) for record, stored in self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "vmstate"
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each blob, without decoding it."""
+        return {name: sum(part.raw_bytes for part, _ in parts) for name, parts in self._stored.items()}
+
+
 class ImageStream:
     """An image read once, front to back. Iterate it to its end; only then is it known to be complete.
 
@@ -58,17 +89,16 @@ class ImageStream:
         self.header = read_file_header(self._source)
         self.id = uuid.UUID(bytes=self.header.image_id)
         self.regions: list[ImageRegion] = []
-        self.vmstate: dict[str, bytes] = {}
+        self.vmstate = StreamVmState()
         self.stats: dict[str, Any] = {}
         self.index = PageIndex(self._source.name)
+        self._order = Order(self._source)
         self._offset = FILE_HEADER.size
-        self._seq = 0
-        self._vmstate = VmStateParts(self._source)
-        self._blobs: dict[str, list[bytes]] = {}
-        self._offsets: dict[bytes, int] = {}
+        self._parts = VmStateParts(self._source)
+        self._vmst: list[Record] = []
         self._listed = PageIndex(self._source.name)
-        self._listed_end = FILE_HEADER.size
-        self._listed_vmstate = 0
+        self._listed_end = 0
+        self._listed_vmst: list[Listed] = []
         self._read_regions()
 
     @property
@@ -80,42 +110,36 @@ class ImageStream:
         """The next record that this version knows, with its verified payload."""
         while True:
             record = read_record(self._source, self._offset)
-            if record.seq != self._seq:
-                raise corrupt(self, f"record {record.seq} where {self._seq} should be", self._offset)
-            self._seq += 1
+            self._order.take(record)
             self._offset = record.end
             if record.type in KNOWN_TYPES:
-                self._offsets.setdefault(record.type, record.offset)
-                return record, read_payload(self._source, record)
+                return record, take_payload(self._source, record)
             skip_payload(self._source, record)
 
     def _read_regions(self) -> None:
         while True:
-            record, payload = self._next()
-            if record.type != b"REGN":
-                raise corrupt(self, "the regions are missing", record.offset)
-            self.regions += parse_regions(self._source, record, payload)
+            record, stored = self._next()
+            self.regions += parse_regions(self._source, record, decoded(self._source, record, stored))
             if record.last_part:
                 check_regions(self._source, self.regions)
                 return
 
     def __iter__(self) -> Iterator[Pages]:
-        while True:
-            record, payload = self._next()
+        while not self._order.done:
+            record, stored = self._next()
+            payload = decoded(self._source, record, stored)
             if record.type == b"CHNK":
                 yield from self._chunk(record, payload)
             elif record.type == b"VMST":
-                name = self._vmstate.add(record)
-                self._blobs.setdefault(name, []).append(payload)
+                self._vmst.append(record)
+                self.vmstate.add(self._parts.add(record), record, stored)
             elif record.type == b"STAT":
                 self.stats = parse_stats(self._source, record, payload)
+                self._listed_end = self._order.memory_start
             elif record.type == b"INDX":
                 self._index(record, payload)
             elif record.type == b"TRLR":
                 self._finish(record, payload)
-                return
-            else:
-                raise corrupt(self, "regions in the wrong place", record.offset)
 
     def _chunk(self, record: Record, payload: bytes) -> Iterator[Pages]:
         number = self.index.count
@@ -127,27 +151,21 @@ class ImageStream:
             view = view[size:]
 
     def _index(self, record: Record, payload: bytes) -> None:
-        if len(payload) != record.arg * INDEX_ENTRY_BYTES:
-            raise corrupt(self, "the index has a wrong size", record.offset)
-        self._listed_end, parts = self._listed.add_index(payload, self._listed_end, record.offset)
-        self._listed_vmstate += len(parts)
+        entries = parse_index(self._source, record, payload)
+        limit = self._order.first[b"STAT"]
+        self._listed_end, parts = self._listed.add_index(entries, self._listed_end, limit)
+        self._listed_vmst += map(Listed._make, parts)
 
     def _finish(self, record: Record, payload: bytes) -> None:
         trailer = parse_trailer(self._source, record, payload, self.header)
-        parts = sum(map(len, self._vmstate.finish().values()))
-        counts = (self.index.count, parts, self._listed_vmstate)
-        if counts != (trailer.chunks, trailer.vmstate_parts, trailer.vmstate_parts):
-            raise corrupt(self, "records and trailer contradict each other", record.offset)
-        places = (self._offsets.get(b"STAT"), self._offsets.get(b"INDX"))
-        if places != (trailer.stat_offset, trailer.indx_offset):
-            raise corrupt(self, "the trailer's offsets are wrong", record.offset)
-        if self.stats.get("image_bytes") != record.end:
-            raise corrupt(self, "the figures state another size", trailer.stat_offset)
-        if not self.index.same_as(self._listed):
-            raise corrupt(self, "the index is not that of the chunks", trailer.indx_offset)
+        self._order.check_trailer(trailer, self.stats)
+        self._parts.finish()
+        if not self.index.same_as(self._listed) or len(self._vmst) != len(self._listed_vmst):
+            raise corrupt(self, "the index is not that of the records", trailer.indx_offset)
+        for found, listed in zip(self._vmst, self._listed_vmst, strict=True):
+            check_listed(self._source, found, listed)
         if not self._source.at_end():
             raise corrupt(self, "bytes follow the trailer", self._offset)
-        self.vmstate = {name: b"".join(blobs) for name, blobs in self._blobs.items()}
 
     def check_complete(self, region: ImageRegion) -> None:
         """After the last item: `ImageError` or `LostPagesError` unless every page of the region was there."""

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 
 from snapengine.fileio import crc_of_range
 from snapengine.packing import ZSTD
-from snapengine.records import (
-    FILE_HEADER,
-    KNOWN_TYPES,
-    Record,
-    read_payload,
-    read_record,
-)
+from snapengine.records import FILE_HEADER, Record, read_payload, read_record
+from snapengine.rules import KNOWN_TYPES, Order
 from snapengine.sections import ImageRegion, page_text
 from snapengine.sources import FileSource, corrupt, truncated
 
@@ -48,9 +43,6 @@ def verify_image(image: Image) -> VerifyReport:
         The first thing found wrong; ``offset`` is where.
     """
     vmstate_bytes = _verify_records(image)
-    stats = image.stats
-    if stats.get("image_bytes") != image.source.size:
-        raise corrupt(image, "the figures state another size", image.trailer.stat_offset)
     totals = [0, 0, 0, 0]
     for region in image.regions:
         totals = [sum(pair) for pair in zip(totals, _verify_region(image, region), strict=True)]
@@ -70,23 +62,21 @@ def verify_image(image: Image) -> VerifyReport:
 
 def _verify_records(image: Image) -> int:
     """Every record in the order of the file; returns the bytes of vmstate."""
+    order = Order(image.source)
     offset = FILE_HEADER.size
-    chunks = vmstate_parts = vmstate_bytes = 0
-    for seq in range(image.trailer.records):
+    vmstate_bytes = 0
+    while not order.done:
         record = read_record(image.source, offset)
-        if record.seq != seq:
-            raise corrupt(image, f"record {record.seq} where {seq} should be", offset)
+        order.take(record)
         if record.type == b"CHNK":
-            image.index.check(chunks, record.header + record.meta, offset)
-            chunks += 1
+            image.index.check(order.counts[b"CHNK"] - 1, record.header + record.meta, offset)
         elif record.type == b"VMST":
-            vmstate_parts += 1
             vmstate_bytes += record.raw_bytes
         _verify_payload(image.source, record)
         offset = record.end
-    found = (offset, chunks, vmstate_parts)
-    if found != (image.source.size, image.index.count, image.trailer.vmstate_parts):
-        raise corrupt(image, "records and trailer contradict each other", offset)
+    order.check_trailer(image.trailer, image.stats)
+    if offset != image.source.size:
+        raise corrupt(image, "bytes follow the trailer", offset)
     return vmstate_bytes
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from snapengine.errors import CorruptImageError, UnsupportedVersionError
+from snapengine.errors import CorruptImageError, ImageError, UnsupportedVersionError
+from snapengine.jsonfields import Fields, parse_object
+from snapengine.names import without_controls
 
 if TYPE_CHECKING:
     from snapengine.image import Image
@@ -20,6 +22,16 @@ MACHINE_MAX_BYTES = 1 << 20
 VIA_STREAM = "migration-stream"
 LISTED = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
 VIA_DEVICES = "device-state"
+NAME_MAX_BYTES = 255  # a stream has one byte for a name's length
+RAM_BITS = 45  # more RAM no stream can have, see `snapengine.vmstream`
+
+
+class SizedBlobs(Protocol):
+    """The blobs of an image: their sizes are known before they are read."""
+
+    def __getitem__(self, name: str) -> bytes: ...
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each."""
 
 
 def machine_blob(
@@ -39,11 +51,14 @@ def machine_blob(
 
 
 def parse_members(blob: bytes) -> dict[str, Any]:
-    """Members for `machine_blob` out of a blob that a caller made. ValueError: not one JSON object."""
-    members = json.loads(blob)
-    if not isinstance(members, dict):
-        raise ValueError(f"{MACHINE}: not a JSON object")
-    return members
+    """Members for `machine_blob` out of a blob that a caller made. ValueError: not one JSON object, or a
+    member has a type that no reader takes."""
+    try:
+        fields = parse_object(blob)
+        _check_members(fields)
+    except ValueError as error:
+        raise ValueError(f"{MACHINE}: {error}") from None
+    return fields.members
 
 
 def read_machine(image: Image) -> dict[str, Any] | None:
@@ -51,54 +66,72 @@ def read_machine(image: Image) -> dict[str, Any] | None:
 
     `CorruptImageError`: it is malformed. `UnsupportedVersionError`: another version.
     """
-    size = image.vmstate.sizes().get(MACHINE)
+    return machine_in(image.vmstate, image.name)
+
+
+def machine_in(vmstate: SizedBlobs, name: str) -> dict[str, Any] | None:
+    """The same of the blobs of the image `name`, whether it is a file or came through a pipe."""
+    size = vmstate.sizes().get(MACHINE)
     if size is None:
         return None
     if size > MACHINE_MAX_BYTES:
-        raise CorruptImageError(f"{image.name}: {MACHINE} has {size} bytes; {MACHINE_MAX_BYTES} are allowed")
-    return check_machine(image.vmstate[MACHINE], image.name)
+        raise CorruptImageError(f"{name}: {MACHINE} has {size} bytes; {MACHINE_MAX_BYTES} are allowed")
+    return check_machine(vmstate[MACHINE], name)
 
 
 def check_machine(blob: bytes, name: str) -> dict[str, Any]:
     """The members of the description in the image `name`; raises as `read_machine` does."""
     try:
-        members = parse_members(blob)
-    except (ValueError, RecursionError):
-        raise CorruptImageError(f"{name}: {MACHINE} is no JSON object") from None
-    if members.get("version") != VERSION:
-        version = str(members.get("version"))[:20]
-        raise UnsupportedVersionError(f"{name}: {MACHINE} of version {version}; {VERSION} is known")
-    if not _well_formed(members):
-        raise CorruptImageError(f"{name}: {MACHINE} lacks a member, or one has a wrong type")
-    return members
+        fields = parse_object(blob)
+        version = fields.members.get("version")
+        if type(version) is not int or version != VERSION:
+            text = f"{MACHINE} of version {without_controls(str(version))[:20]}; {VERSION} is known"
+            raise UnsupportedVersionError(f"{name}: {text}")
+        fields.plain("via")
+        if fields.members.get("machine_type", "") is not None:
+            fields.plain("machine_type")
+        fields.objects("ram_blocks")
+        _check_members(fields)
+    except ImageError:
+        raise
+    except ValueError as error:
+        text = f"{MACHINE} lacks a member, or one has a wrong type: {error}"
+        raise CorruptImageError(f"{name}: {text}") from None
+    return fields.members
 
 
-def _well_formed(members: dict[str, Any]) -> bool:
-    blocks = members.get("ram_blocks")
-    return (
-        isinstance(members.get("via"), str)
-        and isinstance(members.get("machine_type"), str | None)
-        and isinstance(blocks, list)
-        and all(
-            isinstance(block, dict)
-            and isinstance(block.get("name"), str)
-            and isinstance(block.get("used"), int)
-            and block["used"] > 0
-            and isinstance(block.get("total", 0), int)
-            for block in blocks
-        )
-        and all(isinstance(members.get(name, ""), str) for name in ("qemu", "accelerator"))
-        and all(_texts(members.get(name, [])) for name in ("cpus", "command_line"))
-        and all(_objects(members.get(name, []), keys) for name, keys in LISTED.items())
-    )
+def _check_members(fields: Fields) -> None:
+    """``ValueError`` names a member that is there and is not what FORMAT.md says."""
+    for key in filter(fields.has, ("qemu", "accelerator")):
+        fields.plain(key)
+    for key in filter(fields.has, ("cpus", "command_line")):
+        fields.plains(key)
+    for key, members in LISTED.items():
+        for item in fields.objects(key) if fields.has(key) else ():
+            for member in members:
+                item.plain(member)
+    for block in fields.objects("ram_blocks") if fields.has("ram_blocks") else ():
+        _check_block(block)
+    for backend in fields.objects("memory_backends") if fields.has("memory_backends") else ():
+        backend.plain("id")
+        backend.number("size", 64)
+        backend.flag("share")
+    if fields.has("stream"):
+        _check_stream(fields.object("stream"))
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _check_block(block: Fields) -> None:
+    name = block.plain("name")
+    if not 0 < len(name.encode()) <= NAME_MAX_BYTES:
+        raise ValueError(f"RAM block {name[:80]!r}: the name has not 1 to {NAME_MAX_BYTES} bytes")
+    if block.number("used", RAM_BITS) == 0:
+        raise ValueError(f"RAM block {name[:80]!r} is empty")
+    for key in filter(block.has, ("total", "page_size")):
+        block.number(key, 64)
 
 
-def _objects(value: Any, keys: Sequence[str]) -> bool:
-    """A list of objects that have at least these members, of text."""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value
-    )
+def _check_stream(figures: Fields) -> None:
+    for key in filter(figures.has, ("bytes", "pages", "zero_pages", "repeated")):
+        figures.number(key, 64)
+    if figures.has("ram_end"):
+        figures.flag("ram_end")

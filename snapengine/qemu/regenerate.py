@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from snapengine.errors import ImageError
+from snapengine.errors import CorruptImageError, ImageError, StreamError
 from snapengine.image import Image
-from snapengine.qemu.blobs import HEAD, TAIL
+from snapengine.qemu.blobs import HEAD, NAME_MAX_BYTES, TAIL
 from snapengine.sections import ImageRegion
 from snapengine.sinks import enlarge_pipe
 from snapengine.vmsend import PageSender
-from snapengine.vmstream import HEAD_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
+from snapengine.vmstream import HEAD_MAX_BYTES, RAM_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
 
 __all__ = ["SMALL_BLOCK_BYTES", "Meter", "Sent", "make_head", "stream_blobs", "write_stream"]
 
@@ -78,11 +78,14 @@ def make_head(machine_type: str | None, blocks: Sequence[tuple[str, int]]) -> by
         text = machine_type.encode()
         head += struct.pack(">BI", _CONFIGURATION, len(text)) + text
     head += struct.pack(">BIB3sII", _START, RAM_SECTION_ID, 3, b"ram", 0, 4)
-    head += struct.pack(">Q", sum(used for _, used in blocks) | _MEM_SIZE)
+    total = sum(used for _, used in blocks)
+    if total > RAM_MAX_BYTES:
+        raise ValueError(f"{total} bytes of RAM are not what a stream can describe")
+    head += struct.pack(">Q", total | _MEM_SIZE)
     for name, used in blocks:
         text = name.encode()
-        if len(text) > 255:
-            raise ValueError(f"RAM block {name[:80]!r}: the name is longer than 255 bytes")
+        if len(text) > NAME_MAX_BYTES:
+            raise ValueError(f"RAM block {name[:80]!r}: the name is longer than {NAME_MAX_BYTES} bytes")
         head += struct.pack(">B", len(text)) + text + struct.pack(">Q", used)
     head += struct.pack(">Q", _EOS) + _footer(RAM_SECTION_ID)
     _parse_head(bytes(head))  # what this package would not read it does not write
@@ -97,7 +100,12 @@ def stream_blobs(image: Image) -> tuple[bytes, bytes]:
             raise ImageError(f"{image.name}: has no blob {name}: it did not come from a migration stream")
         if sizes[name] > limit:
             raise ImageError(f"{image.name}: the blob {name} has {sizes[name]} bytes; {limit} are allowed")
-    return image.vmstate[HEAD], image.vmstate[TAIL]
+    head = image.vmstate[HEAD]
+    try:
+        _parse_head(head)
+    except ValueError as error:
+        raise CorruptImageError(f"{image.name}: the blob {HEAD}: {error}") from None
+    return head, image.vmstate[TAIL]
 
 
 def write_stream(
@@ -158,7 +166,7 @@ def _parse_head(head: bytes) -> StreamParser:
     parser = StreamParser(head, name="head")
     parser.read_head()
     if len(parser.head) != len(head):
-        raise ValueError(f"head: {len(head) - len(parser.head)} bytes too many")
+        raise StreamError(f"head: {len(head) - len(parser.head)} bytes too many", len(parser.head))
     return parser
 
 

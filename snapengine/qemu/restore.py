@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snapengine.crew import Crew
-from snapengine.errors import ImageError, MachineError, TargetGoneError
+from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError
 from snapengine.image import Image
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
@@ -188,7 +188,11 @@ def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
     if not FILE_HEADER_BYTES < size <= TAIL_MAX_BYTES:
         raise ImageError(f"{image.name}: the blob {DEVICES} has {size} bytes")
     state = image.vmstate[DEVICES][FILE_HEADER_BYTES:]
-    return make_head(saved["machine_type"], blocks), state + NO_DESCRIPTION
+    try:
+        head = make_head(saved["machine_type"], blocks)
+    except ValueError as error:
+        raise CorruptImageError(f"{image.name}: its RAM blocks: {error}") from None
+    return head, state + NO_DESCRIPTION
 
 
 def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:

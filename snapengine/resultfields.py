@@ -1,0 +1,51 @@
+"""The figures in an image (its STAT record): of the types that `snapengine.result.Result` has.
+
+An embedder that writes an image itself may give no figures, and others of its own; but a member that
+`Result` has is of its type, so that whoever prints or adds up the figures need not look.
+"""
+
+from __future__ import annotations
+
+from snapengine.jsonfields import Fields
+
+TEXTS = ("method", "status", "cut")
+QUANTILES = ("p50", "p99", "max")
+PAIRS = ("lost_runs", "fault_histogram")
+NUMBERS = (
+    "image_bytes", "region_bytes", "nonzero_bytes", "pages_total", "pages_saved", "zero_pages", "hole_pages",
+    "duplicate_pages", "faults", "rounds", "arm_ns", "stop_ns", "duration_ns", "peak_buffer_bytes",
+    "spilled_bytes", "lost_pages", "injection_ns", "pause_ns", "arming_faults",
+)  # fmt: skip
+BITS = 64
+
+
+def check_figures(stats: Fields) -> None:
+    """``ValueError`` names the member that has another type or is out of range."""
+    for name in filter(stats.has, TEXTS):
+        stats.plain(name)
+    for name in filter(stats.has, NUMBERS):
+        stats.number(name, BITS)
+    for name in filter(stats.has, PAIRS):
+        stats.pairs(name, BITS)
+    if stats.has("fault_ns"):
+        _check_quantiles(stats.object("fault_ns"))
+    if stats.has("stop_parts_ns"):
+        stats.object("stop_parts_ns").numbers(BITS)
+    if stats.has("warnings"):
+        stats.plains("warnings")
+    if stats.has("not_captured"):
+        for item in stats.objects("not_captured"):
+            _check_not_captured(item)
+
+
+def _check_quantiles(times: Fields) -> None:
+    times.numbers(BITS)
+    for name in QUANTILES:
+        times.number(name, BITS)
+
+
+def _check_not_captured(item: Fields) -> None:
+    for name in ("start", "end"):
+        item.number(name, BITS)
+    for name in ("perms", "path", "reason"):
+        item.text(name)
