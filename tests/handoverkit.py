@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from pathlib import Path
+
+from waitkit import until
 
 
 def open_fds() -> set[str]:
@@ -19,13 +20,16 @@ def open_fds() -> set[str]:
 
 
 def connect(path: Path) -> socket.socket:
-    deadline = time.monotonic() + 10
-    while True:
+    """A connection to who listens there, or will."""
+
+    def attempt() -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.connect(os.fspath(path))
-            return sock
         except OSError:
             sock.close()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+            return None
+        return sock
+
+    found: socket.socket = until(attempt, f"nobody listens at {path}")
+    return found

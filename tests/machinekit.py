@@ -4,25 +4,13 @@ import contextlib
 import functools
 import os
 import re
-import time
 from pathlib import Path
 
 from qmpkit import Qmp
+from waitkit import PATIENCE_S, until
 
 MIB = 1 << 20
 PIECE = 4 * MIB
-DEADLINE_S = 60
-
-
-def until(condition, what, deadline_s=DEADLINE_S):
-    """The first true value of `condition()`; AssertionError with `what` (or what it returns) in the end."""
-    end = time.monotonic() + deadline_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, what() if callable(what) else what
-        time.sleep(0.005)
 
 
 def state_of(pid):
@@ -81,7 +69,7 @@ class Observed:
             return (self.room / "serial").read_bytes().replace(b"\0", b"").decode(errors="replace")
         return ""
 
-    def wait_serial(self, pattern, deadline_s=DEADLINE_S, start=0):
+    def wait_serial(self, pattern, deadline_s=PATIENCE_S, start=0):
         """The match of the regular expression in what the guest printed from character `start` on."""
         expression = re.compile(pattern, re.MULTILINE)
 
@@ -134,12 +122,12 @@ class Observed:
         """Pages that the guest has written; it wraps round at 32 bits."""
         return int.from_bytes(self.read_ram(self.progress_address, 4), "little")
 
-    def wait_progress(self, pages=1, deadline_s=DEADLINE_S):
+    def wait_progress(self, pages=1, deadline_s=PATIENCE_S):
         """Wait until the guest has written so many pages more."""
         before = self.counter()
         until(lambda: (self.counter() - before) % (1 << 32) >= pages, "the guest stands still", deadline_s)
 
-    def migrate(self, uri, deadline_s=DEADLINE_S, **capabilities):
+    def migrate(self, uri, deadline_s=PATIENCE_S, **capabilities):
         """QEMU's own ``migrate``, to its end; the last ``query-migrate``. Capabilities with "_" for "-"."""
         if capabilities:
             names = [
@@ -150,7 +138,7 @@ class Observed:
         self.qmp("migrate", uri=uri)
         return self._migrated(deadline_s)
 
-    def load(self, uri, deadline_s=DEADLINE_S):
+    def load(self, uri, deadline_s=PATIENCE_S):
         """``migrate-incoming`` of a whole stream; the machine is loaded and does not run yet."""
         self.qmp("migrate-incoming", uri=uri)
         return self._migrated(deadline_s)

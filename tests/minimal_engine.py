@@ -11,7 +11,8 @@ import struct
 import sys
 from dataclasses import dataclass, field
 
-from snapengine.peer import PeerTarget
+from patientkit import PeerTarget
+
 from snapengine.targets import Region
 
 WP = 1 << 0 | 1 << 12 | 1 << 13  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED

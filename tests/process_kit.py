@@ -9,9 +9,9 @@ import os
 import shutil
 import struct
 import subprocess
-import time
 
 import pytest
+from waitkit import PATIENCE_S, until
 
 from snapengine.maps import read_maps
 from snapengine.processrecord import NotCaptured, read_process
@@ -110,10 +110,10 @@ def running(path):
     process = subprocess.Popen([path, "one argument"], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"ready\n"
-        end = time.monotonic() + 10
-        while not all(syscall_of(process.pid, tid) == PAUSE for tid in tasks(process.pid)):
-            assert time.monotonic() < end, "a thread does not get to its pause()"
-            time.sleep(0.01)
+        until(
+            lambda: all(syscall_of(process.pid, tid) == PAUSE for tid in tasks(process.pid)),
+            "a thread does not get to its pause()",
+        )
         yield process.pid
     finally:
         process.kill()
@@ -234,6 +234,6 @@ def gdb(program, core, *commands):
     for text in commands:
         command += "-ex", text
     done = subprocess.run(
-        [*command, str(program), str(core)], capture_output=True, text=True, timeout=60, check=False
+        [*command, str(program), str(core)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     return done.stdout + done.stderr

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from waitkit import PATIENCE_S
 
 PERIOD_NS = 1_000_000
 BIN_NS = 10_000_000
@@ -81,7 +82,7 @@ class ProgressSampler:
         return self
 
     def __exit__(self, kind, error, trace):
-        output, _ = self._process.communicate(timeout=30)
+        output, _ = self._process.communicate(timeout=PATIENCE_S)
         assert self._process.returncode == 0 or kind, "the sampler failed"
         if not kind:
             self.progress = Progress.of(np.frombuffer(output, SAMPLE))

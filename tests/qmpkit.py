@@ -4,7 +4,7 @@ import json
 import socket
 import time
 
-DEADLINE_S = 30
+from waitkit import PATIENCE_S
 
 
 class QmpError(Exception):
@@ -22,7 +22,7 @@ class Qmp:
     `events` holds all that came in, oldest first.
     """
 
-    def __init__(self, path, deadline_s=DEADLINE_S):
+    def __init__(self, path, deadline_s=PATIENCE_S):
         self.events = []
         self.deadline_s = deadline_s
         self._socket = socket.socket(socket.AF_UNIX)

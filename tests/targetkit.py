@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from waitkit import PATIENCE_S, until
 
 from snapengine.errors import AttachError
 from snapengine.inject import inject_userfaultfd
 
 SOURCES = Path(__file__).parent / "targets"
 READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h
-DEADLINE_S = 20
 
 # Of targets/blocking.c: all that a stop could end early.
 CALLS = [
@@ -52,14 +51,6 @@ def program(name, *flags):
     assert built.returncode == 0, built.stderr
     path.chmod(0o755)
     return str(path)
-
-
-def until(condition, what="it did not happen in time"):
-    """Wait for `condition()` to be true."""
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.002)
 
 
 def state_of(pid, tid=None):
@@ -143,7 +134,7 @@ def refuse_in(call, kind=AttachError):
 
 def inject(pid, **options):
     """An injection whose descriptor is closed at once: the `Injected`."""
-    injected = inject_userfaultfd(pid, **options)
+    injected = inject_userfaultfd(pid, **({"deadline": PATIENCE_S} | options))
     os.close(injected.fd)
     return injected
 

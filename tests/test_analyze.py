@@ -8,6 +8,7 @@ import sys
 import pytest
 import streamkit as kit
 from test_ingest import many_pages
+from waitkit import PATIENCE_S
 
 from snapengine.errors import StreamError
 from snapengine.options import Options
@@ -60,7 +61,7 @@ def test_a_histogram_of_many_bars():
 
 def command(*words, **how):
     line = [sys.executable, "-m", "snapengine.cli", "qemu", "analyze", *map(str, words)]
-    return subprocess.run(line, capture_output=True, check=False, timeout=60, **how)
+    return subprocess.run(line, capture_output=True, check=False, timeout=PATIENCE_S, **how)
 
 
 def test_command(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from capturekit import anonymous, saved, snap
 from orderkit import OrderTarget
+from patientkit import PeerTarget, ProcessTarget
 from targetkit import MEMORY, SOURCES
 from test_peer import peer
 from test_process_lost import FIRST, MAP_A_FILE, MIB, N_PAGES, PAGE, REMOVE, UNMAP, Victim
@@ -24,8 +25,6 @@ import snapengine
 from snapengine.errors import TargetGoneError
 from snapengine.image import open_image
 from snapengine.packing import DATA, HOLE, LOST
-from snapengine.peer import PeerTarget
-from snapengine.process import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waitkit import PATIENCE_S, until
 
 from snapengine.cli import describe, make_parser
 from snapengine.cli_save import exit_code, make_options
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 def run(*arguments, **keywords):
     """Run a command to its end; text, and never an exception for its code."""
-    keywords = {"capture_output": True, "text": True, "timeout": 120} | keywords
+    keywords = {"capture_output": True, "text": True, "timeout": PATIENCE_S} | keywords
     return subprocess.run([*COMMAND, *map(str, arguments)], check=False, **keywords)
 
 
@@ -310,28 +310,21 @@ def test_no_peer_comes(requires_uffd, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def wait_for(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["waiting", "saving"])
 def test_a_signal_cancels_cleanly(socket, tmp_path, number, code, when):
     images = tmp_path / "images"
     images.mkdir()
-    command = [*COMMAND, "save", "--socket", str(socket), "--rate-limit", "1M", str(images / "vm.img")]
+    command = [*COMMAND, "save", "--socket", str(socket), "--rate-limit", "256K", str(images / "vm.img")]
     with contextlib.ExitStack() as stack:
         save = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         stack.callback(save.kill)
-        wait_for(socket.exists)
+        until(socket.exists)
         if when == "saving":
             process = stack.enter_context(guest(socket, "--rate", 2000))
-            wait_for(lambda: any(file.stat().st_size for file in images.iterdir()))
+            until(lambda: any(file.stat().st_size for file in images.iterdir()))
         save.send_signal(number)
-        out, err = save.communicate(timeout=20)
+        out, err = save.communicate(timeout=PATIENCE_S)
         assert save.returncode == code, err
         assert b"Traceback" not in err
         assert out == b""

@@ -9,20 +9,21 @@ import sys
 import time
 
 import pytest
+from patientkit import PeerTarget
+from waitkit import until
 
 import snapengine
 from snapengine.guestimage import check_image
 from snapengine.guestparams import GuestParams
 from snapengine.guestprocess import GuestProcess
 from snapengine.image import open_image
-from snapengine.peer import PeerTarget
 
 MIB = 1 << 20
 ENGINE = """
 import sys, snapengine
 from snapengine.peer import PeerTarget
 socket, path, method = sys.argv[1:]
-target = PeerTarget(socket, method=method)
+target = PeerTarget(socket, timeout=100, step_timeout=100, method=method)
 print("ready", flush=True)
 with snapengine.snapshot(target, path, method=method, memory_limit=16 << 20, rate_limit=150 << 20):
     print("armed", flush=True)
@@ -36,15 +37,14 @@ def start_engine(socket, path, method):
     )
 
 
-def writes_go_on(guest, seconds=5.0):
-    """Whether every writer of the guest completes another write soon."""
+def check_running(guest):
+    """Every writer of the guest completes another write."""
     before = guest.stats()["writes"]
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        now = guest.stats()["writes"]
-        if all(after > then for after, then in zip(now, before, strict=True)):
-            return True
-    return False
+
+    def all_moved():
+        return all(after > then for after, then in zip(guest.stats()["writes"], before, strict=True))
+
+    until(all_moved, "a writer stands")
 
 
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
@@ -64,13 +64,13 @@ def test_killed_engine(tmp_path, backing, pages, method):
                 while time.monotonic() < delay and engine.poll() is None:
                     pass
                 engine.send_signal(signal.SIGKILL)
-            assert writes_go_on(guest)
+            check_running(guest)
             if (tmp_path / "image").exists():  # complete, though the engine may have been killed just then
                 with open_image(tmp_path / "image") as image:
                     image.verify()
         with snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image"):
             pass
-        assert writes_go_on(guest)
+        check_running(guest)
     with open_image(tmp_path / "image") as image:
         image.verify()
         report = check_image(image)
@@ -84,11 +84,11 @@ def test_cancelled_engine(tmp_path, method):
             target = PeerTarget(tmp_path / "socket", method=method)
             with (
                 pytest.raises(snapengine.CaptureCancelled),
-                snapengine.snapshot(target, tmp_path / "image", method=method, rate_limit=8 * MIB) as capture,
+                snapengine.snapshot(target, tmp_path / "image", method=method, rate_limit=MIB) as capture,
             ):
                 capture.cancel()
-            assert writes_go_on(guest)
-        assert guest.stats()["ended"] == {"cancelled": 5}
+            check_running(guest)
+        until(lambda: guest.stats()["ended"] == {"cancelled": 5})
     assert not (tmp_path / "image").exists()
 
 
@@ -101,7 +101,7 @@ def test_target_that_dies(tmp_path, backing, method):
         with (
             pytest.raises(snapengine.TargetGoneError, match=str(guest.pid)),
             snapengine.snapshot(
-                target, tmp_path / "image", method=method, memory_limit=16 * MIB, rate_limit=32 * MIB
+                target, tmp_path / "image", method=method, memory_limit=16 * MIB, rate_limit=8 * MIB
             ),
         ):
             guest.kill()
@@ -140,7 +140,7 @@ def test_encoders_end_before_their_pool_is_freed(tmp_path):
 
     buffer = mmap.mmap(-1, 24 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.write(os.urandom(24 * MIB))
-    options = {"method": "dirty-logging", "rate_limit": 16 * MIB, "downtime_limit": 100.0}
+    options = {"method": "dirty-logging", "rate_limit": MIB, "downtime_limit": 100.0}
     target = Fails(buffer, pause=lambda: None, resume=lambda: None)
     with (
         pytest.raises(RuntimeError, match="does not pause"),

@@ -6,6 +6,7 @@ import os
 import threading
 
 import pytest
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.crew import Crew
@@ -36,7 +37,7 @@ def interrupted(monkeypatch):
 
         def begin(thread):
             if thread.name == name and late:
-                assert gate.wait(20)
+                assert gate.wait(PATIENCE_S)
             run(thread)
 
         def interrupt(thread):
@@ -51,7 +52,7 @@ def interrupted(monkeypatch):
     def let_begin():
         gate.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE_S)
         return len(threads)
 
     prepare.let_begin = let_begin
@@ -86,7 +87,7 @@ def test_who_comes_late_does_nothing(interrupted, uncaught):
     done = []
     crew = Crew()
     crew.start("first", done.append, 1)
-    assert crew.wait(20)
+    assert crew.wait(PATIENCE_S)
     interrupted("second", True)
     with pytest.raises(Started):
         crew.start("second", done.append, 2)
@@ -106,7 +107,7 @@ def test_who_has_not_begun_yet_is_waited_for(interrupted):
     crew._started += 1  # as if the first had not been interrupted
     assert not crew.wait(0.05)
     interrupted.let_begin()
-    assert crew.wait(20)
+    assert crew.wait(PATIENCE_S)
     assert sorted(done) == [1, 2]
 
 
@@ -116,7 +117,7 @@ def test_the_end_of_a_failed_one_is_seen(uncaught):
 
     crew = Crew()
     crew.start("failing", fail)
-    assert crew.wait(20)
+    assert crew.wait(PATIENCE_S)
     assert crew.working == 0
 
 

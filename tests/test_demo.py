@@ -157,7 +157,7 @@ def test_rates():
             parse_rates(wrong)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 def test_a_small_run(requires_uffd, tmp_path):
     command = [sys.executable, "-m", "snapengine.cli", "demo", "--size", "32M", "--rates", "0,2000,max",
                "--sink-rate", "64M", "--json", "--keep", str(tmp_path / "kept")]  # fmt: skip

@@ -1,12 +1,12 @@
 """Encoders: which chunks are compressed, and which stored raw."""
 
 import pytest
+from patientkit import PeerTarget
 
 import snapengine
 from snapengine.guestimage import check_image
 from snapengine.guestparams import GuestParams
 from snapengine.image import open_image
-from snapengine.peer import PeerTarget
 
 MIB = 1 << 20
 # Level 15 fills so small a pool long before the encoders are done, and the raw bytes would leave at once.

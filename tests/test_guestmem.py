@@ -9,10 +9,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waitkit import PATIENCE_S, attempts, until
 
 from snapengine.guestcheck import check_cut
 from snapengine.guestmem import GuestMemory
@@ -43,14 +44,6 @@ def huge_pages(count: int) -> Iterator[None]:
         NR_HUGEPAGES.write_text(before)
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Poll; AssertionError at the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("backing", ["anon", "memfd"])
 @pytest.mark.parametrize("pages", ["4k", "thp", "2m"])
 @pytest.mark.parametrize("pattern", ["uniform", "hot", "sequential"])
@@ -70,7 +63,7 @@ def test_native_writers_keep_the_order(backing: str, pages: str, pattern: str) -
         writers.resume()
         for floor in (1000, 20000):
             until(lambda floor=floor: min(writers.counts()) > floor)
-            writers.pause()
+            writers.pause(PATIENCE_S)
             counts = writers.counts()
             report = check_cut(memory, params, counts)
             assert report.consistent, report.violation
@@ -127,7 +120,7 @@ def test_writers_write_holes_and_zero_pages() -> None:
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         writers.resume()
         until(lambda: writers.counts()[0] > params.page_count)
-        writers.pause()
+        writers.pause(PATIENCE_S)
         report = check_cut(memory, params, writers.counts())
         assert report.consistent, report.violation
         assert report.written_pages == params.page_count
@@ -135,19 +128,24 @@ def test_writers_write_holes_and_zero_pages() -> None:
 
 
 def test_throttle() -> None:
+    """Never faster, and not slower either where the writers get a CPU."""
     params = GuestParams(size=MIB, threads=2)
-    with GuestMemory(params) as memory, GuestWriters(memory, 20000) as writers:
-        begin = time.monotonic()
-        writers.resume()
-        until(lambda: sum(writers.counts()) >= 6000)
-        assert time.monotonic() - begin == pytest.approx(0.3, rel=0.25)
+    for _ in attempts("the writers are too slow"):
+        with GuestMemory(params) as memory, GuestWriters(memory, 20000) as writers:
+            begin = time.monotonic()
+            writers.resume()
+            until(lambda writers=writers: sum(writers.counts()) >= 6000)
+            taken = time.monotonic() - begin
+        assert taken > 0.3 * 0.75
+        if taken < 0.3 * 1.25:
+            break
 
 
 def test_rate_zero_never_writes_and_pauses_at_once() -> None:
     params = GuestParams(size=MIB, threads=8)
     with GuestMemory(params) as memory, GuestWriters(memory, 0) as writers:
         writers.resume()
-        writers.pause()
+        writers.pause(PATIENCE_S)
         assert writers.counts() == [0] * 8
         assert check_cut(memory, params, [0] * 8).consistent
 
@@ -158,9 +156,9 @@ def test_pause_and_resume_many_times() -> None:
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         for _ in range(300):
             writers.resume()
-            writers.pause(30.0)
+            writers.pause(PATIENCE_S)
             counts = writers.counts()
-            writers.pause()
+            writers.pause(PATIENCE_S)
             assert writers.counts() == counts
         report = check_cut(memory, params, counts)
         assert report.consistent, report.violation
@@ -172,7 +170,7 @@ def test_bins_and_stalls_add_up() -> None:
         begin = time.monotonic_ns()
         writers.resume()
         until(lambda: len(writers.bins()) > 5)
-        writers.pause()
+        writers.pause(PATIENCE_S)
         end = time.monotonic_ns()
         bins, stalls, total = writers.bins(), writers.stalls(), sum(writers.counts())
         assert sum(count for _, count in bins) == total
@@ -237,7 +235,7 @@ gc.collect()
 def test_forgotten_writers_do_not_crash() -> None:
     """Nobody stops them; their memory stays for as long as they write it."""
     run = subprocess.run(
-        [sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=PATIENCE_S,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
     )  # fmt: skip
     assert (run.returncode, run.stdout, run.stderr) == (0, "in use\n", "")

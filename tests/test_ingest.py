@@ -12,6 +12,7 @@ import pytest
 import streamkit as kit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waitkit import PATIENCE_S, until
 
 import snapengine
 from snapengine.errors import (
@@ -182,7 +183,7 @@ def test_a_sink_that_fails_ends_it(direct, compress):
     data = kit.stream(pages, blocks=[("pc.ram", 10000 * 4096)])
     with pytest.raises(SinkError, match="stopped reading"):
         take_in(data, "exec:head -c 5000000 >/dev/null", direct=direct, options=Options(compress=compress))
-    assert threading.active_count() == 1
+    until(lambda: threading.active_count() == 1, "a thread is left")
 
 
 def test_a_spool_that_cannot_be(tmp_path):
@@ -329,7 +330,7 @@ def test_a_reader_that_goes_away():
 
 def command(*words, data=b"", **how):
     line = [sys.executable, "-m", "snapengine.cli", *map(str, words)]
-    return subprocess.run(line, input=data, capture_output=True, check=False, timeout=60, **how)
+    return subprocess.run(line, input=data, capture_output=True, check=False, timeout=PATIENCE_S, **how)
 
 
 def test_command(tmp_path):
@@ -367,7 +368,7 @@ def test_standard_output_may_be_gone(tmp_path, closing):
     (tmp_path / "stream").write_bytes(kit.stream(kit.SOME_PAGES))
     line = f"{sys.executable} -m snapengine.cli ingest --json stream vm {closing}"
     script = f"set -o pipefail; {line}"
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, check=False, timeout=60)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0
     with snapengine.open_image(tmp_path / "vm") as image:
         image.verify()
@@ -381,6 +382,6 @@ def test_interrupted(tmp_path):
         while not os.listdir(tmp_path):  # it has begun
             assert child.poll() is None
         child.terminate()
-        assert child.wait(20) == 143
+        assert child.wait(PATIENCE_S) == 143
         child.stdin.close()
     assert os.listdir(tmp_path) == []

@@ -30,6 +30,7 @@ from targetkit import (
     status_line,
     until,
 )
+from waitkit import PATIENCE_S, attempts
 
 import snapengine
 from snapengine import attach
@@ -49,9 +50,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 def test_the_descriptor_works_from_outside(threads):
     with Target("compute", threads) as target:
         before = descriptors(target.pid)
-        injected = inject_userfaultfd(target.pid)
+        injected = inject_userfaultfd(target.pid, deadline=PATIENCE_S)
         assert injected.tid in target.tids
-        assert 0 < injected.stop_ns < 10**9
+        assert injected.stop_ns > 0
         assert not os.get_inheritable(injected.fd)
         assert descriptors(target.pid) == before
         start, length = target.words[MEMORY], target.words[PAGES] * PAGE
@@ -153,10 +154,11 @@ def test_a_restartable_sequence_is_aborted():
 
 def test_a_restartable_sequence_would_break_without_care():
     with Target("rseq") as target:
-        for _ in range(30):
+        for _ in attempts("no sequence was broken"):
             inject(target.pid, _repair=False)
+            if target.words[ERRORS]:
+                break
             time.sleep(0.001)
-        assert target.words[ERRORS] > 0
 
 
 def interrupted(call, repair):
@@ -242,7 +244,7 @@ import os, sys
 from snapengine.inject import inject_userfaultfd
 print(flush=True)
 while True:
-    os.close(inject_userfaultfd(int(sys.argv[1])).fd)
+    os.close(inject_userfaultfd(int(sys.argv[1]), deadline=100).fd)
 """
 
 
@@ -265,8 +267,8 @@ def test_the_engine_is_killed_at_any_moment(group):
             target.check_running(2)
             until(lambda: descriptors(target.pid) == before, "a descriptor stays in the target")
         time.sleep(0.1)  # the helper of the last one may not even have begun
-        assert descriptors(target.pid) == before
-        assert {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}
+        until(lambda: descriptors(target.pid) == before, "a descriptor stays in the target")
+        until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is traced still")
         assert {os.sched_getscheduler(tid) for tid in target.tids} == {os.SCHED_OTHER}
 
 
@@ -274,7 +276,7 @@ INJECT_SOME = """
 import os, sys
 from snapengine.inject import inject_userfaultfd
 for _ in range(40):
-    os.close(inject_userfaultfd(int(sys.argv[1])).fd)
+    os.close(inject_userfaultfd(int(sys.argv[1]), deadline=100).fd)
 """
 
 
@@ -290,6 +292,6 @@ def test_engines_on_every_cpu():
             )
             for target in targets[:8]
         ]
-        assert [engine.wait(40) for engine in engines] == [0] * len(engines)
+        assert [engine.wait(PATIENCE_S) for engine in engines] == [0] * len(engines)
         for target in targets:
             target.check_running()

@@ -25,6 +25,7 @@ from targetkit import (
     traced,
     until,
 )
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine import attach
@@ -108,7 +109,7 @@ def test_the_parent_of_a_vfork():
         until(lambda: state_of(target.pid) == "D")
         began = time.monotonic()
         error = refusal(target.pid, deadline=0.2)
-        assert 0.2 <= time.monotonic() - began < 2
+        assert time.monotonic() - began >= 0.2
         assert error.errno == errno.ETIMEDOUT
         assert "uninterruptible sleep" in str(error)
         assert status_line(target.pid, "TracerPid") == "0"
@@ -126,7 +127,7 @@ def test_it_dies_meanwhile():
                 while True:
                     inject(target.pid)
             killer.join()
-            assert target.process.wait(5) == -signal.SIGKILL
+            assert target.process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("as_root")
@@ -158,7 +159,7 @@ def leftovers(pid):
 def test_another_user_opens_a_private_node():
     with Target("compute", 1, user=NOBODY, group=NOBODY, extra_groups=[]) as target:
         before = descriptors(target.pid)
-        injected = inject_userfaultfd(target.pid)
+        injected = inject_userfaultfd(target.pid, deadline=PATIENCE_S)
         with Uffd(FEATURES["PAGEFAULT_FLAG_WP"], fd=injected.fd) as uffd:
             uffd.register(target.words[MEMORY], PAGE)
         assert descriptors(target.pid) == before

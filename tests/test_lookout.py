@@ -6,7 +6,9 @@ import threading
 
 import pytest
 from capturekit import anonymous, saved
+from gatekit import GatedFile
 from test_consistency import SoftTarget
+from waitkit import attempts, until
 
 import snapengine
 from snapengine.capture import Capture
@@ -21,6 +23,7 @@ from snapengine.options import Options
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 
 MIB = 1 << 20
+PAGE = 4096
 SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
 
@@ -52,9 +55,8 @@ def test_the_walker_serves_and_the_cut_is_consistent(guest, tmp_path, backing, t
     params = GuestParams(
         size=48 * MIB, backing=backing, threads=threads, zero_percent=10, hole_percent=10, incompressible=True
     )
-    served = 0
     with guest(params) as socket:
-        for _ in range(3):
+        for _ in attempts("the walker serves nothing"):
             target = SoftTarget(socket, method="write-tracking")
             with looking(pages)(target, tmp_path / "image", Options(), {}) as capture:
                 pass
@@ -64,36 +66,41 @@ def test_the_walker_serves_and_the_cut_is_consistent(guest, tmp_path, backing, t
             assert report.consistent, report
             assert capture.result.lost_pages == 0
             assert sum(count for _, count in capture.result.fault_histogram) == capture.result.faults
-            served += capture.walk_faults
-    assert served > 0
+            if capture.walk_faults:
+                break
 
 
 def test_it_can_be_left_to_the_fault_threads(guest, tmp_path):
     with guest(GuestParams(size=32 * MIB)) as socket:
-        target = SoftTarget(socket, method="write-tracking")
-        with looking(0)(target, tmp_path / "image", Options(), {}) as capture:
-            pass
-    assert capture.result.faults > 0
-    assert capture.walk_faults == 0
+        for _ in attempts("nobody faults"):
+            target = SoftTarget(socket, method="write-tracking")
+            with looking(0)(target, tmp_path / "image", Options(), {}) as capture:
+                pass
+            assert capture.walk_faults == 0
+            if capture.result.faults:
+                break
 
 
 def test_a_slow_sink_leaves_the_faults_to_the_fault_threads(guest, tmp_path):
-    """The walker waits for room most of the time; no writer waits with it."""
-    options = Options(memory_limit=16 * MIB, rate_limit=64 * MIB, spill_dir=str(tmp_path))
+    """The walker waits for room until every writer has got much further; no writer waits with it."""
+    options = Options(memory_limit=16 * MIB, spill_dir=str(tmp_path))
+    sink = GatedFile(tmp_path / "image")
     with guest(GuestParams(size=64 * MIB, incompressible=True)) as socket:
         target = SoftTarget(socket, method="write-tracking")
-        with looking(32)(target, tmp_path / "image", options, {}) as capture:
-            pass
+        with looking(32)(target, sink, options, {}) as capture:
+            try:
+                until(lambda: capture.progress().pages_done * PAGE > 2 * options.memory_limit, "writers wait")
+            finally:
+                sink.gate.set()
     with open_image(tmp_path / "image") as image:
         assert check_image(image).consistent
     assert capture.result.faults > capture.walk_faults
-    assert capture.result.fault_ns["p99"] < capture.result.duration_ns / 10
+    assert capture.result.spilled_bytes > 0
 
 
 def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
     """It faults itself, as missing, while the fault threads sleep: the warden calls them."""
-    calls = 0
-    for _ in range(10):
+    for _ in attempts("the warden calls nobody"):
         discarded = anonymous(64 * MIB)
         discarded[:] = b"\1" * len(discarded)
         params = GuestParams(size=64 * MIB, incompressible=True)
@@ -103,8 +110,7 @@ def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
             with looking(32)(target, tmp_path / "image", Options(), {}) as capture:
                 discarded.madvise(mmap.MADV_DONTNEED)
                 before = writers.counts()
-            assert writers.counts() != before, "the writer stands"
-        calls += capture.calls
+            until(lambda before=before: writers.counts() != before, "the writer stands")
         result = capture.result
         assert result.status == "completed"
         with open_image(tmp_path / "image") as image:
@@ -113,9 +119,8 @@ def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
             data = [(at, length) for at, length, kind in image.runs("discarded") if kind == "data"]
             assert all(image.read("discarded", at, 4096) == b"\1" * 4096 for at, _ in data)
             assert found.keys() <= {"data", "lost"}, "what was discarded must be lost, not zero"
-        if calls:
+        if capture.calls:
             break
-    assert calls > 0
 
 
 def test_forks_while_it_looks(tmp_path):
@@ -165,13 +170,12 @@ def cut_of_own_memory(path, arming, threads, make):
 @pytest.mark.parametrize("arming", ["plain", "two-step"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_cuts_of_own_memory_are_consistent(tmp_path, threads, arming):
-    served = 0
-    for _ in range(5):
+    for _ in attempts("the walker serves nothing"):
         capture, report = cut_of_own_memory(tmp_path / "image", arming, threads, Watched)
         assert report.consistent, report
         assert capture.result.lost_pages == 0
-        served += capture.walk_faults
-    assert served > 0
+        if capture.walk_faults:
+            break
 
 
 def test_serving_own_memory_before_t_is_noticed(tmp_path):
@@ -180,8 +184,7 @@ def test_serving_own_memory_before_t_is_noticed(tmp_path):
     class Early(Capture):
         _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
 
-    for _ in range(50):
+    for _ in attempts("the oracle accepts cuts with faults served before T"):
         _, report = cut_of_own_memory(tmp_path / "image", "plain", 1, Early)
         if not report.consistent:
-            return
-    raise AssertionError("50 cuts with faults served before T, and the oracle accepted all")
+            break

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from patientkit import PeerTarget
 
 import snapengine
 from snapengine.image import open_image
-from snapengine.peer import PeerTarget
 
 MIB = 1 << 20
 PEER = """

@@ -4,16 +4,15 @@ import errno
 import os
 import resource
 import threading
-import time
 
 import pytest
+from waitkit import PATIENCE_S, until
 
 from snapengine.pool import SLOT_BYTES, SMALL_SLOT_BYTES, Pool
 
 pytestmark = [pytest.mark.slow_build]
 
 MIB = 1 << 20
-DEADLINE_S = 30
 DATA, ZERO, HOLE, LOST = range(4)
 
 
@@ -52,18 +51,11 @@ class Worker(threading.Thread):
             self.error = error
 
     def finish(self):
-        self.join(DEADLINE_S)
+        self.join(PATIENCE_S)
         assert not self.is_alive(), "a thread of the pool hangs"
         if self.error is not None:
             raise self.error
         return self.value
-
-
-def poll(condition):
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.001)
 
 
 def drain(pool):
@@ -149,7 +141,7 @@ def test_the_walk_waits_and_is_woken(make):
     assert pool.open(0) == 0
     pages = pool.slot_pages * (pool.pool.slots + 3)
     walk = Worker(pool.save, 0, 0, pages, True)
-    poll(lambda: pool.starved == 1)
+    until(lambda: pool.starved == 1)
     assert pool.free_slots == pool.reserve, "the reserve is for faults alone"
     assert walk.is_alive()
     assert pool.pool.spilled_bytes == 0
@@ -170,7 +162,7 @@ def test_a_fault_takes_the_reserve_and_then_spills(make):
     assert pool.open(0) == 0
     assert pool.open(1) == 0
     walk = Worker(pool.save, 0, 0, pool.slot_pages * pool.pool.slots, True)
-    poll(lambda: pool.starved == 1)
+    until(lambda: pool.starved == 1)
     before = pool.free_slots
     assert before == pool.reserve
     # This thread is the fault lane: it comes back from each call, though nobody takes anything.
@@ -201,7 +193,7 @@ def test_a_failed_pool_wakes_everybody(make):
     pool = make()
     assert pool.open(0) == 0
     walk = Worker(pool.save, 0, 0, pool.slot_pages * 2 * pool.pool.slots, True)
-    poll(lambda: pool.starved == 1)
+    until(lambda: pool.starved == 1)
     idle = make()
     encoders = [Worker(idle.take) for _ in range(3)]
     pool.fail()

@@ -4,18 +4,18 @@ The image waits at a gate, so that the walk cannot get to that memory: the buffe
 """
 
 import os
-import threading
 
 import numpy as np
 import pytest
+from gatekit import GatedFile
+from patientkit import ProcessTarget
 from targetkit import COUNTERS, MEMORY, PAGES, VALUES, Target, until
 
 import snapengine
 from snapengine.errors import LostPagesError
 from snapengine.image import open_image
 from snapengine.packing import LOST
-from snapengine.process import APPEARED, ProcessTarget
-from snapengine.sinks import PYTHON_LEVEL, FileSink
+from snapengine.process import APPEARED
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -25,32 +25,6 @@ N_PAGES, FIRST, COUNT = 48 * MIB // PAGE, 40 * MIB // PAGE, 1024
 # targets/victim.c
 UNMAP, REPLACE, DISCARD, PUNCH, TRUNCATE, MOVE, GROW, MAP_A_FILE, REWRITE, REMOVE = range(1, 11)
 WRITE, MAP_AGAIN, EXTEND = 11, 12, 13
-
-
-class GatedFile(FileSink):
-    """A file that takes its first MiB, and the rest once `gate` is open."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.gate = threading.Event()
-        self._taken = 0
-        self._file, self.fd = self.fd, PYTHON_LEVEL
-
-    def write(self, data):
-        if self._taken > MIB:
-            assert self.gate.wait(60), "nobody opened the gate"
-        self._taken += len(data)
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(self._file, view) :]
-
-    def _commit(self):
-        self.fd = self._file
-        super()._commit()
-
-    def _abort(self):
-        self.fd = self._file
-        super()._abort()
 
 
 class Victim(Target):

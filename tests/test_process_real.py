@@ -3,16 +3,17 @@
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
+from handoverkit import connect
 from process_kit import build_program, gdb, running
 from targetkit import descriptors, status_line, until
 from test_process import MODES, snap
+from waitkit import PATIENCE_S
 
 from snapengine.image import open_image
 
@@ -51,7 +52,7 @@ def redis(folder):
     command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:
-            until(path.exists, "redis does not start")
+            connect(path).close()
             yield server.pid, str(path)
         finally:
             server.kill()
@@ -65,9 +66,8 @@ class Client(threading.Thread):
         self.answered = -1
         self.failure = None
         self._ends = threading.Event()
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
-        self._socket.connect(path)
+        self._socket = connect(path)
+        self._socket.settimeout(PATIENCE_S)
 
     def run(self):
         number = 0
@@ -171,7 +171,7 @@ def test_numpy_arrays_of_a_python_process(tmp_path, mode):
                 assert (hidden == np.arange(other_length) * 3).all()
             check_left_alone(process.pid, before)
             process.stdin.close()
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 

@@ -12,10 +12,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from gatekit import GatedFile
 from orderkit import MIB, OrderTarget, check_order
+from patientkit import ProcessTarget
 from targetkit import VALUES, Target, descriptors, program, state_of, status_line, traced, until
 from test_process import check_untouched
-from test_process_lost import GatedFile
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.errors import (
@@ -25,7 +27,6 @@ from snapengine.errors import (
     TargetGoneError,
 )
 from snapengine.preflight import examine_process
-from snapengine.process import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -247,7 +248,7 @@ def test_the_target_goes(tmp_path, end, cut):
             save_while(target, GatedFile(tmp_path / "image"), cut, end)
         assert os.listdir(tmp_path) == []
         if end == "exec":
-            assert status_line(target.pid, "TracerPid") == "0"
+            until(lambda: status_line(target.pid, "TracerPid") == "0", "it is traced still")
             assert target.process.poll() is None
 
 
@@ -308,7 +309,7 @@ def test_the_engine_is_interrupted(tmp_path, number, cut):
         with start_save(target, tmp_path / "image", "--rate-limit", "1M", "--cut", cut) as engine:
             until(lambda: os.listdir(tmp_path) or engine.poll() is not None)
             engine.send_signal(number)
-            assert engine.wait(20) == 128 + number
+            assert engine.wait(PATIENCE_S) == 128 + number
             assert engine.stderr.read().decode().splitlines() == [f"snapengine: cancelled by {number.name}"]
         assert os.listdir(tmp_path) == []
         check_untouched(target, before)

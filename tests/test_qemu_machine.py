@@ -5,6 +5,7 @@ import socket
 import threading
 
 import pytest
+from waitkit import PATIENCE_S
 
 from snapengine.errors import MachineError
 from snapengine.qemu.machine import differences
@@ -135,8 +136,11 @@ def test_nobody_listens(tmp_path):
         Monitor(str(tmp_path / "none.sock"))
 
 
-@pytest.mark.parametrize(("greeting", "words"), [(b"", "no greeting"), (b"HELO there\r\n", "not QMP")])
-def test_what_is_not_a_monitor(tmp_path, greeting, words):
+@pytest.mark.parametrize(
+    ("greeting", "words", "seconds"),
+    [(b"", "no greeting", 0.5), (b"HELO there\r\n", "not QMP", PATIENCE_S)],
+)
+def test_what_is_not_a_monitor(tmp_path, greeting, words, seconds):
     path = str(tmp_path / "other.sock")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
@@ -147,13 +151,13 @@ def test_what_is_not_a_monitor(tmp_path, greeting, words):
             peer, _ = server.accept()
             with peer:
                 peer.sendall(greeting)
-                done.wait(20)
+                done.wait(PATIENCE_S)
 
         thread = threading.Thread(target=serve)
         thread.start()
         try:
             with pytest.raises(MachineError, match=words):
-                Monitor(path, seconds=0.5)
+                Monitor(path, seconds=seconds)
         finally:
             done.set()
             thread.join()

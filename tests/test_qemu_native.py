@@ -10,6 +10,7 @@ from peers import qemu_native
 from qemukit import find_qemu
 from qmpkit import QmpError
 from sweepkit import Sweep
+from waitkit import PATIENCE_S
 
 SMALL = Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)
 
@@ -27,7 +28,7 @@ def test_the_image_is_one_state_and_the_figures_are_of_it(machines, method, requ
         pytest.skip(f"this QEMU is older than {method}")
     accel = "tcg" if method == "background-snapshot" else request.getfixturevalue("kvm")
     machine = machines(SMALL, accel=accel).ready()
-    run = qemu_native.save(machine, method, tmp_path / "state", before_s=0.2)
+    run = qemu_native.save(machine, method, tmp_path / "state", limit_s=PATIENCE_S, before_s=0.2)
     assert run.completed, run.why
     assert run.image_bytes >= 30 * MIB
     assert 0 < run.downtime_s < run.total_s
@@ -52,7 +53,8 @@ def test_what_does_not_converge_is_cancelled_and_the_machine_runs_on(machines, t
     assert "not converged in 1.5 s" in run.why
     assert run.downtime_s is None
     machine.wait_progress(1000)
-    again = qemu_native.save(machine, "background-snapshot", tmp_path / "state", before_s=0.2)
+    limits = {"limit_s": PATIENCE_S, "before_s": 0.2}
+    again = qemu_native.save(machine, "background-snapshot", tmp_path / "state", **limits)
     assert again.completed, again.why
 
 

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from machinekit import MIB, until
 from sweepkit import Sweep
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.errors import ImageError, MachineError, SnapengineError
@@ -30,7 +30,7 @@ NOBODY = 65534
 def cli(*arguments, prefix=(), **named):
     """The command line; (exit code, stdout, stderr)."""
     command = [*prefix, sys.executable, "-m", "snapengine.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **named)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, **named)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -177,10 +177,8 @@ def test_a_disk_that_is_not_there(machines, folder):
 def test_qemu_that_dies_half_way(machines, way, folder):
     machine = machines(Sweep(noise=1.0)).ready()
     threading.Timer(0.5, os.kill, (machine.pid, signal.SIGKILL)).start()
-    begin = time.monotonic()
     with pytest.raises(SnapengineError):
-        save(machine, folder / "vm.img", way, rate_limit=4 * MIB, memory_limit=16 * MIB)
-    assert time.monotonic() - begin < 15
+        save(machine, folder / "vm.img", way, rate_limit=MIB // 4, memory_limit=16 * MIB)
     assert os.listdir(folder) == []
 
 
@@ -217,7 +215,7 @@ def test_killed_while_the_guest_stands(machines, folder):
     )
     done = subprocess.run(
         [sys.executable, "-c", script, machine.socket], capture_output=True, text=True, check=False,
-        timeout=60, start_new_session=True,
+        timeout=PATIENCE_S, start_new_session=True,
     )  # fmt: skip
     assert (done.stdout, done.returncode) == ("stands\n", -signal.SIGKILL), done.stderr
     until(lambda: machine.qmp("query-status")["running"], "the guest stands for ever")

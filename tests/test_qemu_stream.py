@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from machinekit import MIB, until
 from sweepkit import Sweep
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.qemu.blobs import read_machine
@@ -147,7 +148,7 @@ def test_analyze(machines, tmp_path):
     machine = machines(GUEST).ready()
     machine.migrate(f"exec:cat > {tmp_path / 'stream'}")
     line = [sys.executable, "-m", "snapengine.cli", "qemu", "analyze", str(tmp_path / "stream")]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert "written by  " in done.stdout
     assert "i8254" in done.stdout
     assert "superseded" in done.stdout

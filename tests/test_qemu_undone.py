@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from machinekit import MIB, until
 from qemukit import Setup
 from sweepkit import Sweep
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
@@ -52,7 +52,8 @@ def test_capabilities_that_are_in_the_way(machines, tmp_path, migration):
     machine.qmp("migrate-set-capabilities", capabilities=states)
     before = settings(machine)
     with Monitor(str(machine.socket)) as monitor:
-        result = save_by_migration(monitor, tmp_path / "vm.img", Options(method=method, max_seconds=10))
+        options = Options(method=method, max_seconds=PATIENCE_S)
+        result = save_by_migration(monitor, tmp_path / "vm.img", options)
     assert result.status == "completed"
     assert settings(machine) == before
     machine.wait_progress(100)
@@ -74,10 +75,8 @@ def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, c
         raise MachineError(f"QEMU refuses {name}: because")
 
     monkeypatch.setattr(Monitor, "execute", refuse)
-    begin = time.monotonic()
     with Monitor(str(machine.socket)) as monitor, pytest.raises(MachineError, match="because"):
         save_by_migration(monitor, tmp_path / "vm.img", Options())
-    assert time.monotonic() - begin < 5
     assert settings(machine) == before
     assert pipes(machine) == opened
     assert os.listdir(tmp_path) == []
@@ -88,17 +87,32 @@ def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, c
 def test_the_guest_does_not_wait_for_the_image(machines, kvm, tmp_path):
     """Plain `migrate` stops it at the end of the stream; that the image is written later is our affair."""
     machine = machines(SLOW, accel=kvm).ready()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    seen = []
+
+    def watch():
+        """The sink reads nothing before the guest has been stopped and runs again."""
+        try:
+            until(lambda: running(machine) and stops_of(machine)[-2:] == ["STOP", "RESUME"], "it stands")
+            seen.append("RESUME")
+        finally:
+            gate.write_text("")
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     with Monitor(str(machine.socket)) as monitor:
-        began = time.monotonic()
-        sink = "exec:sleep 1.5; cat >/dev/null"
-        result = save_by_migration(monitor, sink, Options(method="dirty-logging", max_seconds=1.2))
-        assert time.monotonic() - began > 1.4, "the sink was not slow"
-    assert 0 < result.stop_ns < 10**9
-    assert running(machine)  # its answer comes behind the events
-    stops = [e for e in machine.qmp.events if e["event"] in ("STOP", "RESUME")]
-    at = [e["timestamp"]["seconds"] + e["timestamp"]["microseconds"] / 1e6 for e in stops[-2:]]
-    assert [e["event"] for e in stops[-2:]] == ["STOP", "RESUME"]
-    assert at[1] - at[0] < 1
+        sink = f"exec:cat {gate}; cat >/dev/null"
+        options = Options(method="dirty-logging", max_seconds=PATIENCE_S, downtime_limit=PATIENCE_S)
+        result = save_by_migration(monitor, sink, options)
+    watcher.join()
+    assert seen == ["RESUME"]
+    assert result.stop_ns > 0
+
+
+def stops_of(machine):
+    """The names of the events that say so, up to the last answer."""
+    return [e["event"] for e in machine.qmp.events if e["event"] in ("STOP", "RESUME")]
 
 
 def test_killed_while_qemu_migrates(machines, tmp_path, migration):
@@ -112,8 +126,8 @@ def test_killed_while_qemu_migrates(machines, tmp_path, migration):
     with subprocess.Popen(command, start_new_session=True) as saver:
         until(lambda: machine.qmp("query-migrate").get("status") in ("active", "completed"), "no migration")
         os.killpg(saver.pid, signal.SIGKILL)
-    until(lambda: settings(machine) == before, "the settings stay", 10)
-    until(lambda: running(machine), "the guest stands for ever", 10)
+    until(lambda: settings(machine) == before, "the settings stay")
+    until(lambda: running(machine), "the guest stands for ever")
     machine.wait_progress(100)
 
 
@@ -171,7 +185,7 @@ def test_qemu_that_dies_while_the_guest_stands(machines, tmp_path):
         capture = snapengine.snapshot(target, tmp_path / "vm.img")
         with pytest.raises(TargetGoneError):
             capture.start()
-        assert capture.wait(1)
+        assert capture.wait(PATIENCE_S)
     assert os.listdir(tmp_path) == []
 
 
@@ -219,11 +233,11 @@ def test_a_socket_that_another_process_opened(machines, tmp_path):
         fd = listener.fileno()
         monitor = ["-chardev", f"socket,id=c,fd={fd},server=on,wait=off", "-mon", "c,mode=control"]
         line = [*setup.command, *monitor]
-        other = stack.enter_context(subprocess.Popen(["sleep", "30"]))
+        other = stack.enter_context(subprocess.Popen(["sleep", "600"]))
         stack.callback(other.kill)
         qemu = stack.enter_context(subprocess.Popen(line, pass_fds=[fd], stdin=subprocess.DEVNULL))
         stack.callback(qemu.kill)
-        with Monitor(str(room / "handed"), seconds=20) as monitor:
+        with Monitor(str(room / "handed"), seconds=PATIENCE_S) as monitor:
             assert monitor.peer_pid == os.getpid()
             for pid in (0, other.pid):
                 with pytest.raises(SnapengineError) as caught:

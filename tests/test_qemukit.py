@@ -12,8 +12,7 @@ from machinekit import MIB, until
 from qemukit import Machine, Machines, Setup, find_qemu, qemu_version
 from qmpkit import QmpError
 from sweepkit import Sweep
-
-ATTEMPTS = 10
+from waitkit import attempts
 
 
 def alive(pid):
@@ -45,8 +44,9 @@ def test_sweep_runs_and_a_stopped_one_is_one_state(machines, accel, noise):
 
 def test_a_copy_of_a_running_sweep_fails_the_one_step_rule(machines, accel):
     machine = machines(Sweep(), accel=accel).ready()
-    torn = any(machine.guest.faults(machine.read_ram()) for _ in range(ATTEMPTS))
-    assert torn, "no copy without tracking was torn: the rule sees nothing"
+    for _ in attempts("no copy without tracking is torn: the rule sees nothing"):
+        if machine.guest.faults(machine.read_ram()):
+            break
 
 
 def test_one_stale_page_fails_the_one_step_rule(machines):
@@ -116,10 +116,11 @@ def test_a_disk_snapshot_of_the_same_stop_agrees_to_the_record(machines, linux_g
 
 def test_linux_counts_its_writes(machines, linux_guest):
     machine = machines(linux_guest(rate=5000)).ready()
-    before, begin = machine.counter(), time.monotonic()
-    machine.wait_progress(3000)
-    rate = (machine.counter() - before) / (time.monotonic() - begin)
-    assert rate < 10_000, "its rate is not limited"
+    begin, before = time.monotonic(), machine.counter()
+    machine.wait_progress(12_000)
+    done = machine.counter() - before
+    # In a round of 4096 it makes up for what it did not do while it had no CPU.
+    assert done - 2 * 4096 < 1.05 * 5000 * (time.monotonic() - begin), "its rate is not limited"
 
 
 def test_linux_finds_a_changed_byte(machines, linux_guest):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waitkit import PATIENCE_S, until
 
 from snapengine.errors import UffdPermissionError
 from snapengine.uffd import (
@@ -26,7 +27,6 @@ from snapengine.uffd import (
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 
 PAGE = 4096
-DEADLINE_S = 20
 
 WP = FEATURES["PAGEFAULT_FLAG_WP"]
 SHMEM = FEATURES["WP_HUGETLBFS_SHMEM"]
@@ -120,7 +120,7 @@ class Writer(threading.Thread):
         memory.write(page, byte)
 
     def finish(self):
-        self.join(DEADLINE_S)
+        self.join(PATIENCE_S)
         assert not self.is_alive(), "the writer was not released"
 
 
@@ -135,13 +135,14 @@ class Message:
 
 def read_message(fd):
     """The next message, within the deadline. One at a time: reading an event lets its causer go on."""
-    until = time.monotonic() + DEADLINE_S
-    while time.monotonic() < until:
+
+    def attempt():
         try:
             return Message(os.read(fd, 32))
         except BlockingIOError:
-            time.sleep(0.001)
-    raise AssertionError("no message came")
+            return None
+
+    return until(attempt, "no message came")
 
 
 def nothing_to_read(fd):
@@ -152,8 +153,8 @@ def nothing_to_read(fd):
 
 def reap(pid):
     """The exit code of a child, within the deadline; a child that hangs is killed."""
-    until = time.monotonic() + DEADLINE_S
-    while time.monotonic() < until:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -403,7 +404,7 @@ def test_fork_with_the_event(memory):
     receiver, sender = socket.socketpair()
     with receiver, sender:
         pid = fork_and(lambda: forks_while_tracked(ram, sender))
-        receiver.settimeout(DEADLINE_S)
+        receiver.settimeout(PATIENCE_S)
         _, (uffd,), _, _ = socket.recv_fds(receiver, 1, 1)
     os.set_blocking(uffd, False)
     message = read_message(uffd)
@@ -444,7 +445,7 @@ def test_mremap_with_the_event(memory, tracked):
     mover = threading.Thread(target=move, args=[ram], daemon=True)
     mover.start()
     message = read_message(uffd.fd)
-    mover.join(DEADLINE_S)
+    mover.join(PATIENCE_S)
     assert (message.event, message.old, message.new) == (EVENT_REMAP, old, ram.addr)
     assert message.moved == ram.length
     writer = Writer(ram, 0, 2)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 
 import pytest
 import streamkit as kit
@@ -310,10 +309,8 @@ def test_cancel_ends_a_wait():
     parser = StreamParser(read_end, name="slow")
     timer = threading.Timer(0.1, parser.cancel)
     timer.start()
-    began = time.monotonic()
     with pytest.raises(CaptureCancelled, match="slow"):
         parser.read_head()
-    assert time.monotonic() - began < 5
     timer.join()
     os.close(read_end)
     os.close(write_end)

@@ -1,15 +1,14 @@
 """What a bench makes of a guest's counters (bench/writerkit.py): known numbers, and a guest."""
 
-import time
-
 import pytest
 import writerkit
+from patientkit import PeerTarget
+from waitkit import attempts
 from writerkit import BIN_NS
 
 import snapengine
 from snapengine.guestparams import GuestParams
 from snapengine.guestprocess import GuestProcess
-from snapengine.peer import PeerTarget
 
 MS = 1_000_000
 
@@ -85,7 +84,8 @@ def test_a_writer_and_the_engine_see_the_same_faults(tmp_path):
     """Not how long they took: both count the same events, and the writer's times contain the engine's."""
     path = tmp_path / "socket"
     with GuestProcess(path, GuestParams(size=64 << 20, incompressible=True), None) as guest:
-        with snapengine.snapshot(PeerTarget(str(path)), "null:", rate_limit=256 << 20) as capture:
+        slow = {"memory_limit": 16 << 20, "rate_limit": 24 << 20}  # most faults come after the first reading
+        with snapengine.snapshot(PeerTarget(str(path)), "null:", **slow) as capture:
             began = writerkit.after_arming(guest.stats)
         after = guest.stats()
         stalls = writerkit.stalls_between(began, after)
@@ -98,5 +98,6 @@ def test_a_writer_and_the_engine_see_the_same_faults(tmp_path):
 def test_undisturbed_is_the_rate_of_the_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(writerkit, "BASELINE_S", 0.3)
     with GuestProcess(tmp_path / "socket", GuestParams(size=4 << 20), 20_000) as guest:
-        time.sleep(0.1)
-        assert writerkit.undisturbed(guest.bins) == pytest.approx(20_000, rel=0.2)
+        for _ in attempts("the rate is another one"):
+            if writerkit.undisturbed(guest.bins) == pytest.approx(20_000, rel=0.2):
+                break
