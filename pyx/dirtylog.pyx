@@ -15,6 +15,7 @@ from snapengine.arming cimport register_attached, register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.bitmap cimport bits_fill, bits_mask
 from snapengine.events cimport forget_all
+from snapengine.guard cimport guard_thread
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.linux cimport (
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
@@ -193,6 +194,7 @@ cdef class DirtyLog:
         cdef uint64_t begin = snap_now_ns()
         cdef int64_t dirty
         self.deadline = begin + <uint64_t>(max_seconds * 1e9)
+        guard_thread()
         if lane_open(capture.pool, &capture.lanes[0].slot) or self._register():
             return 0, None
         capture.arm_ns = snap_now_ns() - begin

@@ -9,11 +9,14 @@ caller must throw it away.
 from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING
 from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.errno cimport EFAULT
 from libc.stdlib cimport free, malloc, qsort
-from libc.string cimport memcpy, memset
 
 from snapengine.checksum cimport crc32c
 from snapengine.fileio cimport pread_all, pwrite_all
+from snapengine.guard cimport (
+    guard_begin, guard_end, guard_thread, guarded_clear, guarded_crc, guarded_store,
+)
 from snapengine.image_format cimport (
     SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_PAGE_BYTES, SNAP_RAW, snap_record,
 )
@@ -113,11 +116,14 @@ cdef class Restorer:
         into.fd = fd
         into.offset = offset
         decompressor = ZstdDecompressor()
+        guard_begin()               # the memory is the caller's: it may be gone before we are done
         try:
             with nogil:
+                guard_thread()
                 for number in range(begin, min(end, self.jobs)):
                     self.job(number, &into, scratch, decompressor)
         finally:
+            guard_end()
             free(scratch)
 
     def clear_blanks(self, unsigned char[::1] buffer not None):
@@ -129,13 +135,19 @@ cdef class Restorer:
             raise ValueError("the buffer is smaller than what is restored into it")
         if self.high == self.low:
             return
-        cdef unsigned char *to = &buffer[0]
+        cdef char *to = <char *>&buffer[0]
+        cdef int err = 0
+        guard_begin()
         with nogil:
+            guard_thread()
             for i in range(self.blank.count):
                 start = max(self.low, self.blank.runs[i].page * SNAP_PAGE_BYTES)
                 end = min(self.high, (self.blank.runs[i].page + self.blank.runs[i].pages) * SNAP_PAGE_BYTES)
-                if start < end:
-                    memset(to + (start - self.low), 0, end - start)
+                if start < end and not err:
+                    err = guarded_clear(to + (start - self.low), end - start)
+        guard_end()
+        if err:
+            self.no_memory()
 
     def spans(self, uint32_t kind):
         """(offset from `low`, bytes) of each zero run (kind 1) or hole (kind 2)."""
@@ -177,7 +189,8 @@ cdef class Restorer:
             err = pread_all(self.index.fd, data, count, payload_offset(chunk) + done)
             if err:
                 self.read_failed(err, chunk.offset)
-            crc = crc32c(crc, data, count)
+            if guarded_crc(&crc, data, count):
+                self.no_memory()
             if direct == NULL and into.memory != NULL:
                 self.place(run, number, data, done, count, into)
             done += count
@@ -240,7 +253,9 @@ cdef class Restorer:
             if start >= end:
                 continue
             if into.memory != NULL:
-                memcpy(into.memory + (start - self.low), data + (start - first - done), end - start)
+                err = guarded_store(into.memory + (start - self.low), data + (start - first - done), end - start)
+                if err:
+                    self.no_memory()
                 continue
             err = pwrite_all(into.fd, data + (start - first - done), end - start,
                              into.offset + (start - self.low))
@@ -248,7 +263,12 @@ cdef class Restorer:
                 raise_oserror(err, b"pwrite")
         return 0
 
+    cdef int no_memory(self) except -1 with gil:
+        raise OSError(EFAULT, "the buffer was unmapped, protected or cut short: it cannot be filled")
+
     cdef int read_failed(self, int err, uint64_t offset) except -1 with gil:
+        if err == EFAULT:
+            self.no_memory()
         if err > 0:
             raise_oserror(err, b"pread")
         raise TruncatedImageError(f"{self.index.name}: became shorter while it was read", offset)

@@ -13,6 +13,7 @@ import os
 from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_count, bits_next, bits_test
 from snapengine.fileio cimport file_mtime
+from snapengine.guard cimport guard_begin, guard_end
 from snapengine.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
 )
@@ -200,9 +201,11 @@ cdef class Session:
         cdef capture_t *capture = self.capture
         capture.pagemap = os.open(f"/proc/{capture.pid or 'self'}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self.owned_fds.append(capture.pagemap)
-        if capture.pid:
-            capture.mem = os.open(f"/proc/{capture.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            self.owned_fds.append(capture.mem)
+        capture.mem = os.open(f"/proc/{capture.pid or 'self'}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.mem)
+        if not capture.pid:
+            guard_begin()
+            self.guarding = True
         if capture.attached:
             capture.maps = os.open(f"/proc/{capture.pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
             self.owned_fds.append(capture.maps)
@@ -376,6 +379,9 @@ cdef class Session:
         if <int>self.capture.spare_fd >= 0:
             os.close(self.capture.spare_fd)
             self.capture.spare_fd = <uint64_t>-1
+        if self.guarding:
+            self.guarding = False
+            guard_end()
         self.close_uffds()
         if self.pool is not None:
             self.pool.close()

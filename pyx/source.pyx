@@ -11,6 +11,7 @@ from posix.unistd cimport lseek, pread
 
 from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_run, bits_test
+from snapengine.guard cimport guarded
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.pagemap cimport pagemap_read
@@ -168,10 +169,51 @@ cdef int _copy_in(lane_slot *slot, const char *src) noexcept nogil:
     return nonzero
 
 
-cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                      uint64_t n) noexcept nogil:
+cdef struct mark_t:                 # what a lane held before a copy, to take it back
+    lane_slot slot
+    uint64_t last_entry
+    uint64_t data
+    uint64_t zero
+    uint64_t hole
+    uint64_t lost
+
+
+cdef mark_t _mark(lane_t *lane) noexcept nogil:
+    cdef mark_t mark
+    mark.slot = lane.slot
+    mark.last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
+    mark.data = lane.data_pages
+    mark.zero = lane.zero_pages
+    mark.hole = lane.hole_pages
+    mark.lost = lane.lost_pages
+    return mark
+
+
+cdef void _take_back(lane_t *lane, const mark_t *mark) noexcept nogil:
+    lane.slot = mark.slot
+    if mark.slot.n_entries:
+        lane.slot.entries[mark.slot.n_entries - 1] = mark.last_entry
+    lane.data_pages = mark.data
+    lane.zero_pages = mark.zero
+    lane.hole_pages = mark.hole
+    lane.lost_pages = mark.lost
+
+
+cdef struct loads_t:
+    capture_t *capture
+    lane_t *lane
+    region_t *region
+    uint64_t page
+    uint64_t n
+
+
+cdef int _load(void *arg) noexcept nogil:
+    cdef loads_t *loads = <loads_t *>arg
+    cdef capture_t *capture = loads.capture
+    cdef lane_t *lane = loads.lane
+    cdef region_t *region = loads.region
     cdef uint64_t i, addr, nonzero
-    for i in range(page, page + n):
+    for i in range(loads.page, loads.page + loads.n):
         addr = page_addr(region, i)
         if addr < region.start or addr + PAGE > region.end:
             nonzero = _copy_edge(region, addr, lane.slot.data + lane.slot.used)
@@ -182,6 +224,44 @@ cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64
             put_pages(capture, lane, i, 1, SNAP_DATA)
         else:
             put_pages(capture, lane, i, 1, SNAP_ZERO)
+    return 0
+
+
+cdef void _by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """A page of ours where a load may fault: /proc/self/mem reads PROT_NONE and protection keys, too, and
+    answers EIO for what is not there."""
+    cdef uint64_t addr = page_addr(region, page)
+    cdef uint64_t begin = max(addr, region.start)
+    cdef uint64_t length = min(addr + PAGE, region.end) - begin
+    cdef char *dst = lane.slot.data + lane.slot.used
+    memset(dst, 0, PAGE)
+    if capture.mem < 0 or pread(capture.mem, dst + (begin - addr), length, <long>begin) != <ssize_t>length:
+        put_pages(capture, lane, page, 1, SNAP_LOST)
+    elif page_nonzero(dst):
+        lane.slot.used += PAGE
+        put_pages(capture, lane, page, 1, SNAP_DATA)
+    else:
+        put_pages(capture, lane, page, 1, SNAP_ZERO)
+
+
+cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                      uint64_t n) noexcept nogil:
+    """By plain loads. Whoever lent us the memory may have unmapped, cut or protected it meanwhile: then the
+    run is taken back and read page by page through the kernel."""
+    cdef mark_t mark = _mark(lane)
+    cdef uint64_t low = <uint64_t>region.source + (page_addr(region, page) - region.addr)
+    cdef loads_t loads
+    cdef uint64_t i
+    loads.capture = capture
+    loads.lane = lane
+    loads.region = region
+    loads.page = page
+    loads.n = n
+    if guarded(_load, &loads, low, low + n * PAGE) == 0:
+        return 0
+    _take_back(lane, &mark)
+    for i in range(page, page + n):
+        _by_kernel(capture, lane, region, i)
     return 0
 
 
@@ -252,36 +332,6 @@ cdef int _copy(capture_t *capture, lane_t *lane, region_t *region, uint64_t page
     if region.reading == READ_MEMORY:
         return _from_memory(capture, lane, region, page, n)
     return _from_elsewhere(capture, lane, region, page, n)
-
-
-cdef struct mark_t:                 # what a lane held before a copy, to take it back
-    lane_slot slot
-    uint64_t last_entry
-    uint64_t data
-    uint64_t zero
-    uint64_t hole
-    uint64_t lost
-
-
-cdef mark_t _mark(lane_t *lane) noexcept nogil:
-    cdef mark_t mark
-    mark.slot = lane.slot
-    mark.last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
-    mark.data = lane.data_pages
-    mark.zero = lane.zero_pages
-    mark.hole = lane.hole_pages
-    mark.lost = lane.lost_pages
-    return mark
-
-
-cdef void _take_back(lane_t *lane, const mark_t *mark) noexcept nogil:
-    lane.slot = mark.slot
-    if mark.slot.n_entries:
-        lane.slot.entries[mark.slot.n_entries - 1] = mark.last_entry
-    lane.data_pages = mark.data
-    lane.zero_pages = mark.zero
-    lane.hole_pages = mark.hole
-    lane.lost_pages = mark.lost
 
 
 cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Literal, Self
 
+from snapengine.buffers import HeldBuffer
 from snapengine.core import CoreFile, Lost, export_core
 from snapengine.errors import (
     CorruptImageError,
@@ -287,16 +288,33 @@ class Image:
         raise NoSuchRegionError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
 
     def restore_into(
-        self, region: RegionSpec, buffer: Any, *, offset: int = 0, fresh: bool = False, threads: int = 0
+        self,
+        region: RegionSpec,
+        buffer: Any,
+        *,
+        offset: int | None = None,
+        fresh: bool = False,
+        threads: int = 0,
     ) -> None:
-        """Fill a writable `buffer` with the region's bytes from `offset` on.
+        """Fill a writable buffer or CPU tensor with the region's bytes: all, so it must be of their size.
 
-        With `fresh` the buffer is known to be all zero, and zero pages and holes are left alone: in new
-        memory they stay unpopulated. `threads`: 0 is one per usable CPU, at most 4. On an error the
-        buffer's content is undefined.
+        With `offset` a part is asked for: as many bytes from there on as `buffer` has. With `fresh` the
+        buffer is known to be all zero, and zero pages and holes are left alone: in new memory they stay
+        unpopulated. `threads`: 0 is one per usable CPU, at most 4. On an error the buffer's content is
+        undefined.
+
+        `TypeError`, `ValueError`: nothing to be filled (read-only, of Python objects, not contiguous, another
+        size). ``OSError`` (EFAULT): the memory was unmapped, protected or cut short meanwhile.
         """
-        view = memoryview(buffer).cast("B")
-        plan = self.restorer(self.region(region), offset, len(view))
+        place = self.region(region)
+        held = HeldBuffer(place.name, buffer)
+        if offset is None and held.length < place.length:
+            raise ValueError(
+                f"{place.name}: {place.length} bytes do not fit a buffer of {held.length}: give one of the "
+                "size and type that was saved, or an offset for a part"
+            )
+        view = held.view()
+        plan = self.restorer(place, offset or 0, held.length)
         if not fresh:
             plan.clear_blanks(view)
         run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))

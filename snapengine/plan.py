@@ -178,8 +178,9 @@ class Plan:
             plan.presence = "all" if self.pid or _swap_in_use() else "mincore"
             plan.reading = "process" if self.pid else "memory"
         plan.file, plan.file_offset = file, offset
-        # Shared memory that the target unmaps goes on in its file, where others may write it unseen.
-        plan.check = self.attached and not plan.sparse
+        # Shared memory that the target unmaps goes on in its file, where others may write it unseen; and in
+        # memory of our own, another mapping may have come to its place.
+        plan.check = (self.attached or plan.reading == "memory") and not plan.sparse
         if self.pid and plan.presence == "seek":
             # Through a mapping here each page would have to be mapped first, and unmapped at the end, which
             # costs more than the copy; and a target that cuts its file short would kill us.

@@ -33,5 +33,6 @@ cdef class Restorer:
                     object decompressor) except -1 with gil
     cdef int place(self, size_t run, size_t number, const char *data, uint64_t done, uint64_t count,
                    const destination_t *into) except -1 nogil
+    cdef int no_memory(self) except -1 with gil
     cdef int read_failed(self, int err, uint64_t offset) except -1 with gil
     cdef int damaged(self, uint64_t offset) except -1 with gil

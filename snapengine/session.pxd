@@ -101,7 +101,7 @@ cdef struct capture_t:
     int pagemap
     int own_pagemap                 # this process's: of the witnesses; or -1
     int maps                        # attached: /proc/PID/maps; or -1
-    int mem                         # /proc/PID/mem, for pages that process_vm_readv may not read; or -1
+    int mem                         # /proc/PID/mem, for pages that loads and process_vm_readv may not read
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t features
     int n_fault_lanes
@@ -191,6 +191,7 @@ cdef class Session:
     cdef Arena descriptors                # uffds: readable in a forked child, which must close them
     cdef list bitmaps
     cdef object owned_fds
+    cdef bint guarding                    # own memory: between guard_begin and guard_end
     cdef histogram_t _fault_histogram(self) noexcept    # of all lanes
     cdef int _open_files(self) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL

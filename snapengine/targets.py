@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from snapengine.maps import covering, page_size_of, read_maps
+from snapengine.buffers import HeldBuffer
+from snapengine.maps import Mapping, covering, page_size_of, read_maps
 
 if TYPE_CHECKING:
     from snapengine.processrecord import NotCaptured
@@ -111,7 +112,8 @@ class BufferTarget:
     ----------
     buffers:
         One C-contiguous writable buffer, or a dict of name → buffer. They need not be page-aligned; the image
-        holds exactly their bytes. They must not overlap. The target keeps them alive and unresized.
+        holds exactly their bytes. They must not overlap. The target keeps them alive and unresized; what
+        their owner frees, unmaps or cuts short all the same before it was saved is lost (`Result.lost_runs`).
     pause, resume:
         Callables that stop and restart everything that writes to the buffers. Dirty logging needs them; write
         tracking calls them around T if given.
@@ -121,7 +123,7 @@ class BufferTarget:
     Raises
     ------
     TypeError
-        An object offers neither the buffer protocol nor a CPU tensor's ``data_ptr``.
+        An object offers neither the buffer protocol nor a CPU tensor's ``data_ptr``, or holds Python objects.
     ValueError
         A buffer is empty, read-only or not C-contiguous, or only one of pause and resume is given.
 
@@ -142,13 +144,19 @@ class BufferTarget:
         named = buffers if isinstance(buffers, dict) else {"buffer": buffers}
         if not named:
             raise ValueError("no buffers")
-        self._held = {str(name): _Held(str(name), buffer) for name, buffer in named.items()}
+        self._held = {
+            str(name): HeldBuffer(str(name), buffer, "nothing can change it, save it as it is")
+            for name, buffer in named.items()
+        }
         self._pause, self._resume, self._vmstate = pause, resume, vmstate
         self.can_pause = pause is not None
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """The buffers as regions of this process; the capture opens the userfaultfd."""
-        return 0, -1, [held.region() for held in self._held.values()]
+        for held in self._held.values():
+            held.check()
+        mappings = read_maps("self")
+        return 0, -1, [_region_of(held, mappings) for held in self._held.values()]
 
     def pause(self) -> None:
         """Call the caller's `pause`."""
@@ -170,59 +178,18 @@ class BufferTarget:
             held.release()
 
 
-class _Held:
-    """One buffer, kept exported (so that it cannot be resized or freed), and its address."""
-
-    def __init__(self, name: str, buffer: Any) -> None:
-        self.name = name
-        self._export: Any = None
-        try:
-            view = memoryview(buffer)
-        except TypeError:
-            self.addr, self.length = _tensor_address(name, buffer)
-            self._export = buffer
-        else:
-            self.addr, self.length = self._hold(view)
-        if self.length == 0:
-            raise ValueError(f"buffer {name!r} is empty")
-
-    def _hold(self, view: memoryview) -> tuple[int, int]:
-        if view.readonly:
-            raise ValueError(f"buffer {self.name!r} is read-only: nothing can change it, save it as it is")
-        if not view.c_contiguous:
-            raise ValueError(f"buffer {self.name!r} is not C-contiguous")
-        if view.nbytes == 0:
-            return 0, 0
-        self._export = (ctypes.c_char * view.nbytes).from_buffer(view)
-        return ctypes.addressof(self._export), view.nbytes
-
-    def region(self) -> Region:
-        end = self.addr + self.length
-        covered = covering(read_maps("self", self.addr, end), self.addr, end)
-        sizes = {page_size_of(mapping) for mapping in covered} or {PAGE_BYTES}
-        shared = {mapping.shared for mapping in covered}
-        if len(sizes) > 1 or len(shared) > 1:
-            raise ValueError(f"buffer {self.name!r} spans mappings of different kinds")
-        size = sizes.pop()
-        kind = "hugetlb" if size > PAGE_BYTES else "anon"
-        if True in shared:
-            kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
-        return Region(self.name, self.addr, self.length, size, kind)
-
-    def release(self) -> None:
-        self._export = None
-
-
-def _tensor_address(name: str, tensor: Any) -> tuple[int, int]:
-    """Address and bytes of a CPU tensor (PyTorch's interface), which has no buffer protocol."""
-    try:
-        device, addr = str(tensor.device), int(tensor.data_ptr())
-        length = int(tensor.numel()) * int(tensor.element_size())
-        contiguous = bool(tensor.is_contiguous())
-    except AttributeError:
-        raise TypeError(f"{name!r}: {type(tensor).__name__} is neither a buffer nor a tensor") from None
-    if device != "cpu":
-        raise ValueError(f"tensor {name!r} is on {device}, not in this machine's memory")
-    if not contiguous:
-        raise ValueError(f"tensor {name!r} is not contiguous")
-    return addr, length
+def _region_of(held: HeldBuffer, mappings: list[Mapping]) -> Region:
+    """The buffer as a region. `mappings`: all of this process, by address."""
+    end = held.addr + held.length
+    first = bisect.bisect_right(mappings, held.addr, key=lambda mapping: mapping.end)
+    last = bisect.bisect_left(mappings, end, key=lambda mapping: mapping.start)
+    covered = covering(mappings[first:last], held.addr, end)
+    sizes = {page_size_of(mapping) for mapping in covered} or {PAGE_BYTES}
+    shared = {mapping.shared for mapping in covered}
+    if len(sizes) > 1 or len(shared) > 1:
+        raise ValueError(f"buffer {held.name!r} spans mappings of different kinds")
+    size = sizes.pop()
+    kind = "hugetlb" if size > PAGE_BYTES else "anon"
+    if True in shared:
+        kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
+    return Region(held.name, held.addr, held.length, size, kind)
