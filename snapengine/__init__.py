@@ -10,36 +10,75 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+TYPE_CHECKING = False  # type checkers know the name; to import `typing` would take longer than all else here
 
-from snapengine.capi import _C_API as _C_API  # the capsule is importable only by this name
-from snapengine.capture import Capture, Progress, snapshot
-from snapengine.errors import (
-    AlreadyTrackedError,
-    AttachError,
-    CaptureCancelled,
-    CorruptImageError,
-    HandoverError,
-    ImageError,
-    LostPagesError,
-    RegisterError,
-    SinkError,
-    SnapengineError,
-    TargetGoneError,
-    TruncatedImageError,
-    UffdError,
-    UffdPermissionError,
-    UnsupportedError,
-    UnsupportedVersionError,
-)
-from snapengine.image import Image, open_image
-from snapengine.options import Options
-from snapengine.peer import PeerTarget
-from snapengine.process import ProcessTarget
-from snapengine.result import Result
-from snapengine.targets import BufferTarget, Region, Target
+if TYPE_CHECKING:
+    from snapengine.capi import _C_API as _C_API
+    from snapengine.capture import Capture, Progress, snapshot
+    from snapengine.errors import (
+        AlreadyTrackedError,
+        AttachError,
+        CaptureCancelled,
+        CorruptImageError,
+        HandoverError,
+        ImageError,
+        LostPagesError,
+        NoSuchRegionError,
+        RegisterError,
+        SinkError,
+        SnapengineError,
+        TargetGoneError,
+        TimeLimitError,
+        TruncatedImageError,
+        UffdError,
+        UffdPermissionError,
+        UnsupportedError,
+        UnsupportedVersionError,
+    )
+    from snapengine.image import Image, open_image
+    from snapengine.options import Options
+    from snapengine.peer import PeerTarget
+    from snapengine.process import ProcessTarget
+    from snapengine.result import Result
+    from snapengine.targets import BufferTarget, Region, Target
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "AlreadyTrackedError": "errors",
+    "AttachError": "errors",
+    "BufferTarget": "targets",
+    "Capture": "capture",
+    "CaptureCancelled": "errors",
+    "CorruptImageError": "errors",
+    "HandoverError": "errors",
+    "Image": "image",
+    "ImageError": "errors",
+    "LostPagesError": "errors",
+    "NoSuchRegionError": "errors",
+    "Options": "options",
+    "PeerTarget": "peer",
+    "ProcessTarget": "process",
+    "Progress": "capture",
+    "Region": "targets",
+    "RegisterError": "errors",
+    "Result": "result",
+    "SinkError": "errors",
+    "SnapengineError": "errors",
+    "Target": "targets",
+    "TargetGoneError": "errors",
+    "TimeLimitError": "errors",
+    "TruncatedImageError": "errors",
+    "UffdError": "errors",
+    "UffdPermissionError": "errors",
+    "UnsupportedError": "errors",
+    "UnsupportedVersionError": "errors",
+    "_C_API": "capi",
+    "open_image": "image",
+    "snapshot": "capture",
+}
+"""Name and module: each is imported when it is first asked for, as submodules are, so that `import
+snapengine` costs next to nothing. The capsule `_C_API` is importable only by this name."""
 
 __all__ = [
     "AlreadyTrackedError",
@@ -52,6 +91,7 @@ __all__ = [
     "Image",
     "ImageError",
     "LostPagesError",
+    "NoSuchRegionError",
     "Options",
     "PeerTarget",
     "ProcessTarget",
@@ -63,6 +103,7 @@ __all__ = [
     "SnapengineError",
     "Target",
     "TargetGoneError",
+    "TimeLimitError",
     "TruncatedImageError",
     "UffdError",
     "UffdPermissionError",
@@ -74,7 +115,28 @@ __all__ = [
 ]
 
 
+if not TYPE_CHECKING:  # or every misspelled name would have a type
+
+    def __getattr__(name):
+        from importlib import import_module
+
+        if name in _PLACES:
+            value = globals()[name] = getattr(import_module(f"snapengine.{_PLACES[name]}"), name)
+            return value
+        if not name.startswith("__"):
+            try:
+                return import_module(f"snapengine.{name}")
+            except ModuleNotFoundError:
+                pass
+        raise AttributeError(f"module 'snapengine' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
+
 def get_include() -> list[str]:
     """Directories that a C or Cython embedder passes as ``include_dirs`` and ``include_path``."""
+    from pathlib import Path
+
     package = Path(__file__).parent
     return [str(package / "include"), str(package.parent)]

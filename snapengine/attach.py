@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 
 from . import procfs
+from .cgroups import frozen_by
 from .errors import AttachError, TargetGoneError
 
 CAP_SYS_PTRACE = 19
@@ -225,6 +226,9 @@ def refuse_reason(info: ProcessInfo) -> OSError | None:
     if info.tracer:
         by = f"{info.tracer} ({info.tracer_name})"
         return AttachError(errno.EBUSY, f"{who} is being traced by {by}: one tracer at a time")
+    if frozen := frozen_by(info.pid):
+        text = f"is frozen by its cgroup {frozen[0]}: thaw it first ({frozen[1]})"
+        return AttachError(errno.EAGAIN, f"{who} {text}")
     if info.bits == 32:
         return AttachError(errno.EOPNOTSUPP, f"{who} is a 32-bit program: only 64-bit ones can be attached")
     denied = _may_not_trace(info)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from snapengine.crew import Crew
 from snapengine.dirtylog import DirtyLog
-from snapengine.errors import CaptureCancelled, SnapengineError, TargetGoneError
+from snapengine.errors import CaptureCancelled, SnapengineError, TargetGoneError, TimeLimitError
 from snapengine.failures import explain
 from snapengine.finishing import finish_image
 from snapengine.maps import has_ended
@@ -109,6 +109,8 @@ class Capture:
         self._encoders = Crew()
         self._finisher = Crew()  # of one
         self._began = self._stop_ns = 0
+        self._expired = False
+        self._timer: threading.Timer | None = None
         self._ended = 0
 
     # -- what callers use --
@@ -145,6 +147,7 @@ class Capture:
         self._began = time.monotonic_ns()
         _live.add(self)
         try:
+            self._limit_time()
             self._prepare()
             assert self._parts.session is not None
             if self._options.method == WRITE_TRACKING:
@@ -178,6 +181,10 @@ class Capture:
         self._cancelled = True
         if not self._parts.opened and hasattr(self._target, "cancel"):
             self._target.cancel()  # it may be waiting for a peer
+        if hasattr(self._target, "hurry"):
+            self._target.hurry()
+        if self._parts.sink is not None:
+            self._parts.sink.cancel()
         if self._parts.session is not None and not self._done.is_set():
             self._parts.session.fail(errno.ECANCELED)
         if self._parts.writer is not None:
@@ -216,6 +223,17 @@ class Capture:
         )
 
     # -- making and arming, on the caller's thread --
+
+    def _limit_time(self) -> None:
+        if self._options.timeout:
+            self._timer = threading.Timer(self._options.timeout, self._expire)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _expire(self) -> None:
+        if not self._done.is_set():
+            self._expired = True
+            self.cancel()
 
     def _prepare(self) -> None:
         options, parts = self._options, self._parts
@@ -296,7 +314,7 @@ class Capture:
                 self._parts, self._options, self._vmstate, status, self._began, self._stop_ns
             )
         except BaseException as error:
-            self._error = self._error or error
+            self._error = self._in_words(self._error or error)
             self._stop_encoders()
             self._clean_up("cancelled" if self._cancelled else "failed")
         else:
@@ -338,7 +356,10 @@ class Capture:
             raise explain(*failure, self._parts.plan)
 
     def _in_words(self, error: BaseException) -> BaseException:
-        """An attached process may end between any two looks at its files in /proc."""
+        """What stopped the capture, as its caller is told."""
+        if self._expired and isinstance(error, Exception):
+            return TimeLimitError(f"not done within {self._options.timeout:g} s: the target is released")
+        # An attached process may end between any two looks at its files in /proc.
         gone = isinstance(error, FileNotFoundError | ProcessLookupError)
         if isinstance(error, SnapengineError) or not gone:
             return error
@@ -371,6 +392,8 @@ class Capture:
 
     def _clean_up(self, status: str) -> None:
         _live.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
         self._parts.close(status)
 
 

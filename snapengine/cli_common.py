@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from rich.console import Console
-
+from snapengine import streams
+from snapengine.cli import SIGNALS
 from snapengine.names import one_line
+
+if TYPE_CHECKING:
+    from snapengine.options import Options
 
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_NOT_CONVERGED = 3
 EXIT_LOST = 4
+EXIT_TIMEOUT = 124  # as timeout(1) has it
 EXIT_PIPE = 128 + signal.SIGPIPE
 
 EXIT_CODES = """\
@@ -30,37 +33,46 @@ exit codes:
   2    wrong usage
   3    dirty logging did not converge; there is no image
   4    the image is complete, but pages were lost: the target discarded them before they were saved
-  130  interrupted by Ctrl-C, 143 by SIGTERM: the target is released, nothing is left behind
+  124  not done within --timeout: the target is released, nothing is left behind
+  130  interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, 131 by SIGQUIT: likewise
   141  the reader of stdout went away"""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 raw = argparse.RawDescriptionHelpFormatter
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. A KeyboardInterrupt, so that no `except Exception` swallows it."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are two lines: what is wrong, and where the options are described."""
 
-    def __init__(self, signum: int) -> None:
+    def error(self, message: str) -> NoReturn:
+        """End with `EXIT_USAGE`."""
+        say(f"error: {message}", of=self.prog)
+        say(f"`{self.prog} --help` has the options and examples", of=self.prog)
+        sys.exit(EXIT_USAGE)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the command. A KeyboardInterrupt, so that no `except Exception` swallows it."""
+
+    def __init__(self, signum: int, text: str = "") -> None:
         self.signal = signal.Signals(signum)
-        super().__init__(f"cancelled by {self.signal.name}")
+        super().__init__(text or f"cancelled by {self.signal.name}")
 
     @property
     def exit_code(self) -> int:
-        """The shell's code for an end by this signal."""
-        return 128 + self.signal
+        """The shell's code for an end by this signal; that of timeout(1) if --timeout is over."""
+        return EXIT_TIMEOUT if self.signal == signal.SIGALRM else 128 + self.signal
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Interrupted`, and ignore those that follow.
+    """Turn the first of `SIGNALS` into `Interrupted`, and ignore those that follow.
 
     A second Ctrl-C must not break off the release of the target. Only SIGKILL ends that, and then the
     kernel releases it. Outside the main thread, where Python allows no handlers, this does nothing.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_all()
         raise Interrupted(signum)
 
     previous: dict[signal.Signals, Any] = {}
@@ -77,11 +89,35 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, previous[number])
 
 
-def silence_stdout() -> None:
-    """After a broken pipe: keep the interpreter from failing once more when it flushes stdout at the end."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
+@contextlib.contextmanager
+def limit_time(seconds: float | None) -> Iterator[None]:
+    """Interrupt the block, as a Ctrl-C would, when so many seconds have passed (None: never)."""
+
+    def expire(signum: int, frame: FrameType | None) -> NoReturn:
+        _ignore_all()
+        raise Interrupted(signum, f"error: not done within {seconds:g} s (--timeout)")
+
+    if seconds is None:
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def end_of_limit() -> None:
+    """What was waited for is there: from here on --timeout counts no more."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ignore_all() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -96,19 +132,87 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def say(text: str) -> None:
-    """A word to the user."""
-    print(f"snapengine: {one_line(text)}", file=sys.stderr)
+def add_timeout(parser: argparse.ArgumentParser, what: str = "give up, and release the target,") -> None:
+    """Add --timeout, which `limit_time` is given."""
+    from snapengine.units import parse_seconds
+
+    parser.add_argument("--timeout", type=argument(parse_seconds), metavar="SECONDS",
+        help=f"{what} when all of it has taken so long (default: no limit); exit code {EXIT_TIMEOUT}",
+    )  # fmt: skip
+
+
+def parse_rate(text: str) -> int:
+    """Bytes a second. Raises ValueError: that little is a forgotten unit."""
+    from snapengine.units import parse_size
+
+    size = parse_size(text)
+    if 0 < size < LEAST_RATE:
+        raise ValueError(f"{size} bytes a second are less than 64K: say {text.strip().rstrip('Bb')}M for MiB")
+    return size
+
+
+LEAST_RATE = 64 << 10
+
+
+def make_options(args: argparse.Namespace) -> Options:
+    """The options that were given; the others keep the defaults of `Options`. Wrong ones are usage errors."""
+    from dataclasses import fields
+
+    from snapengine.options import Options
+
+    given = {f.name: getattr(args, f.name, None) for f in fields(Options)}
+    try:
+        return Options(**{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        field, colon, text = str(error).partition(":")
+        parser: Parser = args.parser
+        parser.error(f"--{field.replace('_', '-')}{colon}{text}")
+
+
+def check_output(spec: str) -> None:
+    """Raise SinkError for a standard stream that is closed: what is written there would go nowhere."""
+    from snapengine.errors import SinkError
+
+    fd = {"-": 1, "fd:1": 1, "fd:2": 2}.get(spec)
+    if fd in streams.closed:
+        raise SinkError(errno.EBADF, f"{spec}: standard {'output' if fd == 1 else 'error'} is closed")
+
+
+def say(text: str, *, of: str = "snapengine") -> None:
+    """A word to the user. That nobody reads it changes nothing."""
+    try:
+        print(f"{of}: {one_line(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        streams.silence(sys.stderr)
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:
-    """`value` as indented JSON, to stdout unless told otherwise."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), file=file or sys.stdout)
+    """`value` as indented JSON in ASCII, to stdout unless told otherwise."""
+    import json
+
+    print(json.dumps(_plain(value), indent=2), file=file or sys.stdout)
 
 
-def console(file: TextIO | None = None) -> Console:
-    """A rich console that prints text as it is: no markup, no colouring of numbers.
+def _plain(value: Any) -> Any:
+    """JSON has no lone surrogates; what is left of them in an error's text is escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode() if not value.isascii() else value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    It is always wide enough for our widest table: a narrow terminal wraps lines, and no figure is cut.
-    """
-    return Console(file=file or sys.stdout, markup=False, highlight=False, emoji=False, width=200)
+
+def after_the_image(print_it: Callable[[], None]) -> None:
+    """Print what is known of a complete image. No fault of the output makes it another image: not that nobody
+    reads it, that its disk is full, or that the user does not wait for it."""
+    try:
+        print_it()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        streams.silence(sys.stdout)
+    except OSError as error:
+        streams.silence(sys.stdout)
+        say(f"warning: the image is complete, but its figures cannot be printed: {error.strerror or error}")
+    except Interrupted as stop:
+        streams.silence(sys.stdout)
+        say(f"the image is complete; its figures are not ({stop})")

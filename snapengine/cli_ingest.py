@@ -10,9 +10,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from snapengine.cli_common import EXIT_CODES, EXIT_OK, argument, raw, silence_stdout
-from snapengine.cli_save import make_options, report
+from snapengine.cli_common import (
+    EXIT_CODES,
+    EXIT_OK,
+    EXIT_TIMEOUT,
+    add_timeout,
+    argument,
+    check_output,
+    make_options,
+    parse_rate,
+    raw,
+)
+from snapengine.cli_save import report
+from snapengine.errors import TimeLimitError
 from snapengine.units import parse_size
+
+EXPIRED_DRAIN_SECONDS = 5.0
 
 DESCRIPTION = """\
 Read a migration stream of QEMU to its end and make it an image: each page once, zero pages left out,
@@ -40,14 +53,10 @@ and in a shell:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+def add_ingest(commands: argparse._SubParsersAction[Any], line: str) -> None:
     """Add `ingest` to the command line."""
     parser = commands.add_parser(
-        "ingest",
-        help="a migration stream of QEMU into an image",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=raw,
+        "ingest", help=line, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
     add = parser.add_argument
     add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
@@ -58,9 +67,10 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
         help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
     add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
-    add("--rate-limit", type=argument(parse_size), metavar="SIZE",
+    add("--rate-limit", type=argument(parse_rate), metavar="SIZE",
         help="most bytes a second into the sink (default: no limit)")  # fmt: skip
     add("--spill-dir", metavar="DIR", help="where pages wait for the end of the stream (default: $TMPDIR)")
+    add_timeout(parser, "give up (with --direct: and read the stream to its end, so that QEMU is not left)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)
@@ -81,38 +91,20 @@ def opened_stream(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def fill_standard_descriptors() -> None:
-    """Where standard output or error is closed, the image would get its number, and words go into it."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-
-
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine.qemu.ingest import drain, ingest
+    from snapengine.qemu.ingest import DRAIN_SECONDS, drain, ingest
 
-    try:
-        options = make_options(args)
-    except ValueError as error:
-        args.parser.error(str(error))
-    fill_standard_descriptors()
+    options = make_options(args)
+    check_output(args.sink)
     with opened_stream(args.stream) as fd:
         try:
             result = ingest(fd, args.sink, options, direct=args.direct,
                             name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
-        except BaseException:
+        except BaseException as error:
             if args.direct:
-                drain(fd)
+                expired = isinstance(error, TimeLimitError) or getattr(error, "exit_code", 0) == EXIT_TIMEOUT
+                drain(fd, EXPIRED_DRAIN_SECONDS if expired else DRAIN_SECONDS)
             raise
-    args.quiet = args.quiet or not sys.stdout.isatty()
-    try:
-        report(result, args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the image is complete: that nobody reads the figures does not change it
-        silence_stdout()
+    report(result, args, figures=sys.stdout.isatty())
     return EXIT_OK

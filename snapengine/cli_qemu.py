@@ -14,10 +14,10 @@ DESCRIPTION = "Virtual machines of QEMU.\n"
 EPILOG = "`snapengine qemu COMMAND --help` has the options and examples of each command.\n"
 
 
-def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+def add_qemu(commands: argparse._SubParsersAction[Any], line: str) -> None:
     """Add the group to the command line."""
     parser = commands.add_parser(
-        "qemu", help="virtual machines of QEMU", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
+        "qemu", help=line, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
     group = parser.add_subparsers(metavar="COMMAND", required=True, dest="qemu_command")
     add_save(group)

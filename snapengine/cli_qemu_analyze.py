@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from snapengine.cli_common import EXIT_CODES, EXIT_OK, console, print_json, raw, say
+from snapengine.cli_common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw, say
 from snapengine.cli_ingest import opened_stream
+from snapengine.names import printable
 from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def add_analyze(group: argparse._SubParsersAction[Any]) -> None:
     add("--compress", default="zstd", metavar="zstd[:LEVEL]", help="of the second image (default zstd)")
     add("--spill-dir", metavar="DIR", help="room for all pages that are not zero (default: $TMPDIR)")
     add("--json", action="store_true", help="print a JSON object")
+    add_timeout(parser, "give up")
     add("--plot", metavar="OUT", help="draw histogram and sizes (PNG, SVG, PDF)")
     parser.set_defaults(run=run_analyze, parser=parser)
 
@@ -73,16 +73,20 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def print_analysis(found: Analysis, name: str) -> None:
     """The figures, the blocks, how often pages came, the sections."""
-    out = console()
-    out.print(f"{name}: {format_size(found.stream_bytes)}\n")
-    out.print(_grid(_figures(found)))
-    out.print()
-    out.print(_table(("RAM block", "size"), [(n, format_size(used)) for n, used in found.ram_blocks]))
-    out.print()
+    from snapengine.tables import print_table
+
+    print(f"{printable(name)}: {format_size(found.stream_bytes)}\n")
+    print_table(_figures(found))
+    blocks = [(name, format_size(used)) for name, used in found.ram_blocks]
     times = [(format_count(times), format_count(pages)) for times, pages in found.times_sent.items()]
-    out.print(_table(("times sent", "pages"), times))
-    out.print()
-    out.print(_table(("section", "size"), _sections(found)))
+    tables = {
+        ("RAM block", "size"): blocks,
+        ("times sent", "pages"): times,
+        ("section", "size"): _sections(found),
+    }
+    for titles, rows in tables.items():
+        print()
+        print_table(rows, titles=titles, right=[1])
 
 
 def _figures(found: Analysis) -> Rows:
@@ -110,19 +114,3 @@ def _sections(found: Analysis) -> Rows:
     rows += [(f"{d.name}, {d.instance}" if d.instance else d.name, d.size) for d in found.devices]
     rows.append(("EOF, description", found.description_bytes))
     return [(name, format_size(size)) for name, size in rows]
-
-
-def _grid(rows: Rows) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _table(titles: tuple[str, str], rows: Rows) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="")
-    table.add_column(titles[0])
-    table.add_column(titles[1], justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table

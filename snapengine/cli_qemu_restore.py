@@ -7,10 +7,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snapengine.cli_common import EXIT_CODES, EXIT_OK, print_json, raw, say
-from snapengine.progress import Bar
-from snapengine.targets import PAGE_BYTES
-from snapengine.units import format_size
+from snapengine.cli_common import (
+    EXIT_CODES,
+    EXIT_OK,
+    add_timeout,
+    argument,
+    end_of_limit,
+    print_json,
+    raw,
+    say,
+)
+from snapengine.units import format_size, parse_seconds
 
 if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored
@@ -49,6 +56,9 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     add("--foreground", action="store_true",
         help="QEMU has the terminal; wait for its end, and end with its exit code")  # fmt: skip
     add("--log", metavar="FILE", help="what QEMU prints goes there (default: nowhere)")
+    add("--monitor-timeout", type=argument(parse_seconds), default=60.0, metavar="SECONDS",
+        help="longest wait for the answer of QEMU's monitor to one command (default 60)")  # fmt: skip
+    add_timeout(parser, "end QEMU, unless the machine is loaded,")
     add("--json", action="store_true", help="print pid, monitor and times as one JSON object")
     parser.set_defaults(run=run, parser=parser)
 
@@ -56,14 +66,17 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.image import open_image
+    from snapengine.progress import Bar
     from snapengine.qemu.restore import restore_machine
+    from snapengine.targets import PAGE_BYTES
 
     with open_image(args.image) as image, Bar(args.foreground) as bar:
         saved_bytes = image.index.data_pages() * PAGE_BYTES
         restored = restore_machine(
             image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
-            log=args.log, progress=bar.of_bytes("loading", saved_bytes),
+            log=args.log, command_seconds=args.monitor_timeout, progress=bar.of_bytes("loading", saved_bytes),
         )  # fmt: skip
+    end_of_limit()
     for line in restored.differences:
         say(f"warning: {line}")
     if args.json:

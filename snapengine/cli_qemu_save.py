@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from snapengine.cli_common import EXIT_CODES, argument, raw, say
-from snapengine.cli_save import exit_code, make_options, report
+from snapengine.cli_common import (
+    EXIT_CODES,
+    add_timeout,
+    argument,
+    check_output,
+    make_options,
+    parse_rate,
+    raw,
+    say,
+)
+from snapengine.cli_save import exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.options import ARMING, METHODS
-from snapengine.progress import Bar, follow
 from snapengine.units import parse_seconds, parse_size
+
+if TYPE_CHECKING:
+    from snapengine.options import Options
+    from snapengine.result import Result
 
 DESCRIPTION = """\
 Save a virtual machine that stock QEMU (7.2 or newer) runs, while it goes on running. QEMU is attached to;
@@ -22,7 +33,7 @@ Who may not attach to QEMU's process has it save itself (--via-migration): slowe
 checked and bounded as well.
 """
 EPILOG = f"""\
-SINK is as in `snapengine save`: PATH, file:PATH, exec:COMMAND, fd:N or -.
+SINK is as in `snapengine save`: PATH, file:PATH, exec:COMMAND, fd:N, - or null:.
 
 QMP is a Unix socket (-qmp unix:PATH,server=on,wait=off) that no other client uses at the moment.
 
@@ -59,13 +70,18 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
         help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
         "which is that for 64 MiB and more)")  # fmt: skip
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
-    add("--rate-limit", type=size, metavar="SIZE", help="most bytes a second into the sink")
+    add("--rate-limit", type=argument(parse_rate), metavar="SIZE", help="most bytes a second into the sink")
     add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
     add("--strict", action="store_true", default=None, help="fail if QEMU discards memory before it is saved")
     add("--downtime-limit", type=seconds, metavar="SECONDS",
         help="dirty logging: longest pause of the last round (default 0.3)")  # fmt: skip
     add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
     add("--max-seconds", type=seconds, metavar="SECONDS", help="dirty logging: give up after so long")
+    add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
+        help="longest wait for the one thread of QEMU that opens the userfaultfd (default 1)")  # fmt: skip
+    add("--monitor-timeout", type=seconds, default=60.0, metavar="SECONDS",
+        help="longest wait for the answer of QEMU's monitor to one command (default 60)")  # fmt: skip
+    add_timeout(parser)
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)
@@ -81,36 +97,45 @@ def parse_disk(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine import snapshot
     from snapengine.qemu.monitor import Monitor
-    from snapengine.qemu.target import QemuTarget
-    from snapengine.qemu.viamigration import save_by_migration
 
-    try:
-        options = make_options(args)
-    except ValueError as error:
-        args.parser.error(str(error))
+    options = make_options(args)
     if args.via_migration and args.block_snapshot:
         args.parser.error(
             "--block-snapshot goes without --via-migration: QEMU does not stop where we could take it"
         )
-    with Monitor(args.qmp) as monitor:
-        if args.via_migration:
-            with Bar(args.quiet) as bar:
-                result = save_by_migration(monitor, args.sink, options, progress=bar.of_bytes("saving"))
-        else:
-            target = QemuTarget(monitor, args.pid, block_snapshots=dict(args.block_snapshot))
-            try:
-                with snapshot(target, args.sink, options) as capture:
-                    follow(capture, args.quiet)
-            except BaseException as error:
-                for line in target.moved_disks:
-                    say(f"warning: {line}")
-                if not isinstance(error, AttachError | UffdPermissionError):
-                    raise
-                text = f"{error.strerror}. QEMU can also save itself: --via-migration"
-                raise type(error)(error.errno, text) from None
-            result = capture.result
+    check_output(args.sink)
+    with Monitor(args.qmp, command_seconds=args.monitor_timeout) as monitor:
+        save = _save_by_migration if args.via_migration else _save
+        result = save(monitor, args, options)
     report(result, args)
-    sys.stdout.flush()
     return exit_code(result)
+
+
+def _save_by_migration(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
+    from snapengine.progress import Bar
+    from snapengine.qemu.viamigration import save_by_migration
+
+    with Bar(args.quiet) as bar:
+        return save_by_migration(monitor, args.sink, options, progress=bar.of_bytes("saving"))
+
+
+def _save(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
+    from snapengine.capture import snapshot
+    from snapengine.progress import follow
+    from snapengine.qemu.target import QemuTarget
+
+    target = QemuTarget(
+        monitor, args.pid, block_snapshots=dict(args.block_snapshot), deadline=args.stop_timeout
+    )
+    try:
+        with snapshot(target, args.sink, options) as capture:
+            follow(capture, args.quiet)
+    except BaseException as error:
+        for line in target.moved_disks:
+            say(f"warning: {line}")
+        if not isinstance(error, AttachError | UffdPermissionError):
+            raise
+        text = f"{error.strerror}. QEMU can also save itself: --via-migration"
+        raise type(error)(error.errno, text) from None
+    return capture.result

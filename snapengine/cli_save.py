@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from snapengine.cli_common import (
     EXIT_CODES,
     EXIT_LOST,
     EXIT_NOT_CONVERGED,
     EXIT_OK,
+    add_timeout,
+    after_the_image,
     argument,
-    console,
+    check_output,
+    make_options,
+    parse_rate,
     print_json,
     raw,
     say,
 )
-from snapengine.figures import figures_table
+from snapengine.names import from_argument
 from snapengine.options import ARMING, METHODS, Options
-from snapengine.progress import follow
 from snapengine.result import COMPLETED, Result
-from snapengine.selection import ELSEWHERE, parse_regions
-from snapengine.targets import Target
 from snapengine.units import parse_seconds, parse_size
+
+if TYPE_CHECKING:
+    from snapengine.targets import Target
 
 DESCRIPTION = """\
 Save the memory of a running program, which goes on running while its pages are saved. The image holds
@@ -39,11 +42,15 @@ SINK is where the image goes:
   exec:COMMAND     the standard input of a shell command
   fd:N             an open file descriptor
   -                standard output; figures and --json then go to stderr
+  null:            nowhere: what a snapshot costs, and what it would find
 
 LIST names what to save of a process: all, or some of anon, heap, stack, shared, files and START-END
 (hexadecimal), separated by commas. What is not saved is listed in the result, with the reason.
 
-SIZE is a number of bytes, or has a unit: 64M, 1.5GiB (powers of 1024).
+SIZE is a number of bytes, or has a unit: 64M, 1.5GiB (powers of 1024). SECONDS may be 0.3, 300ms or 10.
+
+A process that uses userfaultfd itself (a virtual machine that is being filled, some garbage collectors) can
+be saved without that memory: name the rest by --regions; `snapengine doctor --pid PID` lists the addresses.
 
 examples:
   snapengine save --pid 4711 redis.img
@@ -57,14 +64,10 @@ examples:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
+def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     """Add `save` to the command line."""
     parser = commands.add_parser(
-        "save",
-        help="save a running peer's memory",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=raw,
+        "save", help=line, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
     size, seconds = argument(parse_size), argument(parse_seconds)
     add = parser.add_argument
@@ -72,7 +75,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--socket", metavar="PATH", help="Unix socket to make; the peer connects to it")
     whom.add_argument("--pid", type=int, metavar="PID", help="attach to this process")
-    add("--regions", type=argument(parse_regions), metavar="LIST",
+    add("--regions", type=argument(_regions), metavar="LIST",
         help="--pid: what to save (default: all)")  # fmt: skip
     add("--cut", choices=("soft", "stop"),
         help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while "
@@ -86,12 +89,8 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
         help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
         "which is that for 64 MiB and more)")  # fmt: skip
     add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
-    add(
-        "--rate-limit",
-        type=size,
-        metavar="SIZE",
-        help="most bytes a second into the sink (default: no limit)",
-    )
+    add("--rate-limit", type=argument(parse_rate), metavar="SIZE",
+        help="most bytes a second into the sink (default: no limit)")  # fmt: skip
     add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
     add("--vmstate", type=argument(parse_vmstate), action="append", default=[], metavar="NAME=FILE",
         help="store FILE in the image as the blob NAME; may be repeated")  # fmt: skip
@@ -101,13 +100,11 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
     add("--max-seconds", type=seconds, metavar="SECONDS",
         help="dirty logging: give up after so many seconds (default 300)")  # fmt: skip
-    add(
-        "--timeout",
-        type=seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="wait so long for the peer (default 60)",
-    )
+    add("--peer-timeout", type=seconds, default=60.0, metavar="SECONDS",
+        help="--socket: wait so long for the peer (default 60)")  # fmt: skip
+    add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
+        help="--pid: longest wait for threads to stop, after which all is undone (default 1)")  # fmt: skip
+    add_timeout(parser)
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)
@@ -121,15 +118,15 @@ def parse_vmstate(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def make_options(args: argparse.Namespace) -> Options:
-    """The options that were given; the others keep the defaults of `Options`. Raises ValueError."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(Options)}
-    return Options(**{name: value for name, value in given.items() if value is not None})
+def _regions(text: str) -> Any:
+    from snapengine.selection import parse_regions
+
+    return parse_regions(text)
 
 
 def read_vmstate(pairs: list[tuple[str, Path]]) -> dict[str, bytes]:
     """The blobs of --vmstate. Raises OSError."""
-    return {name: path.read_bytes() for name, path in pairs}
+    return {from_argument(name): path.read_bytes() for name, path in pairs}
 
 
 def exit_code(result: Result) -> int:
@@ -141,6 +138,8 @@ def exit_code(result: Result) -> int:
 
 def missing_text(result: Result) -> str:
     """One line on the mappings that an image of a process lacks and no file holds; "" if there are none."""
+    from snapengine.selection import ELSEWHERE
+
     lacking = [item for item in result.not_captured if item["reason"] not in ELSEWHERE]
     if not lacking:
         return ""
@@ -149,48 +148,57 @@ def missing_text(result: Result) -> str:
     return f"{len(lacking)} mappings ({size >> 10} KiB) are not in the image: {reasons}"
 
 
-def report(result: Result, args: argparse.Namespace) -> None:
-    """Print the figures; on stderr where stdout is the image."""
-    out: TextIO = sys.stderr if args.sink in ("-", "fd:1") else sys.stdout
-    for warning in result.warnings:
-        say(f"warning: {warning}")
+def report(result: Result, args: argparse.Namespace, *, figures: bool = True) -> None:
+    """Print warnings and `figures`; on stderr where stdout is the image. --quiet: only what is an error."""
     if result.status != COMPLETED:
         say("dirty logging did not converge: the writes outrun the sink; there is no image")
     if result.lost_pages:
         say(f"warning: {result.lost_pages} pages were discarded by the target before they were saved")
-    if missing := missing_text(result):
-        say(f"warning: {missing}")
+    if not args.quiet:
+        missing = missing_text(result)
+        for warning in [*result.warnings, *([missing] if missing else [])]:
+            say(f"warning: {warning}")
+    after_the_image(lambda: _print_figures(result, args, figures and not args.quiet))
+
+
+def _print_figures(result: Result, args: argparse.Namespace, wanted: bool) -> None:
+    out: TextIO = sys.stderr if args.sink in ("-", "fd:1") else sys.stdout
     if args.json:
         print_json(result.to_json(), out)
-    elif not args.quiet:
-        console(out).print(figures_table(result))
+    elif wanted:
+        from snapengine.figures import figures_rows
+        from snapengine.tables import print_table
+
+        print_table(figures_rows(result), out=out)
 
 
 def make_target(args: argparse.Namespace, options: Options) -> Target:
     """The target that --socket or --pid names."""
-    from snapengine.peer import PeerTarget
-    from snapengine.process import ProcessTarget
-
     if args.pid is not None:
+        from snapengine.process import ProcessTarget
+
         if args.cut == "soft" and options.method != METHODS[0]:
             args.parser.error("--cut soft: dirty logging ends with a stop")
-        regions = args.regions or parse_regions("all")
-        return ProcessTarget(args.pid, regions, cut=args.cut or "soft", method=options.method)
+        return ProcessTarget(
+            args.pid, args.regions or "all", cut=args.cut or "soft", method=options.method,
+            deadline=args.stop_timeout,
+        )  # fmt: skip
+    from snapengine.peer import PeerTarget
+
     if args.regions is not None or args.cut is not None:
         args.parser.error("--regions and --cut go with --pid")
     if not args.quiet:
         say(f"waiting for a peer on {args.socket}")
-    return PeerTarget(args.socket, timeout=args.timeout, method=options.method)
+    return PeerTarget(args.socket, timeout=args.peer_timeout, method=options.method)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine import snapshot
+    from snapengine.capture import snapshot
+    from snapengine.progress import follow
 
-    try:
-        options = make_options(args)
-    except ValueError as error:
-        args.parser.error(str(error))
+    options = make_options(args)
+    check_output(args.sink)
     names = [name for name, _ in args.vmstate]
     if len(set(names)) < len(names):
         args.parser.error("--vmstate: a name is given twice")

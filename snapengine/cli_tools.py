@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, console, print_json, raw
+from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
 from snapengine.units import parse_size
 
 DOCTOR = """\
@@ -42,30 +42,29 @@ Here 1 also means: an image did not hold a consistent state.
 """
 
 
-def add_parsers(commands: argparse._SubParsersAction[Any]) -> None:
-    """Add the three to the command line."""
-    # Only for the list in --help: main() hands `guest` to its own parser before this one sees it.
-    commands.add_parser("guest", help="run the embedded guest: a program that writes to its memory")
-    _add_doctor(commands)
-    _add_demo(commands)
+def add_guest(commands: argparse._SubParsersAction[Any], line: str) -> None:
+    """Only for the list in --help: the command is handed to its own parser before this one sees it."""
+    commands.add_parser("guest", help=line)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[Any]) -> None:
+def add_doctor(commands: argparse._SubParsersAction[Any], line: str) -> None:
+    """Add `doctor` to the command line."""
     parser = commands.add_parser(
-        "doctor", help="what this host can do", description=DOCTOR, epilog=DOCTOR_EPILOG, formatter_class=raw
+        "doctor", help=line, description=DOCTOR, epilog=DOCTOR_EPILOG, formatter_class=raw
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--pid", type=int, metavar="PID", help="look at this process")
-    parser.set_defaults(run=run_doctor)
+    parser.add_argument("--all", action="store_true", help="--pid: list all mappings, not only the largest")
+    parser.set_defaults(run=run_doctor, parser=parser)
 
 
-def _add_demo(commands: argparse._SubParsersAction[Any]) -> None:
+def add_demo(commands: argparse._SubParsersAction[Any], line: str) -> None:
+    """Add `demo` to the command line."""
     from snapengine.demo import DEFAULT_RATES, parse_rates
 
     parser = commands.add_parser(
-        "demo", help="both methods on a busy guest, side by side", description=DEMO, epilog=DEMO_EPILOG,
-        formatter_class=raw,
-    )  # fmt: skip
+        "demo", help=line, description=DEMO, epilog=DEMO_EPILOG, formatter_class=raw
+    )
     size = argument(parse_size)
     add = parser.add_argument
     add("--size", type=size, default="256M", metavar="SIZE", help="memory of the guest (default %(default)s)")
@@ -81,20 +80,22 @@ def _add_demo(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Check and report; 0 if write tracking can work."""
-    from snapengine import doctor, preflight
-
     if args.pid is not None:
+        from snapengine import preflight
+
         found = preflight.examine_process(args.pid)
         if args.json:
             print_json(found.to_json())
         else:
-            preflight.print_preflight(found, console())
+            preflight.print_preflight(found, everything=args.all)
         return EXIT_OK
+    from snapengine import doctor
+
     checks = doctor.examine()
     if args.json:
         print_json([check.to_json() for check in checks])
     else:
-        doctor.print_checks(checks, console())
+        doctor.print_checks(checks)
     return EXIT_OK if doctor.can_track(checks) else EXIT_ERROR
 
 

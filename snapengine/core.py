@@ -39,13 +39,14 @@ from snapengine.corenotes import (
     section_headers,
 )
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
+from snapengine.export import pieces
 from snapengine.maps import Mapping
 from snapengine.names import encode
 from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer
 from snapengine.sections import ImageRegion, page_text
-from snapengine.sinks import whole_file
+from snapengine.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:
     from snapengine.image import Image
@@ -83,8 +84,11 @@ class Piece(NamedTuple):
     lost: bool = False
 
 
-def export_core(image: Image, path: str | os.PathLike[str], *, lost: Lost = "refuse") -> CoreFile:
-    """Write the core; the file appears, complete, under its name at the end. Mode 0600, as an image has it.
+def export_core(
+    image: Image, out: str | os.PathLike[str] | Sink, *, lost: Lost = "refuse"
+) -> CoreFile:
+    """Write the core; a file appears, complete, under its name at the end. Mode 0600, as an image has it.
+    Another sink than a file gets the bytes in their order, with all the zeros.
 
     Pages that were lost at capture time are refused, or with ``lost="omit"`` absent from the core and from
     NT_FILE: gdb says of them that it cannot access them, also where they were a program's data.
@@ -98,8 +102,11 @@ def export_core(image: Image, path: str | os.PathLike[str], *, lost: Lost = "ref
     if lost == "refuse":
         _refuse_lost(image)
     layout = Layout(image, record)
-    with whole_file(path) as fd:
-        layout.write(fd)
+    with whole(out) as sink:
+        if isinstance(sink, FileSink):
+            layout.write(sink.fd)
+        else:
+            layout.write_in_order(sink)
     return layout.summary()
 
 
@@ -188,6 +195,26 @@ class Layout:
     def write(self, fd: int) -> None:
         """Everything into an empty file. Raises OSError and ImageError."""
         os.ftruncate(fd, self._memory_at + self._memory_bytes)  # what is not written stays a hole
+        _write_all(fd, self._head())
+        for region, offset in zip(self._regions, self._offsets, strict=True):
+            runs = self._image.resolve(region, 0, region.length)
+            end = region.start_byte + region.length
+            plan = Restorer(self._image.index, runs, region.start_byte, end)
+            plan.into_file(fd, self._memory_at + offset, 0, plan.jobs)
+
+    def write_in_order(self, sink: Sink) -> None:
+        """The same into a pipe. Raises OSError and ImageError."""
+        head = self._head()
+        put(sink, head.ljust(self._memory_at, b"\0"))
+        at = 0
+        for region, offset in zip(self._regions, self._offsets, strict=True):
+            put(sink, bytes(offset - at))  # less than a page
+            for piece in pieces(self._image, region):
+                put(sink, piece)
+            at = offset + region.length
+
+    def _head(self) -> bytes:
+        """All that comes before the memory."""
         loads = [
             Load(piece.start, piece.end, flags_of(piece.mapping.perms), self._memory_at + piece.position)
             for piece in self._pieces
@@ -195,12 +222,7 @@ class Layout:
         ]
         headers = program_headers(self._notes_at, len(self._notes), loads)
         head = (elf_header(self._segments), *headers, section_headers(self._segments), self._notes)
-        _write_all(fd, b"".join(head))
-        for region, offset in zip(self._regions, self._offsets, strict=True):
-            runs = self._image.resolve(region, 0, region.length)
-            end = region.start_byte + region.length
-            plan = Restorer(self._image.index, runs, region.start_byte, end)
-            plan.into_file(fd, self._memory_at + offset, 0, plan.jobs)
+        return b"".join(head)
 
     def summary(self) -> CoreFile:
         """What was written."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapengine.cli_common import EXIT_ERROR, EXIT_OK, console, print_json, say
-from snapengine.demo_rows import Row, make_table, summary
+from snapengine.cli_common import EXIT_ERROR, EXIT_OK, print_json, say
+from snapengine.demo_rows import Row, print_rows, summary
 from snapengine.demo_run import measure
 from snapengine.errors import UnsupportedError
 from snapengine.guestparams import GuestParams
@@ -113,10 +113,9 @@ def run(plan: Plan, *, json: bool = False, plot: str | None = None) -> int:
     if json:
         print_json([row.to_json() for row in rows])
     else:
-        out = console()
-        out.print(f"\n{plan.title()}\n")
-        out.print(make_table(rows))
-        out.print(f"\n{summary(rows)}")
+        print(f"\n{plan.title()}\n")
+        print_rows(rows)
+        print(f"\n{summary(rows)}")
     if drawing and plot is not None:
         draw(rows, plot, plan.title())
         say(f"the picture is in {plot}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
+from typing import Any, TextIO
 
 from snapengine.result import COMPLETED, Result
+from snapengine.tables import print_table
 from snapengine.units import format_count, format_ns, format_size
 
 COLUMNS = (
@@ -77,14 +76,15 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """All rows, a line between two write rates."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="")
-    for title in COLUMNS:
-        table.add_column(title, justify="left" if title in ("method", "status") else "right", no_wrap=True)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        table.add_row(*cells(row), end_section=following is not None and following.rate_text != row.rate_text)
-    return table
+def print_rows(rows: Sequence[Row], out: TextIO | None = None) -> None:
+    """The table of all rows, an empty line between two write rates."""
+    lines: list[list[str]] = []
+    for before, row in zip([None, *rows[:-1]], rows, strict=True):
+        if before is not None and before.rate_text != row.rate_text:
+            lines.append([])
+        lines.append(cells(row))
+    numbers = [i for i, title in enumerate(COLUMNS) if title not in ("method", "status")]
+    print_table(lines, titles=COLUMNS, right=numbers, out=out)
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from typing import TextIO
 
 from snapengine import checks
 from snapengine.checks import Check
 from snapengine.host import Host, read_host
+from snapengine.tables import print_table
 
 
 def examine(host: Host | None = None) -> list[Check]:
@@ -45,18 +45,14 @@ def word(check: Check) -> str:
     return "yes" if check.ok else "no, needed" if check.needed else "no"
 
 
-def print_checks(found: list[Check], console: Console) -> None:
+def print_checks(found: list[Check], out: TextIO | None = None) -> None:
     """The table; below it, for each "no", why and what to do; then the verdict."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("feature", "", "found"):
-        table.add_column(title)
-    for check in found:
-        table.add_row(check.name, word(check), check.found, style=None if check.ok is not False else "bold")
-    console.print(table)
+    rows = [(check.name, word(check), check.found) for check in found]
+    print_table(rows, titles=("feature", "", "found"), out=out)
     for check in found:
         if check.ok is False or (check.ok is None and check.needed):
-            console.print(f"\n{check.name.strip()}: {check.why}")
+            print(f"\n{check.name.strip()}: {check.why}", file=out)
             if check.fix:
-                console.print(f"  {check.fix}")
+                print(f"  {check.fix}", file=out)
     works = "works" if can_track(found) else "does not work"
-    console.print(f"\nWrite tracking {works} on this host.")
+    print(f"\nWrite tracking {works} on this host.", file=out)

@@ -22,6 +22,7 @@ __all__ = [
     "SnapengineError",
     "StreamError",
     "TargetGoneError",
+    "TimeLimitError",
     "TruncatedImageError",
     "UffdError",
     "UffdPermissionError",
@@ -77,6 +78,10 @@ class SinkError(SnapengineError, OSError):
 
 class CaptureCancelled(SnapengineError):
     """The capture was cancelled; the target is released and no image is left."""
+
+
+class TimeLimitError(CaptureCancelled, TimeoutError):
+    """It was not done within its `timeout`; the target is released and no image is left."""
 
 
 class StreamError(SnapengineError, ValueError):

@@ -36,7 +36,8 @@ def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:
     found = covering(read_maps(plan.pid or "self"), region.addr, region.addr + region.length)
     where = f"region {region.name!r} in {found[0] if found else hex(region.addr)} cannot be tracked: "
     if err == errno.EBUSY:
-        return AlreadyTrackedError(err, where + "it is already being tracked by another userfaultfd")
+        way = ": name the rest to save it without that (regions, --regions)" if plan.attached else ""
+        return AlreadyTrackedError(err, where + f"it is already being tracked by another userfaultfd{way}")
     if err == errno.EINVAL:
         why = "the kernel write-protects only anonymous memory and memory files (memfd, /dev/shm, hugetlb)"
     elif err == errno.EPERM:

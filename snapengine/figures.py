@@ -1,12 +1,10 @@
-"""The figures of one capture as a short table, the same after `save` and in `info`."""
+"""The figures of one capture in a few lines, the same after `save` and in `info`."""
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from snapengine.names import without_controls
 from snapengine.options import DIRTY_LOGGING
-from snapengine.result import Result
+from snapengine.result import Result, fitted_parts
 from snapengine.units import format_count, format_ns, format_size
 
 
@@ -42,9 +40,10 @@ def _arming(result: Result) -> str:
 
 def _pause(result: Result) -> str:
     """The pause; what it was spent on, but for "guest", which is the sum by another clock."""
-    spent = ((without_controls(name), ns) for name, ns in result.stop_parts_ns.items() if name != "guest")
-    parts = [f"{name} {format_ns(ns)}" for name, ns in spent]
-    return format_ns(result.stop_ns) + (f" ({', '.join(parts)})" if parts else "")
+    parts = fitted_parts(result.stop_parts_ns, result.stop_ns)  # images of earlier versions hold more
+    spent = ((without_controls(name), ns) for name, ns in parts.items() if name != "guest")
+    texts = [f"{name} {format_ns(ns)}" for name, ns in spent]
+    return format_ns(result.stop_ns) + (f" ({', '.join(texts)})" if texts else "")
 
 
 def _image(result: Result) -> str:
@@ -58,11 +57,3 @@ def _pages(result: Result) -> str:
     counts = [(result.pages_saved, "saved"), (result.duplicate_pages, "of them more than once"),
               (result.zero_pages, "zero"), (result.hole_pages, "holes")]  # fmt: skip
     return ", ".join(f"{format_count(count)} {word}" for count, word in counts if count) or "none"
-
-
-def figures_table(result: Result) -> Table:
-    """The rows as a table of two columns without lines."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in figures_rows(result):
-        table.add_row(name, value)
-    return table

@@ -46,6 +46,7 @@ from snapengine.sections import (
     parse_stats,
     parse_trailer,
 )
+from snapengine.sinks import Sink
 from snapengine.sources import FileSource, corrupt
 from snapengine.targets import PAGE_BYTES
 from snapengine.verify import VerifyReport, verify_image
@@ -336,11 +337,14 @@ class Image:
     def export_raw(
         self,
         region: RegionSpec | None,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sink,
         *,
         zeros: Literal["sparse", "write"] = "sparse",
     ) -> int:
         """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
+
+        ``path`` may be a `snapengine.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
+        bytes in their order.
 
         Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so
         that the file's allocation is that of the memory.
@@ -348,7 +352,7 @@ class Image:
         chosen = self.regions if region is None else [self.region(region)]
         return export_raw(self, chosen, path, zeros == "write")
 
-    def export_core(self, path: str | os.PathLike[str], *, lost: Lost = "refuse") -> CoreFile:
+    def export_core(self, path: str | os.PathLike[str] | Sink, *, lost: Lost = "refuse") -> CoreFile:
         """Write an attached process as an ELF core for a debugger; see `snapengine.core.export_core`."""
         return export_core(self, path, lost=lost)
 

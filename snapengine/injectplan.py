@@ -151,7 +151,10 @@ def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
 
 def is_for_another_place(step: str, err: int) -> bool:
     """Whether another way to open a userfaultfd may do."""
-    return step == "node" or (step in ("call", "open") and err != errno.ESRCH and err != errno.EMFILE)
+    if step == "node":
+        return True
+    # A thread that stands and does not run (ETIMEDOUT) does not in any other way, either.
+    return step in ("call", "open") and err not in (errno.ESRCH, errno.EMFILE, errno.ETIMEDOUT)
 
 
 def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSError:

@@ -16,6 +16,7 @@ ARMING = (AUTO, PLAIN, TWO_STEP)
 
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
+MAX_TIMEOUT = 1e7  # what a timer of Python's takes on any host
 _ZSTD = re.compile(r"zstd(?::(-?\d+|auto))?(:always)?$")
 
 
@@ -84,6 +85,11 @@ class Options:
     max_seconds: float = 300.0
     """Dirty logging: give up ("not-converged") after so many seconds."""
 
+    timeout: float = 0.0
+    """Most seconds for the whole capture, from the wait for a peer to the commit of the sink; 0: no limit.
+    When they are over the target is released, nothing is left of the image, and `TimeLimitError` is raised.
+    What the limit cannot break off is a write of a Python-level sink and an fsync."""
+
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: {self.method!r} is none of {', '.join(METHODS)}")
@@ -93,7 +99,8 @@ class Options:
         if level is not None and not -7 <= level <= 22:
             raise ValueError(f"compress: zstd level {level} is not in -7 ... 22")
         if self.memory_limit < MIN_MEMORY_LIMIT:
-            raise ValueError(f"memory_limit: {self.memory_limit} bytes is below {MIN_MEMORY_LIMIT}")
+            mib = self.memory_limit / MIB
+            raise ValueError(f"memory_limit: {mib:.3g} MiB is less than {MIN_MEMORY_LIMIT // MIB} MiB")
         if self.rate_limit < 0:
             raise ValueError("rate_limit: must not be negative")
         if not 0 <= self.fault_threads <= 64:
@@ -102,8 +109,11 @@ class Options:
             raise ValueError("walk_threads: must be in 0 ... 16")
         if not 0 <= self.encoder_threads <= 64:
             raise ValueError("encoder_threads: must be in 0 ... 64")
-        if self.downtime_limit <= 0 or self.max_seconds <= 0 or self.max_rounds < 1:
-            raise ValueError("downtime_limit, max_seconds and max_rounds must be positive")
+        for name in ("downtime_limit", "max_seconds", "max_rounds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be positive")
+        if not 0 <= self.timeout < MAX_TIMEOUT:
+            raise ValueError(f"timeout: must be in 0 ... {MAX_TIMEOUT:g} seconds")
 
     @property
     def zstd_level(self) -> int | None:

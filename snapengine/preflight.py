@@ -10,10 +10,7 @@ import mmap
 import os
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, TextIO
 
 from snapengine import attach, procfs
 from snapengine.maps import Mapping, read_maps
@@ -21,11 +18,13 @@ from snapengine.names import escape, printable
 from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
 from snapengine.process import SHARED_UNSEEN, own_pages
 from snapengine.selection import Selection, Selector, select
+from snapengine.tables import print_table
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.units import format_size
 
 HUGE_BYTES = 2 << 20
+SHOWN_ROWS = 20
 SAMPLE_BYTES = 16 << 20
 INJECTION_NS = 200_000
 """Medians of one-thread injections lie at 0.1 to 0.3 ms (bench/NOTES.md)."""
@@ -187,27 +186,32 @@ def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[st
     return found
 
 
-def print_preflight(found: Preflight, console: Console) -> None:
-    """The table and the bounds."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("mapping", "perms", "name", "holds", "soft cut", "stop cut"):
-        table.add_column(title, justify="right" if title == "holds" else "left")
-    for row in found.rows:
-        table.add_row(
-            f"{row.start:x}-{row.end:x}",
-            row.perms,
-            printable(os.path.basename(row.path) if row.path.startswith("/") else row.path) or "anonymous",
-            format_size(row.populated),
-            row.soft if row.soft != "no" else f"no: {row.reason}",
-            row.stop,
-        )
-    console.print(table)
-    console.print(f"\nprocess {found.pid} ({printable(found.name)}), {found.threads} threads")
-    console.print(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)")
-    console.print(
+def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO | None = None) -> None:
+    """What it comes to; below it the mappings: those that hold most, or all."""
+    print(f"process {found.pid} ({printable(found.name)}), {found.threads} threads", file=out)
+    print(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)", file=out)
+    print(
         f"soft cut: one thread stands for about {found.injection_ns / 1e6:.1f} ms; protecting takes about "
-        f"{found.arm_ns / 1e6:.1f} ms, in which writers may wait"
+        f"{found.arm_ns / 1e6:.1f} ms, in which writers may wait",
+        file=out,
     )
-    console.print(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms")
+    print(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", file=out)
     for warning in found.warnings:
-        console.print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}", file=out)
+    print(file=out)
+    largest = sorted(found.rows, key=lambda row: -row.populated)[: None if everything else SHOWN_ROWS]
+    shown = {row.start for row in largest}
+    rows = [_cells(row) for row in found.rows if row.start in shown]
+    titles = ("mapping", "perms", "name", "holds", "soft cut", "stop cut")
+    print_table(rows, titles=titles, right=[3], out=out)
+    hidden = [row for row in found.rows if row.start not in shown]
+    if hidden:
+        size = format_size(sum(row.populated for row in hidden))
+        print(f"and {len(hidden)} mappings more, which hold {size}: --all lists them", file=out)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    name = os.path.basename(row.path) if row.path.startswith("/") else row.path
+    soft = row.soft if row.soft != "no" else f"no: {row.reason}"
+    where = f"{row.start:x}-{row.end:x}"
+    return where, row.perms, printable(name) or "anonymous", format_size(row.populated), soft, row.stop

@@ -6,14 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any
 
 from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from snapengine.capture import Capture
     from snapengine.capture import Progress as CaptureProgress
 
@@ -33,25 +32,18 @@ def details(now: CaptureProgress) -> str:
 
 
 class Bar:
-    """Shows the progress of one capture; `update` it about ten times a second."""
+    """Shows the progress of one capture; `update` it about ten times a second.
+
+    Where there is no terminal to draw on, nothing is drawn, nor is what draws imported. A terminal that goes
+    away meanwhile ends the drawing, not the capture.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[details]}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=quiet or not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("waiting", total=None, details="")
+        self._bar = None if quiet or not sys.stderr.isatty() else _make_bar()
 
     def update(self, now: CaptureProgress) -> None:
         """Draw `now`. Dirty logging may save more pages than there are: the bar then stays full."""
-        self._bar.update(
-            self._task,
+        self._draw(
             description=WORDS.get(now.phase, now.phase),
             total=now.pages_total or None,
             completed=min(now.pages_done, now.pages_total),
@@ -66,13 +58,24 @@ class Bar:
             seconds = time.monotonic() - began
             rate = f"  {format_size(round(done / seconds))}/s" if seconds > 0 else ""
             known = min(done, total) if total else done
-            self._bar.update(self._task, description=word, total=total, completed=known,
-                             details=format_size(done) + rate)  # fmt: skip
+            self._draw(description=word, total=total, completed=known, details=format_size(done) + rate)
 
         return draw
 
+    def _draw(self, **what: Any) -> None:
+        if self._bar is not None:
+            self._or_end(lambda bar: bar.update(bar.task_ids[0], **what))
+
+    def _or_end(self, act: Callable[[Progress], None]) -> None:
+        assert self._bar is not None
+        try:
+            act(self._bar)
+        except OSError:
+            self._bar = None
+
     def __enter__(self) -> Bar:
-        self._bar.start()
+        if self._bar is not None:
+            self._or_end(lambda bar: bar.start())
         return self
 
     def __exit__(
@@ -81,7 +84,25 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._or_end(lambda bar: bar.stop())
+
+
+def _make_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[details]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bar.add_task("waiting", total=None, details="")
+    return bar
 
 
 def follow(capture: Capture, quiet: bool = False) -> None:

@@ -77,3 +77,19 @@ class Result:
         names = ("fault_histogram", "lost_runs")
         pairs = {name: [list(pair) for pair in getattr(self, name)] for name in names}
         return asdict(self) | pairs
+
+
+def fitted_parts(parts: dict[str, int], whole_ns: int) -> dict[str, int]:
+    """The parts of a machine's stop, made no more than the guest stood (``"guest"`` is that itself).
+
+    QEMU's commands take longer than its guest stands: it ran until QEMU came to `stop`, and ran again before
+    `cont` was answered.
+    """
+    found = dict(parts)
+    excess = sum(ns for name, ns in found.items() if name != "guest") - whole_ns
+    for name in ("stop", "cont", *found):
+        less = max(0, min(excess, found.get(name, 0))) if name != "guest" else 0
+        if less:
+            found[name] -= less
+            excess -= less
+    return found

@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import signal
 import stat
 import subprocess
@@ -57,6 +58,10 @@ class Sink:
         if self._open:
             self._open = False
             self._abort()
+
+    def cancel(self) -> None:
+        """From any thread: a `commit` that waits for somebody fails. The others go on; `abort` is to
+        follow."""
 
     def _commit(self) -> None:
         pass
@@ -117,14 +122,14 @@ class FileSink(Sink):
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[int]:
-    """The descriptor of a file that is there, complete, after the block.
+def whole(out: str | os.PathLike[str] | Sink) -> Iterator[Sink]:
+    """A sink, or a file by its path, that is there, complete, after the block.
 
     `SinkError`: it cannot be written. Nothing is left of it after an error.
     """
-    sink = FileSink(path)
+    sink = out if isinstance(out, Sink) else FileSink(out)
     try:
-        yield sink.fd
+        yield sink
     except OSError as error:
         sink.abort()
         if isinstance(error, SnapengineError):
@@ -136,11 +141,27 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[int]:
     sink.commit()
 
 
+def put(sink: Sink, data: bytes | bytearray | memoryview) -> None:
+    """All of `data` behind what the sink has got so far. Raises OSError."""
+    view = memoryview(data)
+    if sink.fd == PYTHON_LEVEL:
+        sink.write(view)
+    while sink.fd >= 0 and view:
+        try:
+            view = view[os.write(sink.fd, view) :]
+        except BlockingIOError:  # a pipe of ours that is full
+            select.select([], [sink.fd], [])
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise SinkError(number, f"{sink.name}: {sink.explain(number)}") from None
+
+
 class ExecSink(Sink):
     """A shell command that reads the image from its standard input."""
 
     def __init__(self, command: str) -> None:
         super().__init__(f"exec:{command}")
+        self._cancelled = False
         read_end, self.fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.fd, False)  # this description is ours alone: the command has the other end
         enlarge_pipe(self.fd)
@@ -163,15 +184,28 @@ class ExecSink(Sink):
         except subprocess.TimeoutExpired:
             return "the command stopped reading"
 
+    def cancel(self) -> None:
+        self._cancelled = True
+
     def _commit(self) -> None:
         os.close(self.fd)
         try:
-            code = self._process.wait()
+            code = self._wait_for_end()
         except BaseException:
             self._stop()
             raise
         if code:
             raise SinkError(errno.EIO, f"{self.name}: {_exit_text(code)}")
+
+    def _wait_for_end(self) -> int:
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            while not select.select([pidfd], [], [], 0.1)[0]:
+                if self._cancelled:
+                    raise SinkError(errno.ECANCELED, f"{self.name}: the command was ended before it was done")
+        finally:
+            os.close(pidfd)
+        return self._process.wait()
 
     def _abort(self) -> None:
         self._stop()  # before the pipe is closed: an end of file would look like a complete image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB)?|B)?", re.IGNORECASE | re.ASCII)
 _STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -23,12 +22,14 @@ def parse_size(text: str) -> int:
         hint = "; units are powers of 1024, written K, M, G, T or KiB ..." if text[:1].isdigit() else ""
         raise ValueError(f"{text!r} is not a size such as 4096, 64M or 1.5GiB{hint}")
     power = "BKMGT".index((match[2] or "B").upper())
-    size = Fraction(match[1]) * 1024**power
-    if size.denominator != 1:
+    whole, _, decimals = match[1].partition(".")
+    size: int
+    size, rest = divmod(int(whole + decimals) << 10 * power, 10 ** len(decimals))
+    if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     if size > _MAX_SIZE:
         raise ValueError(f"{text!r} is too large")
-    return int(size)
+    return size
 
 
 def parse_seconds(text: str) -> float:

@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from snapengine.demo import parse_rates
-from snapengine.demo_rows import COLUMNS, Row, cells, make_table, summary
+from snapengine.demo_rows import COLUMNS, Row, cells, print_rows, summary
 from snapengine.demo_run import Span
 from snapengine.options import DIRTY_LOGGING, METHODS, WRITE_TRACKING
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
@@ -94,7 +93,7 @@ def test_the_cells_of_what_has_no_value():
 
 def test_the_table_shows_every_row(rows):
     out = io.StringIO()
-    Console(file=out, width=200).print(make_table(rows))
+    print_rows(rows, out)
     lines = out.getvalue().splitlines()
     assert lines[0].split()[:2] == ["method", "writes/s"]
     assert sum(line.startswith(METHODS) for line in lines) == len(rows)

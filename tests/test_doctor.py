@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from snapengine import checks, doctor
 from snapengine.host import Host, read_host, read_texts, try_pagemap_scan, try_pidfd
@@ -50,7 +49,7 @@ def find(host, name):
 
 def printed(host):
     out = io.StringIO()
-    doctor.print_checks(doctor.examine(host), Console(file=out, width=200, markup=False, highlight=False))
+    doctor.print_checks(doctor.examine(host), out)
     return out.getvalue()
 
 

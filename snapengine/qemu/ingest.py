@@ -6,6 +6,7 @@ Python, so that a Ctrl-C reaches it whatever the others wait for.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from snapengine.crew import Crew
-from snapengine.errors import CaptureCancelled
+from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
 from snapengine.qemu.assemble import regions_of, write_end
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
@@ -48,7 +49,7 @@ def ingest(
     sink:
         As `snapengine.snapshot` takes it.
     options:
-        `compress`, `memory_limit`, `rate_limit`, `spill_dir` and `encoder_threads` count here.
+        `compress`, `memory_limit`, `rate_limit`, `spill_dir`, `timeout` and `encoder_threads` count here.
     direct:
         Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if
         one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`,
@@ -75,6 +76,8 @@ def ingest(
         The stream is cut, damaged, or holds what this package does not know.
     SinkError, OSError, ValueError
         The image or the spool cannot be written; the extra blobs are wrong. No image is left in any case.
+    TimeLimitError
+        It was not done within `options.timeout`.
     """
     blobs = dict(extra_blobs or {})
     members = parse_members(blobs.pop(MACHINE)) if MACHINE in blobs else {}
@@ -85,16 +88,16 @@ def ingest(
     return work.run(watch)
 
 
-def drain(stream_fd: int) -> None:
+def drain(stream_fd: int, silence: float = DRAIN_SECONDS) -> None:
     """Read the rest of a background-snapshot's stream and throw it away.
 
     QEMU 7.2 leaves the pages protected for ever, and the guest standing at the first that it writes to, if
     background-snapshot fails or is cancelled (10.0 does not). So after an error of ours it must come to its
-    end. Gives up when nothing has come for 30 s.
+    end. Gives up when nothing has come for `silence` seconds.
     """
     poll = select.poll()
     poll.register(stream_fd, select.POLLIN)
-    while poll.poll(DRAIN_SECONDS * 1000) and os.read(stream_fd, PIPE_BYTES):
+    while poll.poll(silence * 1000) and os.read(stream_fd, PIPE_BYTES):
         pass
 
 
@@ -138,9 +141,12 @@ class _Ingest:
         worker = Crew()
         try:
             worker.start("snapengine-ingest", self._work)
+            until = time.monotonic() + (self._options.timeout or math.inf)
             while not worker.wait(0.1):
                 if watch is not None:
                     watch(self._intake.offset)
+                if time.monotonic() > until:
+                    raise TimeLimitError(f"not done within {self._options.timeout:g} s: no image is left")
         except BaseException:
             self._stop()
             if not worker.dismiss():

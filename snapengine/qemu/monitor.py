@@ -13,6 +13,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from types import TracebackType
@@ -23,6 +24,8 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPEr
 from snapengine.errors import MachineError, TargetGoneError
 
 CONNECT_SECONDS = 5.0
+HURRIED_SECONDS = 3.0
+POLL_SECONDS = 0.1
 COMMAND_SECONDS = 60.0  # `stop` waits until all disk requests are done
 
 Value = TypeVar("Value")
@@ -36,6 +39,8 @@ class Monitor:
     ----------
     address:
         A path of a Unix socket, ``unix:PATH``, ``HOST:PORT`` or ``tcp:HOST:PORT``.
+    seconds, command_seconds:
+        The longest wait for the greeting, and for the answer to a command.
 
     Raises
     ------
@@ -46,8 +51,12 @@ class Monitor:
         Every method: QEMU has ended, or closed the connection.
     """
 
-    def __init__(self, address: str, *, seconds: float = CONNECT_SECONDS) -> None:
+    def __init__(
+        self, address: str, *, seconds: float = CONNECT_SECONDS, command_seconds: float = COMMAND_SECONDS
+    ) -> None:
         self.address = address
+        self.command_seconds = command_seconds
+        self._hurried = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="snapengine-qmp", daemon=True)
         self._thread.start()
@@ -90,13 +99,13 @@ class Monitor:
         return self._socket.fileno()
 
     def execute(
-        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = COMMAND_SECONDS
+        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Any:
         """What the command returns, in JSON types."""
         return self._run(self._execute(command, arguments), seconds, command)
 
     def send(
-        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float = COMMAND_SECONDS
+        self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Callable[[], Any]:
         """Send a command and return at once: calling what is returned waits for the answer. QEMU does what it
         was sent in this order, without the way to us and back between two commands."""
@@ -109,21 +118,26 @@ class Monitor:
 
     def pass_descriptor(self, fd: int, name: str) -> None:
         """Hand a descriptor over, for QEMU to use as ``fd:NAME`` (its own copy: ours stays ours)."""
-        self._run(self._execute("getfd", {"fdname": name}, fd), COMMAND_SECONDS, "getfd")
+        self._run(self._execute("getfd", {"fdname": name}, fd), None, "getfd")
 
     def pass_file(self, fd: int) -> int:
         """Hand a descriptor over, for QEMU to open as ``/dev/fdset/N``. Returns N."""
-        done = self._run(self._execute("add-fd", {}, fd), COMMAND_SECONDS, "add-fd")
+        done = self._run(self._execute("add-fd", {}, fd), None, "add-fd")
         return int(done["fdset-id"])
 
     def events(self) -> list[tuple[str, int, dict[str, Any]]]:
         """The events since the last call: (name, QEMU's clock in nanoseconds, data)."""
         found = []
-        for event in self._run(self._take_events(), COMMAND_SECONDS):
+        for event in self._run(self._take_events(), None):
             stamp = event["timestamp"]
             at = int(stamp["seconds"]) * 10**9 + int(stamp["microseconds"]) * 1000
             found.append((str(event["event"]), at, event.get("data", {})))
         return found
+
+    def hurry(self) -> None:
+        """From any thread: no answer is waited for any longer than for some seconds, since what was wanted is
+        given up; the commands that undo it still get those."""
+        self._hurried = True
 
     def close(self) -> None:
         """Disconnect; QEMU goes on. Idempotent."""
@@ -170,14 +184,28 @@ class Monitor:
         made.setblocking(False)
         return made
 
-    def _run(self, work: Coroutine[Any, Any, Value], seconds: float, command: str = "") -> Value:
+    def _run(self, work: Coroutine[Any, Any, Value], seconds: float | None, command: str = "") -> Value:
         """Do `work` on the loop and wait for it."""
         return self._wait(asyncio.run_coroutine_threadsafe(work, self._loop), seconds, command)
 
-    def _wait(self, waiting: Future[Value], seconds: float, command: str) -> Value:
+    def _result(self, waiting: Future[Value], limit: float) -> Value:
+        """What `waiting` comes to. TimeoutError after `limit` seconds, or some seconds after `hurry`."""
+        until = time.monotonic() + limit
+        hurried = False
+        while True:
+            if self._hurried and not hurried:
+                hurried, until = True, min(until, time.monotonic() + HURRIED_SECONDS)
+            try:
+                return waiting.result(max(0.0, min(until - time.monotonic(), POLL_SECONDS)))
+            except TimeoutError:
+                if waiting.done() or time.monotonic() >= until:
+                    raise
+
+    def _wait(self, waiting: Future[Value], seconds: float | None, command: str) -> Value:
         """The answer; what can go wrong becomes an error of ours."""
+        seconds = self.command_seconds if seconds is None else seconds
         try:
-            return waiting.result(seconds)
+            return self._result(waiting, seconds)
         except TimeoutError:
             waiting.cancel()
             what = f"{command} took more than {seconds:g} s" if command else "no greeting"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import signal
@@ -20,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snapengine.crew import Crew
-from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError
+from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError, TimeLimitError
 from snapengine.image import Image
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
-from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.monitor import COMMAND_SECONDS, Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.qemu.regenerate import Meter, make_head, stream_blobs, write_stream
 from snapengine.vmstream import TAIL_MAX_BYTES
@@ -61,6 +62,23 @@ class Restored:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait: for the answer to one command; until when, and what that was, for all of it."""
+
+    command_seconds: float = COMMAND_SECONDS
+    until: float = math.inf
+    timeout: float = 0.0
+
+    def check(self) -> None:
+        """Raise TimeLimitError if the time is over."""
+        if time.monotonic() > self.until:
+            raise TimeLimitError(f"the machine was not loaded within {self.timeout:g} s: QEMU is ended")
+
+
+NO_LIMITS = Limits()
+
+
 def restore_machine(
     image: Image,
     command: Sequence[str],
@@ -70,6 +88,8 @@ def restore_machine(
     force: bool = False,
     stdio: bool = False,
     log: str | os.PathLike[str] | None = None,
+    command_seconds: float = COMMAND_SECONDS,
+    timeout: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Restored:
     """Start QEMU by `command` and let it go on from `image`.
@@ -91,6 +111,10 @@ def restore_machine(
         QEMU has our standard input and output, and gets our signals; otherwise it has neither.
     log:
         The file for what QEMU prints (without `stdio`); None: it is kept until we end, for the errors' texts.
+    command_seconds:
+        The longest wait for the monitor's answer to one command.
+    timeout:
+        Seconds until the machine must be loaded; None: no limit.
     progress:
         Is called with the bytes of RAM that QEMU has taken so far, while it loads.
 
@@ -100,6 +124,8 @@ def restore_machine(
         Not an image of a machine, or damaged. Nothing of the machine is left.
     MachineError
         QEMU does not start, is another machine, or refuses the state. It is ended.
+    TimeLimitError
+        It is not loaded within `timeout`. QEMU is ended.
     """
     saved = read_description(image)
     for argument in command:
@@ -122,14 +148,15 @@ def restore_machine(
         output: Any = None
         if not stdio:
             output = stack.enter_context(open(log, "w+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
-        restored = _start(image, saved, command, path, output, run, force, progress)
+        limits = Limits(command_seconds, time.monotonic() + (timeout or math.inf), timeout or 0.0)
+        restored = _start(image, saved, command, path, output, run, force, limits, progress)
         undo.pop_all()
         return restored
 
 
 def _start(
     image: Image, saved: dict[str, Any], command: Sequence[str], path: str, output: Any, run: bool,
-    force: bool, progress: Callable[[int], None] | None,
+    force: bool, limits: Limits, progress: Callable[[int], None] | None,
 ) -> Restored:  # fmt: skip
     began = time.monotonic_ns()
     monitor_at = path.replace(",", ",,")  # QEMU's way to write a comma in an option
@@ -139,11 +166,11 @@ def _start(
         start_new_session=output is not None,
     )  # fmt: skip
     try:
-        with connect(path, process) as monitor:
+        with connect(path, process, limits) as monitor:
             restored = Restored(monitor.peer_pid or process.pid, path, "", process=process)
             restored.start_ns = time.monotonic_ns() - began
             restored.differences = compare(monitor, saved, force, image.name)
-            load(monitor, image, saved, restored, progress)
+            load(monitor, image, saved, restored, progress, limits)
             if run:
                 monitor.execute("cont")
             restored.status = str(monitor.execute("query-status")["status"])
@@ -195,16 +222,17 @@ def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
     return head, state + NO_DESCRIPTION
 
 
-def connect(path: str, process: subprocess.Popen[bytes]) -> Monitor:
-    """The monitor of a QEMU that is starting. Raises MachineError."""
+def connect(path: str, process: subprocess.Popen[bytes], limits: Limits = NO_LIMITS) -> Monitor:
+    """The monitor of a QEMU that is starting. Raises MachineError, TimeLimitError."""
     deadline = time.monotonic() + START_SECONDS
     while True:
+        limits.check()
         code = process.poll()
         if code is not None:
             raise MachineError(f"QEMU did not start (exit code {code})")
         if os.path.exists(path):
             try:
-                return Monitor(path)
+                return Monitor(path, command_seconds=limits.command_seconds)
             except MachineError:
                 if time.monotonic() > deadline:
                     raise
@@ -224,7 +252,7 @@ def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> 
 
 def load(
     monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None, limits: Limits = NO_LIMITS,
 ) -> None:  # fmt: skip
     """Feed QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
     head, tail = stream_ends(image, saved)
@@ -250,6 +278,7 @@ def load(
                 raise feeder.error or MachineError(f"QEMU refuses the state: {reason}")
             if feeder.error is not None and not isinstance(feeder.error, TargetGoneError):
                 raise feeder.error
+            limits.check()
             if progress is not None:
                 progress(feeder.meter.sent_bytes)
             time.sleep(0.005)

@@ -28,6 +28,7 @@ from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
+from snapengine.result import fitted_parts
 from snapengine.selection import FROZEN_EACH
 from snapengine.targets import PAGE_BYTES, Region
 
@@ -44,6 +45,8 @@ class QemuTarget:
     block_snapshots:
         Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken
         at T, so the file that the disk had before keeps its content of T, and QEMU goes on in the new one.
+    deadline:
+        Seconds that a thread of QEMU may take to stop, for the moment in which it opens the userfaultfd.
 
     Raises (when the capture opens it)
     ----------------------------------
@@ -59,7 +62,12 @@ class QemuTarget:
     cut = "stop"
 
     def __init__(
-        self, monitor: Monitor, pid: int = 0, *, block_snapshots: Mapping[str, str] | None = None
+        self,
+        monitor: Monitor,
+        pid: int = 0,
+        *,
+        block_snapshots: Mapping[str, str] | None = None,
+        deadline: float = 1.0,
     ) -> None:
         self.monitor = monitor
         self.pid = pid or monitor.peer_pid
@@ -75,10 +83,12 @@ class QemuTarget:
         self.stop_parts_ns: dict[str, int] = {}
         """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
         (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
-        RESUME, by QEMU's clock."""
+        RESUME, by QEMU's clock. What QEMU took to get to `stop`, and to answer `cont`, while the guest ran,
+        is left out, so the parts come to no more than ``guest``."""
         self.moved_disks: list[str] = []
         """One line for each disk that goes on in another file since T, whatever becomes of the image."""
         self._disks = dict(block_snapshots or {})
+        self._deadline = deadline
         self._info: attach.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
         self._frozen: list[bytes | None] = []
@@ -124,7 +134,7 @@ class QemuTarget:
             self.events = frozenset(["EVENT_REMOVE"])
         self._check_disks()
         self._machine = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
-        injected = inject_userfaultfd(self.pid, info=info)
+        injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
         self.injection_ns = injected.stop_ns
         if info.ksm_pages:
             self.warnings.append(
@@ -132,6 +142,10 @@ class QemuTarget:
                 "(-machine mem-merge=off)"
             )
         return self.pid, injected.fd, tracked
+
+    def hurry(self) -> None:
+        """From any thread: the capture is given up, so wait for no answer of QEMU's for long."""
+        self.monitor.hurry()
 
     def pause(self) -> None:
         """Stop the guest, unless it stands already."""
@@ -239,6 +253,7 @@ class QemuTarget:
         at = {name: when for name, when, _ in self.monitor.events()}
         if "STOP" in at and "RESUME" in at:
             self.stop_parts_ns["guest"] = at["RESUME"] - at["STOP"]
+            self.stop_parts_ns = fitted_parts(self.stop_parts_ns, at["RESUME"] - at["STOP"])
 
     def _sort(self, mappings: list[MemoryMapping]) -> list[Region]:
         tracked = []

@@ -1,0 +1,139 @@
+"""What the entry of the command calls: parsing, errors and exit codes. Each subcommand is in a cli_*.py.
+
+Data goes to stdout, words go to stderr. An error is one line; SNAPENGINE_DEBUG=1 adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from snapengine import __version__, streams
+
+if TYPE_CHECKING:
+    from snapengine.cli_common import Parser
+
+COMMANDS = {
+    "save": ("cli_save", "save the memory of a running program"),
+    "ingest": ("cli_ingest", "a migration stream of QEMU into an image"),
+    "info": ("cli_image", "what is in an image"),
+    "verify": ("cli_image", "check every byte of an image"),
+    "restore": ("cli_restore", "one region as raw bytes"),
+    "export": ("cli_restore", "the memory as a raw file or an ELF core"),
+    "qemu": ("cli_qemu", "virtual machines of QEMU"),
+    "guest": ("cli_tools", "run the embedded guest: a program that writes to its memory"),
+    "doctor": ("cli_tools", "what this host can do"),
+    "demo": ("cli_tools", "both methods on a busy guest, side by side"),
+}
+"""Module and one line of each."""
+
+DESCRIPTION = """\
+Live snapshots of memory: the state at one instant, saved while the program goes on writing.
+"""
+
+
+def make_parser(command: str | None = None) -> Parser:
+    """The parser; `args.run(args)` of what it returns does the work. Of the other commands than `command` it
+    knows the names alone; None: it knows all."""
+    from snapengine.cli_common import EXIT_CODES, Parser, raw
+
+    epilog = (
+        "`snapengine COMMAND --help` has the options and examples of each command.\n\n"
+        f"{EXIT_CODES}\n\nenvironment:\n"
+        "  SNAPENGINE_DEBUG=1  print the traceback of an error, too\n"
+    )
+    parser = Parser(prog="snapengine", description=DESCRIPTION, epilog=epilog, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"snapengine {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, (module, line) in COMMANDS.items():
+        if command not in (None, name):
+            commands.add_parser(name, help=line)
+            continue
+        add = getattr(import_module(f"snapengine.{module}"), f"add_{name}")
+        add(commands, line)
+    return parser
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    streams.prepare()
+    if list(arguments) == ["--version"]:  # without argparse, in the time of a bare Python
+        return _print_version()
+    from snapengine.cli_common import Interrupted, interruptible
+
+    try:
+        with interruptible():
+            code = _run(list(arguments))
+            sys.stdout.flush()
+            return code
+    except Interrupted as stop:
+        _complain(str(stop))
+        return stop.exit_code
+    except Exception as error:
+        return _failed(error)
+
+
+def _run(arguments: list[str]) -> int:
+    from snapengine.cli_common import limit_time
+
+    if arguments[:1] == ["guest"]:  # has a parser of its own
+        from snapengine import guest
+
+        return guest.main(arguments[1:])
+    known = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    args = make_parser(known).parse_args(arguments)
+    with limit_time(getattr(args, "timeout", None)):
+        return int(args.run(args) or 0)
+
+
+def _print_version() -> int:
+    try:
+        print(f"snapengine {__version__}", flush=True)
+    except OSError:
+        streams.silence(sys.stdout)
+        return 141
+    return 0
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line that names the thing and the reason."""
+    from snapengine.errors import SnapengineError
+    from snapengine.names import one_line
+
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"
+        text = error.strerror
+        if error.filename is not None and str(error.filename) not in text:
+            text = f"{error.filename}: {text}"
+    elif not isinstance(error, SnapengineError | OSError | ValueError):
+        text = f"internal: {type(error).__name__}: {text} (SNAPENGINE_DEBUG=1 shows where)"
+    return one_line(text) or type(error).__name__
+
+
+def _failed(error: Exception) -> int:
+    """Report `error`; returns the exit code."""
+    from snapengine.cli_common import EXIT_ERROR, EXIT_PIPE, EXIT_TIMEOUT
+    from snapengine.errors import TimeLimitError
+
+    if isinstance(error, BrokenPipeError) and streams.is_broken(sys.stdout):
+        streams.silence(sys.stdout)
+        return EXIT_PIPE
+    if os.environ.get("SNAPENGINE_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    _complain(f"error: {describe(error)}")
+    return EXIT_TIMEOUT if isinstance(error, TimeLimitError) else EXIT_ERROR
+
+
+def _complain(text: str) -> None:
+    from snapengine.cli_common import say
+
+    say(text)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left in its buffer cannot be written either
+        streams.silence(sys.stdout)

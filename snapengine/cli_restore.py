@@ -1,0 +1,135 @@
+"""`snapengine restore` and `export`: the memory out of an image, as other programs read it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from snapengine.cli_common import EXIT_OK, check_output, say
+from snapengine.cli_image import add_image_command, opened
+from snapengine.errors import LostPagesError, SinkError
+from snapengine.names import from_argument, printable
+from snapengine.units import format_count, format_size
+
+if TYPE_CHECKING:
+    from snapengine.core import Lost
+    from snapengine.image import Image
+    from snapengine.sections import ImageRegion
+    from snapengine.sinks import Sink
+
+RESTORE = """\
+Write the memory of one region, as it was at T, into a file or to standard output: raw bytes from the
+first to the last, holes as zeros.
+"""
+EXPORT = """\
+Write the memory as other tools read it. Zeros and holes take no room in the file (it is sparse).
+
+  --format raw   the bytes of the memory; without --region all regions, one behind the other
+  --format core  an attached process as an ELF core, for gdb: memory, threads, mapped files
+"""
+
+
+SOFT_CORE = (
+    "a soft cut has no registers, and no data of programs and libraries: debuggers show neither threads nor "
+    "variables of it (`snapengine save --cut stop` saves both)"
+)
+
+
+def add_restore(commands: argparse._SubParsersAction[Any], line: str) -> None:
+    """Add `restore` to the command line."""
+    examples = "snapengine restore vm.img -o ram.bin\n  snapengine restore vm.img ram0 -o - | sha256sum"
+    parser = add_image_command(commands, "restore", line, RESTORE, examples)
+    add = parser.add_argument
+    add("region", nargs="?", metavar="REGION", help="its name, as `info` shows it; needed if there are more")
+    add("-o", "--output", required=True, metavar="OUT", help="PATH, fd:N, exec:COMMAND, or - for stdout")
+    parser.set_defaults(run=run_restore)
+
+
+def add_export(commands: argparse._SubParsersAction[Any], line: str) -> None:
+    """Add `export` to the command line."""
+    examples = (
+        "snapengine export vm.img ram.raw --region ram0\n"
+        "  snapengine export --format core app.img app.core && gdb app app.core\n"
+        "  snapengine export --format core app.img - | zstd > app.core.zst"
+    )
+    parser = add_image_command(commands, "export", line, EXPORT, examples)
+    add = parser.add_argument
+    add("output", metavar="OUT", help="where to: PATH, fd:N, exec:COMMAND, or - for stdout")
+    add("--region", metavar="NAME", help="raw: only this region")
+    add("--format", choices=["raw", "core"], default="raw", help="default: raw")
+    add("--lost", choices=["refuse", "omit"],
+        help="core: pages lost at capture time (default: refuse; omit leaves them out)")  # fmt: skip
+    parser.set_defaults(run=run_export)
+
+
+def chosen_region(image: Image, name: str | None) -> ImageRegion:
+    """The region that was asked for, or the only one. `NoSuchRegionError`, ValueError."""
+    if name is not None:
+        return image.region(from_argument(name))
+    if len(image.regions) == 1:
+        return image.regions[0]
+    names = ", ".join(printable(region.name) for region in image.regions) or "none"
+    raise ValueError(f"which region? {image.name} has: {names}")
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    """`restore`."""
+    with opened(args.image) as image:
+        region = chosen_region(image, args.region)
+        with _output(args.output) as sink:
+            image.export_raw(region, sink)
+    return EXIT_OK
+
+
+@contextlib.contextmanager
+def _output(spec: str) -> Iterator[Sink]:
+    """The output of the command line, as the library takes it."""
+    from snapengine.sinks import open_sink
+
+    check_output(spec)
+    sink = open_sink(spec)
+    try:
+        yield sink
+    except SinkError as error:
+        sink.abort()
+        if spec == "-" and error.errno == errno.EPIPE:
+            raise BrokenPipeError(errno.EPIPE, str(error)) from None  # the reader has seen enough
+        raise
+    except BaseException:
+        sink.abort()
+        raise
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """`export`."""
+    if args.format == "core" and args.region is not None:
+        args.parser.error("--region goes with --format raw: a core has all of the memory")
+    if args.format == "raw" and args.lost is not None:
+        args.parser.error("--lost goes with --format core: a raw file has no place for a lost page")
+    with opened(args.image) as image:
+        if args.format == "core":
+            write_core(image, args.output, args.lost or "refuse")
+        else:
+            region = None if args.region is None else chosen_region(image, args.region)
+            with _output(args.output) as sink:
+                say(f"{args.output}: {format_size(image.export_raw(region, sink))}")
+    return EXIT_OK
+
+
+def write_core(image: Image, path: str, lost: Lost) -> None:
+    """A core, and what is not in it, in one line each."""
+    try:
+        with _output(path) as sink:
+            core = image.export_core(sink, lost=lost)
+    except LostPagesError as error:
+        raise LostPagesError(f"{error}: --lost omit leaves such pages out of the core") from None
+    process = image.process
+    threads = f"{format_count(core.threads)} thread{'s' * (core.threads != 1)}"
+    say(f"{path}: {format_size(core.stored_bytes)} of memory, {threads}")
+    if process is not None and process.cut == "soft":
+        say(SOFT_CORE)
+    if core.lost_bytes:
+        say(f"left out: {format_size(core.lost_bytes)} that were lost at capture time")
