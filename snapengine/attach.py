@@ -7,8 +7,11 @@ one EPERM does not tell. Source: proc(5), ptrace(2), and fs/proc of Linux.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
+import time
 from dataclasses import dataclass
 
 from . import procfs
@@ -30,6 +33,10 @@ NOT_TO_BE_TRACED = PF_EXITING | PF_IO_WORKER | PF_USER_WORKER | PF_KTHREAD
 PARTIAL_CALLS = frozenset({1, 18, 20, 40, 44, 46, 275, 276, 296, 307, 326})
 TIMED_CALLS = frozenset({45, 47, 65, 128, 208, 220, 232, 281, 299, 333, 426, 441})
 
+END_SECONDS = 5.0  # a process with much memory, on a busy machine
+LOOK_SECONDS = 0.01
+LOOKS = 3
+KILL_BIT = 1 << signal.SIGKILL - 1
 MAX_CANDIDATES = 8
 MAX_THREADS_LOOKED_AT = 64
 
@@ -251,6 +258,36 @@ def check(pid: int) -> ProcessInfo:
     return info
 
 
+def ends(pid: int) -> bool:
+    """Whether a process has ended, or ends now: waits for the rest of an end that has begun.
+
+    A killed process ends thread by thread. Until the last one is gone, it looks like one whose first thread
+    has ended, that cannot be traced, or whose files in /proc are empty.
+    """
+    until = time.monotonic() + END_SECONDS
+    living = 0
+    while ending := _threads_ending(pid):
+        # A thread that has taken its SIGKILL, and does not exit yet, looks alive for a moment.
+        living = 0 if all(ending) else living + 1
+        if living == LOOKS or time.monotonic() > until:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
+
+
+def _threads_ending(pid: int) -> list[bool]:
+    """Of each thread that has not ended yet: whether it is about to."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for tid in map(int, os.listdir(f"/proc/{pid}/task")):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                stat = thread_stat(pid, tid)
+                pending = int(procfs.status(f"/proc/{pid}/task/{tid}/status")["SigPnd"], 16)
+                if stat.state not in "ZXx":
+                    found.append(not stat.alive or bool(pending & KILL_BIT))
+    return found
+
+
 def check_to_save(pid: int) -> ProcessInfo:
     """`check`, and that its memory can be listed: what /proc/PID shows of it goes with the first thread.
 
@@ -258,6 +295,8 @@ def check_to_save(pid: int) -> ProcessInfo:
     """
     info = check(pid)
     if info.state in ("Z", "X"):
+        if ends(pid):
+            raise TargetGoneError(errno.ESRCH, f"process {pid} ({info.name}) has ended")
         text = "its first thread has ended, and with it the list of its memory: it cannot be saved"
         raise AttachError(errno.EOPNOTSUPP, f"process {pid} ({info.name}): {text}")
     return info

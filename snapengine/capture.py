@@ -17,17 +17,26 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
+from snapengine.attach import ends
 from snapengine.crew import Crew
 from snapengine.dirtylog import DirtyLog
-from snapengine.errors import CaptureCancelled, SnapengineError, TargetGoneError, TimeLimitError
+from snapengine.errors import (
+    AttachError,
+    CaptureCancelled,
+    HandoverError,
+    MachineError,
+    SinkError,
+    TargetGoneError,
+    TimeLimitError,
+    UnsupportedError,
+)
 from snapengine.failures import explain
 from snapengine.finishing import finish_image
-from snapengine.maps import has_ended
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
-from snapengine.targets import AttachedTarget, BufferTarget, Target
+from snapengine.targets import BufferTarget, Target
 from snapengine.tracker import Tracker
 
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()
@@ -73,6 +82,9 @@ def snapshot(
     Capture
         A context manager. Its block is entered once T is fixed and runs while the pages are saved; leaving
         it waits for the image. With dirty logging the block is entered at once and T lies at the end.
+        A block that raises cancels the capture, and nothing of the image is left; unless the image was complete
+        by then: a complete image is consistent, whatever came after T, and stays. `Capture.result` tells which
+        it was: it returns the figures, or raises `CaptureCancelled`.
 
     Raises
     ------
@@ -127,13 +139,13 @@ class Capture:
     ) -> None:
         if kind is not None:
             self.cancel()
-            self._done.wait()
+            self._wait_for_end()
             return
         try:
             self.wait()
         except BaseException:
             self.cancel()
-            self._done.wait()
+            self._wait_for_end()
             raise
         if self._error is not None:
             raise self._error
@@ -160,7 +172,7 @@ class Capture:
             error = self._in_words(caught)
             if self._finisher.dismiss():
                 self.cancel()  # interrupted after it had begun: it cleans up
-                self._done.wait()
+                self._wait_for_end()
             else:
                 self._abandon(error)
             if error is caught:
@@ -174,7 +186,13 @@ class Capture:
         while not self._done.wait(0.1 if until is None else max(0.0, min(0.1, until - time.monotonic()))):
             if until is not None and time.monotonic() >= until:
                 return False
+        self._wait_for_end()
         return True
+
+    def _wait_for_end(self) -> None:
+        """Until all is cleaned up, and no thread of the capture is left."""
+        self._done.wait()
+        self._finisher.wait()
 
     def cancel(self) -> None:
         """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
@@ -359,13 +377,17 @@ class Capture:
         """What stopped the capture, as its caller is told."""
         if self._expired and isinstance(error, Exception):
             return TimeLimitError(f"not done within {self._options.timeout:g} s: the target is released")
-        # An attached process may end between any two looks at its files in /proc.
-        gone = isinstance(error, FileNotFoundError | ProcessLookupError)
-        if isinstance(error, SnapengineError) or not gone:
+        # A target in another process may end between any two looks at it, whatever that looks like then.
+        pid = int(getattr(self._target, "pid", 0))
+        ours = isinstance(error, TargetGoneError | SinkError | UnsupportedError)
+        if not pid or ours or not isinstance(error, OSError | HandoverError | MachineError):
             return error
-        if not isinstance(self._target, AttachedTarget) or not has_ended(self._target.pid):
+        never_there = isinstance(error, AttachError) and error.errno == errno.ESRCH
+        if self._parts.sink is None or (never_there and not getattr(self._target, "found", False)):
             return error
-        return TargetGoneError(errno.ESRCH, f"the target process {self._target.pid} ended during the capture")
+        if not ends(pid):
+            return error
+        return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
 
     def _abandon(self, error: BaseException) -> None:
         """start() failed: undo all that it made."""
@@ -413,6 +435,7 @@ def _drop_in_child() -> None:
         capture._error = CaptureCancelled("the capture belongs to the parent process")
         capture._done = threading.Event()  # the old one's lock may be held by a thread that is not here
         capture._done.set()
+        capture._finisher = Crew()
     _live.clear()
 
 

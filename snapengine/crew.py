@@ -22,6 +22,7 @@ class Crew:
         self._begun = 0
         self._working = 0
         self._dismissed = False
+        self._threads: list[threading.Thread] = []  # those that signed on, until they are joined
 
     @property
     def working(self) -> int:
@@ -39,6 +40,7 @@ class Crew:
                 return
             self._begun += 1
             self._working += 1
+            self._threads.append(threading.current_thread())
         try:
             work(*arguments)
         finally:
@@ -53,12 +55,18 @@ class Crew:
             return self._begun > 0
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all that were started have ended, or after `dismiss` those that had begun.
+        """Wait until all that were started have ended, or after `dismiss` those that had begun; then none of
+        these threads is left.
 
         False if `timeout` seconds passed.
         """
         with self._changed:
-            return self._changed.wait_for(self._ended, timeout)
+            if not self._changed.wait_for(self._ended, timeout):
+                return False
+            threads, self._threads = self._threads, []
+        for thread in threads:  # nothing of ours is left to be done: it ends at once
+            thread.join()
+        return True
 
     def _ended(self) -> bool:
         return not self._working and (self._dismissed or self._begun >= self._started)

@@ -95,6 +95,8 @@ def has_ended(pid: int) -> bool:
         return not read_maps(pid)
     except (FileNotFoundError, ProcessLookupError):
         return True
+    except PermissionError:  # of another user: it is there
+        return False
 
 
 def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:

@@ -26,6 +26,8 @@ class Parts:
     sink: Sink | None = None
     opened: bool = False
     """Whether `target` was opened."""
+    fd: int = -1
+    """The target's userfaultfd, until `uffd` has it."""
     uffd: Uffd | None = None
     pidfd: int = -1
     plan: Plan | None = None
@@ -51,6 +53,9 @@ class Parts:
                 stack.callback(self.uffd.close)
             if self.session is not None:
                 stack.callback(self.session.close)
+            if self.fd >= 0:
+                stack.callback(os.close, self.fd)
+                self.fd = -1
             if self.pidfd >= 0:
                 stack.callback(os.close, self.pidfd)
                 self.pidfd = -1

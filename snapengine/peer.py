@@ -19,6 +19,7 @@ import struct
 import time
 from typing import Any
 
+from .attach import ends
 from .errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
 from .handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
 from .listener import Listener
@@ -217,8 +218,8 @@ class PeerTarget:
     def _gone(self, what: str) -> BaseException:
         if self._cancelled >= 0 and select.select([self._cancelled], [], [], 0)[0]:
             return CaptureCancelled(f"cancelled while waiting for the peer ({what})")
-        # A process that ends closes its sockets a moment before its pidfd tells.
-        if self.pidfd >= 0 and select.select([self.pidfd], [], [], 0.2)[0]:
+        # A process that ends closes its sockets before its pidfd tells.
+        if self.pidfd >= 0 and (select.select([self.pidfd], [], [], 0)[0] or ends(self.pid)):
             return TargetGoneError(f"the peer (process {self.pid}) ended ({what})")
         return HandoverError(f"{what}: the peer closed the connection")
 

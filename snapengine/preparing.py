@@ -11,7 +11,7 @@ from typing import Any
 
 from snapengine import procfs
 from snapengine.encoder import Encoder
-from snapengine.errors import UnsupportedError
+from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.plan import Plan
@@ -32,27 +32,27 @@ def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]
     if isinstance(parts.target, AttachedTarget):
         parts.target.check()  # says more than that this user may have no userfaultfd
     wanted = _wanted_features(method)
-    pid, fd, regions = parts.target.open(wanted)
+    pid, parts.fd, regions = parts.target.open(wanted)
     parts.opened = True
+    handed_over = parts.fd >= 0 and not isinstance(parts.target, AttachedTarget)
     if isinstance(parts.target, AttachedTarget):
         parts.attached = parts.target
         parts.warnings += parts.attached.warnings
         if tracking:  # dirty logging has nobody who reads events
             wanted |= sum(FEATURES[name] for name in parts.attached.events) & int(supported_features())
     if not tracking and not parts.target.can_pause:
+        if handed_over:
+            raise HandoverError("dirty logging needs a peer that can pause: it announced no pause and resume")
         raise ValueError("dirty logging needs a target that can pause: give pause and resume")
     shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
     if not (shared and tracking):
         wanted &= ~FEATURES["EVENT_FORK"]
-    if fd < 0:
-        parts.uffd = Uffd(wanted)
-    elif parts.attached:
-        parts.uffd = Uffd(wanted, fd)
-    else:
-        required = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
-        parts.uffd = Uffd(required, fd)
-    if fd >= 0:
+    if handed_over:  # its owner has negotiated
+        wanted = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
+    if parts.fd >= 0:
         parts.pidfd = os.pidfd_open(pid)
+    fd, parts.fd = parts.fd, -1  # it is the Uffd's from the call on
+    parts.uffd = Uffd(wanted, fd)
     return pid, regions
 
 

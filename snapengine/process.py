@@ -13,6 +13,7 @@ write-protect, are captured then, so the image makes a real core.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Iterable
 
@@ -71,6 +72,8 @@ class ProcessTarget:
         if cut not in ("soft", "stop"):
             raise ValueError(f"cut: {cut!r} is none of soft, stop")
         self.pid = int(pid)
+        self.found = os.path.exists(f"/proc/{self.pid}")
+        """Whether there was such a process when this was made."""
         self.method = method
         self.cut: Cut = "stop" if method != WRITE_TRACKING else cut
         self.can_pause = self.cut == "stop"
@@ -98,7 +101,12 @@ class ProcessTarget:
 
     def check(self) -> None:
         """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
-        self._info = attach.check_to_save(self.pid)
+        try:
+            self._info = attach.check_to_save(self.pid)
+        except AttachError as error:
+            if self.found and error.errno == errno.ESRCH and attach.ends(self.pid):
+                raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
+            raise
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""
@@ -174,9 +182,15 @@ class ProcessTarget:
         if not ours:
             return []
         known = {(m.start - m.offset, m.inode, m.device) for m in self._record.mappings}
+        try:
+            mappings = read_maps(self.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            mappings = []
+        if not mappings:
+            return ["the process ended before it was asked for new mappings of its shared memory"]
         return [
             f"{m.path} was mapped again at {m.start:#x} after T: writes there are not seen"
-            for m in read_maps(self.pid)
+            for m in mappings
             if m.shared and "w" in m.perms and (m.start - m.offset, m.inode, m.device) not in known
             and any(m.same_file(each) for each in ours)
         ]  # fmt: skip
