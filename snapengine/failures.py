@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+from collections.abc import Iterator
 
+from snapengine import procfs
 from snapengine.errors import (
     AlreadyTrackedError,
     RegisterError,
@@ -15,6 +19,9 @@ from snapengine.errors import (
 from snapengine.maps import covering, has_ended, read_maps
 from snapengine.plan import Plan
 from snapengine.targets import Region
+
+_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+_UFFD_FLAGS = frozenset({"um", "uw", "ui"})  # missing, write-protect, minor
 
 
 def explain(err: int, call: str, addr: int, plan: Plan) -> SnapengineError:
@@ -34,14 +41,29 @@ def explain(err: int, call: str, addr: int, plan: Plan) -> SnapengineError:
 def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:
     region: Region = next(p.region for p in plan.regions if p.track_start == addr)
     found = covering(read_maps(plan.pid or "self"), region.addr, region.addr + region.length)
-    where = f"region {region.name!r} in {found[0] if found else hex(region.addr)} cannot be tracked: "
+    where = f"{found[0] if found else hex(region.addr)}"
     if err == errno.EBUSY:
-        way = ": name the rest to save it without that (regions, --regions)" if plan.attached else ""
-        return AlreadyTrackedError(err, where + f"it is already being tracked by another userfaultfd{way}")
+        pid = plan.pid or "self"
+        taken = ", ".join(_tracked_by_others(pid, region.addr, region.addr + region.length))
+        text = f"region {region.name!r}: {taken or where} is already being tracked by another userfaultfd"
+        way = "; to save the rest, name it (regions, --regions)" if plan.attached else ""
+        return AlreadyTrackedError(err, text + way)
     if err == errno.EINVAL:
         why = "the kernel write-protects only anonymous memory and memory files (memfd, /dev/shm, hugetlb)"
     elif err == errno.EPERM:
         why = "the mapping is sealed or may not be written"
     else:
         why = os.strerror(err)
-    return RegisterError(err, where + why)
+    return RegisterError(err, f"region {region.name!r} in {where} cannot be tracked: {why}")
+
+
+def _tracked_by_others(pid: int | str, start: int, end: int) -> Iterator[str]:
+    """The mappings in the range that are registered with a userfaultfd, by the flags in smaps (proc(5))."""
+    span = ""
+    with contextlib.suppress(OSError):  # it has ended, or may not be read
+        for line in procfs.lines(f"/proc/{pid}/smaps"):
+            if match := _HEAD.match(line):
+                inside = int(match[1], 16) < end and int(match[2], 16) > start
+                span = f"{match[1]}-{match[2]}" if inside else ""
+            elif span and line.startswith("VmFlags:") and not _UFFD_FLAGS.isdisjoint(line.split()):
+                yield span
