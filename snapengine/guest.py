@@ -31,6 +31,11 @@ examples:
       --pattern hot --hot-size 16M --zero 30 --holes 20 --duration 60 --json
       shared memory of transparent huge pages, as fast as one writer can, only 16 MiB of it;
       a third zero pages, a fifth never touched; counters as JSON after a minute
+
+exit codes:
+  0  ended by --duration, SIGINT or SIGTERM
+  1  error (one line on stderr says what and why)
+  2  wrong usage
 """
 
 
@@ -133,7 +138,9 @@ def _rate(text: str) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`snapengine guest` as a program of its own."""
-    parser = argparse.ArgumentParser(
+    from .cli_common import Parser
+
+    parser = Parser(
         prog="snapengine guest", description="A process that owns RAM, writes it and hands itself over."
     )
     add_arguments(parser)

@@ -12,7 +12,6 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -372,6 +371,8 @@ def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
     if threads <= 1:
         work(0, jobs)
         return
+    from concurrent.futures import ThreadPoolExecutor  # not above: it imports `logging`
+
     step = max(1, jobs // (threads * 4))
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(work, start, min(start + step, jobs)) for start in range(0, jobs, step)]:

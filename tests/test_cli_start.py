@@ -1,0 +1,153 @@
+"""How a command begins: what it imports, and what a signal does to it before there is anything to undo."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from clikit import imported, run
+from streamkit import head as stream_head
+from targetkit import Target
+
+SLOW = {"rich", "qemu", "asyncio", "matplotlib", "numpy", "psutil", "logging", "unittest", "http"}
+HOOK = """\
+import os, sys
+class Count:
+    left = int(sys.argv.pop(1))
+    number = int(sys.argv.pop(1))
+    def find_spec(self, name, path=None, target=None):
+        Count.left -= 1
+        if Count.left == 0:
+            os.kill(os.getpid(), Count.number)
+from snapengine.cli import main
+sys.meta_path.insert(0, Count())
+sys.exit(main())
+"""
+
+
+def top(names):
+    return {name.partition(".")[0] for name in names}
+
+
+def ours(names):
+    return {name for name in names if name.startswith("snapengine.")}
+
+
+def test_the_version_costs_a_bare_python():
+    code, names = imported("--version")
+    assert code == 0
+    assert len(names) <= 15, sorted(names)
+    assert ours(names) == {"snapengine.cli", "snapengine.cli_main", "snapengine.streams"}
+
+
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys; b = set(sys.modules); import snapengine; print(sorted(set(sys.modules) - b))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert eval(done.stdout) == ["snapengine"]
+
+
+def test_every_public_name_is_there():
+    import snapengine
+
+    for name in snapengine.__all__:
+        assert getattr(snapengine, name) is not None
+    assert set(snapengine.__all__) <= set(dir(snapengine))
+    assert snapengine.image.open_image is snapengine.open_image  # a submodule, not imported before
+    with pytest.raises(AttributeError, match="no attribute 'snapshoot'"):
+        snapengine.snapshoot  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        (["--help"], 60),
+        (["save", "--help"], 90),
+        (["ingest", "--help"], 90),
+        (["verify", "--help"], 90),
+        (["qemu", "save", "--help"], 90),
+        (["doctor", "--help"], 60),
+        (["save"], 90),
+    ],
+)
+def test_help_and_usage_errors_import_no_engine(arguments, most):
+    code, names = imported(*arguments)
+    assert code == (2 if arguments == ["save"] else 0)
+    assert not top(names) & SLOW
+    assert not names & {"snapengine.capture", "snapengine.session", "snapengine.image", "snapengine.process"}
+    assert len(names) <= most, len(names)
+
+
+def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
+    path, stream = tmp_path / "x.img", tmp_path / "stream"
+    stream.write_bytes(stream_head())  # ends early: all of the reading half is imported for it
+    with Target("named", "process", "named") as target:
+        code, names = imported("save", "--pid", target.pid, path)
+        assert code == 0
+        assert not top(names) & SLOW
+        assert not [name for name in names if name.startswith(("snapengine.qemu", "snapengine.guest"))]
+        code, names = imported("doctor", "--pid", target.pid)
+        assert code == 0
+        assert not top(names) & SLOW
+    for arguments in (["info", path], ["verify", path], ["export", "--format", "core", path, tmp_path / "core"]):
+        code, names = imported(*arguments)
+        assert code == 0
+        assert not top(names) & SLOW
+        assert not names & {"snapengine.capture", "snapengine.session", "snapengine.qemu.monitor"}
+    code, names = imported("ingest", stream, tmp_path / "y.img")
+    assert code == 1
+    assert "snapengine.qemu.ingest" in names
+    assert not top(names) & SLOW
+    assert not names & {"snapengine.capture", "snapengine.session", "snapengine.qemu.monitor"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("at", [1, 2, 5, 15, 30])
+def test_a_signal_during_the_imports_ends_without_a_traceback(tmp_path, at, number):
+    command = [sys.executable, "-c", HOOK, str(at), str(number.value), "info", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 128 + number
+    assert done.stderr == f"snapengine: cancelled by {number.name}\n"
+    assert done.stdout == ""
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    command = [sys.executable, "-c", HOOK, "5", str(signal.SIGHUP.value), "info", str(tmp_path / "absent")]
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=ignore)
+    assert done.returncode == 1
+    assert "absent" in done.stderr
+
+
+def test_signals_are_as_before_after_a_command_within_this_process(tmp_path):
+    from snapengine.cli import SIGNALS, main
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert main(["info", str(tmp_path / "absent")]) == 1
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(SystemExit):
+        main(["info"])
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_wrong_usage_is_said_in_two_lines():
+    for arguments in ((), ("fly",), ("save", "x"), ("save", "--pid", "x", "y"), ("qemu",), ("qemu", "save", "x")):
+        done = run(*arguments)
+        assert done.returncode == 2
+        lines = done.stderr.decode().splitlines()
+        assert len(lines) == 2, lines
+        assert "error: " in lines[0]
+        assert "--help" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["save", "ingest", "info", "verify", "restore", "export", "guest", "doctor", "demo", "qemu save",
+     "qemu restore", "qemu analyze"],
+)  # fmt: skip
+def test_the_help_of_every_command_has_its_exit_codes(command):
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0
+    assert b"exit codes:" in done.stdout
+    if command.split()[0] not in ("guest", "doctor", "demo"):
+        assert b"124" in done.stdout
+        assert b"--timeout SECONDS" in done.stdout
