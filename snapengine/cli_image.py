@@ -117,9 +117,10 @@ def print_info(info: dict[str, Any]) -> None:
     from snapengine.processinfo import process_rows
     from snapengine.qemu.info import machine_rows
     from snapengine.result import Result
-    from snapengine.tables import print_table
+    from snapengine.tables import print_table, print_text
 
-    print(f"image {info['id']}, format {info['format']}, {format_size(info['file_bytes'])}\n")
+    print_text(f"image {info['id']}, format {info['format']}, {format_size(info['file_bytes'])}")
+    print()
     names = {field.name for field in fields(Result)}
     needed = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING}
     rows: list[tuple[str, ...]] = []
@@ -132,7 +133,8 @@ def print_info(info: dict[str, Any]) -> None:
     print()
     print_table([_region_row(region) for region in info["regions"]], titles=REGION_TITLES, right=(1, 2, 3))
     for name, size in info["vmstate"].items():
-        print(f"\nvmstate {printable(unescape(name))}: {format_size(size)}")
+        print()
+        print_text(f"vmstate {printable(unescape(name))}: {format_size(size)}")
 
 
 def _region_row(region: dict[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import TextIO
 from snapengine import checks
 from snapengine.checks import Check
 from snapengine.host import Host, read_host
-from snapengine.tables import print_table
+from snapengine.tables import print_table, print_text
 
 
 def examine(host: Host | None = None) -> list[Check]:
@@ -51,8 +51,10 @@ def print_checks(found: list[Check], out: TextIO | None = None) -> None:
     print_table(rows, titles=("feature", "", "found"), out=out)
     for check in found:
         if check.ok is False or (check.ok is None and check.needed):
-            print(f"\n{check.name.strip()}: {check.why}", file=out)
+            print(file=out)
+            print_text(f"{check.name.strip()}: {check.why}", out)
             if check.fix:
-                print(f"  {check.fix}", file=out)
+                print_text(f"  {check.fix}", out)
     works = "works" if can_track(found) else "does not work"
-    print(f"\nWrite tracking {works} on this host.", file=out)
+    print(file=out)
+    print_text(f"Write tracking {works} on this host.", out)

@@ -18,7 +18,7 @@ from snapengine.names import escape, printable
 from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
 from snapengine.process import SHARED_UNSEEN, own_pages
 from snapengine.selection import Selection, Selector, select
-from snapengine.tables import print_table
+from snapengine.tables import print_table, print_text
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.units import format_size
@@ -188,16 +188,16 @@ def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[st
 
 def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO | None = None) -> None:
     """What it comes to; below it the mappings: those that hold most, or all."""
-    print(f"process {found.pid} ({printable(found.name)}), {found.threads} threads", file=out)
-    print(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)", file=out)
-    print(
+    print_text(f"process {found.pid} ({printable(found.name)}), {found.threads} threads", out)
+    print_text(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)", out)
+    print_text(
         f"soft cut: one thread stands for about {found.injection_ns / 1e6:.1f} ms; protecting takes about "
         f"{found.arm_ns / 1e6:.1f} ms, in which writers may wait",
-        file=out,
+        out,
     )
-    print(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", file=out)
+    print_text(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", out)
     for warning in found.warnings:
-        print(f"warning: {printable(warning)}", file=out)
+        print_text(f"warning: {warning}", out)
     print(file=out)
     largest = sorted(found.rows, key=lambda row: -row.populated)[: None if everything else SHOWN_ROWS]
     shown = {row.start for row in largest}
@@ -207,7 +207,7 @@ def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO |
     hidden = [row for row in found.rows if row.start not in shown]
     if hidden:
         size = format_size(sum(row.populated for row in hidden))
-        print(f"and {len(hidden)} mappings more, which hold {size}: --all lists them", file=out)
+        print_text(f"and {len(hidden)} mappings more, which hold {size}: --all lists them", out)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -25,6 +25,11 @@ def width_of(out: TextIO) -> int | None:
         return None
 
 
+def print_text(text: str, out: TextIO | None = None) -> None:
+    """A sentence, in as many lines as it needs."""
+    print_table([(text,)], out=out)
+
+
 def print_table(
     rows: Iterable[Sequence[str]],
     *,

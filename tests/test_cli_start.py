@@ -88,7 +88,8 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
         code, names = imported("doctor", "--pid", target.pid)
         assert code == 0
         assert not top(names) & SLOW
-    for arguments in (["info", path], ["verify", path], ["export", "--format", "core", path, tmp_path / "core"]):
+    core = ["export", "--format", "core", path, tmp_path / "core"]
+    for arguments in (["info", path], ["verify", path], core):
         code, names = imported(*arguments)
         assert code == 0
         assert not top(names) & SLOW
@@ -130,7 +131,8 @@ def test_signals_are_as_before_after_a_command_within_this_process(tmp_path):
 
 
 def test_wrong_usage_is_said_in_two_lines():
-    for arguments in ((), ("fly",), ("save", "x"), ("save", "--pid", "x", "y"), ("qemu",), ("qemu", "save", "x")):
+    wrong = ((), ("fly",), ("save", "x"), ("save", "--pid", "x", "y"), ("qemu",), ("qemu", "save", "x"))
+    for arguments in wrong:
         done = run(*arguments)
         assert done.returncode == 2
         lines = done.stderr.decode().splitlines()
