@@ -10,24 +10,28 @@ target then goes on with the registers of the injected call, which it hardly sur
 The descriptor is opened in the target, copied here by pidfd_getfd(2) and closed there, in one stop. One
 that stayed there would keep the memory protected after our end, and block the target for ever.
 
+Two ways to open it. userfaultfd(2), where the target's user may call that: registers are all it takes. Otherwise
+/dev/userfaultfd is opened here and handed to the target, which makes USERFAULTFD_IOC_NEW with it: no file system,
+mount namespace, device cgroup or user of the target has a say. Handing over takes memory; it is a page of our own,
+mapped and unmapped by the stopped thread. What lies below its stack pointer belongs to others (a coroutine's
+stack inside an array), who run meanwhile: no byte of the target's own memory is ever written.
+
 The helper allocates nothing, runs no Python and takes no lock: all of its data is in a job_t and on its
 own stack.
 """
 
-from libc.errno cimport ETIMEDOUT, errno
+from libc.errno cimport EMFILE, ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memset, strncpy
-from posix.stat cimport mkdir, mknod
-from posix.types cimport dev_t, gid_t, mode_t, uid_t
-from posix.unistd cimport chown, close, rmdir, unlink
+from libc.string cimport memset
+from posix.unistd cimport close
 
 from snapengine.ptrace cimport (
     PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_hurry, snap_run_apart, snap_stand_apart,
 )
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.remotecall cimport (
-    STEP_CALL, STEP_CLOSE, STEP_DONE, STEP_GETFD, STEP_IOCTL, STEP_NODE, STEP_OPEN, STEP_STACK,
-    remote_call, remote_release, remote_stop, remote_swap, remote_t, step_t,
+    STEP_CALL, STEP_CLOSE, STEP_DONE, STEP_GETFD, STEP_IOCTL, STEP_PAGE, STEP_PASS,
+    remote_call, remote_get, remote_put, remote_release, remote_stop, remote_t, step_t,
 )
 
 import errno as errno_codes
@@ -38,31 +42,38 @@ from snapengine import attach, injectplan
 from snapengine.errors import TargetGoneError
 
 cdef extern from "<sys/syscall.h>" nogil:
-    long SYS_userfaultfd, SYS_openat, SYS_ioctl, SYS_close, SYS_pidfd_getfd
+    long SYS_userfaultfd, SYS_ioctl, SYS_close, SYS_pidfd_getfd
+    long SYS_mmap, SYS_munmap, SYS_socketpair, SYS_recvmsg
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long number, ...)
 
 cdef extern from "<fcntl.h>" nogil:
-    int AT_FDCWD, O_CLOEXEC, O_NONBLOCK, O_RDWR
+    int O_CLOEXEC, O_NONBLOCK
 
-cdef extern from "<sys/stat.h>" nogil:
-    int S_IFCHR
-    mode_t umask(mode_t mask)
+cdef extern from "<sys/socket.h>" nogil:
+    int AF_UNIX, SOCK_DGRAM, SOCK_CLOEXEC, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
+
+cdef extern from "passing.h" nogil:
+    struct snap_passing:
+        int pair[2]
+    void snap_passing_init(snap_passing *passing, uint64_t at)
+    int snap_passing_send(int socket, int fd)
+    int snap_passing_received(const snap_passing *passing)
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
     int mprotect(void *addr, size_t length, int prot)
-    int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_STACK
+    int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_STACK, MAP_NORESERVE
     void *MAP_FAILED
 
 cdef extern from "snapengine/linux_compat.h" nogil:
     unsigned long USERFAULTFD_IOC_NEW
 
 cdef enum:
-    PATH_BYTES = 128
-    RED_ZONE_BYTES = 128            # below rsp, used by leaf functions (System V ABI, AMD64)
+    PASSING_BYTES = 4096            # at least a snap_passing: a page
+    PASSING_MESSAGE = 8             # where its msghdr is
     STACK_BYTES = 65536
     GUARD_BYTES = 4096
     MAX_THREADS_TRIED = 8
@@ -71,7 +82,7 @@ cdef uint64_t CALL_LIMIT_NS = 2000000000   # until a thread that stands, but doe
 
 Injected = namedtuple("Injected", "fd stop_ns tid")
 
-STEPS = ("seize", "stop", "compat", "node", "stack", "call", "open", "ioctl", "getfd", "close", "done")
+STEPS = ("seize", "stop", "compat", "call", "page", "pass", "ioctl", "getfd", "close", "done")
 """Names of step_t."""
 
 
@@ -81,11 +92,7 @@ cdef struct job_t:
     int options
     uint64_t limit_ns
     bint repair
-    char device[PATH_BYTES]         # as the target sees it; "": call userfaultfd(2)
-    char node[PATH_BYTES]           # as we see it; "": the device is there already
-    char folder[PATH_BYTES]         # of the node
-    dev_t number
-    uid_t owner
+    int device                      # our descriptor of /dev/userfaultfd to hand over; -1: call userfaultfd(2)
     # Results.
     int fd                          # ours, or -1
     uint64_t stop_ns
@@ -93,64 +100,108 @@ cdef struct job_t:
     int err
 
 
-cdef int _make_node(job_t *job) noexcept nogil:
-    """In a folder that nobody can list, for the target's user only: no other gets a userfaultfd by it."""
-    umask(0)
-    if mkdir(job.folder, 0o711) != 0:
-        return errno
-    if mknod(job.node, S_IFCHR | 0o600, job.number) != 0 or chown(job.node, job.owner, <gid_t>-1) != 0:
-        return errno
-    return 0
-
-
-cdef void _drop_node(job_t *job) noexcept nogil:
-    unlink(job.node)
-    rmdir(job.folder)
-
-
 cdef int _result(int64_t result) noexcept nogil:
     return <int>-result if -4096 < result < 0 else 0
 
 
-cdef int _close_there(job_t *job, int64_t fd) noexcept nogil:
+cdef int _call(job_t *job, long call, const uint64_t *args, int64_t *result) noexcept nogil:
+    cdef int err = remote_call(&job.remote, call, args, CALL_LIMIT_NS, result)
+    return err or _result(result[0])
+
+
+cdef int _undo(job_t *job, long call, uint64_t a, uint64_t b) noexcept nogil:
     """Without a limit: what stays open there may block the target for ever."""
+    cdef uint64_t *args = [a, b, 0, 0, 0, 0]
     cdef int64_t result = 0
-    return remote_call(&job.remote, SYS_close, <uint64_t>fd, 0, 0, 0, 0, &result)
+    return remote_call(&job.remote, call, args, 0, &result)
 
 
-cdef int _open_device(job_t *job, int64_t *device) noexcept nogil:
-    """open(2) with the path below the red zone of the thread's stack, which is as it was afterwards."""
-    cdef uint64_t addr = (job.remote.saved.rsp - RED_ZONE_BYTES - PATH_BYTES) & ~<uint64_t>15
-    cdef char text[PATH_BYTES]
+cdef int _close_there(job_t *job, int64_t fd) noexcept nogil:
+    return _undo(job, SYS_close, <uint64_t>fd, 0)
+
+
+cdef int _send_to(job_t *job, int there) noexcept nogil:
+    """The device, to the target's socket `there`, which we borrow."""
+    cdef int ours = <int>c_syscall(SYS_pidfd_getfd, job.pidfd, there, 0)
     cdef int err
-    strncpy(text, job.device, sizeof(text))
-    job.step = STEP_STACK
-    err = remote_swap(&job.remote, addr, text, sizeof(text))
+    if ours < 0:
+        return errno
+    err = snap_passing_send(ours, job.device)
+    close(ours)
+    return err
+
+
+cdef int _receive(job_t *job, uint64_t page, int socket, int64_t *device) noexcept nogil:
+    cdef uint64_t *args = [<uint64_t>socket, page + PASSING_MESSAGE,
+                           <uint64_t>(MSG_CMSG_CLOEXEC | MSG_DONTWAIT), 0, 0, 0]
+    cdef snap_passing passing
+    cdef int64_t result = 0
+    cdef int err = _call(job, SYS_recvmsg, args, &result)
+    if err == 0:
+        err = remote_get(&job.remote, page, &passing, sizeof(passing))
+    if err == 0:
+        device[0] = snap_passing_received(&passing)
+    return EMFILE if err == 0 and device[0] < 0 else err
+
+
+cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
+    """A socket pair in the target, of which one end brings the device. The other is closed before that comes:
+    never more than two descriptors at a time."""
+    cdef uint64_t *args = [<uint64_t>AF_UNIX, <uint64_t>(SOCK_DGRAM | SOCK_CLOEXEC), 0, page, 0, 0]
+    cdef snap_passing passing
+    cdef int64_t result = 0
+    cdef int err, sent
+    snap_passing_init(&passing, page)
+    err = remote_put(&job.remote, page, &passing, sizeof(passing))
+    if err == 0:
+        err = _call(job, SYS_socketpair, args, &result)
+    if err == 0:
+        err = remote_get(&job.remote, page, &passing, sizeof(passing))
     if err:
         return err
-    job.step = STEP_OPEN
-    err = remote_call(&job.remote, SYS_openat, <uint64_t><int64_t>AT_FDCWD, addr,
-                      <uint64_t>(O_RDWR | O_CLOEXEC), 0, CALL_LIMIT_NS, device)
-    remote_swap(&job.remote, addr, text, sizeof(text))
-    return err or _result(device[0])
+    sent = _send_to(job, passing.pair[1])
+    err = _close_there(job, passing.pair[1])
+    if err == 0 and sent == 0:
+        err = _receive(job, page, passing.pair[0], device)
+    return _close_there(job, passing.pair[0]) or sent or err
+
+
+cdef int _pass_device(job_t *job, int64_t *device) noexcept nogil:
+    """The device into the target's table of descriptors. MAP_NORESERVE keeps the page from being merged with a
+    neighbour, so that to unmap it splits nothing."""
+    cdef uint64_t *args = [0, PASSING_BYTES, <uint64_t>(PROT_READ | PROT_WRITE),
+                           <uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), <uint64_t>-1, 0]
+    cdef int64_t page = 0
+    cdef int err, undone
+    job.step = STEP_PAGE
+    err = _call(job, SYS_mmap, args, &page)
+    if err:
+        return err
+    job.step = STEP_PASS
+    err = _pass_over(job, <uint64_t>page, device)
+    undone = _undo(job, SYS_munmap, <uint64_t>page, PASSING_BYTES)
+    return err or undone
+
+
+cdef int _open_by_device(job_t *job, int64_t *fd) noexcept nogil:
+    cdef uint64_t *args = [0, USERFAULTFD_IOC_NEW, <uint64_t>(O_CLOEXEC | O_NONBLOCK), 0, 0, 0]
+    cdef int64_t device = -1
+    cdef int err = _pass_device(job, &device)
+    if err == 0:
+        job.step = STEP_IOCTL
+        args[0] = <uint64_t>device
+        err = _call(job, SYS_ioctl, args, fd)
+    if device >= 0:
+        err = _close_there(job, device) or err
+    return err
 
 
 cdef int _open_there(job_t *job, int64_t *fd) noexcept nogil:
-    cdef uint64_t flags = <uint64_t>(O_CLOEXEC | O_NONBLOCK)
-    cdef int64_t device = -1
-    cdef int err
-    if job.device[0] == 0:
-        job.step = STEP_CALL
-        err = remote_call(&job.remote, SYS_userfaultfd, flags, 0, 0, 0, CALL_LIMIT_NS, fd)
-        return err or _result(fd[0])
-    err = _open_device(job, &device)
-    if err:
-        return err
-    job.step = STEP_IOCTL
-    err = remote_call(&job.remote, SYS_ioctl, <uint64_t>device, USERFAULTFD_IOC_NEW, flags, 0,
-                      CALL_LIMIT_NS, fd)
-    err = err or _result(fd[0])
-    return _close_there(job, device) or err
+    cdef uint64_t *args = [<uint64_t>(O_CLOEXEC | O_NONBLOCK), 0, 0, 0, 0, 0]
+    if job.device >= 0:
+        return _open_by_device(job, fd)
+    job.step = STEP_CALL
+    return _call(job, SYS_userfaultfd, args, fd)
 
 
 cdef int _fetch(job_t *job) noexcept nogil:
@@ -189,13 +240,8 @@ cdef int _inject(job_t *job) noexcept nogil:
 cdef int _helper(void *arg) noexcept nogil:
     cdef job_t *job = <job_t *>arg
     snap_stand_apart()
-    job.step = STEP_NODE
-    job.err = _make_node(job) if job.node[0] else 0
-    if job.err == 0:
-        snap_hurry()
-        job.err = _inject(job)
-    if job.node[0]:
-        _drop_node(job)
+    snap_hurry()
+    job.err = _inject(job)
     return 0
 
 
@@ -212,16 +258,8 @@ cdef int _run_apart(job_t *job) noexcept nogil:
     return err
 
 
-cdef int _copy_path(char *into, str path) except -1:
-    encoded = os.fsencode(path)
-    if len(encoded) >= PATH_BYTES:
-        raise ValueError(f"a path of more than {PATH_BYTES - 1} bytes: {path}")
-    strncpy(into, encoded, PATH_BYTES)
-    return 0
-
-
-def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, place, bint repair):
-    """One stop of one thread: (step, errno, fd, stop_ns). `place`: an injectplan.Place, or None for
+def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device, bint repair):
+    """One stop of one thread: (step, errno, fd, stop_ns). `device`: what to hand over, or -1 for
     userfaultfd(2)."""
     cdef job_t job
     cdef int err
@@ -234,12 +272,7 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, place, bin
     job.limit_ns = <uint64_t>(max(seconds, 0.0) * 1e9)
     job.repair = repair
     job.fd = -1
-    if place is not None:
-        _copy_path(job.device, place.device)
-        _copy_path(job.node, place.node)
-        _copy_path(job.folder, place.folder)
-        job.number = place.number
-        job.owner = info.fsuid
+    job.device = device
     with nogil:
         err = _run_apart(&job)
     if err:
@@ -247,11 +280,12 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, place, bin
     return STEPS[job.step], job.err, job.fd, job.stop_ns
 
 
-def _stop_and_open(info, places, double deadline, bint repair):
+def _stop_and_open(info, ways, double deadline, bint repair):
     """Try threads until one stops, and ways until one opens; (fd, ns stopped in all, tid)."""
     cdef double left = deadline             # spent by waiting only: on a busy machine we get our turns late
     stopped_ns = 0
-    place = places.pop(0)
+    ways = list(ways)
+    way = ways.pop(0)
     tried = set()
     while True:
         tids = [tid for tid in attach.threads_to_stop(info.pid) if tid not in tried]
@@ -268,7 +302,7 @@ def _stop_and_open(info, places, double deadline, bint repair):
             # A thread that sleeps uninterruptibly must leave time for others; one that is only waiting
             # for a CPU, among many, needs much itself.
             seconds = left if len(tids) == 1 else left / 2
-            step, err, fd, stop_ns = _attempt(info, tid, pidfd, insn, seconds, place, repair)
+            step, err, fd, stop_ns = _attempt(info, tid, pidfd, insn, seconds, way.device, repair)
         finally:
             os.close(pidfd)
         stopped_ns += stop_ns
@@ -278,10 +312,10 @@ def _stop_and_open(info, places, double deadline, bint repair):
             tried.add(tid)
             if err == ETIMEDOUT:
                 left -= seconds
-        elif injectplan.is_for_another_place(step, err) and places:
-            place = places.pop(0)
+        elif injectplan.is_for_another_way(step, err) and ways:
+            way = ways.pop(0)
         else:
-            raise injectplan.explain(info, tid, step, err, place)
+            raise injectplan.explain(info, tid, step, err, way)
 
 
 def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint _repair=True):
@@ -296,8 +330,8 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint
     pid:
         A 64-bit process whose memory this user may trace (ptrace(2)).
     device:
-        Path of a userfaultfd device node that the target can open; None: userfaultfd(2), and where the
-        target's user may not call that, a private node that is made and removed (wants root).
+        Path of a userfaultfd device node that this user can open; it is handed to the target. None:
+        userfaultfd(2), and where the target's user may not call that, /dev/userfaultfd.
     deadline:
         Seconds for a thread to stop. One in uninterruptible sleep, such as the parent of a vfork, does not.
     info:
@@ -320,7 +354,8 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint
     """
     info = attach.check(pid) if info is None else info
     try:
-        return Injected(*_stop_and_open(info, injectplan.places(info, device), deadline, _repair))
+        with injectplan.ways(info, device) as ways:
+            return Injected(*_stop_and_open(info, ways, deadline, _repair))
     except (FileNotFoundError, ProcessLookupError) as error:
         if isinstance(error, TargetGoneError):
             raise

@@ -11,7 +11,7 @@ TIF_SIGPENDING, which also makes the kernel restart the call that the stop had i
 
 from libc.errno cimport EFAULT, EOPNOTSUPP, ESRCH, ETIMEDOUT, errno
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from snapengine.processvm cimport iovec, process_vm_readv, process_vm_writev
 from snapengine.ptrace cimport (
@@ -34,7 +34,6 @@ cdef extern from "<sys/syscall.h>" nogil:
 
 cdef enum:
     USER_CS_64 = 0x33               # arch/x86/include/asm/segment.h: __USER_CS
-    SWAP_BYTES = 128
 
 cdef uint64_t LOOK_AGAIN_NS = 10000000
 cdef uint64_t FOREVER = <uint64_t>-1
@@ -148,16 +147,18 @@ cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
     return err
 
 
-cdef int remote_call(remote_t *remote, long call, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
-                     uint64_t limit_ns, int64_t *result) noexcept nogil:
+cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t limit_ns,
+                     int64_t *result) noexcept nogil:
     cdef user_regs_struct regs = remote.saved
     regs.rip = remote.insn
     regs.rax = <unsigned long long>call
     regs.orig_rax = <unsigned long long>-1      # else the kernel would take our rip for a call to restart
-    regs.rdi = a
-    regs.rsi = b
-    regs.rdx = c
-    regs.r10 = d
+    regs.rdi = args[0]
+    regs.rsi = args[1]
+    regs.rdx = args[2]
+    regs.r10 = args[3]
+    regs.r8 = args[4]
+    regs.r9 = args[5]
     cdef int err = snap_ptrace(PTRACE_SETREGS, remote.tid, 0, &regs)
     if err == 0:
         err = _run_to_syscall_stop(remote.tid, limit_ns)            # entry
@@ -170,20 +171,23 @@ cdef int remote_call(remote_t *remote, long call, uint64_t a, uint64_t b, uint64
     return err
 
 
-cdef int remote_swap(remote_t *remote, uint64_t addr, char *data, size_t length) noexcept nogil:
-    cdef char before[SWAP_BYTES]
+cdef int remote_get(remote_t *remote, uint64_t addr, void *data, size_t length) noexcept nogil:
     cdef iovec local, there
-    if length > sizeof(before):
-        return EFAULT
-    local.iov_base = before
+    local.iov_base = data
     there.iov_base = <void *>addr
     local.iov_len = there.iov_len = length
     if process_vm_readv(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
-        return errno
-    local.iov_base = data
+        return errno or EFAULT
+    return 0
+
+
+cdef int remote_put(remote_t *remote, uint64_t addr, const void *data, size_t length) noexcept nogil:
+    cdef iovec local, there
+    local.iov_base = <void *>data
+    there.iov_base = <void *>addr
+    local.iov_len = there.iov_len = length
     if process_vm_writev(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
-        return errno
-    memcpy(data, before, length)
+        return errno or EFAULT
     return 0
 
 

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import procfs
@@ -22,22 +24,25 @@ from .errors import AttachError, TargetGoneError, UffdPermissionError, Unsupport
 from .maps import Mapping, read_maps
 from .uffd import PERMISSION_HELP
 
+HELP = (
+    "one of these allows it: give this user read and write access to /dev/userfaultfd; "
+    "run the engine as root; set the sysctl vm.unprivileged_userfaultfd to 1; give the target CAP_SYS_PTRACE"
+)
 SYSCALL = b"\x0f\x05"  # the instruction, wherever its two bytes stand
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 MISC_MAJOR = 10
 SEARCH_BYTES = 4 << 20
-FOLDERS = ("/tmp", "/var/tmp", "/run", "/dev", "/dev/shm", "/")
+DEVICE = "/dev/userfaultfd"
+FOLDERS = ("/dev/shm", "/run", "/tmp", "/var/tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A device node. `node` and `folder` are ours to make and remove; empty: `device` is there already."""
+class Way:
+    """How the target gets a userfaultfd: by a device that we hand over, or by userfaultfd(2)."""
 
-    device: str
-    """Path for the target."""
-    node: str = ""
-    folder: str = ""
-    number: int = 0
+    name: str
+    device: int = -1
+    """A descriptor of ours; -1: the system call."""
 
 
 def open_pidfd(pid: int, tid: int) -> int:
@@ -83,10 +88,8 @@ def syscall_instruction(tid: int) -> int:
     raise AttachError(errno.EOPNOTSUPP, text)
 
 
-def device_number() -> int | None:
+def _device_number() -> int | None:
     """Of the userfaultfd device, or None (before Linux 6.1, or not built in)."""
-    with contextlib.suppress(OSError):
-        return os.stat("/dev/userfaultfd").st_rdev
     with contextlib.suppress(OSError), open("/proc/misc", encoding="ascii") as lines:
         for line in lines:
             minor, _, name = line.strip().partition(" ")
@@ -95,27 +98,34 @@ def device_number() -> int | None:
     return None
 
 
-def _usable_folder(seen: str) -> bool:
-    """Whether a device node there can be opened by any user."""
-    try:
-        status, filesystem = os.stat(seen), os.statvfs(seen)
-    except OSError:
-        return False
-    return bool(status.st_mode & 1) and not filesystem.f_flag & (os.ST_NODEV | os.ST_RDONLY)
-
-
-def private_places(info: ProcessInfo) -> list[Place]:
-    """Nodes of our own, in the target's root and mount namespace: that is where it will open them."""
-    number = device_number()
-    if number is None or os.geteuid() != 0:
-        return []
-    root = os.path.join("/proc", str(info.thread_ids[0]), "root")
-    found = []
+def _open_own_node() -> int:
+    """Where /dev has no node of the device (containers): by one of our own, gone at once. Raises OSError."""
+    number = _device_number()
+    if number is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), DEVICE)
+    refusal: OSError | None = None
     for folder in FOLDERS:
-        if _usable_folder(root + folder):
-            own = f"{folder.rstrip('/')}/.snapengine-{secrets.token_hex(12)}"
-            found.append(Place(f"{own}/uffd", f"{root}{own}/uffd", root + own, number))
-    return found
+        node = f"{folder}/.snapengine-{secrets.token_hex(12)}"
+        try:
+            os.mknod(node, stat.S_IFCHR | 0o600, number)
+            try:
+                return os.open(node, os.O_RDWR | os.O_CLOEXEC)
+            finally:
+                os.unlink(node)
+        except OSError as error:
+            refusal = error
+    assert refusal is not None
+    raise refusal
+
+
+def open_device(path: str | os.PathLike[str] | None = None) -> int:
+    """A descriptor of the userfaultfd device, which the caller closes. Raises OSError."""
+    try:
+        return os.open(path or DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if path is not None:
+            raise
+    return _open_own_node()
 
 
 def _may_call(info: ProcessInfo) -> bool:
@@ -123,15 +133,39 @@ def _may_call(info: ProcessInfo) -> bool:
     with contextlib.suppress(OSError), open("/proc/sys/vm/unprivileged_userfaultfd", "rb") as knob:
         if knob.read().strip() == b"1":
             return True
-    return bool(info.capabilities >> CAP_SYS_PTRACE & 1)
+    return bool(info.capabilities >> CAP_SYS_PTRACE & 1) and info.same_user_namespace is not False
 
 
-def places(info: ProcessInfo, device: str | os.PathLike[str] | None) -> list[Place | None]:
-    """The ways to try, in order. None stands for userfaultfd(2)."""
-    if device is not None:
-        return [Place(os.fspath(device))]
-    private = private_places(info)
-    return [None, *private] if _may_call(info) or not private else [*private]
+@contextlib.contextmanager
+def ways(info: ProcessInfo, path: str | os.PathLike[str] | None = None) -> Iterator[list[Way]]:
+    """The ways to try, in order, at least one; what they hold is closed at the end.
+
+    UffdPermissionError: the device `path` cannot be opened."""
+    device, name = -1, os.fspath(path or DEVICE)
+    try:
+        device = open_device(path)
+    except OSError as error:
+        if path is not None:
+            raise UffdPermissionError(error.errno, f"{name}: {error.strerror}; {PERMISSION_HELP}") from None
+    found = [Way(name, device)] if device >= 0 else []
+    if path is None and (_may_call(info) or not found):
+        found.insert(0, Way("userfaultfd(2)"))
+    try:
+        yield found
+    finally:
+        if device >= 0:
+            os.close(device)
+
+
+def foresee(info: ProcessInfo) -> OSError | None:
+    """The error that an injection would end with, as far as it is certain without a stop; None: it may do."""
+    if _may_call(info):
+        return None
+    try:
+        os.close(open_device())
+    except OSError:
+        return explain(info, info.pid, "call", errno.EPERM, Way("userfaultfd(2)"))
+    return None
 
 
 def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
@@ -149,12 +183,11 @@ def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
     return err == errno.ESRCH
 
 
-def is_for_another_place(step: str, err: int) -> bool:
+def is_for_another_way(step: str, err: int) -> bool:
     """Whether another way to open a userfaultfd may do."""
-    if step == "node":
-        return True
     # A thread that stands and does not run (ETIMEDOUT) does not in any other way, either.
-    return step in ("call", "open") and err not in (errno.ESRCH, errno.EMFILE, errno.ETIMEDOUT)
+    ours = step in ("call", "page", "pass", "ioctl")
+    return ours and err not in (errno.ESRCH, errno.EMFILE, errno.ETIMEDOUT)
 
 
 def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSError:
@@ -198,7 +231,7 @@ def _seize_refused(info: ProcessInfo, tid: int, err: int) -> AttachError:
     return AttachError(err, denied_because(info))
 
 
-def explain(info: ProcessInfo, tid: int, step: str, err: int, place: Place | None) -> OSError:
+def explain(info: ProcessInfo, tid: int, step: str, err: int, way: Way | None) -> OSError:
     """The error to raise for a failed attempt."""
     who = f"process {info.pid} ({info.name})"
     if step == "seize":
@@ -213,10 +246,11 @@ def explain(info: ProcessInfo, tid: int, step: str, err: int, place: Place | Non
         return AttachError(err, f"{who} stands, but does not run: is its cgroup frozen?")
     if step == "call" and err == errno.ENOSYS:
         return UnsupportedError(err, "this kernel is built without userfaultfd (CONFIG_USERFAULTFD)")
-    if step == "stack":
-        return AttachError(err, f"{who}: no room for a path on the stack of thread {tid}")
-    if step in ("call", "open", "ioctl", "node"):
-        with_what = place.device if place else "userfaultfd(2)"
-        text = f"{who}, uid {info.fsuid}: {with_what}: {os.strerror(err)}; in that process, {PERMISSION_HELP}"
+    if step == "page":
+        text = "no room for one page (address space limit, memory limit, vm.max_map_count)"
+        return AttachError(err, f"{who}: {text}: {os.strerror(err)}")
+    if step in ("call", "pass", "ioctl"):
+        name = way.name if way else "userfaultfd(2)"
+        text = f"{who}, uid {info.fsuid}: {name}: {os.strerror(err)}; {HELP}"
         return UffdPermissionError(err, text)
     return AttachError(err, f"{who}: {step}: {os.strerror(err)}")

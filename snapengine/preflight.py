@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from snapengine import attach, procfs
+from snapengine import attach, injectplan, procfs
 from snapengine.maps import Mapping, read_maps
 from snapengine.names import escape, printable
 from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
@@ -73,6 +73,9 @@ class Preflight:
 def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
     """Look at a process. Raises `AttachError` where it cannot be attached to, `TargetGoneError`, OSError."""
     info = attach.check_to_save(pid)
+    refusal = injectplan.foresee(info)
+    if refusal is not None:
+        raise refusal
     selector = selector or Selector()
     mappings = read_maps(pid)
     changed = own_pages(pid, mappings)

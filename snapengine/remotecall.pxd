@@ -12,10 +12,9 @@ cdef enum step_t:
     STEP_SEIZE
     STEP_STOP
     STEP_COMPAT                     # the thread runs 32-bit code
-    STEP_NODE                       # making the private device node
-    STEP_STACK                      # the path on the thread's stack
     STEP_CALL                       # userfaultfd(2)
-    STEP_OPEN                       # open(2) of the device
+    STEP_PAGE                       # a page of our own in the target
+    STEP_PASS                       # the device's descriptor handed over
     STEP_IOCTL                      # USERFAULTFD_IOC_NEW
     STEP_GETFD
     STEP_CLOSE
@@ -37,9 +36,11 @@ cdef struct remote_t:
 # calling thread lets go of a thread that did not stop. `repair`: False shows EINTR (tests).
 cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns, bint repair,
                      step_t *step) noexcept nogil
-# `limit_ns`: when a thread that does not run (frozen cgroup) is given up, ETIMEDOUT, the call not made.
-cdef int remote_call(remote_t *remote, long call, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
-                     uint64_t limit_ns, int64_t *result) noexcept nogil
-# Swap `length` bytes at `addr` of the target with those in `data`.
-cdef int remote_swap(remote_t *remote, uint64_t addr, char *data, size_t length) noexcept nogil
+# A system call with its six arguments. `limit_ns`: when a thread that does not run (frozen cgroup) is given
+# up, ETIMEDOUT, the call not made.
+cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t limit_ns,
+                     int64_t *result) noexcept nogil
+# Read and write memory of the target that is ours: a page mapped by remote_call.
+cdef int remote_get(remote_t *remote, uint64_t addr, void *data, size_t length) noexcept nogil
+cdef int remote_put(remote_t *remote, uint64_t addr, const void *data, size_t length) noexcept nogil
 cdef int remote_release(remote_t *remote) noexcept nogil

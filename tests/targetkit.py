@@ -79,15 +79,16 @@ def descriptors(pid):
 
 
 class Target:
-    """A running program: ``with Target("compute", 3) as target``. ``words[i]`` are its words."""
+    """A running program: ``with Target("compute", 3) as target``. ``words[i]`` are its words. `wrapper`: a
+    command that ends in executing it."""
 
-    def __init__(self, name, *arguments, ready=1, **popen):
+    def __init__(self, name, *arguments, ready=1, wrapper=(), **popen):
         self._memfd = os.memfd_create("words")
         os.fchmod(self._memfd, 0o666)
         os.ftruncate(self._memfd, 4096)
         self._mapped = mmap.mmap(self._memfd, 4096)
         self.words = memoryview(self._mapped).cast("Q")
-        command = [program(name), str(self._memfd), *map(str, arguments)]
+        command = [*wrapper, program(name), str(self._memfd), *map(str, arguments)]
         self.process = subprocess.Popen(command, pass_fds=[self._memfd], **popen)
         self.pid = self.process.pid
         until(lambda: self.words[READY] >= ready or self.process.poll() is not None, "not ready")
