@@ -8,6 +8,8 @@ SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/
 
 # Snapshots of attached processes per test case and round: 60 cases, so 1020.
 ATTACH_CUTS ?= 17
+# Snapshots of each program of `make test-real` and mode.
+REAL_SNAPSHOTS ?= 20
 # Machines saved, killed and restored per test case and round.
 QEMU_ROUNDS ?= 10
 
@@ -26,6 +28,10 @@ demo: $(VENV)/.base  ## Save a busy guest live by both methods; print a table, d
 .PHONY: test
 test: $(VENV)/.test  ## Run the tests
 	$(BIN)/python -m pytest -q $(TESTS)
+
+.PHONY: test-real
+test-real: $(VENV)/.test  ## Save servers and runtimes under load, also the large ones, REAL_SNAPSHOTS (20) times
+	REAL_ALL=1 REAL_SNAPSHOTS=$(REAL_SNAPSHOTS) $(BIN)/python -m pytest -q -rs tests/real $(TESTS)
 
 .PHONY: lint
 lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nogil code

@@ -45,7 +45,7 @@ def remove_programs():
 @functools.cache
 def program(name, *flags):
     """The path of targets/NAME.c, compiled."""
-    path = _room() / name
+    path = _room() / "".join([name, *flags])
     command = ["gcc", "-O2", "-Wall", "-Werror", *flags, "-o", str(path), str(SOURCES / f"{name}.c")]
     built = subprocess.run([*command, "-pthread"], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -79,16 +79,18 @@ def descriptors(pid):
 
 
 class Target:
-    """A running program: ``with Target("compute", 3) as target``. ``words[i]`` are its words. `wrapper`: a
-    command that ends in executing it."""
+    """A running program: ``with Target("compute", 3) as target``. ``words[i]`` are its words.
 
-    def __init__(self, name, *arguments, ready=1, wrapper=(), **popen):
+    `wrapper`: a command that ends in executing it. `flags`: for the compiler.
+    """
+
+    def __init__(self, name, *arguments, ready=1, wrapper=(), flags=(), **popen):
         self._memfd = os.memfd_create("words")
         os.fchmod(self._memfd, 0o666)
         os.ftruncate(self._memfd, 4096)
         self._mapped = mmap.mmap(self._memfd, 4096)
         self.words = memoryview(self._mapped).cast("Q")
-        command = [*wrapper, program(name), str(self._memfd), *map(str, arguments)]
+        command = [*wrapper, program(name, *flags), str(self._memfd), *map(str, arguments)]
         self.process = subprocess.Popen(command, pass_fds=[self._memfd], **popen)
         self.pid = self.process.pid
         until(lambda: self.words[READY] >= ready or self.process.poll() is not None, "not ready")

@@ -1,15 +1,12 @@
-"""Programs that were not written for these tests: redis, Python with numpy, and what gdb makes of a core."""
+"""Programs that were not written for these tests: Python with numpy, and what gdb makes of a core."""
 
-import contextlib
 import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
-from handoverkit import connect
 from process_kit import build_program, gdb, running
 from targetkit import descriptors, status_line, until
 from test_process import MODES, snap
@@ -26,96 +23,6 @@ def check_left_alone(pid, before):
     until(lambda: status_line(pid, "TracerPid") == "0")
     assert {fd: name for fd, name in descriptors(pid).items() if "userfaultfd" in name} == {}
     assert before <= set(descriptors(pid))
-
-
-def memory_of(path):
-    """The bytes of each region, lost pages as zeros."""
-    with open_image(path) as image:
-        image.verify()
-        for region in image.regions:
-            data = bytearray(region.length)
-            for start, length, kind in image.runs(region):
-                if kind == "data":
-                    data[start : start + length] = image.read(region, start, length)
-            yield bytes(data)
-
-
-# redis
-
-
-@contextlib.contextmanager
-def redis(folder):
-    """A server on a Unix socket: (its pid, the socket's path)."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    path = folder / "redis.sock"
-    command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            connect(path).close()
-            yield server.pid, str(path)
-        finally:
-            server.kill()
-
-
-class Client(threading.Thread):
-    """Appends VAL00000000, VAL00000001, …, each when the last one is answered."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.answered = -1
-        self.failure = None
-        self._ends = threading.Event()
-        self._socket = connect(path)
-        self._socket.settimeout(PATIENCE_S)
-
-    def run(self):
-        number = 0
-        while not self._ends.is_set():
-            self._socket.sendall(b"RPUSH list VAL%08d\r\n" % number)
-            answer = self._socket.recv(100)
-            if answer != b":%d\r\n" % (number + 1):
-                self.failure = answer
-                return
-            self.answered = number
-            number += 1
-
-    def end(self):
-        self._ends.set()
-        self.join()
-        self._socket.close()
-
-
-@pytest.mark.host_optional
-@pytest.mark.parametrize("mode", MODES)
-def test_redis_under_a_client(tmp_path, mode):
-    """What one client has sent in order is in the image up to one value, and none after it."""
-    with redis(tmp_path) as (pid, path):
-        before = set(descriptors(pid))
-        client = Client(path)
-        client.start()
-        try:
-            for _ in range(2):
-                wanted = client.answered + 3000
-                until(
-                    lambda wanted=wanted: client.answered >= wanted or client.failure, "the client is stuck"
-                )
-                low = client.answered
-                snap(pid, tmp_path / "image", mode)
-                high = client.answered + 1
-                found = set()
-                for data in memory_of(tmp_path / "image"):
-                    # In the list, or still in the buffers of the connection.
-                    found.update(int(text) for text in re.findall(rb"VAL(\d{8})", data))
-                last = max(found)
-                assert found == set(range(last + 1)), (
-                    f"of {last + 1} values {last + 1 - len(found)} are missing"
-                )
-                assert low <= last <= high
-        finally:
-            client.end()
-        assert client.failure is None
-        check_left_alone(pid, before)
 
 
 # Python

@@ -1,0 +1,8 @@
+"""What the programs of tests/real did, at the end of the run."""
+
+
+def pytest_terminal_summary(terminalreporter):
+    import realkit
+
+    for line in realkit.summary:
+        terminalreporter.line(line)
