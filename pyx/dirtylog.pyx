@@ -49,6 +49,7 @@ cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect)
         scan.anyof = PAGE_IS_PRESENT
     else:
         scan.anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+    scan.without = capture.guard        # nothing is there to copy
     scan.returned = PAGE_IS_WRITTEN
     scan.err = 0
 

@@ -7,13 +7,23 @@ from posix.unistd cimport pread, pwrite
 from snapengine.checksum cimport crc32c
 from snapengine.oserror cimport raise_oserror
 
+import os
+
 cdef extern from "<sys/stat.h>" nogil:
     struct timespec:
         long tv_sec
         long tv_nsec
     struct struct_stat "stat":
         timespec st_mtim
+        long st_size
     int fstat(int fd, struct_stat *status)
+
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct struct_statfs "statfs":
+        long f_type
+        long f_bsize
+    int statfs(const char *path, struct_statfs *found)
 
 
 cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept nogil:
@@ -67,8 +77,26 @@ def crc_of_range(int fd, uint64_t offset, uint64_t length):
     return None if err else crc
 
 
+cdef uint64_t file_size(int fd) noexcept nogil:
+    cdef struct_stat status
+    return <uint64_t>status.st_size if fstat(fd, &status) == 0 else 0
+
+
 cdef uint64_t file_mtime(int fd) noexcept nogil:
     cdef struct_stat status
     if fstat(fd, &status) != 0:
         return 0
     return <uint64_t>status.st_mtim.tv_sec * 1000000000 + <uint64_t>status.st_mtim.tv_nsec
+
+
+def file_system(path):
+    """(type, block size in bytes) of the file system that a path is on: statfs(2). Raises OSError."""
+    cdef struct_statfs found
+    cdef bytes name = os.fsencode(path)
+    cdef const char *chars = name
+    cdef int err
+    with nogil:
+        err = 0 if statfs(chars, &found) == 0 else errno
+    if err:
+        raise_oserror(err, b"statfs")
+    return found.f_type, found.f_bsize

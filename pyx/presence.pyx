@@ -11,6 +11,9 @@ where holes are registered for missing faults:
 
 Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only.
 
+A guard page (MADV_GUARD_INSTALL) looks swapped, and is neither populated nor accessible: a hole. Of memory
+whose file has data behind it, `guards` says so; at T only what had some before is looked at again.
+
 Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/pieces`); the bitmaps are
 read by all threads after `armed`, and `huge` as a hint before.
 """
@@ -18,6 +21,7 @@ read by all threads after `armed`, and `huge` as a hint before.
 from libc.stdint cimport uint64_t
 
 from snapengine.bitmap cimport bits_clear, bits_fill
+from snapengine.fileio cimport file_size
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
@@ -76,6 +80,7 @@ cdef void _begin(capture_t *capture, scan_t *scan, uint64_t start, uint64_t end,
     scan.flags = 0
     scan.mask = mask
     scan.anyof = anyof
+    scan.without = 0
     scan.returned = returned
     scan.err = 0
 
@@ -99,20 +104,49 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
     return 0
 
 
+cdef int _put_swapped(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
+    """Before Linux 6.15 PAGEMAP_SCAN calls guard pages swapped: which are is asked one by one."""
+    cdef uint64_t entries[64]
+    cdef uint64_t i, n
+    cdef int err
+    while start < end:
+        n = min((end - start) // PAGE, <uint64_t>64)
+        err = pagemap_read(capture.pagemap, start, entries, n)
+        if err:
+            return err
+        for i in range(n):
+            if entries[i]:
+                _set_present(capture, region, start + i * PAGE, start + (i + 1) * PAGE, True)
+        start += n * PAGE
+    return 0
+
+
+cdef int _put_found(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
+                    uint64_t categories) noexcept nogil:
+    if not capture.guard and not categories & PAGE_IS_PRESENT:
+        return _put_swapped(capture, region, start, end)
+    _set_present(capture, region, start, end, True)
+    return 0
+
+
 cdef int _scan_populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
                          uint64_t end) noexcept nogil:
     cdef int i, found
+    cdef int err = 0
     # hugetlb is never swapped: what looks swapped there is the marker of a protected hole.
     _begin(capture, &lane.scan, start, end, 0,
            PAGE_IS_PRESENT if region.unit_pages > 1 else POPULATED, POPULATED | PAGE_IS_HUGE)
-    while True:
+    lane.scan.without = capture.guard
+    while not err:
         found = scan_step(&lane.scan)
         if found <= 0:
             return lane.scan.err
         for i in range(found):
-            _set_present(capture, region, lane.scan.found[i].start, lane.scan.found[i].end, True)
+            err = err or _put_found(capture, region, lane.scan.found[i].start, lane.scan.found[i].end,
+                                    lane.scan.found[i].categories)
             if lane.scan.found[i].categories & PAGE_IS_HUGE and region.unit_pages == 1:
                 _set_huge(capture, region, lane.scan.found[i].start, lane.scan.found[i].end)
+    return err
 
 
 cdef int _put_back_populated(capture_t *capture, region_t *region, uint64_t start,
@@ -120,13 +154,17 @@ cdef int _put_back_populated(capture_t *capture, region_t *region, uint64_t star
     """What is not protected, but populated all the same."""
     cdef scan_t scan
     cdef int i, found
-    _begin(capture, &scan, start, end, PAGE_IS_WRITTEN, POPULATED, PAGE_IS_WRITTEN)
-    while True:
+    cdef int err = 0
+    _begin(capture, &scan, start, end, PAGE_IS_WRITTEN, POPULATED, POPULATED)
+    scan.without = capture.guard
+    while not err:
         found = scan_step(&scan)
         if found <= 0:
             return scan.err
         for i in range(found):
-            _set_present(capture, region, scan.found[i].start, scan.found[i].end, True)
+            err = err or _put_found(capture, region, scan.found[i].start, scan.found[i].end,
+                                    scan.found[i].categories)
+    return err
 
 
 cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
@@ -164,7 +202,7 @@ cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t star
     it counts as data, and is found lost."""
     cdef vma_t vma
     while start < end and not next_vma(capture.maps, start, &vma):
-        if vma.inode:
+        if vma.inode and vma.inode != region.zero_inode:
             _set_present(capture, region, max(vma.start, start), min(vma.end, end), True)
         start = vma.end
 
@@ -178,6 +216,31 @@ cdef int _scan_at_t(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     if capture.attached:
         _put_back_replaced(capture, region, page_addr(region, first), page_addr(region, end))
     return err
+
+
+cdef int _scan_guards(capture_t *capture, region_t *region, bint at_t) noexcept nogil:
+    """Of memory that is not told by its page tables: which pages allow no access, and where its file ends."""
+    cdef scan_t scan
+    cdef int i, found
+    cdef uint64_t start, end
+    if at_t and region.file >= 0:
+        region.file_end = max(region.file_end, file_size(region.file))
+    if not capture.guard or region.unit_pages > 1 or region.presence == PRESENCE_BITS \
+            or (at_t and not region.guarded):
+        return 0
+    bits_clear(capture.guards, region.first_page, region.pages)
+    _begin(capture, &scan, region.addr, region.addr + region.pages * PAGE, capture.guard, 0, capture.guard)
+    while True:
+        found = scan_step(&scan)
+        if found <= 0:
+            return scan.err
+        for i in range(found):
+            start = scan.found[i].start
+            end = scan.found[i].end
+            if _clip(region, &start, &end):
+                region.guarded = True
+                bits_fill(capture.guards, region.first_page + (start - region.addr) // PAGE,
+                          (end - start) // PAGE)
 
 
 cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -194,8 +257,13 @@ cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t
                     bint at_t) noexcept nogil:
     """What cannot be divided is done where it begins."""
     cdef uint64_t first, end
+    cdef int err
     if not span_of(region, span, &first, &end):
         return 0
+    if first == region.first_page:
+        err = _scan_guards(capture, region, at_t)
+        if err:
+            return err
     if not _by_faults(capture, region):
         return _scan_region(capture, lane, region) if at_t and first == region.first_page else 0
     if at_t:
@@ -227,5 +295,6 @@ cdef int scan_anew(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int err = 0
     for i in range(capture.n_regions):
         bits_clear(capture.present, capture.regions[i].first_page, capture.regions[i].pages)
+        err = err or _scan_guards(capture, &capture.regions[i], False)
         err = err or _scan_region(capture, lane, &capture.regions[i])
     return err

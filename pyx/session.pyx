@@ -17,6 +17,7 @@ from snapengine.guard cimport guard_begin, guard_end
 from snapengine.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
 )
+from snapengine.pagemap cimport guard_category
 from snapengine.pagemap import has_pagemap_scan
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
 from snapengine.pthreads cimport (
@@ -121,6 +122,7 @@ cdef class Session:
         capture.pidfd = pidfd
         capture.features = features
         capture.has_scan = use_scan and has_pagemap_scan()
+        capture.guard = guard_category() if capture.has_scan else 0
         capture.n_fault_lanes = fault_threads
         capture.n_lanes = fault_threads + 1 + walkers
         capture.early = early
@@ -180,6 +182,8 @@ cdef class Session:
         region.source = <char *><uintptr_t>plan.source
         region.file = plan.file
         region.file_offset = plan.file_offset
+        region.file_end = os.fstat(plan.file).st_size if plan.file >= 0 else 0
+        region.zero_inode = plan.region.zero_inode
         region.reading = _READING[plan.reading]
         region.presence = _PRESENCE[plan.presence]
         region.shared = plan.shared
@@ -228,6 +232,7 @@ cdef class Session:
         self.capture.lost = self._bitmap(pages)
         self.capture.present = self._bitmap(pages)
         self.capture.huge = self._bitmap((pages >> 9) + 1)
+        self.capture.guards = self._bitmap(pages)
         self.capture.gone = self._bitmap((pages >> 9) + 1)
         self.capture.witnessed = self._bitmap((pages >> 9) + 1)
         self.capture.distrusted = self._bitmap(pages)

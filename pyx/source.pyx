@@ -141,7 +141,9 @@ cdef uint64_t _by_mincore(region_t *region, uint64_t page, uint64_t mask) noexce
 
 cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                         uint64_t mask) noexcept nogil:
-    if region.presence == PRESENCE_BITS or region.presence == PRESENCE_FILE:
+    if region.presence != PRESENCE_BITS:
+        mask &= ~capture.guards[page >> 6]
+    if region.presence == PRESENCE_BITS or region.presence == PRESENCE_FILE or not mask:
         return capture.present[page >> 6] & mask
     if region.presence == PRESENCE_SEEK:
         return _by_seek(capture, lane, region, page, mask)
@@ -287,7 +289,10 @@ cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_
 cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
     """A page that process_vm_readv refuses: PROT_NONE, which /proc/PID/mem reads; or not mapped any more."""
     cdef char *dst = lane.slot.data + lane.slot.used
-    if capture.mem < 0 or pread(capture.mem, dst, PAGE, <long>page_addr(region, page)) != <ssize_t>PAGE:
+    cdef uint64_t offset = region.file_offset + (page - region.first_page) * PAGE
+    if region.file >= 0 and offset >= region.file_end:
+        put_pages(capture, lane, page, 1, SNAP_HOLE)        # behind the end of its file: no access at T
+    elif capture.mem < 0 or pread(capture.mem, dst, PAGE, <long>page_addr(region, page)) != <ssize_t>PAGE:
         put_pages(capture, lane, page, 1, SNAP_LOST)
     elif page_nonzero(dst):
         lane.slot.used += PAGE

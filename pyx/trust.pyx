@@ -69,7 +69,7 @@ cdef int _call_witnesses(capture_t *capture, lane_t *lane, region_t *region) noe
     lane.scan.end = region.track_end
     lane.scan.flags = 0
     lane.scan.mask = lane.scan.returned = PAGE_IS_PRESENT
-    lane.scan.anyof = 0
+    lane.scan.anyof = lane.scan.without = 0
     lane.scan.err = 0
     while True:
         found = scan_step(&lane.scan)

@@ -255,7 +255,7 @@ class Capture:
 
     def _prepare(self) -> None:
         options, parts = self._options, self._parts
-        pid, regions = open_target(parts, self._sink_spec, options.method)
+        pid, regions = open_target(parts, self._sink_spec, options)
         self._began = time.monotonic_ns()  # without the wait for a peer
         make_engine(parts, pid, regions, options, self._session_extra)
         for number in range(options.encoders):

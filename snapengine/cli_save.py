@@ -80,6 +80,8 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("--cut", choices=("soft", "stop"),
         help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while "
         "the memory is protected, and saves registers and what cannot be protected")  # fmt: skip
+    add("--copy-limit", type=size, metavar="SIZE",
+        help="--pid: most memory to copy while all stand (default 64M)")  # fmt: skip
     add("--strict", action="store_true", default=None,
         help="fail if the target discards memory before it is saved")  # fmt: skip
     add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
+from snapengine.options import COPY_LIMIT
 from snapengine.units import parse_size
 
 DOCTOR = """\
@@ -55,6 +56,8 @@ def add_doctor(commands: argparse._SubParsersAction[Any], line: str) -> None:
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--pid", type=int, metavar="PID", help="look at this process")
     parser.add_argument("--all", action="store_true", help="--pid: list all mappings, not only the largest")
+    parser.add_argument("--copy-limit", type=argument(parse_size), default=COPY_LIMIT, metavar="SIZE",
+                        help="--pid: as of save (default 64M)")  # fmt: skip
     parser.set_defaults(run=run_doctor, parser=parser)
 
 
@@ -83,7 +86,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.pid is not None:
         from snapengine import preflight
 
-        found = preflight.examine_process(args.pid)
+        found = preflight.examine_process(args.pid, copy_limit=args.copy_limit)
         if args.json:
             print_json(found.to_json())
         else:

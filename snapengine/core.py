@@ -242,14 +242,14 @@ class Layout:
 def holes_are_zero(mapping: Mapping) -> bool:
     """Whether an unpopulated page of the mapping reads as zeros.
 
-    In a mapping of a file on disk, or a private one of a memory file, it reads as the file; in [vdso] and the
+    In a private mapping of a file it reads as the file; in [vdso] and the
     like as the kernel has it.
     """
     if mapping.path.startswith("[v"):
         return False
     anonymous = ("/dev/zero", "/anon_hugepage")  # files of the kernel's behind anonymous memory
     if mapping.shared:
-        return mapping.backing != "file"
+        return True  # in the image it is only if it is a memory file, or one that was removed
     return mapping.inode == 0 or mapping.path.startswith(anonymous)
 
 

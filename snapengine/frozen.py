@@ -1,46 +1,197 @@
-"""Pages that were copied while an attached process stood: into the image, beside what the engine saved."""
+"""Pages that were copied while an attached process stood: into the image, beside what the engine saved.
+
+Reading must change nothing in the target: shared memory is read through its file, where a hole stays one, and
+of private memory only what it has populated.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
+from typing import Literal
 
-from snapengine.packing import DATA, LOST, ZERO
+from snapengine.mapfacts import data_ranges
+from snapengine.maps import Mapping
+from snapengine.packing import DATA, HOLE, LOST, ZERO
+from snapengine.pagemap import CATEGORIES, populated_runs
 from snapengine.tally import Extra
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.writer import Writer
 
 CHUNK_PAGES = 256
+PIECE_BYTES = 4 << 20
 _ZERO = bytes(PAGE_BYTES)
 
+Way = Literal["all", "populated", "own", "file"]
+"""Which pages are read: all; those in the page tables; those that a private mapping does not share with its
+file; those that the file has."""
 
-def copy_frozen(pid: int, regions: list[Region]) -> list[bytes | None]:
-    """The bytes of each region of a process that stands still; None: not readable. Raises OSError."""
-    if not regions:
-        return []
-    copies: list[bytes | None] = []
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for region in regions:
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One region to be copied. ``whole``: with "own", the pages that are as in the file, too."""
+
+    region: Region
+    mapping: Mapping
+    way: Way = "all"
+    whole: bool = False
+
+
+@dataclass(slots=True)
+class Copied:
+    """What was read of a region: runs of (first page, bytes), in any order; pages that could not be read.
+    All other pages are holes."""
+
+    runs: list[tuple[int, bytes]] = field(default_factory=list)
+    unreadable: list[int] = field(default_factory=list)
+
+
+class Copier:
+    """Reads from one process that stands still. A context manager. Raises OSError."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            os.close(self._memory)
+            raise
+
+    def __enter__(self) -> Copier:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._memory)
+        os.close(self._pagemap)
+
+    def copy(self, copy: Copy) -> Copied:
+        """The pages of one region."""
+        start, end = copy.region.addr, copy.region.addr + copy.region.length
+        if copy.way == "all":
+            return self._of_memory(start, [(start, end)])
+        if copy.way == "populated":
+            return self._of_memory(start, [(low, high) for low, high, _ in self._populated(start, end)])
+        file = self._open_file(copy.mapping)
+        try:
+            if copy.way == "file":
+                return self._of_file(copy, file, []) if file >= 0 else self._of_memory(start, [(start, end)])
+            own = [run[:2] for run in self._populated(start, end) if not run[2] & CATEGORIES["FILE"]]
+            if not copy.whole:
+                return self._of_memory(start, own)
+            if file < 0:
+                return self._of_memory(start, [(start, end)])
+            copied = self._of_file(copy, file, own)
+            rest = self._of_memory(start, own)
+            return Copied(copied.runs + rest.runs, rest.unreadable)
+        finally:
+            if file >= 0:
+                os.close(file)
+
+    def _populated(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        return populated_runs(self._pagemap, start, end)
+
+    def _open_file(self, mapping: Mapping) -> int:
+        path = f"/proc/{self._pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # not allowed: through the mapping then, which fills holes
+            return -1
+
+    def _of_memory(self, base: int, ranges: list[tuple[int, int]]) -> Copied:
+        copied = Copied()
+        for start, end in ranges:
+            for at in range(start, end, PIECE_BYTES):
+                self._read(copied, base, at, min(at + PIECE_BYTES, end))
+        return copied
+
+    def _read(self, copied: Copied, base: int, start: int, end: int) -> None:
+        """A read ends at the first page that cannot be read; the pages behind it may be readable."""
+        while start < end:
             try:
-                data = os.pread(memory.fileno(), region.length, region.addr)
+                data = os.pread(self._memory, end - start, start)
             except OSError:
-                data = b""  # it becomes lost pages, and is reported
-            copies.append(data if len(data) == region.length else None)
-    return copies
+                data = b""
+            whole = len(data) // PAGE_BYTES * PAGE_BYTES
+            if whole:
+                copied.runs.append(((start - base) // PAGE_BYTES, data[:whole]))
+            start += whole
+            if start < end:
+                copied.unreadable.append((start - base) // PAGE_BYTES)
+                start += PAGE_BYTES
+
+    def _of_file(self, copy: Copy, file: int, own: list[tuple[int, int]]) -> Copied:
+        """What lies in none of the ranges `own`."""
+        copied = Copied()
+        shift = copy.mapping.start - copy.mapping.offset
+        start, end = copy.region.addr - shift, copy.region.addr + copy.region.length - shift
+        for low, high in data_ranges(file, start, end):
+            for left, right in outside(low + shift, high + shift, own):
+                for at in range(left, right, PIECE_BYTES):
+                    size = min(PIECE_BYTES, right - at)
+                    data = os.pread(file, size, at - shift)
+                    data += bytes(-len(data) % PAGE_BYTES)  # the page in which the file ends
+                    copied.runs.append(((at - copy.region.addr) // PAGE_BYTES, data))
+        return copied
+
+
+def outside(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of [start, end) that lie in none of the ranges, which are in order."""
+    found = []
+    for low, high in ranges:
+        if high <= start or low >= end:
+            continue
+        if low > start:
+            found.append((start, low))
+        start = max(start, high)
+    if start < end:
+        found.append((start, end))
+    return found
+
+
+def copy_frozen(pid: int, copies: list[Copy]) -> list[Copied]:
+    """The pages of each region of a process that stands still. Raises OSError."""
+    if not copies:
+        return []
+    with Copier(pid) as copier:
+        return [copier.copy(copy) for copy in copies]
 
 
 def write_frozen(
-    writer: Writer, region: Region, first_page: int, data: bytes | None, level: int | None, extra: Extra
+    writer: Writer, region: Region, first_page: int, copied: Copied | None, level: int | None, extra: Extra
 ) -> None:
-    """Write one region whose pages begin at number `first_page`; `data` None: all of it is lost.
+    """Write one region whose pages begin at number `first_page`; `copied` None: all of it is lost.
 
     Adds to `extra` what the pages hold.
     """
     pages = -(-region.length // PAGE_BYTES)
     extra.bytes += region.length
-    if data is None:
+    if copied is None:
         extra.lost += pages
         writer.py_chunk([(first_page, pages, LOST)])
         return
+    gaps: list[tuple[int, int, int]] = []
+    at = 0
+    done = [(page, len(data) // PAGE_BYTES) for page, data in copied.runs]
+    done += [(page, 1) for page in copied.unreadable]
+    for page, count in sorted(done):
+        if page > at:
+            gaps.append((first_page + at, page - at, HOLE))
+            extra.hole += page - at
+        at = page + count
+    if at < pages:
+        gaps.append((first_page + at, pages - at, HOLE))
+        extra.hole += pages - at
+    gaps += [(first_page + page, 1, LOST) for page in copied.unreadable]
+    extra.lost += len(copied.unreadable)
+    for start in range(0, len(gaps), CHUNK_PAGES):
+        writer.py_chunk(gaps[start : start + CHUNK_PAGES])
+    for page, data in copied.runs:
+        _write_run(writer, first_page + page, data, level, extra)
+
+
+def _write_run(writer: Writer, first_page: int, data: bytes, level: int | None, extra: Extra) -> None:
+    pages = len(data) // PAGE_BYTES
     for start in range(0, pages, CHUNK_PAGES):
         entries = []
         payload = bytearray()

@@ -101,5 +101,6 @@ cdef extern from "snapengine/linux_compat.h" nogil:
     const uint64_t PAGE_IS_SWAPPED
     const uint64_t PAGE_IS_PFNZERO
     const uint64_t PAGE_IS_HUGE
+    const uint64_t PAGE_IS_GUARD
     const uint64_t PM_SCAN_WP_MATCHING
     const uint64_t PM_SCAN_CHECK_WPASYNC

@@ -1,15 +1,20 @@
-"""/proc/PID/maps: which mapping holds an address, and what it is, in words that a message can use."""
+"""/proc/PID/maps: which mapping holds an address, and what it is, in words that a message can use.
+
+The only parser of that file. Names are bytes: in a `Mapping` they are decoded with surrogateescape, so that
+every byte stays. What a name says of the memory is a word for messages; `snapengine.backing` asks the kernel.
+"""
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from snapengine import procfs
 from snapengine.names import decode
+
+DELETED = " (deleted)"
+"""What the kernel puts behind the path of a file that has lost that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +34,23 @@ class Mapping:
         """A MAP_SHARED mapping: other mappings of the same memory may exist."""
         return self.perms[3] == "s"
 
+    @property
+    def has_file(self) -> bool:
+        """Whether a file is behind it, be it only the kernel's own. (The inode may be 0: System V memory.)"""
+        return self.inode != 0 or self.device != "00:00"
+
     def same_file(self, other: Mapping) -> bool:
         """Whether both are shared mappings of one file: where their ranges overlap, of the same pages."""
         mine, its = (self.device, self.inode), (other.device, other.inode)
-        return self.shared and other.shared and self.inode != 0 and mine == its
+        return self.shared and other.shared and self.has_file and mine == its
 
     @property
     def backing(self) -> Literal["anonymous", "memory file", "file"]:
-        """What holds the pages: nothing but this mapping, a memory file (memfd, /dev/shm), or a file."""
-        if not self.path or self.path.startswith("["):
+        """What its name says of it, for messages: nothing but this mapping holds the pages, a memory file
+        (memfd, /dev/shm), or a file. (`snapengine.backing` knows.)"""
+        if not self.shared and (not self.path or self.path.startswith("[")):
             return "anonymous"
-        if self.path.startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage")):
+        if self.path.startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage", "[anon_")):
             return "memory file"
         return "file"
 
@@ -61,13 +72,37 @@ def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> li
         return []
     mappings = []
     for number in range(bisect.bisect_right(lines, start, key=_end_of), len(lines)):
-        fields = decode(lines[number]).split(maxsplit=5)
-        first, last = (int(part, 16) for part in fields[0].split("-"))
-        if first >= end:
+        mapping = parse_line(lines[number])
+        if mapping.start >= end:
             break
-        path = fields[5] if len(fields) > 5 else ""
-        mappings.append(Mapping(first, last, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path))
+        mappings.append(mapping)
     return without_overlaps(mappings)
+
+
+def parse_line(line: bytes) -> Mapping:
+    """One line, without its line feed (proc_pid_maps(5)). Of the name every byte counts, spaces too."""
+    fields = line.split(b" ", 5)
+    first, _, last = fields[0].partition(b"-")
+    perms, device = fields[1].decode("ascii"), fields[3].decode("ascii")
+    path = decode(fields[5].lstrip(b" ")) if len(fields) > 5 else ""
+    return Mapping(int(first, 16), int(last, 16), perms, int(fields[2], 16), device, int(fields[4]), path)
+
+
+def read_smaps(pid: int | str = "self") -> Iterator[tuple[int, dict[bytes, bytes]]]:
+    """Of each mapping its address and the fields of /proc/PID/smaps. Walks all page tables: 20 ms a GiB.
+    Raises OSError."""
+    start, fields = -1, dict[bytes, bytes]()
+    with open(f"/proc/{pid}/smaps", "rb") as lines:
+        for line in lines:
+            name, colon, value = line.partition(b":")
+            if colon and b" " not in name:  # in a mapping's own line the first colon is that of the device
+                fields[name] = value.strip()
+                continue
+            if start >= 0:
+                yield start, fields
+            start, fields = int(line.partition(b"-")[0], 16), {}
+    if start >= 0:
+        yield start, fields
 
 
 def without_overlaps(mappings: list[Mapping]) -> list[Mapping]:
@@ -79,7 +114,7 @@ def without_overlaps(mappings: list[Mapping]) -> list[Mapping]:
         if mapping.start >= known:
             found.append(mapping)
         elif mapping.end > known:
-            offset = mapping.offset + known - mapping.start if mapping.inode else mapping.offset
+            offset = mapping.offset + known - mapping.start if mapping.has_file else mapping.offset
             found.append(replace(mapping, start=known, offset=offset))
     return found
 
@@ -108,22 +143,3 @@ def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
             return []
         at = mapping.end
     return found if at >= end else []
-
-
-def page_size_of(mapping: Mapping, pid: int | str = "self") -> int:
-    """Bytes of the pages that a mapping is made of: for a memory file, which alone can be made of huge pages,
-    the block size of its file system; or, where that may not be asked, KernelPageSize of /proc/PID/smaps,
-    which walks page tables (30 ms per GiB).
-    """
-    if mapping.backing != "memory file" or mapping.path.startswith("/dev/zero"):
-        return 4096
-    with contextlib.suppress(OSError):
-        return os.statvfs(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").f_bsize
-    wanted = f"{mapping.start:08x}-"
-    found = False
-    for line in procfs.lines(f"/proc/{pid}/smaps"):
-        if not found:
-            found = line.startswith(wanted)
-        elif line.startswith("KernelPageSize:"):
-            return int(line.split()[1]) * 1024
-    return 4096

@@ -1,49 +1,27 @@
-"""What is mapped where in a process: /proc/PID/maps, and smaps where the page size matters."""
+"""Whether what a peer says of its mappings is true: by its /proc/PID/maps, and by what holds them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from typing import NamedTuple
 
-from . import procfs
+from .backing import Backings
 from .errors import HandoverError, TargetGoneError
 from .handover import PAGE_SIZES, Mapping
+from .maps import Mapping as MemoryMapping
+from .maps import read_maps
 
 
-@dataclass(frozen=True, slots=True)
-class Vma:
-    """One line of maps. `page_size` is 4096 where the line alone says so, else 0: ask smaps."""
+class Checked(NamedTuple):
+    """What a mapping is: of `targets.KINDS`; ``zero_inode`` as in `targets.Region`."""
 
-    start: int
-    end: int
-    shared: bool
-    writable: bool
-    offset: int
-    device: int
-    inode: int
-    page_size: int
+    kind: str
+    zero_inode: int = 0
 
 
-def parse_maps_line(line: str) -> Vma:
-    """See proc_pid_maps(5)."""
-    span, permissions, offset, device, inode, *_ = line.split(maxsplit=5)
-    start, end = span.split("-")
-    major, minor = device.split(":")
-    return Vma(
-        start=int(start, 16),
-        end=int(end, 16),
-        shared=permissions[3] == "s",
-        writable=permissions[1] == "w",
-        offset=int(offset, 16),
-        device=os.makedev(int(major, 16), int(minor, 16)),
-        inode=int(inode),
-        page_size=0 if inode != "0" else PAGE_SIZES[0],  # hugetlb always has a file behind it
-    )
-
-
-def check_mapped(pid: int, mappings: tuple[Mapping, ...], memfds: dict[int, int]) -> list[str]:
-    """Check that each mapping is there as claimed; return their kinds (of `targets.KINDS`).
+def check_mapped(pid: int, mappings: tuple[Mapping, ...], memfds: dict[int, int]) -> list[Checked]:
+    """Check that each mapping is there as claimed; return what they are.
 
     `memfds`: from the index in the message to the descriptor in this process.
 
@@ -53,25 +31,28 @@ def check_mapped(pid: int, mappings: tuple[Mapping, ...], memfds: dict[int, int]
         A range is not mapped, has another kind or page size than claimed, or is not of its memfd.
     TargetGoneError
     """
-    ordered = sorted(range(len(mappings)), key=lambda index: mappings[index].addr)
-    kinds = [""] * len(mappings)
-    vmas: list[Vma] = []
-    lines = _vmas(pid)
-    for index in ordered:
-        mapping = mappings[index]
-        vmas = [vma for vma in vmas if vma.end > mapping.addr]
-        while not vmas or vmas[-1].end < mapping.addr + mapping.length:
-            vma = next(lines, None)
-            if vma is None:
-                break
-            if vma.end > mapping.addr:
-                vmas.append(vma)
-        covering = [vma for vma in vmas if vma.start < mapping.addr + mapping.length]
-        kinds[index] = _check_one(mapping, covering, memfds, pid)
-    return kinds
+    start = min(mapping.addr for mapping in mappings)
+    end = max(mapping.addr + mapping.length for mapping in mappings)
+    try:
+        vmas = read_maps(pid, start, end)
+    except PermissionError:
+        raise HandoverError(f"may not read the memory map of process {pid}") from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise TargetGoneError(f"process {pid} has ended") from None
+    starts = [vma.start for vma in vmas]
+    backings = Backings(pid)
+    checked = []
+    for mapping in mappings:
+        first = max(bisect_right(starts, mapping.addr) - 1, 0)
+        last = bisect_right(starts, mapping.addr + mapping.length - 1)
+        covering = [vma for vma in vmas[first:last] if vma.end > mapping.addr]
+        checked.append(_check_one(mapping, covering, memfds, pid, backings))
+    return checked
 
 
-def _check_one(mapping: Mapping, vmas: list[Vma], memfds: dict[int, int], pid: int) -> str:
+def _check_one(
+    mapping: Mapping, vmas: list[MemoryMapping], memfds: dict[int, int], pid: int, backings: Backings
+) -> Checked:
     where = f"mapping {mapping.name[:40]}"
     at = mapping.addr
     for vma in vmas:
@@ -81,7 +62,7 @@ def _check_one(mapping: Mapping, vmas: list[Vma], memfds: dict[int, int], pid: i
     if at < mapping.addr + mapping.length:
         raise HandoverError(f"{where}: {at:#x} is not mapped in process {pid}")
     memfd = memfds[mapping.memfd] if mapping.memfd > 0 else -1
-    found = {(vma.shared, _page_size(pid, vma, memfd)) for vma in vmas}
+    found = {(vma.shared, _page_size(vma, memfd, backings)) for vma in vmas}
     if len(found) != 1:
         raise HandoverError(f"{where}: spans mappings of different kinds")
     ((shared, page_size),) = found
@@ -95,47 +76,29 @@ def _check_one(mapping: Mapping, vmas: list[Vma], memfds: dict[int, int], pid: i
         raise HandoverError(f"{where}: kind: {mapping.kind}, but it is {kind}")
     if mapping.memfd > 0:
         _check_memfd(mapping, vmas, memfds[mapping.memfd], where)
-    return kind
+    zeros = {vma.inode for vma in vmas if backings.of(vma).kind == "anonymous"} - {0}
+    return Checked(kind, max(zeros, default=0))
 
 
-def _check_memfd(mapping: Mapping, vmas: list[Vma], fd: int, where: str) -> None:
-    status = os.fstat(fd)
+def _check_memfd(mapping: Mapping, vmas: list[MemoryMapping], fd: int, where: str) -> None:
     for vma in vmas:
         if not vma.shared:
             raise HandoverError(f"{where}: memfd: a private mapping is not what the memfd holds")
-        if (vma.device, vma.inode) != (status.st_dev, status.st_ino):
+        if not _is_file(vma, fd):
             raise HandoverError(f"{where}: memfd: it is not what is mapped there")
         if vma.offset - vma.start != mapping.offset - mapping.addr:
             raise HandoverError(f"{where}: offset: not where the mapping begins in the memfd")
 
 
-def _vmas(pid: int) -> Iterator[Vma]:
-    """Lazily: a process may have many thousands of mappings behind the last one that counts."""
-    try:
-        for line in procfs.lines(f"/proc/{pid}/maps"):
-            yield parse_maps_line(line)
-    except PermissionError:
-        raise HandoverError(f"may not read the memory map of process {pid}") from None
-    except (FileNotFoundError, ProcessLookupError):
-        raise TargetGoneError(f"process {pid} has ended") from None
+def _is_file(vma: MemoryMapping, fd: int) -> bool:
+    status = os.fstat(fd)
+    major, minor = vma.device.split(":")
+    device = os.makedev(int(major, 16), int(minor, 16))
+    return (device, vma.inode) == (status.st_dev, status.st_ino)
 
 
-def _page_size(pid: int, vma: Vma, memfd: int = -1) -> int:
-    """smaps walks all page tables up to the mapping (5 to 15 ms per GiB), so only where neither maps nor the
-    memory's file can tell."""
-    if vma.page_size:
-        return vma.page_size
-    if memfd >= 0:
-        status = os.fstat(memfd)
-        if (vma.device, vma.inode) == (status.st_dev, status.st_ino):
-            return os.fstatvfs(memfd).f_bsize  # of hugetlbfs that is the size of its pages
-    head = f"{vma.start:08x}-{vma.end:08x} "
-    found = False
-    try:
-        for line in procfs.lines(f"/proc/{pid}/smaps"):
-            found = found or line.startswith(head)
-            if found and line.startswith("KernelPageSize:"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        raise TargetGoneError(f"process {pid} has ended") from None
-    raise HandoverError(f"mapping at {vma.start:#x}: it changed during the hand-over")
+def _page_size(vma: MemoryMapping, memfd: int, backings: Backings) -> int:
+    """The memory's file tells it without any right."""
+    if memfd >= 0 and _is_file(vma, memfd):
+        return os.fstatvfs(memfd).f_bsize  # of hugetlbfs that is the size of its pages
+    return backings.of(vma).page_bytes

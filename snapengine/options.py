@@ -17,6 +17,7 @@ ARMING = (AUTO, PLAIN, TWO_STEP)
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
 MAX_TIMEOUT = 1e7  # what a timer of Python's takes on any host
+COPY_LIMIT = 64 * MIB
 _ZSTD = re.compile(r"zstd(?::(-?\d+|auto))?(:always)?$")
 
 
@@ -52,6 +53,11 @@ class Options:
     memory_limit: int = 64 * MIB
     """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
     bursts without a spill file; what exceeds it goes to `spill_dir`."""
+
+    copy_limit: int = COPY_LIMIT
+    """Attached processes: most bytes to copy while all threads stand, of memory that the kernel does not
+    write-protect (1 ms per 8 MiB). Only pages that the process has of its own count, not the size of its
+    mappings. What is too much is not in the image, and the result says so: raise it then."""
 
     rate_limit: int = 0
     """Most bytes a second into the sink; 0: no limit. Set it to leave bandwidth to others."""
@@ -101,6 +107,8 @@ class Options:
         if self.memory_limit < MIN_MEMORY_LIMIT:
             mib = self.memory_limit / MIB
             raise ValueError(f"memory_limit: {mib:.3g} MiB is less than {MIN_MEMORY_LIMIT // MIB} MiB")
+        if self.copy_limit < 0:
+            raise ValueError("copy_limit: must not be negative")
         if self.rate_limit < 0:
             raise ValueError("rate_limit: must not be negative")
         if not 0 <= self.fault_threads <= 64:

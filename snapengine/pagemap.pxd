@@ -14,6 +14,7 @@ cdef struct scan_t:
     uint64_t flags                  # PM_SCAN_*
     uint64_t mask                   # all of these categories
     uint64_t anyof                  # any of these, if not 0
+    uint64_t without                # none of these categories
     uint64_t returned               # categories to report
     int err                         # errno of the call that failed, or 0
     page_region found[SCAN_VECTOR]
@@ -26,5 +27,8 @@ cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil
 # Which of n ≤ 64 pages from `start` on: bits in `pages`. 0 or errno.
 cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil
 # The populated (present or swapped) runs by /proc/PID/pagemap, for kernels without PAGEMAP_SCAN.
-# `entries` (n words) gets bit 0 = present, bit 1 = swapped. Returns 0 or errno.
+# `entries` (n words) gets bit 0 = present, bit 1 = swapped; a guard page is neither. Returns 0 or errno.
 cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil
+# PAGE_IS_GUARD if PAGEMAP_SCAN tells guard pages (MADV_GUARD_INSTALL, Linux 6.13) from swapped ones (6.15),
+# else 0.
+cdef uint64_t guard_category() except? 1

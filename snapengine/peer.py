@@ -135,18 +135,19 @@ class PeerTarget:
         for mapping in offer.mappings:
             if mapping.memfd > 0:
                 _check_memfd(memfds[mapping.memfd], mapping.offset + mapping.length, mapping.name[:40])
-        kinds = check_mapped(self.pid, offer.mappings, memfds)
+        checked = check_mapped(self.pid, offer.mappings, memfds)
         return [
             Region(
                 name=mapping.name,
                 addr=mapping.addr,
                 length=mapping.length,
                 page_size=mapping.page_size,
-                kind=kind,
+                kind=found.kind,
                 memfd=memfds.get(mapping.memfd, -1),
                 memfd_offset=mapping.offset,
+                zero_inode=found.zero_inode,
             )
-            for mapping, kind in zip(offer.mappings, kinds, strict=True)
+            for mapping, found in zip(offer.mappings, checked, strict=True)
         ]
 
     def pause(self) -> None:

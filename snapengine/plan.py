@@ -136,8 +136,8 @@ class Plan:
         """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
         end = region.addr + region.length
         left = [m for m in mappings if m.start < end and m.end > region.addr]
-        like = {"anon": "anonymous"}.get(region.kind, "memory file")
-        same = [m for m in left if m.backing == like]
+        shared = region.kind in ("shared", "hugetlb-shared")
+        same = [m for m in left if m.shared == shared and m.has_file == shared]
         return same or [Mapping(region.addr, end, "rw-p", 0, "00:00", 0, "")]
 
     def _how_to_read(self, plan: RegionPlan, covered: list[Mapping]) -> None:
@@ -146,7 +146,7 @@ class Plan:
             plan.reading = "process" if self.pid else "memory"
             plan.keep_huge = True
             plan.check = True
-            if any(mapping.backing != "anonymous" for mapping in covered):
+            if any(m.has_file and not (region.zero_inode and m.inode == region.zero_inode) for m in covered):
                 # A private mapping of a memory file: its clean pages are the file's, seen by no scan.
                 plan.presence = "all"
                 plan.keep_huge = False
@@ -158,8 +158,17 @@ class Plan:
         elif region.kind == "hugetlb":
             plan.reading = "process" if self.pid else "memory"
             plan.check = True
+            if self.attached and self._file_shows(plan, covered):
+                plan.presence = "all"
         else:
             self._how_to_read_shared(plan, covered)
+
+    def _file_shows(self, plan: RegionPlan, covered: list[Mapping]) -> bool:
+        """Whether an unpopulated page of a private hugetlb mapping reads as a file, and not as zeros."""
+        if all(mapping.path.startswith("/anon_hugepage") for mapping in covered):
+            return False
+        file, _ = self._open_shared(plan, covered)
+        return file < 0 or os.fstat(file).st_blocks > 0
 
     def _how_to_read_shared(self, plan: RegionPlan, covered: list[Mapping]) -> None:
         region = plan.region

@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from snapengine import attach, injectplan, procfs
+from snapengine.mapfacts import MapFacts, refused_by_flags
 from snapengine.maps import Mapping, read_maps
 from snapengine.names import escape, printable
-from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
-from snapengine.process import SHARED_UNSEEN, own_pages
-from snapengine.selection import Selection, Selector, select
+from snapengine.options import COPY_LIMIT
+from snapengine.pagemap import CATEGORIES, populated_runs
+from snapengine.process import SHARED_UNSEEN
+from snapengine.selection import Fate, Selector, select
 from snapengine.tables import print_table, print_text
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets import PAGE_BYTES
 from snapengine.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.units import format_size
 
@@ -45,6 +47,8 @@ class Row:
     soft: str
     stop: str
     reason: str
+    """Why the soft cut lacks it; ``stop_reason``: why the stop cut does."""
+    stop_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ class Preflight:
     arm_ns: int
     stop_ns: int
     warnings: list[str]
+    soft_refusal: str
+    """Why the process cannot be saved by a soft cut at all, ``stop_refusal``: by a stop cut; "" if it can."""
+    stop_refusal: str
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; names are escaped (`snapengine.names`)."""
@@ -70,7 +77,9 @@ class Preflight:
         return found
 
 
-def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
+def examine_process(
+    pid: int, selector: Selector | None = None, copy_limit: int = COPY_LIMIT
+) -> Preflight:
     """Look at a process. Raises `AttachError` where it cannot be attached to, `TargetGoneError`, OSError."""
     info = attach.check_to_save(pid)
     refusal = injectplan.foresee(info)
@@ -78,14 +87,15 @@ def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
         raise refusal
     selector = selector or Selector()
     mappings = read_maps(pid)
-    changed = own_pages(pid, mappings)
-    soft = select(pid, mappings, selector, stop=False, own_pages=changed)
-    stop = select(pid, mappings, selector, stop=True, own_pages=changed)
-    rows = [_row(pid, mapping, soft, stop) for mapping in mappings]
+    facts = MapFacts(pid, refused_by_flags(pid))
+    soft = select(pid, mappings, selector, stop=False, limit=copy_limit, facts=facts)
+    stop = select(pid, mappings, selector, stop=True, limit=copy_limit, facts=facts)
+    rows = [_row(pid, *fates) for fates in zip(soft.fates, stop.fates, strict=True)]
     tracked = [row for row in rows if row.soft == "tracked" or row.stop == "tracked"]
     small = sum(row.populated - row.huge for row in tracked)
     arm = round(small / PAGE_BYTES * protect_ns())
-    data = sum(row.populated for row in tracked) + stop.frozen_bytes
+    copied = sum(copy.region.length if copy.whole else 0 for copy in stop.copies) + stop.copied_bytes
+    data = sum(row.populated for row in tracked) + copied
     return Preflight(
         pid=pid,
         name=info.name,
@@ -96,12 +106,17 @@ def examine_process(pid: int, selector: Selector | None = None) -> Preflight:
         arm_ns=arm,
         stop_ns=PREPARE_NS + THREAD_NS * info.threads + arm,
         warnings=_warnings(pid, info, tracked),
+        soft_refusal=soft.refusal,
+        stop_refusal=stop.refusal,
     )
 
 
-def _row(pid: int, mapping: Mapping, soft: Selection, stop: Selection) -> Row:
+ACTIONS = {"track": "tracked", "copy": "copied", "leave": "no"}
+
+
+def _row(pid: int, soft: Fate, stop: Fate) -> Row:
+    mapping = soft.mapping
     populated, huge = _populated(pid, mapping)
-    fate, reason = _fate(mapping, soft, "copied")
     return Row(
         start=mapping.start,
         end=mapping.end,
@@ -109,23 +124,11 @@ def _row(pid: int, mapping: Mapping, soft: Selection, stop: Selection) -> Row:
         path=mapping.path,
         populated=populated,
         huge=huge,
-        soft=fate,
-        stop=_fate(mapping, stop, "copied")[0],
-        reason=reason,
+        soft=ACTIONS[soft.action],
+        stop=ACTIONS[stop.action],
+        reason=soft.reason if soft.action == "leave" else "",
+        stop_reason=stop.reason if stop.action == "leave" else "",
     )
-
-
-def _fate(mapping: Mapping, selection: Selection, frozen: str) -> tuple[str, str]:
-    for item in selection.not_captured:
-        if item.start == mapping.start:
-            return "no", item.reason
-    if any(_holds(region, mapping) for region in selection.frozen):
-        return frozen, ""
-    return "tracked", ""
-
-
-def _holds(region: Region, mapping: Mapping) -> bool:
-    return region.addr <= mapping.start < region.addr + region.length
 
 
 def _populated(pid: int, mapping: Mapping) -> tuple[int, int]:
@@ -136,12 +139,11 @@ def _populated(pid: int, mapping: Mapping) -> tuple[int, int]:
             return min(held, mapping.end - mapping.start), 0
         except OSError:
             return mapping.end - mapping.start, 0
-    if mapping.path.startswith("[v") or not has_pagemap_scan():
+    if mapping.path.startswith("[v"):
         return mapping.end - mapping.start, 0
-    present, swapped, huge = CATEGORIES["PRESENT"], CATEGORIES["SWAPPED"], CATEGORIES["HUGE"]
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        runs = scan(pagemap.fileno(), mapping.start, mapping.end, anyof=present | swapped,
-                    returned=present | swapped | huge)  # fmt: skip
+        runs = populated_runs(pagemap.fileno(), mapping.start, mapping.end)
+    huge = CATEGORIES["HUGE"]
     return (
         sum(end - start for start, end, _ in runs),
         sum(end - start for start, end, categories in runs if categories & huge),
@@ -199,6 +201,9 @@ def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO |
         out,
     )
     print_text(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", out)
+    for cut, refusal in (("soft", found.soft_refusal), ("stop", found.stop_refusal)):
+        if refusal:
+            print_text(f"--cut {cut} is refused: {refusal}", out)
     for warning in found.warnings:
         print_text(f"warning: {warning}", out)
     print(file=out)
@@ -217,4 +222,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     name = os.path.basename(row.path) if row.path.startswith("/") else row.path
     soft = row.soft if row.soft != "no" else f"no: {row.reason}"
     where = f"{row.start:x}-{row.end:x}"
-    return where, row.perms, printable(name) or "anonymous", format_size(row.populated), soft, row.stop
+    stop = row.stop
+    if stop == "no" and row.stop_reason != row.reason:
+        stop = f"no: {row.stop_reason}"
+    return where, row.perms, printable(name) or "anonymous", format_size(row.populated), soft, stop

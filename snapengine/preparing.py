@@ -25,13 +25,15 @@ TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
 SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
 
 
-def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]]:
+def open_target(parts: Parts, sink: Any, options: Options) -> tuple[int, list[Region]]:
     """The sink, and the target with a negotiated userfaultfd: its pid (0: this process) and regions."""
-    tracking = method == WRITE_TRACKING
+    tracking = options.method == WRITE_TRACKING
     parts.sink = open_sink(sink)
     if isinstance(parts.target, AttachedTarget):
+        if parts.target.copy_limit is None:
+            parts.target.copy_limit = options.copy_limit
         parts.target.check()  # says more than that this user may have no userfaultfd
-    wanted = _wanted_features(method)
+    wanted = _wanted_features(options.method)
     pid, parts.fd, regions = parts.target.open(wanted)
     parts.opened = True
     handed_over = parts.fd >= 0 and not isinstance(parts.target, AttachedTarget)
@@ -53,6 +55,8 @@ def open_target(parts: Parts, sink: Any, method: str) -> tuple[int, list[Region]
         parts.pidfd = os.pidfd_open(pid)
     fd, parts.fd = parts.fd, -1  # it is the Uffd's from the call on
     parts.uffd = Uffd(wanted, fd)
+    if parts.attached is not None:
+        regions = parts.attached.registered(parts.uffd)
     return pid, regions
 
 

@@ -12,22 +12,26 @@ write-protect, are captured then, so the image makes a real core.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from snapengine import attach
-from snapengine.errors import AttachError, TargetGoneError
+from snapengine.errors import AlreadyTrackedError, AttachError, RegisterError, TargetGoneError
 from snapengine.freezer import Freezer
-from snapengine.frozen import copy_frozen
+from snapengine.frozen import Copied, copy_frozen
 from snapengine.inject import inject_userfaultfd
+from snapengine.mapfacts import MapFacts
+from snapengine.mapquery import mapping_at
 from snapengine.maps import Mapping, read_maps
-from snapengine.options import METHODS, WRITE_TRACKING
-from snapengine.pagemap import CATEGORIES, has_pagemap_scan, scan
+from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
 from snapengine.selection import Selection, Selector, parse_regions, select
 from snapengine.targets import PAGE_BYTES, Region
+from snapengine.uffd import MODE_WP, Uffd
 
 APPEARED = "mapped while the snapshot began"
 SHARED_UNSEEN = "shared memory: what other processes write to it, or through its file, is not seen"
@@ -47,6 +51,8 @@ class ProcessTarget:
         ``"soft"`` or ``"stop"``. Dirty logging always stops all threads, at the end.
     method:
         As in `Options`; a capture with another method refuses the target.
+    copy_limit:
+        As in `Options`, which gives it where this is None.
     deadline:
         Seconds that a thread may take to stop (it may be in an uninterruptible wait) before all is undone.
 
@@ -65,6 +71,7 @@ class ProcessTarget:
         *,
         cut: Cut = "soft",
         method: str = WRITE_TRACKING,
+        copy_limit: int | None = None,
         deadline: float = 1.0,
     ) -> None:
         if method not in METHODS:
@@ -77,6 +84,7 @@ class ProcessTarget:
         self.method = method
         self.cut: Cut = "stop" if method != WRITE_TRACKING else cut
         self.can_pause = self.cut == "stop"
+        self.copy_limit = copy_limit
         self.injection_ns = 0
         """How long the one thread stood for the injection, in nanoseconds."""
         self.stop_parts_ns: dict[str, int] = {}
@@ -92,7 +100,8 @@ class ProcessTarget:
         self._deadline = deadline
         self._info: attach.ProcessInfo | None = None
         self._freezer: Freezer | None = None
-        self._frozen: list[bytes | None] = []
+        self._selection = Selection()
+        self._frozen: list[Copied | None] = []
         self._tracked: list[Region] = []
         self._mappings: list[Mapping] = []
         self._record: ProcessRecord | None = None
@@ -126,27 +135,32 @@ class ProcessTarget:
             # this list and T. Otherwise what comes is noted, and what goes is found lost.
             if self.cut == "stop" and self.method == WRITE_TRACKING:
                 self._freeze()
-            selection = self._select()
-            self._tracked = selection.tracked
-            self.frozen_regions = selection.frozen
-            self.not_captured = selection.not_captured
-            self.events = self._events(selection)
+            self._mappings = self._read_maps()
+            self._select(MapFacts(self.pid))
             if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
-            if not self._tracked:
-                raise AttachError(22, f"process {self.pid}: no memory that can be tracked is selected")
-            self._frozen = copy_frozen(self.pid, self.frozen_regions)
         except BaseException:
             os.close(injected.fd)
             self._thaw()
             raise
         return self.pid, injected.fd, self._tracked
 
+    def registered(self, uffd: Uffd) -> list[Region]:
+        """What the kernel lets `uffd` track, which is registered then. The rest is copied, or named."""
+        refused = self._register(uffd)
+        if refused:
+            self._select(MapFacts(self.pid, refused))
+        if not self._tracked:
+            raise AttachError(errno.EINVAL, f"process {self.pid}: no memory that can be tracked is selected")
+        if self.method == WRITE_TRACKING:
+            self._copy()
+        return self._tracked
+
     def pause(self) -> None:
         """Stop all threads, unless they stand already."""
         if self._freezer is None:
             self._freeze()
-            self._frozen = copy_frozen(self.pid, self.frozen_regions)
+            self._copy()
 
     def vmstate(self) -> dict[str, bytes]:
         """Nothing yet: see `record`. Dirty logging notes the process here, at T."""
@@ -169,7 +183,7 @@ class ProcessTarget:
         record = dataclasses.replace(self._record, threads=threads, not_captured=self.not_captured)
         return record.to_vmstate()
 
-    def frozen_bytes(self, number: int) -> bytes | None:
+    def frozen_bytes(self, number: int) -> Copied | None:
         """The bytes of `frozen_regions[number]` at T; None if they could not be read."""
         return self._frozen[number]
 
@@ -214,10 +228,47 @@ class ProcessTarget:
         if self._freezer is not None and self._freezer.frozen:
             self._freezer.resume()
 
-    def _select(self) -> Selection:
-        mappings = self._mappings = self._read_maps()
-        changed = own_pages(self.pid, mappings)
-        return select(self.pid, mappings, self._selector, stop=self.cut == "stop", own_pages=changed)
+    def _select(self, facts: MapFacts) -> None:
+        limit = COPY_LIMIT if self.copy_limit is None else self.copy_limit
+        stop = self.cut == "stop"
+        selection = select(self.pid, self._mappings, self._selector, stop=stop, limit=limit, facts=facts)
+        if selection.refusal:
+            raise RegisterError(errno.EINVAL, f"process {self.pid}: {selection.refusal}")
+        self._selection = selection
+        self._tracked = selection.tracked
+        self.frozen_regions = selection.frozen
+        self.not_captured = selection.not_captured
+        self.events = self._events(selection)
+
+    def _register(self, uffd: Uffd) -> dict[int, int]:
+        """Register what is to be tracked: from the start of a mapping that the kernel refuses to the errno.
+
+        It stays registered: letting go would walk the page tables, and nothing is protected yet.
+        """
+        refused: dict[int, int] = {}
+        starts = [mapping.start for mapping in self._mappings]
+        with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
+            for region in self._tracked:
+                end = region.addr + region.length
+                if not _refusal(uffd, maps.fileno(), region.addr, end):
+                    continue
+                for mapping in self._mappings[bisect_left(starts, region.addr) : bisect_left(starts, end)]:
+                    if error := _refusal(uffd, maps.fileno(), mapping.start, mapping.end):
+                        refused[mapping.start] = error
+        tracked_by_others = [m for m in self._mappings if refused.get(m.start) == errno.EBUSY]
+        if tracked_by_others and not has_userfaultfd(self.pid):
+            raise AlreadyTrackedError(
+                errno.EBUSY,
+                f"process {self.pid}: {tracked_by_others[0]} is already being tracked by another "
+                "userfaultfd, which is none of its own: another capture of it runs",
+            )
+        return refused
+
+    def _copy(self) -> None:
+        try:
+            self._frozen = [*copy_frozen(self.pid, self._selection.copies)]
+        except (FileNotFoundError, ProcessLookupError):
+            raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
 
     def _events(self, selection: Selection) -> frozenset[str]:
         """Each makes the call wait until we have read of it: only where no check after the copy tells."""
@@ -246,11 +297,9 @@ class ProcessTarget:
             )
         if self.cut == "soft":
             self._distrust_changed(mappings)
-        for region, data in zip(self.frozen_regions, self._frozen, strict=True):
-            if data is None:
-                end = region.addr + region.length
-                self.not_captured.append(NotCaptured(region.addr, end, "---p", region.name, "not readable"))
-
+        for region, copied in zip(self.frozen_regions, self._frozen, strict=True):
+            for start, end in _unreadable(region, copied):
+                self.not_captured.append(NotCaptured(start, end, "---p", region.name, "not readable"))
 
     def _distrust_changed(self, mappings: list[Mapping]) -> None:
         """A soft cut copies only what is not writable: one that has become so may have been written."""
@@ -258,6 +307,13 @@ class ProcessTarget:
         for number, region in enumerate(self.frozen_regions):
             if "w" in same.get((region.addr, region.addr + region.length), "w"):
                 self._frozen[number] = None
+
+
+def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
+    if copied is None:
+        return [(region.addr, region.addr + region.length)]
+    starts = [region.addr + page * PAGE_BYTES for page in copied.unreadable]
+    return [(start, start + PAGE_BYTES) for start in starts]
 
 
 def ksm_runs() -> bool:
@@ -269,24 +325,26 @@ def ksm_runs() -> bool:
         return False
 
 
-def own_pages(pid: int, mappings: Iterable[Mapping]) -> list[Mapping]:
-    """The read-only private mappings of files that hold pages of their own (relocated data: RELRO).
+def _refusal(uffd: Uffd, maps: int, start: int, end: int) -> int:
+    """The errno with which the kernel refuses to track what is mapped there; 0 where it does not, or it has
+    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings."""
+    first, last = mapping_at(maps, start), mapping_at(maps, end - 1)
+    start = first[0] if first else start
+    end = last[1] if last else end
+    try:
+        uffd.register(start, end - start, MODE_WP)
+    except OSError as error:
+        return error.errno if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM) else 0
+    return 0
 
-    Raises OSError. Without PAGEMAP_SCAN (Linux 6.7): those that a linker makes writable first, which
-    cannot be told from others, so all small ones.
-    """
-    asked = [m for m in mappings if not m.shared and m.backing == "file" and "w" not in m.perms]
-    if not has_pagemap_scan():
-        return [m for m in asked if "x" not in m.perms and m.end - m.start <= 1 << 20]
-    present, swapped, file = CATEGORIES["PRESENT"], CATEGORIES["SWAPPED"], CATEGORIES["FILE"]
-    found = []
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for mapping in asked:
-            pages = scan(pagemap.fileno(), mapping.start, mapping.end, anyof=present | swapped,
-                         returned=present | swapped | file)  # fmt: skip
-            if any(not categories & file for _, _, categories in pages):
-                found.append(mapping)
-    return found
+
+def has_userfaultfd(pid: int) -> bool:
+    """Whether a process has a userfaultfd of its own. Raises OSError."""
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                return True
+    return False
 
 
 def appeared(mappings: Iterable[Mapping], known: list[tuple[int, int]]) -> list[Mapping]:

@@ -1,35 +1,47 @@
 """Which mappings of an attached process can be captured, how, and why the others cannot.
 
-Nothing is left out silently: each mapping becomes a tracked region, a *frozen* one (copied while the
-process stands still, since the kernel does not write-protect it), or a `NotCaptured` with its reason.
+Nothing is left out silently: each mapping is tracked, *copied* while the process stands still (the kernel
+does not write-protect it), or left out with its reason. `save` and `doctor --pid` both ask `select`;
+docs/mappings.md has its table.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from snapengine.maps import Mapping, page_size_of
+from snapengine.backing import Backing
+from snapengine.frozen import Copy, Way
+from snapengine.mapfacts import MapFacts
+from snapengine.maps import DELETED, Mapping
+from snapengine.options import COPY_LIMIT
 from snapengine.processrecord import NotCaptured
 from snapengine.targets import PAGE_BYTES, Region
+from snapengine.units import format_size
 
 GROUPS = ("anon", "heap", "stack", "shared", "files")
-FROZEN_EACH = 8 << 20  # bytes of one mapping; a copy of 8 MiB takes 1 ms, in which the process stands
-FROZEN_ALL = 64 << 20
+WHOLE_BYTES = 8 << 20  # of a file that is mapped privately: up to here its clean pages are copied, too
 
 _RANGE = re.compile(r"(?:0x)?([0-9a-fA-F]+)-(?:0x)?([0-9a-fA-F]+)\Z")
-_KERNEL = re.compile(r"\[(vvar|vvar_vclock|vsyscall|uprobes|vectors|sigpage)\]")
 
 UNCHANGED = "not writable, and as it is in its file"
 NEEDS_STOP = "the kernel write-protects no private mapping of a file: a stop cut copies it"
+REMOVED = "its file is removed, and the kernel does not write-protect it: a stop cut copies it"
+READ_ONLY = "read-only here, and written elsewhere: a stop cut copies it"
+UNTRACKED = "the kernel does not write-protect this kind of memory: a stop cut copies it"
+OWN_UFFD = "the process tracks it by a userfaultfd of its own"
+SECRET = "secret memory (memfd_secret): only the process itself can read it"
 SHARED_FILE = "a shared mapping of a file: the file holds it"
 NOT_SELECTED = "not selected"
 KERNEL_DATA = "the kernel's own data, mapped into every process"
+KERNEL_BUFFER = "a buffer shared with the kernel (io_uring, perf, KVM)"
 DEVICE = "device memory"
-ELSEWHERE = frozenset({UNCHANGED, SHARED_FILE, NOT_SELECTED, KERNEL_DATA, DEVICE})
+ELSEWHERE = frozenset({UNCHANGED, SHARED_FILE, NOT_SELECTED, KERNEL_DATA})
 """Reasons that need no warning: nothing is missing that was asked for and that no file holds."""
 
 
@@ -69,53 +81,48 @@ def parse_regions(text: str) -> Selector:
 
 
 @dataclass(slots=True)
-class Selection:
-    """What becomes of each mapping."""
+class Fate:
+    """What becomes of one mapping. ``reason``: why it is not tracked. ``way``, ``cost`` (bytes that count
+    against the limit) and ``whole`` say how it is copied, ``kind`` and ``page_size`` how it is tracked."""
 
+    mapping: Mapping
+    action: Literal["track", "copy", "leave"]
+    reason: str = ""
+    name: str = ""
+    kind: str = "anon"
+    page_size: int = PAGE_BYTES
+    way: Way = "populated"
+    cost: int = 0
+    whole: bool = False
+    zero_inode: int = 0
+
+    def leave_out(self, reason: str) -> None:
+        """Not captured after all."""
+        self.action, self.reason = "leave", reason
+
+
+@dataclass(slots=True)
+class Selection:
+    """What becomes of each mapping, by address. ``refusal``: why the process cannot be saved like this; ""
+    if it can."""
+
+    fates: list[Fate] = field(default_factory=list)
     tracked: list[Region] = field(default_factory=list)
-    frozen: list[Region] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     not_captured: list[NotCaptured] = field(default_factory=list)
-    frozen_bytes: int = 0
     private_files: bool = False
     """Whether a private mapping of a memory file is tracked."""
+    refusal: str = ""
 
-    def leave_out(self, mapping: Mapping, reason: str) -> None:
-        """Note that a mapping is not captured."""
-        self.not_captured.append(
-            NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, reason)
-        )
+    @property
+    def frozen(self) -> list[Region]:
+        """The regions that are copied."""
+        return [copy.region for copy in self.copies]
 
-    def track(self, mapping: Mapping, name: str, kind: str, page_size: int = PAGE_BYTES) -> None:
-        """A tracked region; anonymous neighbours become one."""
-        last = self.tracked[-1] if self.tracked else None
-        plain = name == "anon" and last is not None and last.name.startswith("anon@")
-        if plain and last is not None and last.addr + last.length == mapping.start:
-            self.tracked[-1] = Region(last.name, last.addr, mapping.end - last.addr, page_size, kind)
-            return
-        size = mapping.end - mapping.start
-        self.tracked.append(Region(_unique(name, mapping), mapping.start, size, page_size, kind))
-
-    def freeze(self, mapping: Mapping, name: str, otherwise: str) -> None:
-        """A region that is copied in the stop, if it is small enough for that."""
-        size = mapping.end - mapping.start
-        if size > FROZEN_EACH or self.frozen_bytes + size > FROZEN_ALL:
-            self.leave_out(mapping, f"{otherwise}; {size} bytes are too many to copy in a stop")
-            return
-        self.frozen_bytes += size
-        self.frozen.append(Region(_unique(name, mapping), mapping.start, size, PAGE_BYTES, "anon"))
-
-
-def _unique(name: str, mapping: Mapping) -> str:
-    return name if name.startswith("[") else f"{name}@{mapping.start:x}"
-
-
-def _tell_apart(*lists: list[Region]) -> None:
-    """A heap or stack may lie in several mappings: then each part has its address in its name."""
-    counts = Counter(region.name for regions in lists for region in regions)
-    for regions in lists:
-        for number, region in enumerate(regions):
-            if counts[region.name] > 1:
-                regions[number] = replace(region, name=f"{region.name}@{region.addr:x}")
+    @property
+    def copied_bytes(self) -> int:
+        """What counts against the limit."""
+        return sum(fate.cost for fate in self.fates if fate.action == "copy")
 
 
 def select(
@@ -124,75 +131,231 @@ def select(
     selector: Selector,
     *,
     stop: bool,
-    own_pages: Iterable[Mapping] = (),
+    limit: int = COPY_LIMIT,
+    facts: MapFacts | None = None,
 ) -> Selection:
     """Sort the mappings of process `pid`.
 
-    ``stop``: the process will stand still for a copy (what cannot change is copied without). ``own_pages``:
-    read-only private mappings of files that hold pages that differ from the file (relocated data).
+    ``stop``: the process will stand still for a copy (what cannot change is copied without). ``limit``: most
+    bytes to copy. ``facts``: what is known of the mappings already, such as those that were refused.
     """
-    found = Selection()
-    changed = {mapping.start for mapping in own_pages}
-    for mapping in mappings:
-        _sort(found, pid, mapping, selector, stop, mapping.start in changed)
-    _tell_apart(found.tracked, found.frozen)
-    return found
+    sorter = _Sorter(facts or MapFacts(pid), selector, stop)
+    fates = [sorter.fate(mapping) for mapping in mappings]
+    selection = Selection(fates)
+    selection.refusal = _mapped_twice(fates, sorter, limit)
+    _keep_to(fates, limit)
+    _fill(selection)
+    _tell_apart(selection)
+    return selection
 
 
-def _sort(
-    found: Selection, pid: int, mapping: Mapping, selector: Selector, stop: bool, changed: bool
-) -> None:
-    if _KERNEL.match(mapping.path):
-        found.leave_out(mapping, KERNEL_DATA)
-    elif mapping.path == "[vdso]":
-        found.freeze(mapping, "[vdso]", "")  # it never changes: no stop is needed
-    elif mapping.shared:
-        _sort_shared(found, pid, mapping, selector, stop)
-    elif mapping.backing == "file":
-        _sort_file(found, mapping, selector, stop, changed)
-    else:
-        _sort_private(found, pid, mapping, selector)
+class _Sorter:
+    """The decision for one mapping alone."""
 
+    def __init__(self, facts: MapFacts, selector: Selector, stop: bool) -> None:
+        self.facts = facts
+        self.selector = selector
+        self.stop = stop
 
-def _sort_private(found: Selection, pid: int, mapping: Mapping, selector: Selector) -> None:
-    group = {"[heap]": "heap", "[stack]": "stack"}.get(mapping.path, "anon")
-    if not selector.wants(mapping, group):
-        found.leave_out(mapping, NOT_SELECTED)
-        return
-    if mapping.backing == "anonymous":
-        found.track(mapping, mapping.path if group != "anon" else "anon", "anon")
-        return
-    size = page_size_of(mapping, pid)
-    found.private_files = found.private_files or size == PAGE_BYTES
-    found.track(mapping, os.path.basename(mapping.path), "hugetlb" if size > PAGE_BYTES else "anon", size)
+    def fate(self, mapping: Mapping) -> Fate:
+        backing = self.facts.backing(mapping)
+        if not mapping.has_file and backing.kind == "kernel":
+            # [vdso] never changes: no stop is needed.
+            if mapping.path == "[vdso]":
+                return Fate(mapping, "copy", "", "[vdso]", way="all", cost=mapping.end - mapping.start)
+            return Fate(mapping, "leave", KERNEL_DATA)
+        if not self.selector.wants(mapping, _group(mapping, backing)):
+            return Fate(mapping, "leave", NOT_SELECTED)
+        if self.facts.refused(mapping) == errno.EBUSY:
+            return Fate(mapping, "leave", OWN_UFFD)
+        if backing.kind == "secret":
+            return Fate(mapping, "leave", SECRET)
+        if backing.kind in ("kernel", "device"):
+            return Fate(mapping, "leave", DEVICE if backing.kind == "device" else KERNEL_BUFFER)
+        if backing.kind == "anonymous":
+            return self._anonymous(mapping)
+        return self._shared(mapping, backing) if mapping.shared else self._private(mapping, backing)
 
+    def _anonymous(self, mapping: Mapping) -> Fate:
+        if self.facts.refused(mapping):
+            return self.copied(mapping, "anon", "populated", UNTRACKED)
+        name = mapping.path if mapping.path in ("[heap]", "[stack]") else "anon"
+        return Fate(mapping, "track", name=name, zero_inode=mapping.inode)
 
-def _sort_shared(found: Selection, pid: int, mapping: Mapping, selector: Selector, stop: bool) -> None:
-    if mapping.backing != "memory file":
-        device = mapping.path.startswith(("/dev/", "anon_inode:", "/dmabuf"))
-        found.leave_out(mapping, DEVICE if device else SHARED_FILE)
-    elif not selector.wants(mapping, "shared"):
-        found.leave_out(mapping, NOT_SELECTED)
-    elif mapping.path.startswith(("/SYSV", "/secretmem")) or "w" not in mapping.perms:
-        why = "read-only here" if "w" not in mapping.perms else "System V and secret memory"
-        why += ": the kernel does not write-protect it"
-        if stop and not mapping.path.startswith("/secretmem"):
-            found.freeze(mapping, os.path.basename(mapping.path), why)
+    def _shared(self, mapping: Mapping, backing: Backing) -> Fate:
+        name = _file_name(mapping)
+        if backing.kind == "file":
+            if not backing.removed:
+                return Fate(mapping, "leave", SHARED_FILE)
+            return self.copied(mapping, name, "file", REMOVED)
+        if backing.kind == "aio":
+            return self.copied(mapping, name, "populated", UNTRACKED)
+        if backing.kind in ("sysv", "ramfs") or self.facts.refused(mapping):
+            return self.copied(mapping, name, "file", UNTRACKED)
+        if "w" not in mapping.perms:
+            return self.copied(mapping, name, "file", READ_ONLY)
+        kind = "hugetlb-shared" if backing.page_bytes > PAGE_BYTES else "shared"
+        return Fate(mapping, "track", name=name, kind=kind, page_size=backing.page_bytes)
+
+    def _private(self, mapping: Mapping, backing: Backing) -> Fate:
+        still = "w" not in mapping.perms
+        if still and not backing.removed and not self.facts.own_bytes(mapping):
+            return Fate(mapping, "leave", UNCHANGED)
+        name = _file_name(mapping)
+        if backing.kind in ("shmem", "hugetlb") and not self.facts.refused(mapping):
+            kind = "hugetlb" if backing.page_bytes > PAGE_BYTES else "anon"
+            return Fate(mapping, "track", name=name, kind=kind, page_size=backing.page_bytes)
+        # What is read-only by now (relocated data, program text) can be copied at any time.
+        return self.copied(mapping, name, "own", REMOVED if backing.removed else NEEDS_STOP, still)
+
+    def copied(self, mapping: Mapping, name: str, way: Way, reason: str, still: bool = False) -> Fate:
+        """Copied in the stop; at any time if it stands still by itself."""
+        if not self.stop and not still:
+            return Fate(mapping, "leave", reason)
+        fate = Fate(mapping, "copy", reason, name, way=way)
+        if way == "own":
+            fate.whole = self.facts.backing(mapping).kind != "file" or self.facts.backing(mapping).removed
+            fate.cost = self.facts.own_bytes(mapping)
+            if fate.whole:
+                fate.cost = max(fate.cost, self.facts.file_data_bytes(mapping))
+        elif way == "file":
+            fate.cost = self.facts.file_data_bytes(mapping)
         else:
-            found.leave_out(mapping, why)
-    else:
-        size = page_size_of(mapping, pid)
-        kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
-        found.track(mapping, os.path.basename(mapping.path).split(" ")[0], kind, size)
+            fate.cost = self.facts.populated_bytes(mapping)
+        return fate
 
 
-def _sort_file(found: Selection, mapping: Mapping, selector: Selector, stop: bool, changed: bool) -> None:
-    if "w" not in mapping.perms and not changed:
-        found.leave_out(mapping, UNCHANGED)
-    elif not selector.wants(mapping, "files"):
-        found.leave_out(mapping, NOT_SELECTED)
-    elif stop or "w" not in mapping.perms:
-        # Relocated data that is read-only by now can be copied at any time.
-        found.freeze(mapping, os.path.basename(mapping.path).split(" ")[0], NEEDS_STOP)
-    else:
-        found.leave_out(mapping, NEEDS_STOP)
+def _group(mapping: Mapping, backing: Backing) -> str:
+    if mapping.shared:
+        return "shared"
+    if mapping.path in ("[heap]", "[stack]"):
+        return mapping.path[1:-1]
+    return "anon" if backing.kind in ("anonymous", "shmem", "hugetlb") else "files"
+
+
+def _file_name(mapping: Mapping) -> str:
+    name = os.path.basename(mapping.path.removesuffix(DELETED)).split(" ")[0]
+    return name or "file"
+
+
+def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> str:
+    """A write through one mapping of a memory file is not seen by the tracking of another: both are copied
+    while all stand. Returns why the process cannot be saved: it does not stand, or that is too much."""
+    files: dict[tuple[str, int], list[int]] = {}
+    for number, fate in enumerate(fates):
+        if fate.action == "track" and fate.mapping.has_file and not fate.zero_inode:
+            files.setdefault((fate.mapping.device, fate.mapping.inode), []).append(number)
+    both: set[int] = set()
+    pair = None
+    for numbers in files.values():
+        for one, two in _overlapping(fates, numbers):
+            pair = pair or (fates[one].mapping, fates[two].mapping)
+            both |= {number for number in (one, two) if _written_elsewhere(fates, number, one, two)}
+    if pair is None:
+        return ""
+    text = (
+        f"{pair[0]} and {pair[1]} are two mappings of the same memory, "
+        "and a write through one is not seen in the other: "
+    )
+    if not sorter.stop:
+        return text + "use --cut stop, which copies them, or leave one out with --regions"
+    for number in both:
+        fate = fates[number]
+        way: Way = "file" if fate.mapping.shared else "own"
+        fates[number] = sorter.copied(fate.mapping, fate.name, way, UNTRACKED)
+    size = sum(fates[number].cost for number in both)
+    if size > limit:
+        return text + (
+            f"{format_size(size)} are more than may be copied in a stop (--copy-limit); "
+            "or leave one out with --regions"
+        )
+    return ""
+
+
+def _written_elsewhere(fates: list[Fate], number: int, one: int, two: int) -> bool:
+    """Of a private and a shared mapping of a file, only what the private one shows changes unseen."""
+    other = two if number == one else one
+    return fates[other].mapping.shared or not fates[number].mapping.shared
+
+
+def _overlapping(fates: list[Fate], numbers: list[int]) -> Iterable[tuple[int, int]]:
+    """Pairs of mappings of one file that hold the same pages, at least one of them shared: each mapping is in
+    a pair if it is in any. One pass by offset."""
+    numbers.sort(key=lambda number: fates[number].mapping.offset)
+    widest: dict[bool, int] = {}  # by whether it is shared: the mapping that ends last so far
+    for number in numbers:
+        mapping = fates[number].mapping
+        for shared, before in widest.items():
+            if _file_end(fates[before].mapping) > mapping.offset and (shared or mapping.shared):
+                yield before, number
+        last = widest.get(mapping.shared)
+        if last is None or _file_end(fates[last].mapping) < _file_end(mapping):
+            widest[mapping.shared] = number
+
+
+def _file_end(mapping: Mapping) -> int:
+    return mapping.offset + mapping.end - mapping.start
+
+
+def _keep_to(fates: list[Fate], limit: int) -> None:
+    """Leave out what is too much to be copied; use what is left for clean pages of files."""
+    left = limit
+    for fate in fates:
+        if fate.action != "copy":
+            continue
+        if fate.cost > left:
+            most = f"{format_size(fate.cost)} are too much to copy (--copy-limit {format_size(limit)})"
+            fate.leave_out(f"{fate.reason}; {most}" if fate.reason else most)
+        else:
+            left -= fate.cost
+    for fate in fates:
+        size = fate.mapping.end - fate.mapping.start
+        wanted = fate.action == "copy" and fate.way == "own" and not fate.whole and size <= WHOLE_BYTES
+        if wanted and size - fate.cost <= left:
+            left -= size - fate.cost
+            fate.whole = True
+
+
+def _fill(selection: Selection) -> None:
+    for fate in selection.fates:
+        mapping = fate.mapping
+        if fate.action == "leave":
+            selection.not_captured.append(
+                NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, fate.reason)
+            )
+        elif fate.action == "copy":
+            region = Region(_region_name(fate), mapping.start, mapping.end - mapping.start)
+            selection.copies.append(Copy(region, mapping, fate.way, fate.whole))
+        else:
+            _track(selection, fate)
+
+
+def _track(selection: Selection, fate: Fate) -> None:
+    """A tracked region; anonymous neighbours become one."""
+    start, end, zeros = fate.mapping.start, fate.mapping.end, fate.zero_inode
+    last = selection.tracked[-1] if selection.tracked else None
+    plain = fate.name == "anon" and last is not None and last.name.startswith("anon@")
+    if plain and last is not None and last.addr + last.length == start and last.zero_inode == zeros:
+        selection.tracked[-1] = replace(last, length=end - last.addr)
+        return
+    if fate.kind == "anon" and fate.mapping.has_file and not zeros:
+        selection.private_files = True
+    name = _region_name(fate)
+    selection.tracked.append(Region(name, start, end - start, fate.page_size, fate.kind, zero_inode=zeros))
+
+
+def _region_name(fate: Fate) -> str:
+    return fate.name if fate.name.startswith("[") else f"{fate.name}@{fate.mapping.start:x}"
+
+
+def _tell_apart(selection: Selection) -> None:
+    """A heap or stack may lie in several mappings: then each part has its address in its name."""
+    counts = Counter(region.name for region in selection.tracked + selection.frozen)
+    for number, region in enumerate(selection.tracked):
+        if counts[region.name] > 1:
+            selection.tracked[number] = replace(region, name=f"{region.name}@{region.addr:x}")
+    for number, copy in enumerate(selection.copies):
+        region = copy.region
+        if counts[region.name] > 1:
+            name = f"{region.name}@{region.addr:x}"
+            selection.copies[number] = replace(copy, region=replace(region, name=name))

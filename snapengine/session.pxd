@@ -39,6 +39,8 @@ cdef struct region_t:               # fixed before the threads start
     char *source                    # READ_MEMORY: where page first_page is readable
     int file                        # READ_FILE, PRESENCE_SEEK, _FILE: descriptor of this process, or -1
     uint64_t file_offset            # of page first_page
+    uint64_t file_end               # its size before T or at T, the larger: behind it is no access
+    uint64_t zero_inode             # private mapping of /dev/zero, which is anonymous: the inode it shows
     uint64_t file_ns                # attached: when the file was last changed through a descriptor, before T
     char *witness                   # hugetlb file: a mapping of it here, which loses what is punched out
     uint64_t held_start             # what is registered in truth: more than what is tracked, where the
@@ -51,6 +53,7 @@ cdef struct region_t:               # fixed before the threads start
     bint missing                    # register for missing faults too: its holes get no markers
     bint sparse                     # protect only the units that hold data
     bint check                      # a copied page counts only if it is still protected afterwards
+    bint guarded                    # it had guard pages before T (walker of its first page writes)
     bint own                        # private mapping of a memory file: what is discarded shows the file again
     bint keep_huge                  # treat huge pages as one unit
 
@@ -103,6 +106,7 @@ cdef struct capture_t:
     int maps                        # attached: /proc/PID/maps; or -1
     int mem                         # /proc/PID/mem, for pages that loads and process_vm_readv may not read
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
+    uint64_t guard                  # its category of guard pages (Linux 6.15), or 0
     uint64_t features
     int n_fault_lanes
     int n_lanes
@@ -120,6 +124,7 @@ cdef struct capture_t:
     uint64_t *lost
     uint64_t *present               # PRESENCE_BITS, PRESENCE_FILE: written by the walk before T, read after
     uint64_t *huge                  # by page >> 9; like `present`
+    uint64_t *guards                # no access at T, though the file may have data: like `present`
     uint64_t *witnessed             # by page >> 9: its witness is mapped; like `present`
     uint64_t *distrusted            # the target took the page away, or put another there: any, atomic or
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended

@@ -17,14 +17,15 @@ class Extra:
     bytes: int = 0
     data: int = 0
     zero: int = 0
+    hole: int = 0
     lost: int = 0
 
 
 def figures(session: Session, plan: Plan, method: str, extra: Extra) -> dict[str, Any]:
     """The fields of `Result` that the engine knows."""
     counts = session.counters()
-    data, holes = counts["data"] + extra.data, counts["hole"]
-    total = session.total_pages + extra.data + extra.zero + extra.lost
+    data, holes = counts["data"] + extra.data, counts["hole"] + extra.hole
+    total = session.total_pages + extra.data + extra.zero + extra.hole + extra.lost
     final = data
     zeros = counts["zero"] + extra.zero
     runs = session.lost_runs()

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from snapengine.backing import Backings
 from snapengine.buffers import HeldBuffer
-from snapengine.maps import Mapping, covering, page_size_of, read_maps
+from snapengine.maps import Mapping, covering, read_maps
 
 if TYPE_CHECKING:
+    from snapengine.frozen import Copied
     from snapengine.processrecord import NotCaptured
+    from snapengine.uffd import Uffd
 
 PAGE_BYTES = 4096
 KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
@@ -24,7 +27,8 @@ class Region:
     ``addr`` and ``length`` are bytes in the target's address space; a region of this process's own
     buffers may begin and end inside a page. ``page_size`` is the size of the mapping's pages (4096, or
     the hugetlb page size). ``kind`` is one of `KINDS`. ``memfd`` is a descriptor of the memory that
-    this process holds, or -1; ``memfd_offset`` is where the region begins in it.
+    this process holds, or -1; ``memfd_offset`` is where the region begins in it. ``zero_inode``: of a private
+    mapping of /dev/zero, which the kernel treats as anonymous, the inode that it still shows; else 0.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Region:
     kind: str = "anon"
     memfd: int = -1
     memfd_offset: int = 0
+    zero_inode: int = 0
 
 
 @runtime_checkable
@@ -82,6 +87,7 @@ class AttachedTarget(Target, Protocol):
     stop_parts_ns: dict[str, int]
     warnings: list[str]
     events: frozenset[str]
+    copy_limit: int | None
     not_captured: list[NotCaptured]
     frozen_regions: list[Region]
 
@@ -92,6 +98,10 @@ class AttachedTarget(Target, Protocol):
     def check(self) -> None:
         """Before `open`: raise AttachError or TargetGoneError for what cannot be attached to."""
 
+    def registered(self, uffd: Uffd) -> list[Region]:
+        """The regions that are to be tracked with `uffd`, which is negotiated; what the kernel refuses is
+        left out. They may be registered already."""
+
     def late_warnings(self) -> list[str]:
         """What it did after T that the image may lack unseen; asked for when all pages are saved."""
 
@@ -101,7 +111,7 @@ class AttachedTarget(Target, Protocol):
     def record(self) -> dict[str, bytes]:
         """Blobs that describe the target at T; asked for when all pages are saved."""
 
-    def frozen_bytes(self, number: int) -> bytes | None:
+    def frozen_bytes(self, number: int) -> Copied | None:
         """What ``frozen_regions[number]`` held at T; None if it could not be read."""
 
 
@@ -156,7 +166,8 @@ class BufferTarget:
         for held in self._held.values():
             held.check()
         mappings = read_maps("self")
-        return 0, -1, [_region_of(held, mappings) for held in self._held.values()]
+        backings = Backings()
+        return 0, -1, [_region_of(held, mappings, backings) for held in self._held.values()]
 
     def pause(self) -> None:
         """Call the caller's `pause`."""
@@ -178,13 +189,15 @@ class BufferTarget:
             held.release()
 
 
-def _region_of(held: HeldBuffer, mappings: list[Mapping]) -> Region:
+def _region_of(held: HeldBuffer, mappings: list[Mapping], backings: Backings) -> Region:
     """The buffer as a region. `mappings`: all of this process, by address."""
     end = held.addr + held.length
     first = bisect.bisect_right(mappings, held.addr, key=lambda mapping: mapping.end)
     last = bisect.bisect_left(mappings, end, key=lambda mapping: mapping.start)
     covered = covering(mappings[first:last], held.addr, end)
-    sizes = {page_size_of(mapping) for mapping in covered} or {PAGE_BYTES}
+    found = [backings.of(mapping) for mapping in covered]
+    sizes = {backing.page_bytes for backing in found} or {PAGE_BYTES}
+    zeros = {m.inode for m, b in zip(covered, found, strict=True) if b.kind == "anonymous"} - {0}
     shared = {mapping.shared for mapping in covered}
     if len(sizes) > 1 or len(shared) > 1:
         raise ValueError(f"buffer {held.name!r} spans mappings of different kinds")
@@ -192,4 +205,4 @@ def _region_of(held: HeldBuffer, mappings: list[Mapping]) -> Region:
     kind = "hugetlb" if size > PAGE_BYTES else "anon"
     if True in shared:
         kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
-    return Region(held.name, held.addr, held.length, size, kind)
+    return Region(held.name, held.addr, held.length, size, kind, zero_inode=max(zeros, default=0))

@@ -263,7 +263,7 @@ def test_a_region_over_several_mappings_and_beside_them(tmp_path):
     [
         ("rw-p", "", True), ("rw-p", "[heap]", True), ("rw-p", "[anon:x]", True), ("rw-p", "/dev/zero", True),
         ("rw-p", "/anon_hugepage (deleted)", True), ("rw-s", "/memfd:x (deleted)", True),
-        ("rw-p", "/memfd:x (deleted)", False), ("rw-s", "/data/x", False), ("r--p", "/lib/x", False),
+        ("rw-p", "/memfd:x (deleted)", False), ("rw-s", "/data/x (deleted)", True), ("r--p", "/lib/x", False),
         ("r-xp", "[vdso]", False),
     ],
 )  # fmt: skip

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from snapengine.maps import Mapping, covering, page_size_of, read_maps, without_overlaps
+from snapengine.backing import page_size_of
+from snapengine.maps import Mapping, covering, read_maps, without_overlaps
 
 MIB = 1 << 20
 MAP_HUGETLB = 0x40000

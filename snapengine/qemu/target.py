@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from snapengine import attach
+from snapengine.backing import Backings
 from snapengine.errors import MachineError, RegisterError, SnapengineError, TargetGoneError
-from snapengine.frozen import copy_frozen
+from snapengine.frozen import Copied, Copy, copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.maps import Mapping as MemoryMapping
-from snapengine.maps import covering, page_size_of, read_maps
+from snapengine.maps import covering, read_maps
 from snapengine.processrecord import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
@@ -29,8 +30,11 @@ from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
 from snapengine.result import fitted_parts
-from snapengine.selection import FROZEN_EACH
 from snapengine.targets import PAGE_BYTES, Region
+from snapengine.uffd import Uffd
+
+ROM_BYTES = 8 << 20  # of one block that is copied while the guest stands
+TRACKED = ("anonymous", "shmem", "hugetlb")
 
 
 class QemuTarget:
@@ -78,6 +82,8 @@ class QemuTarget:
         self.injection_ns = 0
         self.warnings: list[str] = []
         self.events: frozenset[str] = frozenset()
+        self.copy_limit: int | None = None
+        """Not used: all blocks are copied or tracked."""
         self.not_captured: list[NotCaptured] = []
         self.frozen_regions: list[Region] = []
         self.stop_parts_ns: dict[str, int] = {}
@@ -91,7 +97,9 @@ class QemuTarget:
         self._deadline = deadline
         self._info: attach.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
-        self._frozen: list[bytes | None] = []
+        self._tracked: list[Region] = []
+        self._copies: list[Copy] = []
+        self._frozen: list[Copied] = []
         self._guard: Guard | None = None
         self._state_fd = self._state_set = -1
         self._machine: dict[str, Any] = {}
@@ -125,13 +133,7 @@ class QemuTarget:
         self._refuse_another_process()
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
-        mappings = read_maps(self.pid)
-        tracked = self._sort(mappings)
-        # Guests give RAM back (balloon, free page reporting): of a memfd with share=off only the event tells.
-        files = [m for m in mappings if not m.shared and m.backing == "memory file"]
-        ends = [(region.addr, region.addr + region.length) for region in tracked]
-        if any(m.start < end and start < m.end for m in files for start, end in ends):
-            self.events = frozenset(["EVENT_REMOVE"])
+        tracked = self._tracked = self._sort(read_maps(self.pid))
         self._check_disks()
         self._machine = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
@@ -146,6 +148,10 @@ class QemuTarget:
     def hurry(self) -> None:
         """From any thread: the capture is given up, so wait for no answer of QEMU's for long."""
         self.monitor.hurry()
+
+    def registered(self, uffd: Uffd) -> list[Region]:
+        """All RAM blocks: one that the kernel refuses is an error when it is armed."""
+        return self._tracked
 
     def pause(self) -> None:
         """Stop the guest, unless it stands already."""
@@ -170,7 +176,7 @@ class QemuTarget:
         assert self._saved is not None
         self._saved()
         self._part("device_state")
-        self._frozen = copy_frozen(self.pid, self.frozen_regions)
+        self._frozen = copy_frozen(self.pid, self._copies)
         return {}
 
     def resume(self) -> None:
@@ -209,7 +215,7 @@ class QemuTarget:
         state = os.pread(self._state_fd, size, 0)
         return {MACHINE: machine.pack(self._machine), DEVICES: state}
 
-    def frozen_bytes(self, number: int) -> bytes | None:
+    def frozen_bytes(self, number: int) -> Copied | None:
         """What a block that the kernel cannot write-protect held at T."""
         return self._frozen[number]
 
@@ -257,26 +263,37 @@ class QemuTarget:
 
     def _sort(self, mappings: list[MemoryMapping]) -> list[Region]:
         tracked = []
+        backings = Backings(self.pid)
         for block in self._blocks:
             length = -(-block.used // PAGE_BYTES) * PAGE_BYTES
             covered = covering(mappings, block.addr, block.addr + length)
             if not covered:
                 raise MachineError(f"RAM block {block.name!r} is not mapped at {block.addr:#x}")
             shared = {mapping.shared for mapping in covered}.pop()
-            if any("w" not in mapping.perms or mapping.backing == "file" for mapping in covered):
-                if length > FROZEN_EACH:
+            found = [backings.of(mapping) for mapping in covered]
+            writable = all("w" in mapping.perms for mapping in covered)
+            if not writable or any(backing.kind not in TRACKED for backing in found):
+                if length > ROM_BYTES:
                     raise RegisterError(
                         errno.EINVAL,
                         f"RAM block {block.name!r} ({covered[0]}) is a mapping that the kernel does not "
-                        "write-protect: use memory-backend-ram, memory-backend-memfd or a file in /dev/shm",
+                        "write-protect: use memory-backend-ram, memory-backend-memfd or a file on a tmpfs",
                     )
-                self.frozen_regions.append(Region(block.name, block.addr, length, PAGE_BYTES, "anon"))
+                region = Region(block.name, block.addr, length)
+                self.frozen_regions.append(region)
+                self._copies.append(Copy(region, covered[0], "all"))
                 continue
-            size = page_size_of(covered[0], self.pid)
+            size = found[0].page_bytes
+            if not shared and any(backing.kind == "shmem" for backing in found):
+                # Guests give RAM back (balloon, free page reporting): with share=off only the event tells.
+                self.events = frozenset(["EVENT_REMOVE"])
             kind = ("hugetlb" if size > PAGE_BYTES else "anon") if not shared else "shared"
             if shared and size > PAGE_BYTES:
                 kind = "hugetlb-shared"
-            tracked.append(Region(block.name, block.addr, length, size, kind))
+            zeros = {m.inode for m, b in zip(covered, found, strict=True) if b.kind == "anonymous"} - {0}
+            tracked.append(
+                Region(block.name, block.addr, length, size, kind, zero_inode=max(zeros, default=0))
+            )
         if not tracked:
             raise MachineError("the machine has no RAM that can be tracked")
         return tracked

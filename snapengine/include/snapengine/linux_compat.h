@@ -63,6 +63,10 @@ struct pm_scan_arg {
 #define PM_SCAN_CHECK_WPASYNC (1 << 1)
 #endif
 
+#ifndef PAGE_IS_GUARD /* Linux 6.15 */
+#define PAGE_IS_GUARD (1 << 8)
+#endif
+
 #ifndef PROCMAP_QUERY /* Linux 6.11 */
 struct procmap_query {
     uint64_t size;
