@@ -13,6 +13,12 @@ REAL_SNAPSHOTS ?= 20
 # Machines saved, killed and restored per test case and round.
 QEMU_ROUNDS ?= 10
 
+# All targets together.
+FUZZ_SECONDS ?= 240
+# They run the threads of a capture: own memory, a peer, an attached process, both methods, and restoring.
+SANITIZED_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py reader.py rules.py capture.py dying.py freezer.py \
+	inject.py vmstream.py ingest.py consistency.py)
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -67,6 +73,18 @@ bench-peers: $(VENV)/.bench  ## Measure against fork and loops of QEMU's and for
 		--benchmark-json=build/bench-peers.json $(BENCH)
 	@$(BIN)/python bench/peer_report.py
 
+.PHONY: fuzz
+fuzz: $(VENV)/.fuzz  ## Fuzz all that reads foreign input, for FUZZ_SECONDS (240) in all; FUZZ names single targets
+	.ci/fuzz $(BIN)/python $(FUZZ_SECONDS) $(FUZZ)
+
+.PHONY: asan
+asan: $(VENV)/.test  ## Run tests with AddressSanitizer and UndefinedBehaviorSanitizer (built into build/)
+	.ci/sanitize address $(BIN)/python $(or $(TESTS),$(SANITIZED_TESTS))
+
+.PHONY: tsan
+tsan: $(VENV)/.test  ## Run tests with ThreadSanitizer (built into build/)
+	.ci/sanitize thread $(BIN)/python $(or $(TESTS),$(SANITIZED_TESTS))
+
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
 	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python
@@ -109,6 +127,11 @@ $(VENV)/.base: $(VENV)/.created $(SOURCES)
 $(VENV)/.test: $(VENV)/.base
 	@echo "installing the test tools"
 	@$(INSTALL) '.[plot,test]'
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "installing the fuzzer"
+	@$(INSTALL) '.[fuzz]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test

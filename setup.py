@@ -8,6 +8,11 @@ from setuptools import Extension, setup
 
 MODULES = sorted(path.stem for path in Path("pyx").glob("*.pyx"))
 TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
+# Flags of a sanitizer or of coverage: see .ci/instrumented, which builds apart from the sources.
+INSTRUMENT = os.environ.get("SNAPENGINE_INSTRUMENT", "").split()
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", *INSTRUMENT] if INSTRUMENT else []
+# -g0: debug information would put the paths of the build machine into the wheel.
+FLAGS = ["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 C_DIR = Path("build/cython/pyx")
 INTERFACES = [
     *Path("snapengine").rglob("*.pxd"),
@@ -29,9 +34,8 @@ extensions = [
         include_dirs=["snapengine/include", "pyx"],
         depends=[str(path) for path in INTERFACES],
         define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
-        # -g0: debug information would put the paths of the build machine into the wheel.
-        extra_compile_args=["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-        extra_link_args=["-pthread"],
+        extra_compile_args=[*FLAGS, *SANITIZED],
+        extra_link_args=["-pthread", *SANITIZED],
     )
     for name in MODULES
 ]

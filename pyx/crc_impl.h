@@ -56,7 +56,7 @@ SNAP_FOLD_INLINE __m512i snap_begin(__m512i first, uint32_t rest) {
     return _mm512_xor_si512(first, _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)rest)));
 }
 
-SNAP_FOLD_TARGET static uint32_t snap_crc32c_folding(uint32_t crc, const void *data, size_t length) {
+SNAP_FOLD_TARGET static inline uint32_t snap_crc32c_folding(uint32_t crc, const void *data, size_t length) {
     const char *at = (const char *)data;
     uint32_t rest = ~crc;
     if (length >= 256) {
@@ -84,7 +84,7 @@ SNAP_FOLD_TARGET static uint32_t snap_crc32c_folding(uint32_t crc, const void *d
 }
 
 /* Copy a page; if it holds anything but zeros, continue *crc with it and return 1. */
-SNAP_FOLD_TARGET static int snap_copy_page_folding(char *restrict dst, const char *restrict src,
+SNAP_FOLD_TARGET static inline int snap_copy_page_folding(char *restrict dst, const char *restrict src,
                                                    uint32_t *crc) {
     __m512i by = _mm512_broadcast_i32x4(snap_by_2048());
     __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a, any = a;

@@ -39,6 +39,7 @@ from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets import BufferTarget, Target
 from snapengine.tracker import Tracker
 
+CANCEL_SECONDS = 10.0
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()
 
 
@@ -82,9 +83,9 @@ def snapshot(
     Capture
         A context manager. Its block is entered once T is fixed and runs while the pages are saved; leaving
         it waits for the image. With dirty logging the block is entered at once and T lies at the end.
-        A block that raises cancels the capture, and nothing of the image is left; unless the image was complete
-        by then: a complete image is consistent, whatever came after T, and stays. `Capture.result` tells which
-        it was: it returns the figures, or raises `CaptureCancelled`.
+        A block that raises cancels the capture, and nothing of the image is left; unless the image was
+        complete by then: a complete image is consistent, whatever came after T, and stays. `Capture.result`
+        tells which it was: it returns the figures, or raises `CaptureCancelled`.
 
     Raises
     ------
@@ -156,6 +157,7 @@ class Capture:
             if self._started:
                 raise RuntimeError("a capture runs once")
             self._started = True
+        _wait_for_cancelled()
         self._began = time.monotonic_ns()
         _live.add(self)
         try:
@@ -417,6 +419,13 @@ class Capture:
         if self._timer is not None:
             self._timer.cancel()
         self._parts.close(status)
+
+
+def _wait_for_cancelled() -> None:
+    """A capture that was cancelled a moment ago may still have its memory registered; it lets go at once."""
+    for capture in list(_live):
+        if capture._cancelled:
+            capture._done.wait(CANCEL_SECONDS)
 
 
 def _cancel_all() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from snapengine.names import unescape
 
@@ -56,11 +56,13 @@ def _depth(value: Any) -> int:
 
 
 class Fields:
-    """One JSON object. ``what`` names it in the `ValueError` that each method raises."""
+    """One JSON object. ``what`` names it in the error, a `refusal`, that each method raises."""
+
+    refusal: type[Exception] = ValueError
 
     def __init__(self, value: Any, what: str) -> None:
         if type(value) is not dict:
-            raise ValueError(f"{what} is not a JSON object")
+            raise self.refusal(f"{what} is not a JSON object")
         self.members: dict[str, Any] = value
         self._what = what
 
@@ -71,33 +73,33 @@ class Fields:
     def _take(self, key: str, wanted: type) -> Any:
         value = self.members.get(key)
         if type(value) is not wanted:
-            raise ValueError(f"{self._what} has no proper {key!r}")
+            raise self.refusal(f"{self._what} has no proper {key!r}")
         return value
 
     def number(self, key: str, bits: int) -> int:
         """An integer in [0, 2^bits)."""
         value: int = self._take(key, int)
         if not 0 <= value < 1 << bits:
-            raise ValueError(f"{self._what}: {key!r} is out of range")
+            raise self.refusal(f"{self._what}: {key!r} is out of range")
         return value
 
     def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
         """A name, unescaped; all of it must match the pattern."""
         name = unescape(self._take(key, str))
         if pattern is not None and not pattern.fullmatch(name):
-            raise ValueError(f"{self._what}: {key!r} is malformed")
+            raise self.refusal(f"{self._what}: {key!r} is malformed")
         return name
 
     def names(self, key: str) -> list[str]:
         """A list of names."""
         items = self._take(key, list)
         if not all(type(item) is str for item in items):
-            raise ValueError(f"{self._what}: {key!r} is not a list of strings")
+            raise self.refusal(f"{self._what}: {key!r} is not a list of strings")
         return [unescape(item) for item in items]
 
-    def objects(self, key: str) -> list[Fields]:
+    def objects(self, key: str) -> list[Self]:
         """A list of objects."""
-        return [Fields(item, f"an item of {key!r}") for item in self._take(key, list)]
+        return [type(self)(item, f"an item of {key!r}") for item in self._take(key, list)]
 
     def flag(self, key: str) -> bool:
         """true or false."""
@@ -111,14 +113,14 @@ class Fields:
         """A list of such text."""
         items: list[str] = self._take(key, list)
         if not all(type(item) is str for item in items):
-            raise ValueError(f"{self._what}: {key!r} is not a list of strings")
+            raise self.refusal(f"{self._what}: {key!r} is not a list of strings")
         return items
 
     def integers(self, key: str, bits: int) -> list[int]:
         """A list of integers in [0, 2^bits)."""
         items: list[int] = self._take(key, list)
         if not all(_is_number(item, bits) for item in items):
-            raise ValueError(f"{self._what}: {key!r} is not a list of numbers")
+            raise self.refusal(f"{self._what}: {key!r} is not a list of numbers")
         return items
 
     def pairs(self, key: str, bits: int) -> list[Sequence[int]]:
@@ -126,12 +128,12 @@ class Fields:
         items: list[Sequence[int]] = self._take(key, list)
         for item in items:
             if type(item) is not list or len(item) != 2 or not all(_is_number(one, bits) for one in item):
-                raise ValueError(f"{self._what}: {key!r} is not a list of pairs of numbers")
+                raise self.refusal(f"{self._what}: {key!r} is not a list of pairs of numbers")
         return items
 
-    def object(self, key: str) -> Fields:
+    def object(self, key: str) -> Self:
         """An object."""
-        return Fields(self._take(key, dict), repr(key))
+        return type(self)(self._take(key, dict), repr(key))
 
     def numbers(self, bits: int) -> None:
         """All members must be integers in [0, 2^bits)."""

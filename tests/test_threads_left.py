@@ -175,10 +175,15 @@ def test_a_block_that_raises(tmp_path, complete):
     buffer.write(os.urandom(8 * MIB))
     path = tmp_path / "image"
     rate = 0 if complete else MIB
-    with pytest.raises(ZeroDivisionError), snapengine.snapshot(buffer, path, rate_limit=rate) as capture:
-        if complete:
-            assert capture.wait(60)
-        raise ZeroDivisionError
+    capture = snapengine.snapshot(buffer, path, rate_limit=rate)
+
+    def block():
+        with capture:
+            assert not complete or capture.wait(60)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
     if complete:
         assert capture.result.pages_saved == 2048
         with open_image(path) as image:

@@ -16,6 +16,7 @@ from snapengine.errors import MachineError
 from snapengine.qemu.blobs import VERSION
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock
+from snapengine.qemu.replies import ask, ask_list, ask_text
 
 OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
 OWN_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
@@ -34,13 +35,13 @@ NOT_SAVED_IN = (
 
 def version_of(monitor: Monitor) -> str:
     """``"7.2.22"``."""
-    qemu = monitor.execute("query-version")["qemu"]
-    return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+    qemu = ask(monitor, "query-version").object("qemu")
+    return ".".join(str(qemu.number(part, 31)) for part in ("major", "minor", "micro"))
 
 
 def type_of(monitor: Monitor, path: str) -> str:
     """The type of an object in QEMU's tree."""
-    return str(monitor.execute("qom-get", {"path": path, "property": "type"}))
+    return ask_text(monitor, "qom-get", {"path": path, "property": "type"})
 
 
 def machine_type(monitor: Monitor) -> str:
@@ -52,10 +53,10 @@ def devices(monitor: Monitor) -> list[dict[str, str]]:
     """All devices: ``path`` in the tree and ``type``, in the order of the paths."""
     found = []
     for folder in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
-        for item in monitor.execute("qom-list", {"path": folder}):
-            kind = re.fullmatch(r"child<(.*)>", item["type"])
-            if kind and (folder != "/machine/unattached" or item["name"].startswith("device[")):
-                found.append({"path": f"{folder}/{item['name']}", "type": kind[1]})
+        for item in ask_list(monitor, "qom-list", {"path": folder}):
+            kind, name = re.fullmatch(r"child<(.*)>", item.plain("type")), item.plain("name")
+            if kind and (folder != "/machine/unattached" or name.startswith("device[")):
+                found.append({"path": f"{folder}/{name}", "type": kind[1]})
     return sorted(found, key=lambda device: device["path"])
 
 
@@ -63,11 +64,11 @@ def disks(monitor: Monitor) -> list[dict[str, str]]:
     """The disks with a medium: the name of the ``device`` ("" if it has none), of its ``node``, and the
     ``file`` it has now."""
     found = []
-    for item in monitor.execute("query-block"):
-        medium = item.get("inserted")
-        if medium:
-            node = medium.get("node-name", "")
-            found.append({"device": item["device"], "node": node, "file": medium["file"]})
+    for item in ask_list(monitor, "query-block"):
+        if item.has("inserted"):
+            medium = item.object("inserted")
+            node = medium.plain("node-name") if medium.has("node-name") else ""
+            found.append({"device": item.plain("device"), "node": node, "file": medium.plain("file")})
     return found
 
 
@@ -79,14 +80,20 @@ def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -
         "qemu": version_of(monitor),
         "machine_type": machine_type(monitor),
         "accelerator": "kvm" if uses_kvm(monitor) else "other",
-        "cpus": [type_of(monitor, cpu["qom-path"]) for cpu in monitor.execute("query-cpus-fast")],
+        "cpus": [
+            type_of(monitor, cpu.plain("qom-path")) for cpu in ask_list(monitor, "query-cpus-fast")
+        ],
         "ram_blocks": [
             {"name": block.name, "used": block.used, "total": block.total, "page_size": block.page_size}
             for block in blocks
         ],
         "memory_backends": [
-            {"id": item.get("id", ""), "size": item["size"], "share": item.get("share", False)}
-            for item in monitor.execute("query-memdev")
+            {
+                "id": item.plain("id") if item.has("id") else "",
+                "size": item.number("size", 64),
+                "share": item.flag("share") if item.has("share") else False,
+            }
+            for item in ask_list(monitor, "query-memdev")
         ],
         "devices": devices(monitor),
         "disks": disks(monitor),
@@ -96,7 +103,7 @@ def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -
 
 def uses_kvm(monitor: Monitor) -> bool:
     """Whether KVM runs the guest, and not TCG."""
-    return bool(monitor.execute("query-kvm")["enabled"])
+    return ask(monitor, "query-kvm").flag("enabled")
 
 
 def command_line(pid: int) -> list[str]:
@@ -109,10 +116,11 @@ def command_line(pid: int) -> list[str]:
 
 def refuse_busy(monitor: Monitor) -> str:
     """Raise `MachineError` if the machine migrates or is in no state to be saved; else its run state."""
-    status = monitor.execute("query-migrate").get("status", "none")
+    migration = ask(monitor, "query-migrate")
+    status = migration.plain("status") if migration.has("status") else "none"
     if status in BUSY:
         raise MachineError(f"the machine is migrating already (its migration is {status})")
-    run_state = str(monitor.execute("query-status")["status"])
+    run_state = ask(monitor, "query-status").plain("status")
     if run_state in NOT_SAVED_IN:
         # What the migration left stopped has given its disks away until `cont`.
         hint = ", after a migration of its own: let it run first (cont)" if run_state == "postmigrate" else ""
@@ -135,7 +143,8 @@ def refuse_missed_writes(monitor: Monitor) -> None:
 
 def refuse_blocked(monitor: Monitor) -> None:
     """Raise `MachineError` if a device of the machine blocks migration: its state cannot be saved."""
-    reasons = monitor.execute("query-migrate").get("blocked-reasons", [])
+    answer = ask(monitor, "query-migrate")
+    reasons = answer.plains("blocked-reasons") if answer.has("blocked-reasons") else []
     if reasons:
         raise MachineError(f"the machine cannot be saved: {reasons[0]}")
 

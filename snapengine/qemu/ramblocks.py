@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from snapengine.errors import MachineError
 from snapengine.maps import Mapping, covering, read_maps
 from snapengine.qemu.monitor import Monitor
+from snapengine.qemu.replies import ask
 from snapengine.targets import PAGE_BYTES
 
 UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 LINE = re.compile(
-    r"\s*(?P<name>.*?)\s+(?P<size>\d+) (?P<unit>B|KiB|MiB|GiB)"
-    r"\s+0x(?P<offset>[0-9a-f]+)\s+0x(?P<used>[0-9a-f]+)\s+0x(?P<total>[0-9a-f]+)(?:\s+0x(?P<addr>[0-9a-f]+)\s+(?P<access>r[ow]))?\s*\Z"
+    r"\s*(?P<name>.*?)\s+(?P<size>\d{1,7}) (?P<unit>B|KiB|MiB|GiB)"
+    r"\s+0x(?P<offset>[0-9a-f]{1,16})\s+0x(?P<used>[0-9a-f]{1,16})\s+0x(?P<total>[0-9a-f]{1,16})"
+    r"(?:\s+0x(?P<addr>[0-9a-f]{1,16})\s+(?P<access>r[ow]))?\s*\Z"
 )
 HEAP_BYTES = 1 << 30  # most that is searched
 HOST_BEFORE = 16  # bytes from a block's address to its sizes in its record (QEMU 6.2 to 7.2)
@@ -72,7 +74,7 @@ def parse_table(text: str) -> list[RamBlock]:
 
 def ram_blocks(monitor: Monitor) -> list[RamBlock]:
     """The machine's blocks; ``addr`` may be missing, see `locate`. Raises MachineError."""
-    return parse_table(monitor.execute("x-query-ramblock")["human-readable-text"])
+    return parse_table(ask(monitor, "x-query-ramblock").plain("human-readable-text"))
 
 
 def locate(blocks: Iterable[RamBlock], pid: int) -> list[RamBlock]:

@@ -28,6 +28,7 @@ from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.monitor import COMMAND_SECONDS, Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.qemu.regenerate import Meter, make_head, stream_blobs, write_stream
+from snapengine.qemu.replies import ask
 from snapengine.vmstream import TAIL_MAX_BYTES
 
 START_SECONDS = 30.0
@@ -173,7 +174,7 @@ def _start(
             load(monitor, image, saved, restored, progress, limits)
             if run:
                 monitor.execute("cont")
-            restored.status = str(monitor.execute("query-status")["status"])
+            restored.status = ask(monitor, "query-status").plain("status")
         return restored
     except BaseException as error:
         end(process)
@@ -270,7 +271,7 @@ def load(
         feeder.start()
         monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
         while True:
-            status = monitor.execute("query-migrate")
+            status = ask(monitor, "query-migrate").members
             if status.get("status") == "completed":
                 break
             if status.get("status") == "failed":

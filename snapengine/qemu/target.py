@@ -29,6 +29,7 @@ from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
+from snapengine.qemu.replies import ask
 from snapengine.result import fitted_parts
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import Uffd
@@ -156,7 +157,7 @@ class QemuTarget:
     def pause(self) -> None:
         """Stop the guest, unless it stands already."""
         self.monitor.events()  # forget those of before
-        self._was_running = bool(self.monitor.execute("query-status")["running"])
+        self._was_running = ask(self.monitor, "query-status").flag("running")
         if self._was_running:
             self._guard = Guard(self.monitor.fileno(), [("cont", {})])
         self._at = self._stopped_at = time.monotonic_ns()

@@ -22,6 +22,7 @@ from snapengine.qemu.guard import Command, Guard
 from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
+from snapengine.qemu.replies import ask, ask_list
 from snapengine.result import Result
 
 STREAM_NAME = "snapengine-save"
@@ -55,7 +56,7 @@ def save_by_migration(
     """
     machine.refuse_busy(monitor)
     machine.refuse_blocked(monitor)
-    was_running = bool(monitor.execute("query-status")["running"])
+    was_running = ask(monitor, "query-status").flag("running")
     background = options.method == WRITE_TRACKING and was_running  # QEMU would let a paused one run
     if was_running and not background:
         machine.refuse_missed_writes(monitor)
@@ -151,7 +152,7 @@ class _Migration:
 
     def go_on(self) -> None:
         """Let the guest run if it ran: a plain `migrate` that is completed leaves it stopped."""
-        if self._was_running and not self._monitor.execute("query-status")["running"]:
+        if self._was_running and not ask(self._monitor, "query-status").flag("running"):
             self._monitor.execute("cont")
 
     def end(self) -> None:
@@ -178,7 +179,7 @@ class _Migration:
             self._write_fd = -1
 
     def _answer(self) -> dict[str, Any]:
-        return dict(self._monitor.execute("query-migrate"))
+        return ask(self._monitor, "query-migrate").members
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + END_SECONDS
@@ -188,7 +189,8 @@ class _Migration:
 
 def _settings(monitor: Monitor, options: Options, background: bool) -> tuple[list[Command], list[Command]]:
     """The commands that set capabilities and parameters for our stream, and those that set them back."""
-    now = {item["capability"]: item["state"] for item in monitor.execute("query-migrate-capabilities")}
+    found = ask_list(monitor, "query-migrate-capabilities")
+    now = {item.plain("capability"): item.flag("state") for item in found}
     if background and BACKGROUND not in now:
         raise MachineError("this QEMU has no background-snapshot (6.0 has): --method dirty-logging")
     unwanted = UNWANTED + NOT_IN_BACKGROUND if background else UNWANTED
