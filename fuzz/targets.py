@@ -8,6 +8,7 @@ equal.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -125,7 +126,8 @@ def changed_document(draw: Draw, document: Any) -> Any:
             if draw.randrange(4) == 3:
                 del place[key]
             else:
-                place[key] = draw.choice([*WRONG, draw.randrange(1 << 64), draw.take(9).decode("latin-1")])
+                others = [*WRONG, draw.randrange(1 << 64), draw.take(9).decode("latin-1")]
+                place[key] = copy.deepcopy(draw.choice(others))
             break
     return made
 
@@ -170,7 +172,7 @@ class Monitor:
         self._draw = draw
 
     def execute(self, command: str, arguments: Any = None) -> Any:
-        return changed_document(self._draw, [ANSWERS.get(command, {})])[:1][0] if self._draw.left() else {}
+        return changed_document(self._draw, {"answer": ANSWERS.get(command, {})}).get("answer")
 
     def human(self, line: str) -> str:
         return self._draw.take(20).decode("latin-1")
@@ -220,7 +222,8 @@ def proc(data: bytes) -> None:
         at = start + draw.randrange(1, 9) * 4096
         perms = draw.choice(("rw-p", "r-xp", "---p", "rw-s"))
         offset, inode = draw.randrange(1 << 32), draw.randrange(1 << 32)
-        name = draw.take(draw.randrange(20)).replace(b"\n", b"\\012").lstrip()
+        name = draw.take(draw.randrange(20)).replace(b"\n", b"\\012")
+        name = b"/" + name if name else b""
         path = name.decode("utf-8", "surrogateescape")
         wanted.append(Mapping(start, at, perms, offset, "08:01", inode, path))
         head = b"%08x-%08x %s %08x 08:01 %d" % (start, at, perms.encode(), offset, inode)
