@@ -20,7 +20,7 @@ from snapengine.presence cimport scan_at_t, scan_before
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
-from snapengine.session cimport capture_fail, region_t
+from snapengine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.trust cimport note_again, note_at_t, note_before
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
@@ -29,7 +29,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
-cdef uint64_t PIECE = 32 << 20      # bytes: 0.8 ms of 4 KiB pages; a multiple of the usual huge page
+cdef uint64_t CALL_BYTES = 256 << 10    # protecting one mapping costs a call: as much as so many bytes of it
 
 
 cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
@@ -39,7 +39,8 @@ cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t
     while addr < end:
         err = uffd_protect(capture.uffds[0], addr, min(piece, end - addr))
         if err == ENOENT and capture.attached:
-            err = protect_mapped(capture.uffds[0], addr, min(piece, end - addr))
+            err = protect_mapped(capture.uffds[0], capture.maps, &capture.failed, addr,
+                                 min(piece, end - addr))
         if err == EAGAIN:
             # A fork is under way in the target: its event must be read before anything is protected.
             # Faults that come along are kept until T, or noted at once: T may wait for their threads to
@@ -65,7 +66,7 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
     cdef uint64_t begin, end
     cdef long data
     cdef int err
-    while offset < size:
+    while offset < size and not snap_load(&capture.failed):
         data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
         if data < 0 and errno == ENXIO:
             return 0
@@ -76,6 +77,7 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
         end = size + region.addr if data < 0 else begin + UNIT
         begin = max(begin, region.addr)
         end = min(end, region.addr + size)
+        note_filled(capture, region.first_page + (begin - region.addr) // PAGE, (end - begin) // PAGE)
         err = protect_range(capture, lane, begin, end - begin)
         if err:
             return err
@@ -85,28 +87,24 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
 
 cdef uint64_t _free_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
     """Where in [addr, end) the first region begins; `end` if none does."""
-    cdef int i
-    for i in range(capture.n_regions):
-        if addr <= capture.regions[i].track_start < end:
-            end = capture.regions[i].track_start
-    return end
+    cdef int place = place_of(capture, addr)
+    while place < capture.n_regions and region_by_addr(capture, place).track_start < addr:
+        place += 1
+    return min(end, region_by_addr(capture, place).track_start) if place < capture.n_regions else end
 
 
 cdef uint64_t _free_from(capture_t *capture, uint64_t start, uint64_t addr) noexcept nogil:
     """Where in [start, addr) the last region ends; `start` if none does."""
-    cdef int i
-    for i in range(capture.n_regions):
-        if start < capture.regions[i].track_end <= addr:
-            start = capture.regions[i].track_end
-    return start
+    cdef int place = place_of(capture, addr)        # those before it end at `addr` or below
+    return max(start, region_by_addr(capture, place - 1).track_end) if place else start
 
 
 cdef void _take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
     """What is in two by now all the same: registered alike, the parts become one again."""
     cdef vma_t inner, outer
     cdef uint64_t edge = region.track_end
-    if not region.alone_after and not next_vma(capture.maps, edge - PAGE, &inner) \
-            and not next_vma(capture.maps, edge, &outer) and same_vma(&inner, &outer):
+    if not region.alone_after and not next_vma(capture.maps, edge, &outer) and outer.start <= edge \
+            and not next_vma(capture.maps, edge - PAGE, &inner) and same_vma(&inner, &outer):
         edge = _free_until(capture, outer.start, outer.end)
         if edge > outer.start and not uffd_register(capture.uffds[0], outer.start, edge - outer.start, mode):
             region.held_end = max(region.held_end, edge)
@@ -123,14 +121,19 @@ cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) 
     cdef uint64_t end = region.track_end
     cdef int err
     cdef vma_t vma
-    if not next_vma(capture.maps, start, &vma) and vma.start < start:
+    if capture.stands and not uffd_register(capture.uffds[0], start, end - start, mode):
+        return 0                        # nothing can have grown
+    err = next_vma(capture.maps, start, &vma)
+    if not err and vma.start < start:
         start = _free_from(capture, vma.start, start)
-    if not next_vma(capture.maps, end - PAGE, &vma) and vma.end > end:
+    if not err and vma.end < end:       # it is in several
+        err = next_vma(capture.maps, end - PAGE, &vma)
+    if not err and vma.end > end:
         end = _free_until(capture, end, vma.end)
     err = uffd_register(capture.uffds[0], start, end - start, mode)
     if err:
-        err = register_mapped(capture.uffds[0], region.track_start, region.track_end - region.track_start,
-                              region.unit_pages * PAGE, mode)
+        err = register_mapped(capture.uffds[0], capture.maps, &capture.failed, region.track_start,
+                              region.track_end - region.track_start, region.unit_pages * PAGE, mode)
     else:
         region.held_start = min(region.held_start, start)
         region.held_end = max(region.held_end, end)
@@ -158,40 +161,81 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     return err
 
 
-cdef uint64_t _pieces(region_t *region) noexcept nogil:
+cdef uint64_t _pieces(capture_t *capture, region_t *region) noexcept nogil:
     """A sparse file is one piece: its data is searched in order. So is memory of pages larger than one."""
-    if region.sparse or region.unit_pages * PAGE > PIECE:
+    cdef uint64_t piece = capture.piece_bytes
+    if region.sparse or region.unit_pages * PAGE > piece:
         return 1
-    return (region.track_end + PIECE - 1) // PIECE - region.track_start // PIECE
+    return (region.track_end + piece - 1) // piece - region.track_start // piece
+
+
+cdef uint64_t _number_pieces(capture_t *capture) noexcept nogil:
+    """Give each region the number of its first piece. Small neighbours, which are a piece each, share one as
+    long as their calls take no longer than a piece of that size."""
+    cdef uint64_t pieces = 0
+    cdef uint64_t room = 0              # of the last piece, in bytes
+    cdef uint64_t n, size
+    cdef int i
+    cdef region_t *region
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        n = _pieces(capture, region)
+        size = max(region.track_end - region.track_start, CALL_BYTES)
+        if n == 1 and not region.sparse and size <= room:
+            room -= size
+            region.first_piece = pieces - 1
+            continue
+        region.first_piece = pieces
+        pieces += n
+        room = 0
+        if n == 1 and not region.sparse and size < capture.piece_bytes:
+            room = capture.piece_bytes - size
+    return pieces
 
 
 cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uint64_t number) noexcept nogil:
     # They meet at multiples of their size: a protect call that ends inside of a huge page splits it.
-    cdef uint64_t addr = (region.track_start // PIECE + number) * PIECE
+    cdef uint64_t piece = capture.piece_bytes
+    cdef uint64_t addr = (region.track_start // piece + number) * piece
     cdef uint64_t start = max(addr, region.track_start)
     if region.sparse:
         _protect_sparse(capture, lane, region)
-    elif _pieces(region) == 1:
+    elif _pieces(capture, region) == 1:
         protect_range(capture, lane, region.track_start, region.track_end - region.track_start)
     else:
-        protect_range(capture, lane, start, min(addr + PIECE, region.track_end) - start)
+        protect_range(capture, lane, start, min(addr + piece, region.track_end) - start)
+
+
+cdef int _first_of_piece(capture_t *capture, uint64_t piece) noexcept nogil:
+    """The first region that has a part in it."""
+    cdef int low = 0
+    cdef int high = capture.n_regions
+    cdef int middle
+    cdef region_t *region
+    while low < high:
+        middle = (low + high) // 2
+        region = &capture.regions[middle]
+        if region.first_piece + _pieces(capture, region) <= piece:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 cdef void _protect_numbered(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
-    cdef int i = 0
-    while piece >= _pieces(&capture.regions[i]):
-        piece -= _pieces(&capture.regions[i])
+    cdef int i = _first_of_piece(capture, piece)
+    while i < capture.n_regions and capture.regions[i].first_piece <= piece \
+            and not snap_load(&capture.failed):
+        _protect_piece(capture, lane, &capture.regions[i], piece - capture.regions[i].first_piece)
         i += 1
-    _protect_piece(capture, lane, &capture.regions[i], piece)
 
 
-cdef int _register_all(capture_t *capture, uint64_t *pieces) noexcept nogil:
+cdef int _register_all(capture_t *capture) noexcept nogil:
     cdef int i
     for i in range(capture.n_regions):
-        if register_region(capture, &capture.regions[i]):
+        if snap_load(&capture.failed) or register_region(capture, &capture.regions[i]):
             return 1
         capture.n_registered = i + 1    # what is not ours by now is never unregistered by us
-        pieces[0] += _pieces(&capture.regions[i])
     return 0
 
 
@@ -234,13 +278,13 @@ cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nog
 
 
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef uint64_t pieces = 0
+    cdef uint64_t pieces = _number_pieces(capture)
     cdef uint64_t waited = 0
     cdef uint64_t begin, pause, now
     if not capture.two_step:
         _await_caller(capture)
     begin = pause = snap_now_ns()
-    if not _noted(capture, note_before(capture, lane)) or _register_all(capture, &pieces):
+    if not _noted(capture, note_before(capture, lane)) or _register_all(capture):
         return 1
     if capture.two_step:
         _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit

@@ -23,7 +23,8 @@ cdef void bits_clear(uint64_t *bits, uint64_t first, uint64_t count) noexcept no
     while count:
         offset = first & 63
         n = min(64 - offset, count)
-        bits[first >> 6] &= ~bits_mask(offset, n)
+        if bits[first >> 6] & bits_mask(offset, n):     # a page that was never written stays so
+            bits[first >> 6] &= ~bits_mask(offset, n)
         first += n
         count -= n
 

@@ -13,24 +13,29 @@ from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.arming cimport register_attached, register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
-from snapengine.bitmap cimport bits_fill, bits_mask
+from snapengine.bitmap cimport bits_fill, bits_mask, bits_next
 from snapengine.events cimport forget_all
 from snapengine.guard cimport guard_thread
-from snapengine.image_format cimport SNAP_HOLE
+from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.linux cimport (
+    ECANCELED,
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
     UFFDIO_REGISTER_MODE_WP,
 )
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
-from snapengine.session cimport Session, capture_fail, capture_t, lane_t, region_t
+from snapengine.session cimport (
+    Session, capture_fail, capture_t, lane_t, note_present, region_t,
+)
 from snapengine.presence cimport scan_anew
-from snapengine.source cimport copy_run, populated, put_pages
+from snapengine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
+cdef uint64_t UNIT_PAGES = 512
+cdef uint64_t PIECE = 1 << 30       # bytes of markers in one call: 5 ms
 
 
 cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect) noexcept nogil:
@@ -52,6 +57,7 @@ cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect)
     scan.without = capture.guard        # nothing is there to copy
     scan.returned = PAGE_IS_WRITTEN
     scan.err = 0
+    scan.stop = &capture.failed
 
 
 cdef int _expired(capture_t *capture, uint64_t deadline) noexcept nogil:
@@ -64,6 +70,10 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
     cdef uint64_t n, mask, data, first, run
     cdef int err
     while page < end:
+        if not page & (UNIT_PAGES - 1):
+            page = min(data_from(region, page), end)
+            if page == end:
+                return 0
         n = min(64 - (page & 63), end - page)
         mask = bits_mask(page & 63, n)
         data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
@@ -133,11 +143,31 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
             start = region.first_page + (start - region.addr) // PAGE
             end = region.first_page + (end - region.addr + PAGE - 1) // PAGE
             # What was written is populated now, whatever an earlier look said.
-            bits_fill(capture.present, start, end - start)
+            note_present(capture, start, end - start)
             lane.extent_region = NULL
             err = _copy_pages(capture, lane, region, start, end, wait, deadline)
             if err:
                 return err
+
+
+cdef int _put_hole(capture_t *capture, lane_t *lane, uint64_t page, uint64_t end) noexcept nogil:
+    cdef uint64_t n
+    cdef int err
+    while page < end:
+        n = min(end - page, <uint64_t>SNAP_ENTRY_MAX_PAGES)
+        err = lane_room(capture.pool, &lane.slot, 1, False)
+        if err:
+            return err
+        put_pages(capture, lane, page, n, SNAP_HOLE)
+        page += n
+    return 0
+
+
+cdef uint64_t _filled_from(capture_t *capture, region_t *region, uint64_t page, uint64_t end) noexcept nogil:
+    """The first page from `page` on in a unit that may hold something; `end` if there is none."""
+    cdef uint64_t last = (end + UNIT_PAGES - 1) // UNIT_PAGES
+    cdef uint64_t unit = bits_next(capture.filled, page // UNIT_PAGES, last)
+    return min(data_from(region, max(page, unit * UNIT_PAGES)), end) if unit < last else end
 
 
 cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -148,6 +178,16 @@ cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept
     cdef uint64_t n, mask, data, rest, first, run
     cdef int err
     while page < end:
+        if snap_load(&capture.failed):
+            return ECANCELED
+        if not page & (UNIT_PAGES - 1) or page == region.first_page:
+            n = _filled_from(capture, region, page, end)
+            err = _put_hole(capture, lane, page, n)
+            if err:
+                return err
+            page = n
+            if page == end:
+                return 0
         n = min(64 - (page & 63), end - page)
         mask = bits_mask(page & 63, n)
         data = populated(capture, lane, region, page & ~<uint64_t>63, mask)
@@ -170,6 +210,17 @@ cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept
             rest &= ~bits_mask(first, run)
         page += n
     return 0
+
+
+cdef int _protect(capture_t *capture, region_t *region) noexcept nogil:
+    cdef uint64_t piece = max(PIECE, region.unit_pages * PAGE)
+    cdef uint64_t start = region.track_start
+    cdef int err = 0
+    while start < region.track_end and not err:
+        err = ECANCELED if snap_load(&capture.failed) else uffd_protect(
+            capture.uffds[0], start, min(piece, region.track_end - start))
+        start += piece
+    return err
 
 
 cdef class DirtyLog:
@@ -260,8 +311,7 @@ cdef class DirtyLog:
                     capture.n_registered = i + 1
                 if not err and region.shared and not region.sparse:
                     # Pages of the file that the target has not mapped get markers.
-                    err = uffd_protect(capture.uffds[0], region.track_start,
-                                       region.track_end - region.track_start)
+                    err = _protect(capture, region)
                     if err:
                         capture_fail(capture, err, "UFFDIO_WRITEPROTECT", region.track_start)
             if err:

@@ -26,7 +26,7 @@ from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
 from snapengine.trust cimport distrust
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_wake
-from snapengine.unregister cimport unregister_all, unregister_range
+from snapengine.unregister cimport held_until, unregister_all, unregister_range
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -136,19 +136,20 @@ cdef bint _has_shared(capture_t *capture) noexcept nogil:
     return False
 
 
-cdef int protect_left(int fd, uint64_t addr, uint64_t length) noexcept nogil:
-    cdef int err = uffd_protect(fd, addr, length)
-    return protect_mapped(fd, addr, length) if err == ENOENT else err
+cdef int protect_left(capture_t *capture, int fd, uint64_t addr, uint64_t length) noexcept nogil:
+    """What is left of it in a forked child, whose mappings we cannot ask for."""
+    return protect_mapped(fd, -1, &capture.failed, addr, length)
 
 
-cdef int _protect_region(int fd, region_t *region) noexcept nogil:
+cdef int _protect_region(capture_t *capture, int fd, region_t *region) noexcept nogil:
     """Also what the parent had not registered yet when it forked (ENOENT)."""
     cdef uint64_t length = region.track_end - region.track_start
     cdef int err = uffd_protect(fd, region.track_start, length)
     if err != ENOENT:
         return err
-    err = register_mapped(fd, region.track_start, length, region.unit_pages * 4096, UFFDIO_REGISTER_MODE_WP)
-    return err if err else protect_mapped(fd, region.track_start, length)
+    err = register_mapped(fd, -1, &capture.failed, region.track_start, length, region.unit_pages * 4096,
+                          UFFDIO_REGISTER_MODE_WP)
+    return err if err else protect_left(capture, fd, region.track_start, length)
 
 
 cdef void _read_of(capture_t *capture, int fd) noexcept nogil:
@@ -160,7 +161,7 @@ cdef void _read_of(capture_t *capture, int fd) noexcept nogil:
         if messages[i].event == UFFD_EVENT_FORK:
             _adopt_child(capture, <int>messages[i].arg.fork.ufd)
         elif messages[i].event == UFFD_EVENT_REMAP:
-            unregister_range(fd, snap_remap_to(&messages[i]),
+            unregister_range(capture, fd, snap_remap_to(&messages[i]),
                              snap_remap_to(&messages[i]) + snap_remap_len(&messages[i]))
         elif messages[i].event == UFFD_EVENT_PAGEFAULT:     # it faults again, and then it is in the list
             uffd_wake(fd, messages[i].arg.pagefault.address & ~<uint64_t>4095, 4096)
@@ -171,7 +172,7 @@ cdef int _protect_child(capture_t *capture, int fd) noexcept nogil:
     cdef int i = 0
     while i < capture.n_regions and not err:
         if capture.regions[i].shared:
-            err = _protect_region(fd, &capture.regions[i])
+            err = _protect_region(capture, fd, &capture.regions[i])
             if err == EAGAIN and not snap_load(&capture.failed):
                 _read_of(capture, fd)   # it forks already
                 err = 0
@@ -232,18 +233,14 @@ cdef void _let_move(capture_t *capture, uint64_t uffd, const uffd_msg *message) 
     cdef uint64_t start = snap_remap_to(message)
     cdef uint64_t length = snap_remap_len(message)
     cdef uint64_t end = start + length
-    cdef int i
     cdef vma_t place
     if uffd == 0:
         distrust(capture, snap_remap_from(message), length, False)
         distrust(capture, start, length, False)
         # It may have grown on the way: all of it, or it would be in two, and cannot be moved again as one.
-        if capture.maps >= 0 and not next_vma(capture.maps, start, &place) and place.start <= start:
-            end = max(end, place.end)
-            for i in range(capture.n_regions):
-                if start + length <= capture.regions[i].held_start < end:
-                    end = capture.regions[i].held_start
-    unregister_range(capture.uffds[uffd], start, end)
+        if capture.attached and not next_vma(capture.maps, start, &place) and place.start <= start:
+            end = held_until(capture, start + length, max(end, place.end))
+    unregister_range(capture, capture.uffds[uffd], start, end)
 
 
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil:

@@ -75,7 +75,9 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     cdef int err
     # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
     # file will tell no more once the page exists, so the hole is claimed and put down here.
-    if region.presence != PRESENCE_BITS and not bits_test(capture.claimed, page):
+    # Where the whole unit was a hole, the walk knows that, too.
+    if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
+            and not bits_test(capture.claimed, page):
         err = lane_room(capture.pool, &lane.slot, 1, False)
         if err:
             capture_fail(capture, err, "spill file", 0)
@@ -126,7 +128,8 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
     cdef int spins = SPINS if lane.serving else 0   # it may be this thread that copies the page
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
-    if snap_load(&capture.failed):
+    # Where nothing was at T nothing has to be saved: a child's marker, or a page that has moved there.
+    if snap_load(&capture.failed) or not bits_test(capture.filled, first >> 9):
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):

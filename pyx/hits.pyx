@@ -31,10 +31,9 @@ from snapengine.pieces cimport first_region
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
-from snapengine.session cimport capture_fail, page_addr, page_at
+from snapengine.session cimport capture_fail, page_addr, page_at, place_of, region_by_addr
 
 cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
-cdef uint64_t PIECE_PAGES = 4096    # small enough that two walkers share a hot set of some MiB
 cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
 
 
@@ -52,6 +51,7 @@ cdef void note_hit(capture_t *capture, region_t *region, uint64_t page, uint64_t
     while at < first[0] + n[0]:
         count = min(64 - (at & 63), first[0] + n[0] - at)
         snap_fetch_or(&capture.hits[at >> 6], bits_mask(at & 63, count))
+        snap_fetch_or(&capture.hit_units[at >> 15], <uint64_t>1 << (at >> 9 & 63))
         at += count
 
 
@@ -70,10 +70,10 @@ cdef void stop_noting(capture_t *capture) noexcept nogil:
 
 cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr,
                         uint64_t length) noexcept nogil:
-    cdef int err = protect_left(capture.uffds[uffd], addr, length)
+    cdef int err = protect_left(capture, capture.uffds[uffd], addr, length)
     while err == EAGAIN and not snap_load(&capture.failed):
         pump(capture, lane)
-        err = protect_left(capture.uffds[uffd], addr, length)
+        err = protect_left(capture, capture.uffds[uffd], addr, length)
     if err == ESRCH:                        # it has ended
         return 0
     if err:
@@ -113,43 +113,64 @@ cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nog
     return last
 
 
+cdef void _hit_for_all(capture_t *capture, uint64_t addr) noexcept nogil:
+    """The page at `addr`, in every region that has bytes in it: neighbours, by address."""
+    cdef int place = place_of(capture, addr)
+    cdef uint64_t page
+    while place < capture.n_regions and region_by_addr(capture, place).track_start <= addr:
+        page = page_at(region_by_addr(capture, place), addr)
+        bits_fill(capture.hits, page, 1)
+        bits_fill(capture.hit_units, page >> 9, 1)
+        place += 1
+
+
 cdef void share_edges(capture_t *capture) noexcept nogil:
-    cdef int i, j, which
-    cdef uint64_t page, addr
+    cdef int i, which
+    cdef uint64_t page
     cdef region_t *region
-    cdef region_t *other
     for i in range(capture.n_regions):
         region = &capture.regions[i]
         for which in range(2):
             page = region.first_page + (region.pages - 1 if which else 0)
-            if not (region.end if which else region.start) & 4095 or not bits_test(capture.hits, page):
-                continue
-            addr = page_addr(region, page)
-            for j in range(capture.n_regions):
-                other = &capture.regions[j]
-                if other.addr <= addr < other.addr + other.pages * 4096:
-                    bits_fill(capture.hits, page_at(other, addr), 1)
+            if (region.end if which else region.start) & 4095 and bits_test(capture.hits, page):
+                _hit_for_all(capture, page_addr(region, page))
+
+
+cdef bint _next_hit_units(capture_t *capture, uint64_t *page, uint64_t end,
+                          uint64_t *run_end) noexcept nogil:
+    """The next run of units with hits in [page, end): False if there is none."""
+    cdef uint64_t last = (end + 511) >> 9
+    cdef uint64_t unit = bits_next(capture.hit_units, page[0] >> 9, last)
+    if page[0] >= end or unit == last:
+        return False
+    page[0] = max(page[0], unit << 9)
+    while unit < last and bits_test(capture.hit_units, unit):
+        unit += 1
+    run_end[0] = min(unit << 9, end)
+    return True
 
 
 cdef int _protect_part(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                        uint64_t end) noexcept nogil:
     cdef uint64_t last
+    cdef uint64_t units_end = 0
     cdef int err = 0
-    page = bits_next(capture.hits, page, end)
-    while page < end and not err:
-        last = _run_end(capture.hits, page, end)
-        err = _protect_run(capture, lane, region, page, last - page)
-        page = bits_next(capture.hits, last, end)
+    while not err and _next_hit_units(capture, &page, end, &units_end):
+        page = bits_next(capture.hits, page, units_end)
+        while page < units_end and not err:
+            last = _run_end(capture.hits, page, units_end)
+            err = _protect_run(capture, lane, region, page, last - page)
+            page = bits_next(capture.hits, last, units_end)
     return err
 
 
 cdef uint64_t hit_pieces(capture_t *capture) noexcept nogil:
-    return (capture.page_end + PIECE_PAGES - 1) // PIECE_PAGES
+    return (capture.page_end + capture.hit_pages - 1) // capture.hit_pages
 
 
 cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
-    cdef uint64_t first = piece * PIECE_PAGES
-    cdef uint64_t end = first + PIECE_PAGES
+    cdef uint64_t first = piece * capture.hit_pages
+    cdef uint64_t end = first + capture.hit_pages
     cdef int i = first_region(capture, first)
     cdef region_t *region
     while i < capture.n_regions and capture.regions[i].first_page < end and not capture.forget_hits:

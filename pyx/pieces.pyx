@@ -125,7 +125,7 @@ cdef void help_pieces(capture_t *capture, lane_t *lane) noexcept nogil:
 
 
 cdef uint64_t spans(capture_t *capture) noexcept nogil:
-    return (capture.page_end + SPAN_PAGES - 1) // SPAN_PAGES
+    return (capture.page_end + capture.span_pages - 1) // capture.span_pages
 
 
 cdef int first_region(capture_t *capture, uint64_t page) noexcept nogil:
@@ -142,7 +142,8 @@ cdef int first_region(capture_t *capture, uint64_t page) noexcept nogil:
     return low
 
 
-cdef bint span_of(region_t *region, uint64_t span, uint64_t *first, uint64_t *end) noexcept nogil:
-    first[0] = max(region.first_page, span * SPAN_PAGES)
-    end[0] = min(region.first_page + region.pages, (span + 1) * SPAN_PAGES)
+cdef bint span_of(capture_t *capture, region_t *region, uint64_t span, uint64_t *first,
+                  uint64_t *end) noexcept nogil:
+    first[0] = max(region.first_page, span * capture.span_pages)
+    end[0] = min(region.first_page + region.pages, (span + 1) * capture.span_pages)
     return first[0] < end[0]

@@ -18,15 +18,24 @@ Runs on the walkers, in spans of page numbers that share no word of a bitmap (`p
 read by all threads after `armed`, and `huge` as a hint before.
 """
 
+from libc.errno cimport ENXIO, errno
 from libc.stdint cimport uint64_t
+from posix.unistd cimport lseek
 
-from snapengine.bitmap cimport bits_clear, bits_fill
+from snapengine.atomics cimport snap_load
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_next
 from snapengine.fileio cimport file_size
-from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
+from snapengine.linux cimport ECANCELED, PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
-from snapengine.pieces cimport SPAN_PAGES, first_region, span_of
-from snapengine.session cimport PRESENCE_ALL, PRESENCE_BITS, READ_FILE, capture_fail, page_addr, region_t
+from snapengine.pieces cimport first_region, span_of
+from snapengine.session cimport (
+    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, next_filled,
+    note_filled, note_present, page_addr, region_t,
+)
+
+cdef extern from "<unistd.h>" nogil:
+    const int SEEK_DATA
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
@@ -45,6 +54,13 @@ cdef bint _clip(region_t *region, uint64_t *start, uint64_t *end) noexcept nogil
     return start[0] < end[0]
 
 
+cdef void _clear_huge(capture_t *capture, uint64_t page, uint64_t end) noexcept nogil:
+    cdef uint64_t stop = 0
+    while next_filled(capture, &page, end, &stop):
+        bits_clear(capture.huge, page >> 9, ((stop - 1) >> 9) - (page >> 9) + 1)
+        page = stop
+
+
 cdef void _set_present(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
                        bint present) noexcept nogil:
     cdef uint64_t first, n
@@ -53,11 +69,11 @@ cdef void _set_present(capture_t *capture, region_t *region, uint64_t start, uin
     first = region.first_page + (start - region.addr) // PAGE
     n = (end - start + PAGE - 1) // PAGE
     if present:
-        bits_fill(capture.present, first, n)
+        note_present(capture, first, n)
         return
-    bits_clear(capture.present, first, n)
+    clear_pages(capture, capture.present, first, n)
     if region.keep_huge:
-        bits_clear(capture.huge, first >> 9, ((first + n - 1) >> 9) - (first >> 9) + 1)
+        _clear_huge(capture, first, first + n)
 
 
 cdef void _set_huge(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
@@ -83,6 +99,7 @@ cdef void _begin(capture_t *capture, scan_t *scan, uint64_t start, uint64_t end,
     scan.without = 0
     scan.returned = returned
     scan.err = 0
+    scan.stop = &capture.failed
 
 
 cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -99,8 +116,10 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) no
             return err
         for i in range(n):
             if entries[i] & populated_bits:
-                bits_fill(capture.present, region.first_page + done + i, 1)
+                note_present(capture, region.first_page + done + i, 1)
         done += n
+        if snap_load(&capture.failed):
+            return ECANCELED
     return 0
 
 
@@ -191,9 +210,14 @@ cdef int _take_out_unprotected(capture_t *capture, lane_t *lane, region_t *regio
 
 cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept nogil:
     """They may have been holes. No two regions, and no two spans, have bits in one word."""
+    cdef uint64_t last = (end + 511) >> 9
+    cdef uint64_t unit = bits_next(capture.hit_units, first >> 9, last)
     cdef uint64_t word
-    for word in range(first >> 6, (end + 63) >> 6):
-        capture.present[word] |= capture.hits[word]
+    while unit < last:
+        for word in range(max(first, unit << 9) >> 6, (min(end, (unit + 1) << 9) + 63) >> 6):
+            capture.present[word] |= capture.hits[word]
+        note_filled(capture, unit << 9, 1)
+        unit = bits_next(capture.hit_units, unit + 1, last)
 
 
 cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start,
@@ -201,7 +225,7 @@ cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t star
     """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
     it counts as data, and is found lost."""
     cdef vma_t vma
-    while start < end and not next_vma(capture.maps, start, &vma):
+    while start < end and not next_vma(capture.maps, start, &vma) and vma.start < end:
         if vma.inode and vma.inode != region.zero_inode:
             _set_present(capture, region, max(vma.start, start), min(vma.end, end), True)
         start = vma.end
@@ -228,7 +252,8 @@ cdef int _scan_guards(capture_t *capture, region_t *region, bint at_t) noexcept 
     if not capture.guard or region.unit_pages > 1 or region.presence == PRESENCE_BITS \
             or (at_t and not region.guarded):
         return 0
-    bits_clear(capture.guards, region.first_page, region.pages)
+    if region.guarded:
+        bits_clear(capture.guards, region.first_page, region.pages)
     _begin(capture, &scan, region.addr, region.addr + region.pages * PAGE, capture.guard, 0, capture.guard)
     while True:
         found = scan_step(&scan)
@@ -241,6 +266,25 @@ cdef int _scan_guards(capture_t *capture, region_t *region, bint at_t) noexcept 
                 region.guarded = True
                 bits_fill(capture.guards, region.first_page + (start - region.addr) // PAGE,
                           (end - start) // PAGE)
+    return 0
+
+
+cdef void _note_units_with_data(capture_t *capture, region_t *region) noexcept nogil:
+    """Of a sparse file, which is asked page by page later. What is a hole at T fills by a fault, and that
+    does not wait for the walk."""
+    cdef uint64_t size = region.pages * PAGE
+    cdef uint64_t offset = 0
+    cdef uint64_t unit
+    cdef long data
+    while offset < size and not snap_load(&capture.failed):
+        data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
+        if data < 0 and errno != ENXIO:     # tells nothing: all of it may hold something
+            note_filled(capture, region.first_page, region.pages)
+        if data < 0 or data - region.file_offset >= size:
+            return
+        unit = (region.first_page + (data - region.file_offset) // PAGE) >> 9
+        note_filled(capture, unit << 9, 1)
+        offset = (((unit + 1) << 9) - region.first_page) * PAGE
 
 
 cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -258,12 +302,14 @@ cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     """What cannot be divided is done where it begins."""
     cdef uint64_t first, end
     cdef int err
-    if not span_of(region, span, &first, &end):
+    if not span_of(capture, region, span, &first, &end):
         return 0
     if first == region.first_page:
         err = _scan_guards(capture, region, at_t)
         if err:
             return err
+    if at_t and region.sparse and region.presence == PRESENCE_SEEK and first == region.first_page:
+        _note_units_with_data(capture, region)
     if not _by_faults(capture, region):
         return _scan_region(capture, lane, region) if at_t and first == region.first_page else 0
     if at_t:
@@ -273,8 +319,8 @@ cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t
 
 cdef void _scan_spans(capture_t *capture, lane_t *lane, uint64_t span, bint at_t) noexcept nogil:
     cdef int err
-    cdef int i = first_region(capture, span * SPAN_PAGES)
-    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * SPAN_PAGES:
+    cdef int i = first_region(capture, span * capture.span_pages)
+    while i < capture.n_regions and capture.regions[i].first_page < (span + 1) * capture.span_pages:
         err = _scan_span(capture, lane, &capture.regions[i], span, at_t)
         if err:
             capture_fail(capture, err, "scan of the page tables", capture.regions[i].addr)
@@ -294,7 +340,7 @@ cdef int scan_anew(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):
-        bits_clear(capture.present, capture.regions[i].first_page, capture.regions[i].pages)
+        clear_pages(capture, capture.present, capture.regions[i].first_page, capture.regions[i].pages)
         err = err or _scan_guards(capture, &capture.regions[i], False)
         err = err or _scan_region(capture, lane, &capture.regions[i])
     return err

@@ -10,8 +10,8 @@ from posix.unistd cimport close
 
 import os
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
-from snapengine.bitmap cimport bits_count, bits_next, bits_test
+from snapengine.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
+from snapengine.bitmap cimport bits_clear, bits_count, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.fileio cimport file_mtime
 from snapengine.guard cimport guard_begin, guard_end
 from snapengine.histogram cimport (
@@ -24,6 +24,13 @@ from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock,
 )
+
+# 128 MiB: no two spans share a word of a bitmap, even at 512 pages a bit.
+cdef uint64_t SPAN_PAGES = 32768
+cdef uint64_t HIT_PAGES = 4096      # small enough that two walkers share a hot set of some MiB
+cdef uint64_t PIECE_PAGES = 8192    # 32 MiB: to protect 4 KiB pages takes 0.8 ms; whole huge pages
+cdef uint64_t PIECE_MOST_PAGES = 1 << 20    # 4 GiB: 64 ms if all of it is in use; no call can be cancelled
+cdef uint64_t SPANS = 4096
 
 _READING = {"memory": READ_MEMORY, "process": READ_PROCESS, "file": READ_FILE}
 _PRESENCE = {
@@ -43,14 +50,68 @@ cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t a
     pthread_mutex_unlock(&capture.lock)
 
 
+cdef region_t *region_by_addr(capture_t *capture, int place) noexcept nogil:
+    return &capture.regions[capture.by_addr[place]]
+
+
+cdef int place_of(capture_t *capture, uint64_t addr) noexcept nogil:
+    cdef int low = 0
+    cdef int high = capture.n_regions
+    cdef int middle
+    while low < high:
+        middle = (low + high) // 2
+        if region_by_addr(capture, middle).track_end <= addr:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil:
-    cdef int i
+    cdef int place = place_of(capture, addr)
     cdef region_t *region
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        if region.track_start <= addr < region.track_end:
-            return region
-    return NULL
+    if place == capture.n_regions:
+        return NULL
+    region = region_by_addr(capture, place)
+    return region if region.track_start <= addr else NULL
+
+
+cdef void note_filled(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint64_t unit = first >> 9
+    cdef uint64_t end = ((first + n - 1) >> 9) + 1
+    cdef uint64_t count
+    while unit < end:
+        count = min(64 - (unit & 63), end - unit)
+        snap_fetch_or(&capture.filled[unit >> 6], bits_mask(unit & 63, count))
+        unit += count
+
+
+cdef void note_present(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
+    bits_fill(capture.present, first, n)
+    note_filled(capture, first, n)
+
+
+cdef bint next_filled(capture_t *capture, uint64_t *page, uint64_t end, uint64_t *run_end) noexcept nogil:
+    cdef uint64_t last = (end + 511) >> 9
+    cdef uint64_t unit
+    if page[0] >= end:
+        return False
+    unit = bits_next(capture.filled, page[0] >> 9, last)
+    if unit == last:
+        return False
+    page[0] = max(page[0], unit << 9)
+    while unit < last and bits_test(capture.filled, unit):
+        unit += 1
+    run_end[0] = min(unit << 9, end)
+    return True
+
+
+cdef void clear_pages(capture_t *capture, uint64_t *bits, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint64_t end = first + n
+    cdef uint64_t run_end = 0
+    while next_filled(capture, &first, end, &run_end):
+        bits_clear(bits, first, run_end - first)
+        first = run_end
 
 
 cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil:
@@ -64,6 +125,19 @@ cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil:
 
 cdef bint file_changed(region_t *region) noexcept nogil:
     return region.file_ns != 0 and file_mtime(region.file) != region.file_ns
+
+
+cdef bint _holes_wait(region_t *region, bint rounds) noexcept nogil:
+    if region.presence == PRESENCE_BITS:
+        return region.missing and region.unit_pages == 1
+    return region.sparse and not rounds and region.presence in (PRESENCE_SEEK, PRESENCE_FILE)
+
+
+cdef uint64_t _scaled(uint64_t least, uint64_t total, uint64_t pieces, uint64_t most) noexcept nogil:
+    """Pages of a piece: `least`, or as many more (times a power of 2, at most `most`) as leave `pieces`."""
+    while least * pieces < total and 2 * least <= most:
+        least *= 2
+    return least
 
 
 cdef class Session:
@@ -85,6 +159,8 @@ cdef class Session:
         Walkers compute the checksums of what they save: where it is stored as it is.
     attached:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
+    stands:
+        Not if it stands still from before they were listed until T.
     two_step:
         Protect while the target runs, and at T only what it has written to meanwhile.
     look_pages:
@@ -97,7 +173,7 @@ cdef class Session:
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
-                 bint rounds=False, bint attached=False, bint sums=False,
+                 bint rounds=False, bint attached=False, bint stands=False, bint sums=False,
                  bint two_step=False, bint use_scan=True, bint early=False, bint forget_hits=False,
                  uint64_t arm_piece=0, look_pages=None):
         cdef capture_t *capture
@@ -113,10 +189,11 @@ cdef class Session:
         self.owned_fds = []
         self.fault_lanes = fault_threads
         self.walkers = walkers
-        self.control = Arena(sizeof(capture_t) + len(plans) * sizeof(region_t))
+        self.control = Arena(sizeof(capture_t) + len(plans) * (sizeof(region_t) + sizeof(uint32_t)))
         self.control.touch()
         self.capture = capture = <capture_t *>self.control.base
         capture.regions = <region_t *>(self.control.base + sizeof(capture_t))
+        capture.by_addr = <uint32_t *>&capture.regions[len(plans)]
         capture.n_regions = len(plans)
         capture.pid = pid
         capture.pidfd = pidfd
@@ -157,8 +234,17 @@ cdef class Session:
                 capture.regions[i].own = False
                 capture.regions[i].witness = NULL
                 capture.regions[i].keep_huge = False
+            capture.regions[i].holes_wait = _holes_wait(&capture.regions[i], rounds)
+        starts = [plan.region.addr for plan in plans]
+        for i, number in enumerate(sorted(range(len(plans)), key=starts.__getitem__)):
+            capture.by_addr[i] = number
         capture.attached = attached
+        capture.stands = stands
         capture.mem = capture.maps = capture.own_pagemap = -1
+        # So that what nobody uses of a large reservation costs nothing: some thousand pieces at most.
+        capture.span_pages = _scaled(SPAN_PAGES, capture.page_end, SPANS, PIECE_MOST_PAGES)
+        capture.hit_pages = _scaled(HIT_PAGES, capture.page_end, SPANS, capture.page_end)
+        capture.piece_bytes = _scaled(PIECE_PAGES, capture.total_pages, SPANS, PIECE_MOST_PAGES) * 4096
         try:
             self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
             capture.pool = self.pool.pool
@@ -210,9 +296,9 @@ cdef class Session:
         if not capture.pid:
             guard_begin()
             self.guarding = True
+        capture.maps = os.open(f"/proc/{capture.pid or 'self'}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.maps)
         if capture.attached:
-            capture.maps = os.open(f"/proc/{capture.pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
-            self.owned_fds.append(capture.maps)
             capture.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             self.owned_fds.append(capture.own_pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -227,6 +313,7 @@ cdef class Session:
 
     cdef int _make_bitmaps(self, bint rounds) except -1:
         cdef uint64_t pages = self.capture.page_end
+        cdef int i
         self.capture.claimed = self._bitmap(pages)
         self.capture.saved = self._bitmap(pages)
         self.capture.lost = self._bitmap(pages)
@@ -238,8 +325,13 @@ cdef class Session:
         self.capture.distrusted = self._bitmap(pages)
         if self.capture.two_step:
             self.capture.hits = self._bitmap(pages)
+            self.capture.hit_units = self._bitmap((pages >> 9) + 1)
         if rounds:
             self.capture.data = self._bitmap(pages)
+        self.capture.filled = self._bitmap((pages >> 9) + 1)
+        for i in range(self.capture.n_regions):
+            if not self.capture.regions[i].holes_wait:
+                note_filled(self.capture, self.capture.regions[i].first_page, self.capture.regions[i].pages)
         return 0
 
     cdef int _make_lanes(self, bint sums) except -1:
@@ -289,7 +381,11 @@ cdef class Session:
 
     def final_pages(self):
         """Dirty logging: pages whose last version is data, by the end of the last round."""
-        return bits_count(self.capture.data, 0, self.capture.page_end)
+        cdef uint64_t page = 0, end = 0, count = 0
+        while next_filled(self.capture, &page, self.capture.page_end, &end):
+            count += bits_count(self.capture.data, page, end - page)
+            page = end
+        return count
 
     def fault_ns(self):
         """{"p50", "p99", "max"} of the time from seeing a fault to its release, in ns."""
@@ -316,19 +412,22 @@ cdef class Session:
     def lost_runs(self):
         """(address, bytes) of memory that was gone before it could be saved."""
         cdef uint64_t page, stop, last
+        cdef uint64_t filled_end = 0
         cdef int i
         cdef region_t *region
         runs = []
         for i in range(self.capture.n_regions):
             region = &self.capture.regions[i]
-            stop = region.first_page + region.pages
-            page = bits_next(self.capture.lost, region.first_page, stop)
-            while page < stop:
-                last = page
-                while last < stop and bits_test(self.capture.lost, last):
-                    last += 1
-                runs.append((page_addr(region, page), (last - page) * 4096))
-                page = bits_next(self.capture.lost, last, stop)
+            page = region.first_page
+            stop = page + region.pages
+            while next_filled(self.capture, &page, stop, &filled_end):
+                page = bits_next(self.capture.lost, page, filled_end)
+                while page < filled_end:
+                    last = page
+                    while last < filled_end and bits_test(self.capture.lost, last):
+                        last += 1
+                    runs.append((page_addr(region, page), (last - page) * 4096))
+                    page = bits_next(self.capture.lost, last, filled_end)
         return runs
 
     def changed_files(self):

@@ -10,7 +10,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
 from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_run, bits_test
+from snapengine.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
 from snapengine.guard cimport guarded
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.pages cimport copy_page, copy_page_sum, page_nonzero
@@ -19,7 +19,7 @@ from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
     PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
-    page_addr,
+    clear_pages, page_addr,
 )
 from snapengine.trust cimport all_believable, believable, punched
 
@@ -51,9 +51,9 @@ cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
         if kind == SNAP_DATA:
             bits_fill(capture.data, page, n)
         else:
-            bits_clear(capture.data, page, n)
+            clear_pages(capture, capture.data, page, n)
         if kind != SNAP_LOST:           # in an earlier round it was
-            bits_clear(capture.lost, page, n)
+            clear_pages(capture, capture.lost, page, n)
 
 
 cdef void _find_extent(lane_t *lane, region_t *region, uint64_t offset) noexcept nogil:
@@ -73,6 +73,16 @@ cdef void _find_extent(lane_t *lane, region_t *region, uint64_t offset) noexcept
         edge = lseek(region.file, region.file_offset + offset, SEEK_HOLE)
         lane.extent_data = True
         lane.extent_end = edge - region.file_offset if edge >= 0 else region.pages * PAGE
+
+
+cdef uint64_t data_from(region_t *region, uint64_t page) noexcept nogil:
+    cdef long data
+    if region.presence != PRESENCE_SEEK or not region.sparse:
+        return page
+    data = lseek(region.file, region.file_offset + (page - region.first_page) * PAGE, SEEK_DATA)
+    if data < 0:
+        return region.first_page + region.pages if errno == ENXIO else page
+    return region.first_page + (data - region.file_offset) // PAGE
 
 
 cdef bint _is_data(region_t *region, uint64_t offset) noexcept nogil:

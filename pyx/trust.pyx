@@ -25,7 +25,9 @@ from snapengine.fileio cimport file_mtime
 from snapengine.linux cimport MADV_POPULATE_READ, PAGE_IS_PRESENT
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_written, scan_written_pages
 from snapengine.pthreads cimport snap_sleep_ns
-from snapengine.session cimport PRESENCE_FILE, file_changed, page_addr
+from snapengine.session cimport (
+    PRESENCE_FILE, clear_pages, file_changed, next_filled, note_present, page_addr, place_of, region_by_addr,
+)
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -44,7 +46,7 @@ cdef void _note_data(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t offset = 0
     cdef uint64_t size = region.pages * PAGE
     cdef long data, edge
-    while offset < size:
+    while offset < size and not snap_load(&capture.failed):
         data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
         if data < 0 and errno == ENXIO:
             return
@@ -55,7 +57,7 @@ cdef void _note_data(capture_t *capture, region_t *region) noexcept nogil:
             return
         data = offset
         offset = min(<uint64_t>edge - region.file_offset, size) if edge >= 0 else size
-        bits_fill(capture.present, region.first_page + data // PAGE, (offset - data + PAGE - 1) // PAGE)
+        note_present(capture, region.first_page + data // PAGE, (offset - data + PAGE - 1) // PAGE)
 
 
 cdef int _call_witnesses(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -71,6 +73,7 @@ cdef int _call_witnesses(capture_t *capture, lane_t *lane, region_t *region) noe
     lane.scan.mask = lane.scan.returned = PAGE_IS_PRESENT
     lane.scan.anyof = lane.scan.without = 0
     lane.scan.err = 0
+    lane.scan.stop = &capture.failed
     while True:
         found = scan_step(&lane.scan)
         if found <= 0:
@@ -135,7 +138,7 @@ cdef void note_again(capture_t *capture) noexcept nogil:
         region = &capture.regions[i]
         if region.presence == PRESENCE_FILE and file_changed(region):
             region.file_ns = file_mtime(region.file)    # first, as in note_before
-            bits_clear(capture.present, region.first_page, region.pages)
+            clear_pages(capture, capture.present, region.first_page, region.pages)
             _note_data(capture, region)
         if region.witness != NULL:
             _forget_witnesses(capture, region)
@@ -191,17 +194,29 @@ cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, ui
     return not snap_load(&capture.distrusted[page >> 6]) & mask
 
 
+cdef void _distrust_pages(capture_t *capture, uint64_t page, uint64_t last) noexcept nogil:
+    cdef uint64_t count
+    while page < last:
+        count = min(64 - (page & 63), last - page)
+        snap_fetch_or(&capture.distrusted[page >> 6], bits_mask(page & 63, count))
+        page += count
+
+
 cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil:
-    cdef int i
-    cdef uint64_t page, last, count
+    cdef int place = place_of(capture, start)
+    cdef uint64_t page, last
+    cdef uint64_t run_end = 0
     cdef region_t *region
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        if start >= region.track_end or start + length <= region.track_start or (own and not region.own):
+    while place < capture.n_regions and region_by_addr(capture, place).track_start < start + length:
+        region = region_by_addr(capture, place)
+        place += 1
+        if own and not region.own:
             continue
         page = region.first_page + (max(start, region.addr) - region.addr) // PAGE
         last = region.first_page + min((start + length - region.addr) // PAGE, region.pages)
-        while page < last:
-            count = min(64 - (page & 63), last - page)
-            snap_fetch_or(&capture.distrusted[page >> 6], bits_mask(page & 63, count))
-            page += count
+        if not snap_load(&capture.armed):   # what holds something is not known yet
+            _distrust_pages(capture, page, last)
+            continue
+        while next_filled(capture, &page, last, &run_end):
+            _distrust_pages(capture, page, run_end)
+            page = run_end

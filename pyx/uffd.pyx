@@ -11,6 +11,7 @@ from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
 
+from snapengine.atomics cimport snap_load
 from snapengine.linux cimport (
     IOCTL_UFFDIO_API, IOCTL_UFFDIO_REGISTER, IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE,
     IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
@@ -20,6 +21,7 @@ from snapengine.linux cimport (
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP,
     snap_uffd_open, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 )
+from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.oserror cimport raise_oserror
 
 import os
@@ -86,29 +88,82 @@ cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil:
     return _writeprotect(fd, start, length, UFFDIO_WRITEPROTECT_MODE_WP)
 
 
-cdef int register_mapped(int fd, uint64_t start, uint64_t length, uint64_t unit,
-                         uint64_t mode) noexcept nogil:
+cdef int _register_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t length, uint64_t unit,
+                          uint64_t mode) noexcept nogil:
     cdef uint64_t half
     cdef int err = uffd_register(fd, start, length, mode)
     if not err or err == EBUSY or err == ESRCH:
         return err
-    if length <= unit:
+    if length <= unit or snap_load(stop):
         return 0
     half = max(length // 2 // unit * unit, unit)
-    err = register_mapped(fd, start, half, unit, mode)
-    return err if err else register_mapped(fd, start + half, length - half, unit, mode)
+    err = _register_halves(fd, stop, start, half, unit, mode)
+    return err if err else _register_halves(fd, stop, start + half, length - half, unit, mode)
 
 
-cdef int protect_mapped(int fd, uint64_t start, uint64_t length) noexcept nogil:
+cdef bint _changed(int maps, const vma_t *vma, uint64_t at) noexcept nogil:
+    """Whether another mapping is there by now than `vma` was."""
+    cdef vma_t now
+    return next_vma(maps, at, &now) != 0 or now.start != vma.start or now.end != vma.end \
+        or now.flags != vma.flags or now.device != vma.device or now.inode != vma.inode
+
+
+cdef int register_mapped(int fd, int maps, const uint64_t *stop, uint64_t start, uint64_t length,
+                         uint64_t unit, uint64_t mode) noexcept nogil:
+    cdef uint64_t end = start + length
+    cdef uint64_t first
+    cdef vma_t vma
+    cdef int err = uffd_register(fd, start, length, mode)
+    if not err or err == EBUSY or err == ESRCH:
+        return err
+    while start < end and not snap_load(stop):
+        err = next_vma(maps, start, &vma)
+        if err and err != ENOENT:
+            return _register_halves(fd, stop, start, end - start, unit, mode)
+        if err or vma.start >= end:
+            return 0
+        first = max(vma.start, start)
+        err = uffd_register(fd, first, min(vma.end, end) - first, mode)
+        if err == EBUSY or err == ESRCH:
+            return err
+        if not err or not _changed(maps, &vma, first):
+            start = vma.end
+    return 0
+
+
+cdef int _protect_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t length) noexcept nogil:
     cdef uint64_t half
     cdef int err = uffd_protect(fd, start, length)
     if err != ENOENT:
         return err
-    if length <= 4096:
+    if length <= 4096 or snap_load(stop):
         return 0
     half = length // 2 // 4096 * 4096
-    err = protect_mapped(fd, start, half)
-    return err if err else protect_mapped(fd, start + half, length - half)
+    err = _protect_halves(fd, stop, start, half)
+    return err if err else _protect_halves(fd, stop, start + half, length - half)
+
+
+cdef int protect_mapped(int fd, int maps, const uint64_t *stop, uint64_t start,
+                        uint64_t length) noexcept nogil:
+    cdef uint64_t end = start + length
+    cdef uint64_t first
+    cdef vma_t vma
+    cdef int err = uffd_protect(fd, start, length)
+    if err != ENOENT:
+        return err
+    while start < end and not snap_load(stop):
+        err = next_vma(maps, start, &vma)
+        if err and err != ENOENT:
+            return _protect_halves(fd, stop, start, end - start)
+        if err or vma.start >= end:
+            return 0
+        first = max(vma.start, start)
+        err = uffd_protect(fd, first, min(vma.end, end) - first)
+        if err and err != ENOENT:
+            return err
+        if not err or not _changed(maps, &vma, first):
+            start = vma.end
+    return 0
 
 
 cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil:

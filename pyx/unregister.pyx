@@ -8,94 +8,135 @@ is a whole mapping, up to 1 GiB, and also what that has grown by.
 Runs on the first walker, at the end, and on who reads the fork of one child too many.
 """
 
-from libc.errno cimport EINVAL
+from libc.errno cimport EINVAL, ENOENT
 from libc.stdint cimport uint64_t
 
-from snapengine.bitmap cimport bits_test
+from snapengine.atomics cimport snap_load
+from snapengine.bitmap cimport bits_next
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
-from snapengine.session cimport page_addr, region_t
+from snapengine.session cimport page_addr, place_of, region_by_addr, region_t
 from snapengine.uffd cimport uffd_unregister
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
 cdef uint64_t PIECE = 16 << 20      # bytes: half a millisecond of 4 KiB pages
 cdef uint64_t WHOLE_MAX = 1 << 30   # bytes: 28 ms
+cdef uint64_t BLIND_MAX = 1 << 30   # bytes: how many of them hold something is not known
 
 
-cdef void _piece(int fd, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
-    """EINVAL for the whole piece when a part of it cannot be registered, such as a file that the target
-    has mapped over it: the rest must be released all the same."""
+cdef void _halves(int fd, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
     cdef uint64_t half
     if uffd_unregister(fd, start, length) != EINVAL or length <= unit:
         return
     half = length // 2 // unit * unit
-    _piece(fd, start, half, unit)
-    _piece(fd, start + half, length - half, unit)
+    _halves(fd, start, half, unit)
+    _halves(fd, start + half, length - half, unit)
 
 
-cdef void _in_pieces(int fd, uint64_t start, uint64_t end, uint64_t unit) noexcept nogil:
-    cdef uint64_t length
+cdef void _piece(int fd, int maps, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
+    """EINVAL for the whole piece when a part of it cannot be registered, such as a file that the target
+    has mapped over it, or when nothing is mapped: the rest must be released all the same. `maps` tells what
+    there is; -1, and before Linux 6.11: nobody can."""
+    cdef uint64_t end = start + length
+    cdef vma_t vma
+    cdef int err
+    if uffd_unregister(fd, start, length) != EINVAL:
+        return
     while start < end:
-        length = min(max(PIECE, unit), end - start)
-        _piece(fd, start, length, unit)
-        start += length
+        err = next_vma(maps, start, &vma)
+        if err and err != ENOENT:
+            _halves(fd, start, end - start, unit)
+            return
+        if err or vma.start >= end:
+            return
+        start = max(start, vma.start)
+        _halves(fd, start, min(vma.end, end) - start, unit)
+        start = vma.end
 
 
-cdef void unregister_range(int fd, uint64_t start, uint64_t end) noexcept nogil:
-    _piece(fd, start, end - start, PAGE)
+cdef uint64_t _piece_end(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
+                         uint64_t most) noexcept nogil:
+    """Where a piece ends that begins at `start` and holds at most `most` bytes: what holds nothing is let go
+    in no time, and does not count (which that is, is known from T on). Pieces end at multiples of 2 MiB,
+    where no huge page lies on both sides."""
+    cdef uint64_t first, last, unit, n
+    if not snap_load(&capture.armed):
+        return min(end, max((start + max(most, BLIND_MAX)) & ~(UNIT - 1), start + region.unit_pages * PAGE))
+    if start < region.addr or start >= region.addr + region.pages * PAGE:   # it has grown
+        return min(end, region.addr if start < region.addr else start + most)
+    first = region.first_page + (start - region.addr) // PAGE
+    last = (region.first_page + region.pages + 511) >> 9
+    unit = bits_next(capture.filled, first >> 9, last)
+    n = 0
+    while unit < last and n < most // UNIT:
+        n += 1
+        unit = bits_next(capture.filled, unit + 1, last)
+    if unit == last:
+        return end
+    return min(end, max(page_addr(region, unit << 9), start + region.unit_pages * PAGE))
 
 
-cdef uint64_t _next_region(capture_t *capture, uint64_t addr) noexcept nogil:
-    """Where the next region begins, as far as it is registered."""
-    cdef int i
-    cdef uint64_t found = <uint64_t>-1
-    for i in range(capture.n_regions):
-        if addr <= capture.regions[i].held_start < found:
-            found = capture.regions[i].held_start
-    return found
+cdef void _in_pieces(capture_t *capture, int fd, int maps, region_t *region, uint64_t start,
+                     uint64_t end) noexcept nogil:
+    cdef uint64_t unit = region.unit_pages * PAGE
+    cdef uint64_t stop
+    while start < end:
+        stop = _piece_end(capture, region, start, end, max(PIECE, unit))
+        _piece(fd, maps, start, stop - start, unit)
+        start = stop
+
+
+cdef void unregister_range(capture_t *capture, int fd, uint64_t start, uint64_t end) noexcept nogil:
+    _piece(fd, capture.maps if fd == capture.uffds[0] else -1, start, end - start, PAGE)
+
+
+cdef uint64_t held_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
+    cdef int place = place_of(capture, addr)
+    while place < capture.n_regions and region_by_addr(capture, place).held_start < addr:
+        place += 1
+    return min(end, region_by_addr(capture, place).held_start) if place < capture.n_regions else end
 
 
 cdef void _by_mapping(capture_t *capture, int fd, region_t *region) noexcept nogil:
     cdef uint64_t start = region.held_start
     cdef uint64_t unit = region.unit_pages * PAGE
     cdef uint64_t end
-    cdef uint64_t after = _next_region(capture, region.held_end)
+    cdef uint64_t after = held_until(capture, region.held_end, <uint64_t>-1)
     cdef vma_t vma, grown
     cdef int err
     while start < region.held_end:
         err = next_vma(capture.maps, start, &vma)
         if err:
             # None is left; or, before Linux 6.11, nobody can tell.
-            _in_pieces(fd, start, region.held_end, unit)
+            _in_pieces(capture, fd, capture.maps, region, start, region.held_end)
             return
         start = max(start, vma.start)
         if start >= region.held_end:
             return
         end = min(vma.end, after)
-        end = min(end, start + max(WHOLE_MAX, unit))
-        _piece(fd, start, end - start, unit)
+        end = _piece_end(capture, region, start, end, max(WHOLE_MAX, unit))
+        _piece(fd, capture.maps, start, end - start, unit)
         start = end
         # It may have grown since it was asked for: that is a mapping of its own now.
         while start < after and start == vma.end and not next_vma(capture.maps, start, &grown) \
                 and same_vma(&vma, &grown):
             vma = grown
             start = min(grown.end, after)
-            _piece(fd, grown.start, start - grown.start, unit)
+            _piece(fd, capture.maps, grown.start, start - grown.start, unit)
 
 
 cdef void _rest(capture_t *capture, int fd, region_t *region) noexcept nogil:
     """All of a region but the units that a walker has unregistered: somebody else may track those by now."""
-    cdef uint64_t last = region.first_page + region.pages - 1
-    cdef uint64_t number = region.first_page >> 9
+    cdef uint64_t end = ((region.first_page + region.pages - 1) >> 9) + 1
+    cdef uint64_t number = bits_next(capture.gone, region.first_page >> 9, end)
     cdef uint64_t start = region.held_start
     cdef uint64_t addr
-    while number <= last >> 9:
-        if bits_test(capture.gone, number):
-            addr = page_addr(region, number << 9)
-            _in_pieces(fd, start, addr, region.unit_pages * PAGE)
-            start = addr + UNIT
-        number += 1
-    _in_pieces(fd, start, region.held_end, region.unit_pages * PAGE)
+    while number < end:
+        addr = page_addr(region, number << 9)
+        _in_pieces(capture, fd, capture.maps, region, start, addr)
+        start = addr + UNIT
+        number = bits_next(capture.gone, number + 1, end)
+    _in_pieces(capture, fd, capture.maps, region, start, region.held_end)
 
 
 cdef void unregister_all(capture_t *capture, int fd, bint children) noexcept nogil:
@@ -106,7 +147,7 @@ cdef void unregister_all(capture_t *capture, int fd, bint children) noexcept nog
     for i in range(<int>capture.n_registered):
         region = &capture.regions[i]
         if children:
-            _in_pieces(fd, region.held_start, region.held_end, region.unit_pages * PAGE)
+            _in_pieces(capture, fd, -1, region, region.held_start, region.held_end)
         elif capture.attached:
             _by_mapping(capture, fd, region)    # no walker unregisters there
         else:

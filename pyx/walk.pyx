@@ -1,6 +1,7 @@
 """The walk: every page that no writer asked for first, in order.
 
-Walkers take units of 2 MiB from one counter and save what is unclaimed in them. Two ways:
+Walkers take units of 2 MiB from one counter and save what is unclaimed in them; of those that held nothing at
+T they take all that lie in a row, and put them down as one hole. Two ways to save:
 
 - While writers fault: in runs of 64 pages, each released at once, so that a writer that runs into the
   walk waits for one short copy.
@@ -17,14 +18,15 @@ fault thread has claimed and still copies keeps the unit registered.
 
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_add, snap_fetch_or, snap_load, snap_peek
-from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
-from snapengine.image_format cimport SNAP_HOLE
+from snapengine.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
+from snapengine.bitmap cimport bits_claim, bits_mask, bits_next, bits_test
+from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.lookout cimport look, stop_looking
+from snapengine.pieces cimport first_region
 from snapengine.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, unit_of
-from snapengine.session cimport capture_fail, page_addr, region_t
+from snapengine.session cimport capture_fail, note_filled, page_addr, region_by_addr, region_t
 from snapengine.source cimport copy_run, populated, put_pages
 from snapengine.uffd cimport uffd_unregister
 
@@ -37,19 +39,19 @@ cdef uint64_t CALM_NS = 500000
 cdef uint64_t CALM_MOST_NS = 4000000
 
 
-cdef bint _shared_with_another(capture_t *capture, region_t *region, uint64_t addr) noexcept nogil:
-    cdef int i
+cdef bint _shared_with_another(capture_t *capture, int place, uint64_t addr) noexcept nogil:
+    """Whether another region than that at `place` has bytes in the page at `addr`: then a neighbour has."""
     cdef region_t *other
-    for i in range(capture.n_regions):
-        other = &capture.regions[i]
-        if other != region and other.addr <= addr < other.addr + other.pages * PAGE:
+    cdef int at
+    for at in range(max(place - 1, 0), min(place + 2, capture.n_regions)):
+        other = region_by_addr(capture, at)
+        if at != place and other.addr <= addr < other.addr + other.pages * PAGE:
             return True
     return False
 
 
-cdef uint64_t _edge(capture_t *capture, int i, int which, uint64_t *addr) noexcept nogil:
-    """Page number and address of the first or last page of region i."""
-    cdef region_t *region = &capture.regions[i]
+cdef uint64_t _edge(region_t *region, int which, uint64_t *addr) noexcept nogil:
+    """Page number and address of its first or last page."""
     cdef uint64_t page = region.first_page + (region.pages - 1 if which else 0)
     addr[0] = page_addr(region, page)
     return page
@@ -62,9 +64,10 @@ cdef void claim_shared_pages(capture_t *capture) noexcept nogil:
     cdef uint64_t page, addr
     for i in range(capture.n_regions):
         for which in range(2):
-            page = _edge(capture, i, which, &addr)
-            if _shared_with_another(capture, &capture.regions[i], addr):
+            page = _edge(region_by_addr(capture, i), which, &addr)
+            if _shared_with_another(capture, i, addr):
                 bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63))
+                note_filled(capture, page, 1)
 
 
 cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
@@ -73,10 +76,10 @@ cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t page, addr, bit
     cdef region_t *region
     for i in range(capture.n_regions):
-        region = &capture.regions[i]
+        region = region_by_addr(capture, i)
         for which in range(2):
-            page = _edge(capture, i, which, &addr)
-            if not _shared_with_another(capture, region, addr) or (which and region.pages == 1):
+            page = _edge(region, which, &addr)
+            if not _shared_with_another(capture, i, addr) or (which and region.pages == 1):
                 continue
             bit = <uint64_t>1 << (page & 63)
             err = lane_room(capture.pool, &lane.slot, 1, False)
@@ -89,13 +92,13 @@ cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
                 return err
     for i in range(capture.n_regions):
         for which in range(2):
-            page = _edge(capture, i, which, &addr)
-            if _shared_with_another(capture, &capture.regions[i], addr):
+            page = _edge(region_by_addr(capture, i), which, &addr)
+            if _shared_with_another(capture, i, addr):
                 bits_claim(capture.saved, page >> 6, <uint64_t>1 << (page & 63))
     for i in range(capture.n_regions):
         for which in range(2):
-            _edge(capture, i, which, &addr)
-            if _shared_with_another(capture, &capture.regions[i], addr):
+            _edge(region_by_addr(capture, i), which, &addr)
+            if _shared_with_another(capture, i, addr):
                 release(capture, lane, 0, addr, PAGE)
     return 0
 
@@ -283,25 +286,63 @@ cdef void _await_calm(capture_t *capture, lane_t *lane) noexcept nogil:
         nap = min(2 * nap, CALM_MOST_NS)
 
 
+cdef region_t *_take_units(capture_t *capture, uint64_t *page, uint64_t *end) noexcept nogil:
+    """The next unit that may hold something, or all empty ones up to that, within one region: [page, end).
+    NULL: none is left. Regions ascend by page number, and no two of them lie in one unit."""
+    cdef uint64_t taken, unit, after
+    cdef region_t *region
+    cdef int i
+    while True:
+        taken = snap_peek(&capture.next_unit)
+        i = first_region(capture, taken * UNIT_PAGES)
+        if i == capture.n_regions:
+            return NULL
+        region = &capture.regions[i]
+        unit = max(taken, region.first_page // UNIT_PAGES)
+        end[0] = region.first_page + region.pages
+        after = unit + 1
+        if not bits_test(capture.filled, unit):
+            after = bits_next(capture.filled, unit, (end[0] + UNIT_PAGES - 1) // UNIT_PAGES)
+        if snap_swap_if(&capture.next_unit, taken, after):
+            page[0] = max(unit * UNIT_PAGES, region.first_page)
+            end[0] = min(after * UNIT_PAGES, end[0])
+            return region
+
+
+cdef int _put_holes(capture_t *capture, lane_t *lane, uint64_t page, uint64_t end) noexcept nogil:
+    """Units that held nothing at T. No page of them is claimed: who faults there is let go at once."""
+    cdef uint64_t n
+    cdef int err
+    while page < end and not snap_load(&capture.failed):
+        n = min(end - page, <uint64_t>SNAP_ENTRY_MAX_PAGES)
+        if lane.index == 0 and lane_waits(capture.pool, &lane.slot, 1):
+            stop_looking(capture)
+        err = lane_room(capture.pool, &lane.slot, 1, True)
+        if err:
+            capture_fail(capture, err, "queue", 0)
+            return err
+        put_pages(capture, lane, page, n, SNAP_HOLE)
+        page += n
+    return 0
+
+
 cdef void _walk_units(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef uint64_t page, end
-    cdef int i = 0
+    cdef uint64_t page = 0
+    cdef uint64_t end = 0
+    cdef int err
     cdef region_t *region
     while not snap_load(&capture.failed):
         if lane.index:
             _await_calm(capture, lane)
         sched_yield()
-        page = snap_add(&capture.next_unit, 1) * UNIT_PAGES
-        end = page + UNIT_PAGES
-        # Regions ascend by page number, and no two of them lie in one unit.
-        while i < capture.n_regions and capture.regions[i].first_page + capture.regions[i].pages <= page:
-            i += 1
-        if i == capture.n_regions:
+        region = _take_units(capture, &page, &end)
+        if region == NULL:
             return
-        region = &capture.regions[i]
-        page = max(page, region.first_page)
-        end = min(end, region.first_page + region.pages)
-        if page < end and _walk_unit(capture, lane, region, page, end):
+        if bits_test(capture.filled, page // UNIT_PAGES):
+            err = _walk_unit(capture, lane, region, page, end)
+        else:
+            err = _put_holes(capture, lane, page, end)
+        if err:
             return
 
 

@@ -1,9 +1,11 @@
 """The image of a process as an ELF core, which a debugger opens. `snapengine.corenotes` packs the bytes.
 
-Memory is in one of two states in the core:
+Memory is in one of three states in the core:
 
 - *stored*: a PT_LOAD whose p_filesz is all of it. Zero pages and holes are holes in the file: they take
   no room.
+- *blank*: a hole of zeros of 64 MiB or more, as reservations are: a PT_LOAD with p_filesz 0, which debuggers
+  read as zeros, and no place in the file, which could be longer than a file system allows.
 - *absent*: in no PT_LOAD. A debugger reads it from the mapped file where NT_FILE names one, and else says
   that it cannot. (The kernel writes a PT_LOAD with p_filesz 0; gdb 13.1 reads that as zeros unless it finds
   a file.) NT_FILE names a file only for memory that is as the file has it: what is stored anyway, what the
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 Lost = Literal["refuse", "omit"]
 MAX_FILE_BYTES = (1 << 63) - 1
 MAX_FILE_NOTE_BYTES = 256 << 20
+LARGE_BYTES = 64 << 20  # of a hole that gets no place in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class CoreFile:
 
 
 class Piece(NamedTuple):
-    """A part of one mapping. ``position`` counts from the start of the memory in the file, if it is stored.
+    """A part of one mapping. ``position`` counts from the start of the memory in the file, if it is stored
+    and not ``blank``.
 
     ``from_file``: NT_FILE may name the mapping's file for it.
     """
@@ -82,6 +86,16 @@ class Piece(NamedTuple):
     from_file: bool
     position: int
     lost: bool = False
+    blank: bool = False
+
+
+class Span(NamedTuple):
+    """A part of a region that has a place in the file: addresses, and ``position`` as in `Piece`."""
+
+    start: int
+    end: int
+    position: int
+    region: ImageRegion
 
 
 def export_core(
@@ -118,7 +132,8 @@ def _refuse_lost(image: Image) -> None:
 
 
 class Layout:
-    """What goes where in the file: headers, notes, and each region in one piece, so that it is read once."""
+    """What goes where in the file: headers, notes, and each region in one piece but for large holes, so that
+    it is read once."""
 
     def __init__(self, image: Image, record: ProcessRecord) -> None:
         self._image = image
@@ -127,7 +142,8 @@ class Layout:
         self._check_regions()
         mappings = with_unmapped(record.mappings, self._regions)
         # Counted from the start of the memory in the file: the count of segments decides where that is.
-        self._offsets, self._memory_bytes = self._place_regions()
+        self._spans, self._memory_bytes = self._place_regions()
+        self._span_ends = [span.end for span in self._spans]
         self._pieces = list(merged(piece for mapping in mappings for piece in self._pieces_of(mapping)))
         self._notes = notes(record, self._files())
         self._threads = len(record.threads)
@@ -158,14 +174,29 @@ class Layout:
             if gap is not None:
                 raise ImageError(f"{self._image.name}: {page_text(region, gap)} is not in the image")
 
-    def _place_regions(self) -> tuple[list[int], int]:
-        """Offset of each region, congruent to its address modulo the page size (p_align), and the end."""
-        offsets, end = [], 0
+    def _place_regions(self) -> tuple[list[Span], int]:
+        """Where each part is, congruent to its address modulo the page size (p_align), and the end."""
+        spans, end = [], 0
         for region in self._regions:
-            end += (region.addr - end) % PAGE_BYTES
-            offsets.append(end)
-            end += region.length
-        return offsets, end
+            for start, stop in self._without_large_holes(region):
+                end += (start - end) % PAGE_BYTES
+                spans.append(Span(start, stop, end, region))
+                end += stop - start
+        return spans, end
+
+    def _without_large_holes(self, region: ImageRegion) -> Iterator[tuple[int, int]]:
+        """The addresses between holes, and lost memory, of `LARGE_BYTES` or more."""
+        at = region.addr
+        shift = region.addr - region.start_byte
+        for page, pages, kind in self._image.resolve(region, 0, region.length):
+            if kind not in (HOLE, LOST) or pages * PAGE_BYTES < LARGE_BYTES:
+                continue
+            start = max(page * PAGE_BYTES + shift, region.addr)
+            if at < start:
+                yield at, start
+            at = (page + pages) * PAGE_BYTES + shift
+        if at < region.addr + region.length:
+            yield at, region.addr + region.length
 
     def _pieces_of(self, mapping: Mapping) -> Iterator[Piece]:
         """The mapping cut where regions begin and end, and where pages are absent."""
@@ -188,35 +219,44 @@ class Layout:
             start = max(page * PAGE_BYTES + shift, low)
             end = min((page + pages) * PAGE_BYTES + shift, high)
             stored = kind != LOST and (kind != HOLE or holes_are_zero(mapping))
-            position = self._offsets[number] + start - region.addr
-            from_file = stored or (kind == HOLE and not mapping.shared)
-            yield Piece(mapping, start, end, stored, from_file, position, kind == LOST)
+            at = bisect_right(self._span_ends, start)
+            placed = at < len(self._spans) and self._spans[at].start <= start
+            position = self._spans[at].position + start - self._spans[at].start if placed else 0
+            blank = stored and not placed
+            from_file = (placed and stored) or (kind == HOLE and not mapping.shared and not blank)
+            yield Piece(mapping, start, end, stored, from_file, position, kind == LOST, blank)
 
     def write(self, fd: int) -> None:
         """Everything into an empty file. Raises OSError and ImageError."""
         os.ftruncate(fd, self._memory_at + self._memory_bytes)  # what is not written stays a hole
         _write_all(fd, self._head())
-        for region, offset in zip(self._regions, self._offsets, strict=True):
-            runs = self._image.resolve(region, 0, region.length)
-            end = region.start_byte + region.length
-            plan = Restorer(self._image.index, runs, region.start_byte, end)
-            plan.into_file(fd, self._memory_at + offset, 0, plan.jobs)
+        for start, end, position, region in self._spans:
+            runs = self._image.resolve(region, start - region.addr, end - start)
+            shift = region.start_byte - region.addr
+            plan = Restorer(self._image.index, runs, start + shift, end + shift)
+            plan.into_file(fd, self._memory_at + position, 0, plan.jobs)
 
     def write_in_order(self, sink: Sink) -> None:
         """The same into a pipe. Raises OSError and ImageError."""
         head = self._head()
         put(sink, head.ljust(self._memory_at, b"\0"))
         at = 0
-        for region, offset in zip(self._regions, self._offsets, strict=True):
-            put(sink, bytes(offset - at))  # less than a page
-            for piece in pieces(self._image, region):
+        for start, end, position, region in self._spans:
+            put(sink, bytes(position - at))  # less than a page
+            for piece in pieces(self._image, region, start - region.addr, end - region.addr):
                 put(sink, piece)
-            at = offset + region.length
+            at = position + end - start
 
     def _head(self) -> bytes:
         """All that comes before the memory."""
         loads = [
-            Load(piece.start, piece.end, flags_of(piece.mapping.perms), self._memory_at + piece.position)
+            Load(
+                piece.start,
+                piece.end,
+                flags_of(piece.mapping.perms),
+                self._memory_at + piece.position,
+                in_file=not piece.blank,
+            )
             for piece in self._pieces
             if piece.stored
         ]
@@ -296,8 +336,10 @@ def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 def _continues(held: Piece, piece: Piece) -> bool:
     same = held.mapping is piece.mapping and held.end == piece.start
-    kind = (held.stored, held.from_file, held.lost) == (piece.stored, piece.from_file, piece.lost)
-    in_file = not held.stored or held.position + (held.end - held.start) == piece.position
+    kind = (held.stored, held.from_file, held.lost, held.blank) == (
+        piece.stored, piece.from_file, piece.lost, piece.blank
+    )  # fmt: skip
+    in_file = not held.stored or held.blank or held.position + (held.end - held.start) == piece.position
     return same and kind and in_file
 
 

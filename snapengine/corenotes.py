@@ -33,12 +33,14 @@ PRPSINFO = struct.Struct("<bcbb4xQIIiiii16s80s")
 
 
 class Load(NamedTuple):
-    """One PT_LOAD: the addresses [start, end), whose bytes are in the file at ``position``."""
+    """One PT_LOAD: the addresses [start, end), whose bytes are in the file at ``position``, or
+    (not ``in_file``) are zeros and take no room."""
 
     start: int
     end: int
     flags: int
     position: int
+    in_file: bool = True
 
 
 class FileRange(NamedTuple):
@@ -69,7 +71,8 @@ def program_headers(notes_at: int, notes_bytes: int, loads: Sequence[Load]) -> I
     yield PHDR.pack(PT_NOTE, 0, notes_at, 0, 0, notes_bytes, 0, 4)
     for load in loads:
         size = load.end - load.start
-        yield PHDR.pack(PT_LOAD, load.flags, load.position, load.start, 0, size, size, PAGE_BYTES)
+        stored = size if load.in_file else 0
+        yield PHDR.pack(PT_LOAD, load.flags, load.position, load.start, 0, stored, size, PAGE_BYTES)
 
 
 def flags_of(perms: str) -> int:

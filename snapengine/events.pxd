@@ -15,7 +15,7 @@ cdef void call_fault_threads(capture_t *capture) noexcept nogil
 # Deal with a message that is not a page fault (fork, remap, remove, unmap).
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil
 # Protect what of the range is still mapped and registered with this userfaultfd. 0 or errno.
-cdef int protect_left(int fd, uint64_t addr, uint64_t length) noexcept nogil
+cdef int protect_left(capture_t *capture, int fd, uint64_t addr, uint64_t length) noexcept nogil
 # Keep a fault in lane.held for later.
 cdef void hold_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil
 # Read what is pending on every uffd: events are dealt with, faults go to lane.held.

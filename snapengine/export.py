@@ -44,10 +44,11 @@ def export_raw(
         return start
 
 
-def pieces(image: Image, region: ImageRegion) -> Iterator[bytearray]:
-    """The bytes of a region in their order, in pieces; holes, zero pages and lost pages as zeros."""
-    for offset in range(0, region.length, PIECE_BYTES):
-        length = min(PIECE_BYTES, region.length - offset)
+def pieces(image: Image, region: ImageRegion, start: int = 0, end: int | None = None) -> Iterator[bytearray]:
+    """Bytes [start, end) of a region in their order, in pieces; holes, zero pages and lost pages as zeros."""
+    end = region.length if end is None else end
+    for offset in range(start, end, PIECE_BYTES):
+        length = min(PIECE_BYTES, end - offset)
         piece = bytearray(length)
         low = region.start_byte + offset
         plan = Restorer(image.index, image.resolve(region, offset, length), low, low + length)

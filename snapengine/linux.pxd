@@ -2,6 +2,9 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+cdef extern from "<errno.h>" nogil:
+    const int ECANCELED             # not in libc.errno
+
 cdef extern from "snapengine/linux_compat.h" nogil:
     int snap_uffd_open(int flags)
 

@@ -17,6 +17,7 @@ cdef struct scan_t:
     uint64_t without                # none of these categories
     uint64_t returned               # categories to report
     int err                         # errno of the call that failed, or 0
+    const uint64_t *stop            # atomic: ends with ECANCELED once this is not 0; or NULL
     page_region found[SCAN_VECTOR]
 
 

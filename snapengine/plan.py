@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
+import operator
 import os
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from snapengine.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
-from snapengine.maps import Mapping, covering, has_ended, read_maps
+from snapengine.maps import Mapping, covering, has_ended, read_maps, touching
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, feature_names
 
 HUGE_PAGES = 512
+EVENTS = sum(bit for name, bit in FEATURES.items() if name.startswith("EVENT_"))  # no plan depends on them
 SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB
 
 
@@ -44,10 +50,28 @@ class RegionPlan:
     keep_huge: bool = False
 
 
+class _Part(NamedTuple):
+    """Bytes of a memory file, and the region that they are in."""
+
+    start: int
+    end: int
+    name: str
+
+
 class Plan:
     """The plans of all regions, and the descriptors and mappings they need. `close` frees those."""
 
-    def __init__(self, regions: list[Region], pid: int, features: int, *, attached: bool = False) -> None:
+    def __init__(
+        self,
+        regions: list[Region],
+        pid: int,
+        features: int,
+        *,
+        attached: bool = False,
+        mappings: list[Mapping] | None = None,
+    ) -> None:
+        """``mappings``: all of the target, as when its regions were listed; None: they are read."""
+        self._listed = regions
         self.pid = pid
         self.attached = attached
         self.features = features
@@ -55,10 +79,13 @@ class Plan:
         self.warnings: list[str] = []
         self._fds: list[int] = []
         self._views: list[FileView] = []
+        self._files: dict[tuple[str, int], int] = {}
         try:
-            mappings = self._read_maps(regions)
+            mappings = mappings or self._read_maps(regions)
         except (FileNotFoundError, ProcessLookupError):
             mappings = []
+        self._starts = {mapping.start for mapping in mappings}
+        self._ends = {mapping.end for mapping in mappings}
         if pid and not mappings and has_ended(pid):
             raise TargetGoneError(errno.ESRCH, f"the target process {pid} has ended")
         _refuse_overlap(regions)
@@ -72,6 +99,10 @@ class Plan:
         except BaseException:
             self.close()
             raise
+
+    def fits(self, regions: list[Region], features: int) -> bool:
+        """Whether it is the plan of that very list, for a descriptor with these features."""
+        return regions is self._listed and not (features ^ self.features) & ~EVENTS
 
     def place(self, regions: list[Region]) -> list[tuple[Region, int]]:
         """Page numbers for regions that the engine does not see: behind all others."""
@@ -125,8 +156,8 @@ class Plan:
             track_end=-(-end // region.page_size) * region.page_size,
             source=addr,
             shared=region.kind in ("shared", "hugetlb-shared"),
-            alone_before=any(mapping.end == region.addr for mapping in mappings),
-            alone_after=any(mapping.start == region.addr + region.length for mapping in mappings),
+            alone_before=region.addr in self._ends,
+            alone_after=region.addr + region.length in self._starts,
         )
         self._how_to_read(plan, covered)
         self._need(plan)
@@ -135,7 +166,7 @@ class Plan:
     def _what_is_left(self, mappings: list[Mapping], region: Region) -> list[Mapping]:
         """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
         end = region.addr + region.length
-        left = [m for m in mappings if m.start < end and m.end > region.addr]
+        left = touching(mappings, region.addr, end)
         shared = region.kind in ("shared", "hugetlb-shared")
         same = [m for m in left if m.shared == shared and m.has_file == shared]
         return same or [Mapping(region.addr, end, "rw-p", 0, "00:00", 0, "")]
@@ -184,7 +215,7 @@ class Plan:
             plan.sparse = self._is_sparse(file, plan)
             plan.missing = plan.sparse
         else:
-            plan.presence = "all" if self.pid or _swap_in_use() else "mincore"
+            plan.presence = "all" if self.pid or self._swap_in_use else "mincore"
             plan.reading = "process" if self.pid else "memory"
         plan.file, plan.file_offset = file, offset
         # Shared memory that the target unmaps goes on in its file, where others may write it unseen; and in
@@ -202,18 +233,39 @@ class Plan:
         we may open. Opened anew, so that the target's file position stays as it is."""
         region, mapping = plan.region, covered[0]
         if region.memfd >= 0:
-            path, offset = f"/proc/self/fd/{region.memfd}", region.memfd_offset - (region.addr - plan.addr)
-        elif len(covered) == 1:
-            path = f"/proc/{self.pid or 'self'}/map_files/{mapping.start:x}-{mapping.end:x}"
-            offset = mapping.offset + plan.addr - mapping.start
-        else:
+            file = self._open(f"/proc/self/fd/{region.memfd}")
+            return file, region.memfd_offset - (region.addr - plan.addr) if file >= 0 else 0
+        if not all(_continues(mapping, other) for other in covered):
             return -1, 0
+        # One descriptor a file: a process may map one thousands of times.
+        key = (mapping.device, mapping.inode)
+        if key not in self._files:
+            self._files[key] = self._open_mapped(region, covered)
+        file = self._files[key]
+        return file, mapping.offset + plan.addr - mapping.start if file >= 0 else 0
+
+    def _open_mapped(self, region: Region, covered: list[Mapping]) -> int:
+        """The file of these mappings, or of what is left of them since they were listed."""
+        for mapping in covered:
+            if (file := self._open(self._path_of(mapping))) >= 0:
+                return file
+        if os.path.lexists(self._path_of(covered[0])):
+            return -1  # it is still there: we may not open it
+        for mapping in touching(read_maps(self.pid or "self"), region.addr, region.addr + region.length):
+            if _continues(covered[0], mapping) and (file := self._open(self._path_of(mapping))) >= 0:
+                return file
+        return -1
+
+    def _path_of(self, mapping: Mapping) -> str:
+        return f"/proc/{self.pid or 'self'}/map_files/{mapping.start:x}-{mapping.end:x}"
+
+    def _open(self, path: str) -> int:
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return -1, 0  # map_files wants CAP_CHECKPOINT_RESTORE; without, mincore() answers
+            return -1  # map_files wants CAP_CHECKPOINT_RESTORE; without, mincore() answers
         self._fds.append(file)
-        return file, offset
+        return file
 
     def _is_sparse(self, file: int, plan: RegionPlan) -> bool:
         holes = plan.pages * PAGE_BYTES - os.fstat(file).st_blocks * 512
@@ -231,31 +283,39 @@ class Plan:
 
     def _look_for_other_mappings(self, mappings: list[Mapping]) -> None:
         """Shared memory that is mapped twice can be written through the other mapping, unseen."""
-        seen: list[tuple[Mapping, int, int, str]] = []
+        seen: dict[tuple[str, int], list[_Part]] = defaultdict(list)
+        ours = set()
         for plan in self.regions:
             if not plan.shared:
                 continue
             for mapping in covering(mappings, plan.region.addr, plan.region.addr + plan.region.length):
                 start = max(plan.addr, mapping.start) - mapping.start + mapping.offset
                 end = min(plan.track_end, mapping.end) - mapping.start + mapping.offset
-                for other, begin, stop, name in seen:
-                    if mapping.same_file(other) and start < stop and begin < end:
-                        raise RegisterError(
-                            errno.EINVAL,
-                            f"regions {name!r} and {plan.region.name!r} are two mappings of the same memory: "
-                            "a write through one is not seen in the other",
-                        )
-                seen.append((mapping, start, end, plan.region.name))
-        ours = {mapping.start for mapping, *_ in seen}
-        for mapping, start, end, name in seen:
-            for other in mappings:
-                last = other.offset + other.end - other.start
-                overlaps = other.same_file(mapping) and other.offset < end and start < last
-                if overlaps and other.start not in ours and "w" in other.perms:
-                    self.warnings.append(
-                        f"region {name!r} is mapped a second time at {other.start:#x}: "
-                        "writes there are not seen"
-                    )
+                ours.add(mapping.start)
+                if mapping.shared and mapping.inode:
+                    seen[mapping.device, mapping.inode].append(_Part(start, end, plan.region.name))
+        for parts in seen.values():
+            parts.sort()
+            _refuse_second_mapping(parts)
+        for other in mappings:
+            parts = seen.get((other.device, other.inode), [])
+            if not parts or not other.shared or other.start in ours or "w" not in other.perms:
+                continue
+            last = other.offset + other.end - other.start
+            # They do not overlap, so their ends ascend, too.
+            number = bisect.bisect_right(parts, other.offset, key=operator.itemgetter(1))
+            while number < len(parts) and parts[number].start < last:
+                self.warnings.append(
+                    f"region {parts[number].name!r} is mapped a second time at {other.start:#x}: "
+                    "writes there are not seen"
+                )
+                number += 1
+
+    @cached_property
+    def _swap_in_use(self) -> bool:
+        """mincore() calls a swapped-out page of shared memory absent, as it does a hole."""
+        with open("/proc/swaps", encoding="utf-8") as lines:
+            return len(lines.readlines()) > 1
 
     def _need(self, plan: RegionPlan) -> None:
         need = FEATURES["PAGEFAULT_FLAG_WP"]
@@ -266,6 +326,23 @@ class Plan:
             raise UnsupportedError(
                 errno.EOPNOTSUPP,
                 f"region {plan.region.name!r} ({plan.region.kind}): the userfaultfd lacks {names}",
+            )
+
+
+def _continues(mapping: Mapping, other: Mapping) -> bool:
+    """Whether both are parts of one mapping of a file."""
+    same = (mapping.device, mapping.inode) == (other.device, other.inode)
+    return same and mapping.offset - mapping.start == other.offset - other.start
+
+
+def _refuse_second_mapping(parts: list[_Part]) -> None:
+    """Of parts of one file, in order."""
+    for one, two in pairwise(parts):
+        if one.end > two.start:
+            raise RegisterError(
+                errno.EINVAL,
+                f"regions {one.name!r} and {two.name!r} are two mappings of the same memory: "
+                "a write through one is not seen in the other",
             )
 
 
@@ -284,9 +361,3 @@ def _refuse_shared_units(plans: list[RegionPlan]) -> None:
             raise ValueError(
                 f"regions {left.region.name!r} and {right.region.name!r} share a huge page: save them as one"
             )
-
-
-def _swap_in_use() -> bool:
-    """mincore() calls a swapped-out page of shared memory absent, as it does a hole."""
-    with open("/proc/swaps", encoding="utf-8") as lines:
-        return len(lines.readlines()) > 1

@@ -90,7 +90,9 @@ def examine_process(
     facts = MapFacts(pid, refused_by_flags(pid))
     soft = select(pid, mappings, selector, stop=False, limit=copy_limit, facts=facts)
     stop = select(pid, mappings, selector, stop=True, limit=copy_limit, facts=facts)
-    rows = [_row(pid, *fates) for fates in zip(soft.fates, stop.fates, strict=True)]
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        both = zip(soft.fates, stop.fates, strict=True)
+        rows = [_row(pid, *fates, pagemap.fileno()) for fates in both]
     tracked = [row for row in rows if row.soft == "tracked" or row.stop == "tracked"]
     small = sum(row.populated - row.huge for row in tracked)
     arm = round(small / PAGE_BYTES * protect_ns())
@@ -114,9 +116,9 @@ def examine_process(
 ACTIONS = {"track": "tracked", "copy": "copied", "leave": "no"}
 
 
-def _row(pid: int, soft: Fate, stop: Fate) -> Row:
+def _row(pid: int, soft: Fate, stop: Fate, pagemap: int) -> Row:
     mapping = soft.mapping
-    populated, huge = _populated(pid, mapping)
+    populated, huge = _populated(pid, mapping, pagemap)
     return Row(
         start=mapping.start,
         end=mapping.end,
@@ -131,7 +133,7 @@ def _row(pid: int, soft: Fate, stop: Fate) -> Row:
     )
 
 
-def _populated(pid: int, mapping: Mapping) -> tuple[int, int]:
+def _populated(pid: int, mapping: Mapping, pagemap: int) -> tuple[int, int]:
     """Bytes that hold something, and how many of them are in huge pages of private memory."""
     if mapping.shared and mapping.inode:
         try:
@@ -141,8 +143,7 @@ def _populated(pid: int, mapping: Mapping) -> tuple[int, int]:
             return mapping.end - mapping.start, 0
     if mapping.path.startswith("[v"):
         return mapping.end - mapping.start, 0
-    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        runs = populated_runs(pagemap.fileno(), mapping.start, mapping.end)
+    runs = populated_runs(pagemap, mapping.start, mapping.end)
     huge = CATEGORIES["HUGE"]
     return (
         sum(end - start for start, end, _ in runs),

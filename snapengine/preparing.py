@@ -15,6 +15,7 @@ from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.plan import Plan
+from snapengine.process import ProcessTarget
 from snapengine.session import Session
 from snapengine.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
@@ -34,6 +35,10 @@ def open_target(parts: Parts, sink: Any, options: Options) -> tuple[int, list[Re
             parts.target.copy_limit = options.copy_limit
         parts.target.check()  # says more than that this user may have no userfaultfd
     wanted = _wanted_features(options.method)
+    if isinstance(parts.target, ProcessTarget) and tracking and parts.target.cut == "stop":
+        # Its threads stand from when it is opened: what can be done before that is.
+        ahead = parts.target.look_ahead()
+        parts.plan = Plan(ahead, parts.target.pid, wanted, attached=True, mappings=parts.target.mappings)
     pid, parts.fd, regions = parts.target.open(wanted)
     parts.opened = True
     handed_over = parts.fd >= 0 and not isinstance(parts.target, AttachedTarget)
@@ -68,7 +73,7 @@ def make_engine(
     assert uffd is not None
     assert parts.sink is not None
     parts.warnings += _pins(pid)
-    plan = parts.plan = Plan(regions, pid, uffd.features, attached=parts.attached is not None)
+    plan = parts.plan = _plan(parts, pid, regions, uffd.features)
     tracking = options.method == WRITE_TRACKING
     lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
     parts.session = Session(
@@ -76,6 +81,7 @@ def make_engine(
         memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
         encoders=options.encoders, walkers=_walkers(options, regions) if tracking else 1,
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
+        stands=_stands(parts, options),
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it
@@ -91,12 +97,26 @@ def make_engine(
     )  # fmt: skip
 
 
+def _plan(parts: Parts, pid: int, regions: list[Region], features: int) -> Plan:
+    """As planned ahead, if nothing has changed since."""
+    if parts.plan is not None:
+        if parts.plan.fits(regions, features):
+            return parts.plan
+        parts.plan.close()
+    mappings = parts.target.mappings if isinstance(parts.target, ProcessTarget) else None
+    return Plan(regions, pid, features, attached=parts.attached is not None, mappings=mappings)
+
+
+def _stands(parts: Parts, options: Options) -> bool:
+    """Whether its threads stand from before the memory is listed until T: in a stop cut of a process."""
+    tracking = options.method == WRITE_TRACKING
+    return tracking and isinstance(parts.target, ProcessTarget) and parts.target.cut == "stop"
+
+
 def _two_step(parts: Parts, options: Options, regions: list[Region]) -> bool:
     if options.arming != AUTO:
         return options.arming == TWO_STEP
-    # In a stop cut of a process its threads stand from before the memory is listed.
-    stands = parts.attached is not None and parts.attached.cut == "stop" and not parts.target.can_pause
-    return not stands and sum(region.length for region in regions) >= TWO_STEP_BYTES
+    return not _stands(parts, options) and sum(region.length for region in regions) >= TWO_STEP_BYTES
 
 
 def _walkers(options: Options, regions: list[Region]) -> int:

@@ -26,10 +26,10 @@ from snapengine.frozen import Copied, copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.mapfacts import MapFacts
 from snapengine.mapquery import mapping_at
-from snapengine.maps import Mapping, read_maps
+from snapengine.maps import Mapping, maps_text, parse_maps, read_maps
 from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
-from snapengine.selection import Selection, Selector, parse_regions, select
+from snapengine.selection import UNCHANGED, Selection, Selector, parse_regions, select
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import MODE_WP, Uffd
 
@@ -103,6 +103,7 @@ class ProcessTarget:
         self._selection = Selection()
         self._frozen: list[Copied | None] = []
         self._tracked: list[Region] = []
+        self._listed = b""
         self._mappings: list[Mapping] = []
         self._record: ProcessRecord | None = None
 
@@ -116,6 +117,17 @@ class ProcessTarget:
             if self.found and error.errno == errno.ESRCH and attach.ends(self.pid):
                 raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
             raise
+
+    def look_ahead(self) -> list[Region]:
+        """Before `open`: what would be tracked by now. `open` gives the same list again if the mappings are
+        still the same by then, so that who plans ahead need not do so while the threads stand."""
+        self._list()
+        return self._tracked
+
+    @property
+    def mappings(self) -> list[Mapping]:
+        """What was mapped when the regions were listed."""
+        return self._mappings
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach. The descriptor is not negotiated yet."""
@@ -135,8 +147,7 @@ class ProcessTarget:
             # this list and T. Otherwise what comes is noted, and what goes is found lost.
             if self.cut == "stop" and self.method == WRITE_TRACKING:
                 self._freeze()
-            self._mappings = self._read_maps()
-            self._select(MapFacts(self.pid))
+            self._list()
             if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
         except BaseException:
@@ -195,6 +206,7 @@ class ProcessTarget:
         ours = [m for m in self._record.mappings if m.shared and m.start in tracked]
         if not ours:
             return []
+        files = {(m.inode, m.device) for m in ours if m.inode}
         known = {(m.start - m.offset, m.inode, m.device) for m in self._record.mappings}
         try:
             mappings = read_maps(self.pid)
@@ -206,7 +218,7 @@ class ProcessTarget:
             f"{m.path} was mapped again at {m.start:#x} after T: writes there are not seen"
             for m in mappings
             if m.shared and "w" in m.perms and (m.start - m.offset, m.inode, m.device) not in known
-            and any(m.same_file(each) for each in ours)
+            and (m.inode, m.device) in files
         ]  # fmt: skip
 
     @property
@@ -228,6 +240,16 @@ class ProcessTarget:
         if self._freezer is not None and self._freezer.frozen:
             self._freezer.resume()
 
+    def _list(self) -> None:
+        """Sort what is mapped, unless that was done already and all is as it was then."""
+        text = self._maps_text()
+        facts = MapFacts(self.pid)
+        unchanged = [fate.mapping for fate in self._selection.fates if fate.reason == UNCHANGED]
+        if text == self._listed and not any(map(facts.own_bytes, unchanged)):
+            return
+        self._listed, self._mappings = text, parse_maps(text)
+        self._select(facts)
+
     def _select(self, facts: MapFacts) -> None:
         limit = COPY_LIMIT if self.copy_limit is None else self.copy_limit
         stop = self.cut == "stop"
@@ -247,10 +269,11 @@ class ProcessTarget:
         """
         refused: dict[int, int] = {}
         starts = [mapping.start for mapping in self._mappings]
+        stands = self._freezer is not None and self._freezer.frozen
         with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
             for region in self._tracked:
                 end = region.addr + region.length
-                if not _refusal(uffd, maps.fileno(), region.addr, end):
+                if not _refusal(uffd, -1 if stands else maps.fileno(), region.addr, end):
                     continue
                 for mapping in self._mappings[bisect_left(starts, region.addr) : bisect_left(starts, end)]:
                     if error := _refusal(uffd, maps.fileno(), mapping.start, mapping.end):
@@ -277,14 +300,17 @@ class ProcessTarget:
         shared = any(region.kind in ("shared", "hugetlb-shared") for region in selection.tracked)
         return frozenset(["EVENT_REMAP"] * shared + ["EVENT_REMOVE"] * selection.private_files)
 
-    def _read_maps(self) -> list[Mapping]:
+    def _maps_text(self) -> bytes:
         try:
-            mappings = read_maps(self.pid)
+            text = maps_text(self.pid)
         except (FileNotFoundError, ProcessLookupError):
-            mappings = []
-        if not mappings:
+            text = b""
+        if not text:
             raise TargetGoneError(3, f"process {self.pid} has ended")
-        return mappings
+        return text
+
+    def _read_maps(self) -> list[Mapping]:
+        return parse_maps(self._maps_text())
 
     def _note(self, mappings: list[Mapping]) -> None:
         self._record = read_process(self.pid, self.cut, mappings=mappings)
@@ -327,10 +353,12 @@ def ksm_runs() -> bool:
 
 def _refusal(uffd: Uffd, maps: int, start: int, end: int) -> int:
     """The errno with which the kernel refuses to track what is mapped there; 0 where it does not, or it has
-    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings."""
-    first, last = mapping_at(maps, start), mapping_at(maps, end - 1)
-    start = first[0] if first else start
-    end = last[1] if last else end
+    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings.
+    ``maps`` is an open /proc/PID/maps; -1: nothing can have grown."""
+    if maps >= 0:
+        first, last = mapping_at(maps, start), mapping_at(maps, end - 1)
+        start = first[0] if first else start
+        end = last[1] if last else end
     try:
         uffd.register(start, end - start, MODE_WP)
     except OSError as error:

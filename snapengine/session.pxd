@@ -56,6 +56,9 @@ cdef struct region_t:               # fixed before the threads start
     bint guarded                    # it had guard pages before T (walker of its first page writes)
     bint own                        # private mapping of a memory file: what is discarded shows the file again
     bint keep_huge                  # treat huge pages as one unit
+    bint holes_wait                 # what of it may hold anything is known at T (`filled`): till then its
+    # holes fill by faults alone, which wait or are noted
+    uint64_t first_piece            # of protecting (`pyx/arming`); the first walker, before there are pieces
 
 
 cdef struct stream_t:               # read-around: a writer that goes on where it was let go (a hint: relaxed)
@@ -93,17 +96,22 @@ cdef struct lane_t:                 # one capture thread; only it writes, except
 
 cdef struct capture_t:
     # Fixed before the threads start.
-    region_t *regions
+    region_t *regions               # by page number
     int n_regions
+    uint32_t *by_addr               # their indices, by address
     uint64_t total_pages
     uint64_t page_end               # page numbers are below this
+    uint64_t span_pages             # arming's pieces: more pages each where there are very many numbers
+    uint64_t hit_pages
+    uint64_t piece_bytes
     pool_t *pool
     int pid                         # 0: this process
     int pidfd
     bint attached                   # the target knows nothing of us: its mappings may change at any time
+    bint stands                     # but not from when they were listed until T
     int pagemap
     int own_pagemap                 # this process's: of the witnesses; or -1
-    int maps                        # attached: /proc/PID/maps; or -1
+    int maps                        # /proc/PID/maps
     int mem                         # /proc/PID/mem, for pages that loads and process_vm_readv may not read
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t guard                  # its category of guard pages (Linux 6.15), or 0
@@ -129,6 +137,10 @@ cdef struct capture_t:
     uint64_t *distrusted            # the target took the page away, or put another there: any, atomic or
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
     uint64_t *hits                  # two-step: let go before T; read when no fault thread is busy
+    uint64_t *hit_units             # by page >> 9: some page of it is in `hits`
+    # By page >> 9: may hold something. Where not, no word of the bitmaps by page is ever written, or need be
+    # read. Atomic or, before `armed`; all set from the start but for regions whose holes wait.
+    uint64_t *filled
     uint64_t *data                  # dirty logging: the page's last version is a data page
     # Under `lock`.
     pthread_mutex_t lock
@@ -162,7 +174,7 @@ cdef struct capture_t:
     uint64_t called                 # atomic: fault threads serve, too (any: 1, first walker: 0)
     uint64_t look_from_ns           # the first walker's own: not before then
     uint64_t calls                  # how often it was called (it writes)
-    uint64_t next_unit              # atomic: units of 512 pages taken by walkers
+    uint64_t next_unit              # atomic: units of 512 pages taken by walkers (compare-and-swap)
     stream_t streams[STREAMS]       # any fault thread, relaxed
     uint64_t next_stream
     uint64_t last_fault_ns          # read-around: fault threads, relaxed
@@ -177,6 +189,16 @@ cdef struct capture_t:
 # The first failure of a capture wins; wakes everybody.
 cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t addr) noexcept nogil
 cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil
+# The place in `by_addr` of the first region that is tracked beyond `addr`; n_regions if none is.
+cdef int place_of(capture_t *capture, uint64_t addr) noexcept nogil
+cdef region_t *region_by_addr(capture_t *capture, int place) noexcept nogil
+# Pages [first, first + n) hold something: in `present`, and so in `filled`; in that alone.
+cdef void note_present(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil
+cdef void note_filled(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil
+# The next run of pages in [page, end) whose units may hold something: False if there is none.
+cdef bint next_filled(capture_t *capture, uint64_t *page, uint64_t end, uint64_t *run_end) noexcept nogil
+# Clear bits of a bitmap by page, without touching what was never written.
+cdef void clear_pages(capture_t *capture, uint64_t *bits, uint64_t first, uint64_t n) noexcept nogil
 cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil
 # The page of a fault; the kernel may name the start of a huge page, which can lie before the region.
 cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil

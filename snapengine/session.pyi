@@ -17,6 +17,7 @@ class Session:
         spill_dir: str | None = None,
         rounds: bool = False,
         attached: bool = False,
+        stands: bool = False,
         sums: bool = False,
         two_step: bool = False,
         use_scan: bool = True,

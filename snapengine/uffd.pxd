@@ -7,9 +7,13 @@ cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode) n
 cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
 cdef int uffd_protect(int fd, uint64_t start, uint64_t length) noexcept nogil
 # The same where a part may have been unmapped (ENOENT, ENOMEM), or mapped over by what cannot be tracked
-# (EINVAL, EPERM): halving leaves that out. It is found unprotected after its copy, and lost.
-cdef int register_mapped(int fd, uint64_t start, uint64_t length, uint64_t unit, uint64_t mode) noexcept nogil
-cdef int protect_mapped(int fd, uint64_t start, uint64_t length) noexcept nogil
+# (EINVAL, EPERM): that is left out. It is found unprotected after its copy, and lost. What is mapped is asked
+# of `maps`, an open /proc/PID/maps of the same process; where that cannot tell (-1; before Linux 6.11),
+# halving finds it. They return early once `*stop` is not 0.
+cdef int register_mapped(int fd, int maps, const uint64_t *stop, uint64_t start, uint64_t length,
+                         uint64_t unit, uint64_t mode) noexcept nogil
+cdef int protect_mapped(int fd, int maps, const uint64_t *stop, uint64_t start,
+                        uint64_t length) noexcept nogil
 cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil   # wakes its waiters
 cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length) noexcept nogil    # wakes its waiters
 cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil

@@ -313,11 +313,34 @@ def test_names_of_the_process(tmp_path):
     assert struct.unpack_from("<IIii", psinfo, 16) == (1000, 100, 7, 1)
 
 
+def test_a_reservation_takes_no_room(tmp_path):
+    """Of a hole of 64 MiB or more the file holds nothing, and it reads as zeros; smaller ones lie in it."""
+    large, small = (1 << 40) // PAGE, (32 << 20) // PAGE
+    pages = [(0, 1, DATA), (1, small, HOLE), (1 + small, 1, DATA), (2 + small, large, HOLE)]
+    most = 1 << 22  # of one entry
+    pages = [(first + at, min(n - at, most), kind) for first, n, kind in pages for at in range(0, n, most)]
+    pages.append((2 + small + large, 1, DATA))
+    size = (3 + small + large) * PAGE
+    data = noise(3, 1)
+    process = record([memory(0x10000, size // PAGE, "rw-p")])
+    with image(process, [(0x10000, size, 0)], (pages, data)) as found:
+        summary = export_core(found, tmp_path / "core")
+    assert summary.stored_bytes == size
+    assert summary.file_bytes == os.stat(tmp_path / "core").st_size < 64 << 20
+    last = 0x10000 + size - PAGE
+    with open(tmp_path / "core", "rb") as file:
+        first, hole, tail = ELFFile(file).iter_segments("PT_LOAD")
+        assert (hole["p_vaddr"], hole["p_filesz"]) == (0x10000 + (2 + small) * PAGE, 0)
+        assert hole["p_vaddr"] + hole["p_memsz"] == last == tail["p_vaddr"]
+        assert first.data() == data[:PAGE] + bytes(small * PAGE) + data[PAGE : 2 * PAGE]
+        assert tail.data() == data[2 * PAGE :]
+
+
 def test_more_segments_than_a_header_can_count(tmp_path):
-    """PN_XNUM: 70 000 mappings of one page, none of them like its neighbour, in one region of holes."""
+    """PN_XNUM: 70 000 mappings of one page, none of them like its neighbour, in one region of zeros."""
     count = 70_000
     mappings = [memory(0x10000 + i * PAGE, 1, ("r--p", "rw-p")[i % 2]) for i in range(count)]
-    pages = [(0, count, HOLE)]
+    pages = [(0, count, ZERO)]
     with image(record(mappings), [(0x10000, count * PAGE, 0)], (pages, b"")) as found:
         assert export_core(found, tmp_path / "core").segments == count + 1
     with open(tmp_path / "core", "rb") as file:

@@ -83,7 +83,8 @@ def test_a_hole_that_fills_between_the_steps_is_data(tmp_path, flags):
     assert image[100 * PAGE] == 2
     assert image[300 * PAGE] == 0
     assert result.pages_saved == 5
-    assert result.zero_pages <= 1
+    # What was read; and of shared memory the kernel makes a page before the write to it can fault.
+    assert result.zero_pages <= 2
     assert result.lost_pages == 0
 
 
