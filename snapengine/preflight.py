@@ -107,7 +107,7 @@ def examine_process(
         injection_ns=INJECTION_NS,
         arm_ns=arm,
         stop_ns=PREPARE_NS + THREAD_NS * info.threads + arm,
-        warnings=_warnings(pid, info, tracked),
+        warnings=_warnings(pid, info, tracked) + [stop.warning] * bool(stop.warning),
         soft_refusal=soft.refusal,
         stop_refusal=stop.refusal,
     )

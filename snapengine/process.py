@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from snapengine import attach
+from snapengine.claim import Claim
 from snapengine.errors import AlreadyTrackedError, AttachError, RegisterError, TargetGoneError
 from snapengine.freezer import Freezer
 from snapengine.frozen import Copied, copy_frozen
@@ -100,6 +101,7 @@ class ProcessTarget:
         self._deadline = deadline
         self._info: attach.ProcessInfo | None = None
         self._freezer: Freezer | None = None
+        self._claim: Claim | None = None
         self._selection = Selection()
         self._frozen: list[Copied | None] = []
         self._tracked: list[Region] = []
@@ -140,7 +142,12 @@ class ProcessTarget:
                 f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
-        injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
+        self._claim = Claim(self.pid)
+        try:
+            injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
+        except BaseException:
+            self._claim.release()
+            raise
         self.injection_ns = injected.stop_ns
         try:
             # Write tracking with a stop: the threads stand from here on, so no mapping can come or go between
@@ -153,6 +160,7 @@ class ProcessTarget:
         except BaseException:
             os.close(injected.fd)
             self._thaw()
+            self._claim.release()
             raise
         return self.pid, injected.fd, self._tracked
 
@@ -229,6 +237,8 @@ class ProcessTarget:
     def close(self, status: str) -> None:
         """Let the threads go, if they stand. Idempotent."""
         self._thaw()
+        if self._claim is not None:
+            self._claim.release()
 
     # -- parts --
 
@@ -257,6 +267,8 @@ class ProcessTarget:
         if selection.refusal:
             raise RegisterError(errno.EINVAL, f"process {self.pid}: {selection.refusal}")
         self._selection = selection
+        if selection.warning and selection.warning not in self.warnings:
+            self.warnings.append(selection.warning)
         self._tracked = selection.tracked
         self.frozen_regions = selection.frozen
         self.not_captured = selection.not_captured

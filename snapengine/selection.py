@@ -104,7 +104,7 @@ class Fate:
 @dataclass(slots=True)
 class Selection:
     """What becomes of each mapping, by address. ``refusal``: why the process cannot be saved like this; ""
-    if it can."""
+    if it can. ``warning``: what lengthens the stop."""
 
     fates: list[Fate] = field(default_factory=list)
     tracked: list[Region] = field(default_factory=list)
@@ -113,6 +113,7 @@ class Selection:
     private_files: bool = False
     """Whether a private mapping of a memory file is tracked."""
     refusal: str = ""
+    warning: str = ""
 
     @property
     def frozen(self) -> list[Region]:
@@ -142,7 +143,7 @@ def select(
     sorter = _Sorter(facts or MapFacts(pid), selector, stop)
     fates = [sorter.fate(mapping) for mapping in mappings]
     selection = Selection(fates)
-    selection.refusal = _mapped_twice(fates, sorter, limit)
+    selection.refusal, selection.warning = _mapped_twice(fates, sorter, limit)
     _keep_to(fates, limit)
     _fill(selection)
     _tell_apart(selection)
@@ -238,9 +239,10 @@ def _file_name(mapping: Mapping) -> str:
     return name or "file"
 
 
-def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> str:
+def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> tuple[str, str]:
     """A write through one mapping of a memory file is not seen by the tracking of another: both are copied
-    while all stand. Returns why the process cannot be saved: it does not stand, or that is too much."""
+    while all stand. Returns why the process cannot be saved (it does not stand, or that is too much), and a
+    warning."""
     files: dict[tuple[str, int], list[int]] = {}
     for number, fate in enumerate(fates):
         if fate.action == "track" and fate.mapping.has_file and not fate.zero_inode:
@@ -252,24 +254,20 @@ def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> str:
             pair = pair or (fates[one].mapping, fates[two].mapping)
             both |= {number for number in (one, two) if _written_elsewhere(fates, number, one, two)}
     if pair is None:
-        return ""
-    text = (
-        f"{pair[0]} and {pair[1]} are two mappings of the same memory, "
-        "and a write through one is not seen in the other: "
-    )
+        return "", ""
+    text = f"{pair[0]} and {pair[1]} are two mappings of the same memory"
+    unseen = ", and a write through one is not seen in the other: "
     if not sorter.stop:
-        return text + "use --cut stop, which copies them, or leave one out with --regions"
+        return text + unseen + "use --cut stop, which copies them, or leave one out with --regions", ""
     for number in both:
         fate = fates[number]
         way: Way = "file" if fate.mapping.shared else "own"
         fates[number] = sorter.copied(fate.mapping, fate.name, way, UNTRACKED)
     size = sum(fates[number].cost for number in both)
     if size > limit:
-        return text + (
-            f"{format_size(size)} are more than may be copied in a stop (--copy-limit); "
-            "or leave one out with --regions"
-        )
-    return ""
+        much = f"{format_size(size)} are more than may be copied in a stop (--copy-limit)"
+        return text + unseen + much + "; or leave one out with --regions", ""
+    return "", text + f": all such memory is copied in the stop ({format_size(size)})"
 
 
 def _written_elsewhere(fates: list[Fate], number: int, one: int, two: int) -> bool:
