@@ -1,4 +1,4 @@
-"""docs/mappings.md is true: each kind of mapping is made, saved by every cut, and becomes what its row says."""
+"""docs/mappings.md is true: each kind of mapping is made, saved by every cut, and is what its row says."""
 
 import contextlib
 import mmap
