@@ -228,7 +228,7 @@ def memory_of(path):
 
 
 def all_of_it(take):
-    """Snapshots, until nothing was mapped during one: such memory is not in the image, and the result says so.
+    """Snapshots, until nothing was mapped during one: it would not be in the image, and the result says so.
 
     Heaps grow, and dirty logging begins long before the instant of its image.
     """
