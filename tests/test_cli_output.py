@@ -15,6 +15,7 @@ import pytest
 from clikit import COMMAND, one_error, run
 from image_kit import DATA, HOLE, LOST, noise, sample
 from targetkit import Target
+from waitkit import PATIENCE_S
 
 from snapengine import AlreadyTrackedError, ProcessTarget, snapshot
 from snapengine.figures import figures_rows
@@ -104,7 +105,7 @@ def test_no_output_makes_a_complete_image_an_error(target, tmp_path, redirection
     path, code = tmp_path / "x.img", tmp_path / "code"
     command = " ".join(COMMAND)
     line = f"{{ {command} save --pid {target.pid} {more} {path}; echo $? > {code}; }} {STREAMS[redirection]}"
-    subprocess.run(["sh", "-c", line], capture_output=True, timeout=120, check=False)
+    subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE_S, check=False)
     assert code.read_text() == "0\n"
     assert is_complete(path)
 
@@ -128,7 +129,7 @@ def test_a_pipe_that_is_full_and_does_not_block(target, tmp_path):
 
 def test_an_image_is_not_written_into_a_closed_output(target):
     line = f"{' '.join(COMMAND)} save --pid {target.pid} - >&-"
-    done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     one_error(done, "standard output is closed")
 

@@ -8,6 +8,7 @@ import pytest
 from clikit import imported, run
 from streamkit import head as stream_head
 from targetkit import Target
+from waitkit import PATIENCE_S
 
 SLOW = {"rich", "qemu", "asyncio", "matplotlib", "numpy", "psutil", "logging", "unittest", "http"}
 HOOK = """\
@@ -105,7 +106,7 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
 @pytest.mark.parametrize("at", [1, 2, 5, 15, 30])
 def test_a_signal_during_the_imports_ends_without_a_traceback(tmp_path, at, number):
     command = [sys.executable, "-c", HOOK, str(at), str(number.value), "info", str(tmp_path / "absent")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 128 + number
     assert done.stderr == f"snapengine: cancelled by {number.name}\n"
     assert done.stdout == ""

@@ -17,6 +17,7 @@ import time
 import pytest
 from handoverkit import connect, open_fds
 from targetkit import Target, until
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine import attach
@@ -168,7 +169,7 @@ class FakePeer:
         return self
 
     def __exit__(self, *_):
-        self._thread.join(20)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
         self.memory.close()
 
@@ -242,7 +243,7 @@ def test_hostile_peers_leave_nothing(tmp_path):
                         pass
                 except SnapengineError as error:
                     errors.add(type(error).__name__)
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < PATIENCE_S
             assert {entry.partition(" ")[2] for entry in open_fds() - before} <= {"/memfd:odd (deleted)"}
     finally:
         os.close(odd)

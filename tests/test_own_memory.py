@@ -8,6 +8,7 @@ import textwrap
 
 import numpy as np
 import pytest
+from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.image import open_image
@@ -60,7 +61,7 @@ def save(target, take):
 def run(tmp_path, program):
     """Its exit status is 0; what it printed last, as JSON."""
     command = [sys.executable, "-c", PROLOGUE + textwrap.dedent(program), str(tmp_path / "image")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, f"it ended with {done.returncode}: {done.stderr[-2000:]}"
     assert [item.name for item in tmp_path.iterdir() if "partial" in item.name] == []
     return json.loads(done.stdout.splitlines()[-1])
@@ -228,7 +229,7 @@ def crash(): ctypes.string_at(16)
 save(memory, crash)
 """
     command = [sys.executable, "-c", program, str(tmp_path / "image")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in done.stderr
     assert "crash" in done.stderr
@@ -237,7 +238,7 @@ save(memory, crash)
 def test_a_signal_that_is_sent_still_ends_the_program(tmp_path):
     program = PROLOGUE + "save(filled(), lambda: os.kill(os.getpid(), 7))"
     command = [sys.executable, "-c", program, str(tmp_path / "image")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == -signal.SIGBUS
 
 

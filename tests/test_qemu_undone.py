@@ -319,9 +319,9 @@ def test_interrupted_while_it_loads(saved, monkeypatch):
     started = []
     connect = restore.connect
 
-    def note(path, process):
+    def note(path, process, *limits):
         started.append(process)
-        return connect(path, process)
+        return connect(path, process, *limits)
 
     def interrupt(done):
         raise KeyboardInterrupt
