@@ -251,7 +251,11 @@ class Plan:
                 return file
         if os.path.lexists(self._path_of(covered[0])):
             return -1  # it is still there: we may not open it
-        for mapping in touching(read_maps(self.pid or "self"), region.addr, region.addr + region.length):
+        try:
+            mappings = read_maps(self.pid or "self")
+        except (FileNotFoundError, ProcessLookupError):
+            return -1  # it has ended, which is found when it is armed
+        for mapping in touching(mappings, region.addr, region.addr + region.length):
             if _continues(covered[0], mapping) and (file := self._open(self._path_of(mapping))) >= 0:
                 return file
         return -1
