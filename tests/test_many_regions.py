@@ -1,6 +1,6 @@
 """Thousands of mappings, regions and buffers cost what they hold: nothing is searched for each of them.
 
-Ratios are of CPU times, the least of several runs: four times as many regions are four times the work. Not 16.
+Ratios are of CPU times, the least of several runs: four times as many regions are four times the work.
 """
 
 import mmap
