@@ -106,7 +106,7 @@ WANTED = (
            "≥ 0.9", 0.9, floor="memcpy_ns", of="restore_ns"),
     Wanted("bench_sparse", "arm_ns", "64 GiB sparse, 256 MiB written: arming", "< 50 ms", 50e6, 64 * GIB),
     Wanted("bench_sparse", "tables_added_bytes", "  page tables added", "< 16 MiB", 16 * MIB, 64 * GIB),
-    Wanted("bench_reservation[soft]", "start_ratio", "200 MiB of 20 TiB reserved / 200 MiB: CPU until T", "≤ 2",
+    Wanted("bench_reservation[soft]", "start_ratio", "200 MiB of 20 TiB / 200 MiB: CPU until T", "≤ 2",
            2, 200 * MIB),
     Wanted("bench_reservation[stop]", "stop_ratio", "  stop / its", "≤ 2", 2, 200 * MIB),
     Wanted("bench_mappings[soft]", "start_ratio", "30 000 mappings / one of that size: CPU until T", "≤ 2", 2,
