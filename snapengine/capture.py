@@ -32,6 +32,7 @@ from snapengine.errors import (
 )
 from snapengine.failures import explain
 from snapengine.finishing import finish_image
+from snapengine.latch import Latch
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
@@ -113,8 +114,8 @@ class Capture:
         self._options = options
         self._vmstate = dict(vmstate)
         self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._begun = threading.Event()  # the image has its header: chunks may follow
+        self._done = Latch()
+        self._begun = Latch()  # the image has its header: chunks may follow
         self._started = self._cancelled = self._given_up = False
         self._error: BaseException | None = None
         self._result: Result | None = None
@@ -123,7 +124,7 @@ class Capture:
         self._finisher = Crew()  # of one
         self._began = self._stop_ns = 0
         self._expired = False
-        self._timer: threading.Timer | None = None
+        self._limiter = Crew()  # of one, if there is a limit of time
         self._ended = 0
 
     # -- what callers use --
@@ -195,6 +196,7 @@ class Capture:
         """Until all is cleaned up, and no thread of the capture is left."""
         self._done.wait()
         self._finisher.wait()
+        self._limiter.wait()
 
     def cancel(self) -> None:
         """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
@@ -246,12 +248,10 @@ class Capture:
 
     def _limit_time(self) -> None:
         if self._options.timeout:
-            self._timer = threading.Timer(self._options.timeout, self._expire)
-            self._timer.daemon = True
-            self._timer.start()
+            self._limiter.start("snapengine-timeout", self._expire)
 
     def _expire(self) -> None:
-        if not self._done.is_set():
+        if not self._done.wait(self._options.timeout):
             self._expired = True
             self.cancel()
 
@@ -416,8 +416,6 @@ class Capture:
 
     def _clean_up(self, status: str) -> None:
         _live.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
         self._parts.close(status)
 
 
@@ -442,9 +440,10 @@ def _drop_in_child() -> None:
         if capture._parts.session is not None:
             capture._parts.session.close_uffds()
         capture._error = CaptureCancelled("the capture belongs to the parent process")
-        capture._done = threading.Event()  # the old one's lock may be held by a thread that is not here
+        capture._done = Latch()
         capture._done.set()
         capture._finisher = Crew()
+        capture._limiter = Crew()
     _live.clear()
 
 

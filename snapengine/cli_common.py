@@ -69,14 +69,24 @@ def interruptible() -> Iterator[None]:
 
     A second Ctrl-C must not break off the release of the target. Only SIGKILL ends that, and then the
     kernel releases it. Outside the main thread, where Python allows no handlers, this does nothing.
+
+    Python drops an exception that is raised within a destructor or a callback; it is raised again then.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         _ignore_all()
         raise Interrupted(signum)
 
+    def raise_again(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Interrupted):
+            _raise_soon(dropped.exc_value)
+        else:
+            hook(dropped)
+
+    hook = sys.unraisablehook
     previous: dict[signal.Signals, Any] = {}
     try:
+        sys.unraisablehook = raise_again
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
                 previous[number] = signal.signal(number, interrupt)
@@ -85,8 +95,19 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in previous:
             signal.signal(number, previous[number])
+
+
+def _raise_soon(error: Interrupted) -> None:
+    """Not at once: what drops exceptions has not returned yet."""
+
+    def again(signum: int, frame: FrameType | None) -> NoReturn:
+        raise error
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 @contextlib.contextmanager

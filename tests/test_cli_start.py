@@ -1,8 +1,10 @@
 """How a command begins: what it imports, and what a signal does to it before there is anything to undo."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from clikit import imported, run
@@ -100,6 +102,35 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
     assert "snapengine.qemu.ingest" in names
     assert not top(names) & SLOW
     assert not names & {"snapengine.capture", "snapengine.session", "snapengine.qemu.monitor"}
+
+
+@pytest.mark.parametrize("swallowed", [1, 3])
+def test_a_signal_that_python_drops_is_raised_again(swallowed):
+    """In a destructor an exception goes nowhere."""
+    from snapengine.cli_common import Interrupted, interruptible
+
+    class Noisy:
+        left = swallowed
+
+        def __del__(self):
+            Noisy.left -= 1
+            if Noisy.left == swallowed - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            busy_until(lambda: False, 0.05)
+
+    before = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    with pytest.raises(Interrupted) as caught, interruptible():
+        busy_until(lambda: Noisy() and False, 60)
+    assert caught.value.exit_code == 143
+    assert Noisy.left < swallowed
+    assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == before
+
+
+def busy_until(condition, seconds):
+    """In Python code all the time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])

@@ -143,11 +143,11 @@ class Monitor:
         """Disconnect; QEMU goes on. Idempotent."""
         if self._loop.is_closed():
             return
-        if self._client.runstate.name != "IDLE":
-            # What the connection ended with is not news any more.
-            with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
-                self._run(self._client.disconnect(), CONNECT_SECONDS)
-        elif self._socket is not None:
+        idle = self._client.runstate.name == "IDLE"
+        # What the connection ended with is not news any more.
+        with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
+            self._run(self._disconnect(), CONNECT_SECONDS)
+        if idle and self._socket is not None:
             self._socket.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -158,6 +158,16 @@ class Monitor:
     async def _greet(self, seconds: float) -> None:
         assert self._socket is not None
         await asyncio.wait_for(self._client.connect(self._socket), seconds)
+
+    async def _disconnect(self) -> None:
+        """After what was begun and is not waited for any more, by an interrupted caller."""
+        begun = asyncio.all_tasks() - {asyncio.current_task()}
+        own = [task for task in begun if getattr(task.get_coro(), "cr_code", None) in _OWN_CODE]
+        for task in own:
+            task.cancel()
+        await asyncio.gather(*own, return_exceptions=True)
+        if self._client.runstate.name != "IDLE":
+            await self._client.disconnect()
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None, fd: int = -1) -> Any:
         if fd >= 0:
@@ -217,6 +227,9 @@ class Monitor:
             raise MachineError(f"{self.address}: this is not QMP ({error.exc or error})") from None
         except (QMPError, EOFError, OSError):
             raise TargetGoneError(errno.ESRCH, f"{self.address}: QEMU has closed the connection") from None
+
+
+_OWN_CODE = [work.__code__ for work in (Monitor._greet, Monitor._execute, Monitor._take_events)]
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
