@@ -5,10 +5,13 @@ seized it: callers may be any. It holds no lock while it works, and its end lets
 also the only way to let go of a thread that did not stop. If the whole process ends, by SIGKILL too, the
 kernel does the same: the target runs on.
 
-What it cannot stop: a thread in uninterruptible sleep (the parent of a vfork; a fault inside a system
-call on memory under somebody's userfaultfd, until that is answered): the deadline ends the attempt.
-Workers of io_uring are the kernel's own and cannot be traced; they may go on writing to buffers that the
-target gave to the kernel.
+Processes that share its memory stand, too (`pyx/kin`); their registers are not taken. Nor are those of a
+thread that waits for the child of its vfork: it stands in the kernel.
+
+What it cannot stop: a thread in another uninterruptible sleep (a fault inside a system call on memory under
+somebody's userfaultfd, until that is answered): the deadline ends the attempt. Workers of io_uring are the
+kernel's own and cannot be traced, nor can requests of kernel AIO be held; they may go on writing to
+buffers that the target gave to the kernel: `snapengine.attach.kernel_writers` names them.
 
 While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of another thread of this
 process may take a report away; the stop is then found by asking.
@@ -91,7 +94,7 @@ cdef class Freezer:
         self.state.pid = self.pid
         self.state.limit_ns = <uint64_t>(max(self.deadline, 0.0) * 1e9)
         self.state.registers = registers
-        self.state.n = self.state.err = self.state.at_tid = 0
+        self.state.n = self.state.err = self.state.at_tid = self.state.at_process = 0
         self.state.thaw = False
         self.state.phase = STOPPING
         err = snap_thread_start(&self.thread, hold_still, self.state)
@@ -109,12 +112,14 @@ cdef class Freezer:
 
     def _failure(self, info):
         err, tid = self.state.err, self.state.at_tid
+        if err == ENOMEM:
+            return MemoryError()
+        if self.state.at_process not in (0, info.pid):
+            return injectplan.kin_not_stopped(info, self.state.at_process, tid, err)
         if err == ETIMEDOUT:
             return injectplan.nobody_stopped(info, {tid}, self.deadline)
         if err == ESRCH:
             return TargetGoneError(err, f"process {info.pid} ({info.name}) has ended")
-        if err == ENOMEM:
-            return MemoryError()
         return injectplan.explain(info, tid, "seize", err, None)
 
     def resume(self):
@@ -141,9 +146,32 @@ cdef class Freezer:
         cdef int i
         found = []
         for i in range(self.state.n):
-            if self.state.threads[i].standing:
+            if self.state.threads[i].standing and not self.state.threads[i].blind \
+                    and self.state.threads[i].process == self.pid:
                 found.append(self._thread(i))
         return sorted(found, key=lambda thread: thread.tid)
+
+    def warnings(self):
+        """What of the last stop is not as it seems, in words; may be called after `resume`."""
+        cdef int i
+        found = []
+        if self.state.kin.unknown:
+            found.append(
+                "whether other processes share its memory cannot be told (kcmp(2) is not allowed or not "
+                "built in): one that does was not stopped"
+            )
+        blind = [self.state.threads[i].tid for i in range(self.state.n)
+                 if self.state.threads[i].blind and self.state.threads[i].process == self.pid]
+        if blind:
+            tids = ", ".join(map(str, blind))
+            found.append(f"thread {tids} waits for the child of its vfork: its registers are not taken")
+        return found
+
+    @property
+    def kin(self):
+        """The processes that share the memory, and were stopped with it, of the last stop."""
+        cdef int i
+        return [self.state.kin.processes[i] for i in range(self.state.kin.n)]
 
     cdef _thread(self, int i):
         cdef thread_t *thread = &self.state.threads[i]
@@ -176,4 +204,5 @@ cdef class Freezer:
         pthread_mutex_destroy(&self.state.lock)
         free(self.state.threads)
         free(self.state.area)
+        free(self.state.kin.processes)
         free(self.state)

@@ -10,11 +10,12 @@ target then goes on with the registers of the injected call, which it hardly sur
 The descriptor is opened in the target, copied here by pidfd_getfd(2) and closed there, in one stop. One
 that stayed there would keep the memory protected after our end, and block the target for ever.
 
-Two ways to open it. userfaultfd(2), where the target's user may call that: registers are all it takes. Otherwise
-/dev/userfaultfd is opened here and handed to the target, which makes USERFAULTFD_IOC_NEW with it: no file system,
-mount namespace, device cgroup or user of the target has a say. Handing over takes memory; it is a page of our own,
-mapped and unmapped by the stopped thread. What lies below its stack pointer belongs to others (a coroutine's
-stack inside an array), who run meanwhile: no byte of the target's own memory is ever written.
+Two ways to open it. userfaultfd(2), where the target's user may call that: registers are all it takes.
+Otherwise /dev/userfaultfd is opened here and handed to the target, which makes USERFAULTFD_IOC_NEW with it:
+no file system, mount namespace, device cgroup or user of the target has a say. Handing over takes memory. It
+is a page of our own, mapped and unmapped by the stopped thread: what lies below its stack pointer belongs to
+others (a coroutine's stack inside an array), who run meanwhile. No byte of the target's own memory is
+ever written.
 
 The helper allocates nothing, runs no Python and takes no lock: all of its data is in a job_t and on its
 own stack.
@@ -145,8 +146,8 @@ cdef int _receive(job_t *job, uint64_t page, int socket, int64_t *device) noexce
 
 
 cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
-    """A socket pair in the target, of which one end brings the device. The other is closed before that comes:
-    never more than two descriptors at a time."""
+    """A socket pair in the target, of which one end brings the device. The other is closed before that
+    comes: never more than two descriptors at a time."""
     cdef uint64_t *args = [<uint64_t>AF_UNIX, <uint64_t>(SOCK_DGRAM | SOCK_CLOEXEC), 0, page, 0, 0]
     cdef snap_passing passing
     cdef int64_t result = 0
@@ -167,8 +168,8 @@ cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
 
 
 cdef int _pass_device(job_t *job, int64_t *device) noexcept nogil:
-    """The device into the target's table of descriptors. MAP_NORESERVE keeps the page from being merged with a
-    neighbour, so that to unmap it splits nothing."""
+    """The device into the target's table of descriptors. MAP_NORESERVE keeps the page from being merged with
+    a neighbour, so that to unmap it splits nothing."""
     cdef uint64_t *args = [0, PASSING_BYTES, <uint64_t>(PROT_READ | PROT_WRITE),
                            <uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), <uint64_t>-1, 0]
     cdef int64_t page = 0

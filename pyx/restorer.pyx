@@ -253,7 +253,8 @@ cdef class Restorer:
             if start >= end:
                 continue
             if into.memory != NULL:
-                err = guarded_store(into.memory + (start - self.low), data + (start - first - done), end - start)
+                err = guarded_store(into.memory + (start - self.low), data + (start - first - done),
+                                    end - start)
                 if err:
                     self.no_memory()
                 continue

@@ -2,6 +2,11 @@
 
 ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
 while it works, and its end lets go of everything. `pyx/freezer` makes it and waits for it.
+
+Who writes to the memory is stopped, not only who is a thread of the process: `pyx/kin` finds the processes
+that share it. The parent of a vfork sleeps in the kernel, where no stop reaches it, until its child has
+executed or ended; it is asked to stop all the same, and so cannot come back to its own code: it counts as
+standing.
 """
 
 from libc.errno cimport EAGAIN, EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT
@@ -10,6 +15,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
+from snapengine.kin cimport kin_list, kin_list_new
 from snapengine.processvm cimport iovec
 from snapengine.ptrace cimport (
     NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
@@ -21,8 +27,8 @@ from snapengine.pthreads cimport (
     snap_now_ns, snap_sleep_ns,
 )
 from snapengine.tracee cimport (
-    CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_interrupt, tracee_look,
-    tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
+    CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_in_vfork, tracee_interrupt,
+    tracee_look, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
 )
 
 cdef extern from "<dirent.h>" nogil:
@@ -56,7 +62,7 @@ cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
     return -1
 
 
-cdef int _add(freezer_t *freezer, int tid) noexcept nogil:
+cdef int _add(freezer_t *freezer, int process, int tid) noexcept nogil:
     cdef void *more
     cdef thread_t *thread
     if _find(freezer, tid) >= 0:
@@ -70,52 +76,67 @@ cdef int _add(freezer_t *freezer, int tid) noexcept nogil:
     thread = &freezer.threads[freezer.n]
     memset(thread, 0, sizeof(thread_t))
     thread.tid = tid
-    tracee_comm(freezer.pid, tid, thread.comm)
+    thread.process = process
+    tracee_comm(process, tid, thread.comm)
     freezer.n += 1
     return 0
 
 
-cdef int _seize_one(freezer_t *freezer, int tid) noexcept nogil:
+cdef void _blame(freezer_t *freezer, int process, int tid) noexcept nogil:
+    freezer.at_tid = tid
+    freezer.at_process = process
+
+
+cdef int _seize_one(freezer_t *freezer, int process, int tid) noexcept nogil:
     """0, or an errno; EPERM and EAGAIN may pass: the thread is ending."""
     cdef int tracer = 0
     cdef int err = tracee_seize(tid, PTRACE_O_TRACECLONE)
     if err == 0:
-        return _add(freezer, tid)
+        return _add(freezer, process, tid)
     if err == ESRCH:
         return 0
-    freezer.at_tid = tid
+    _blame(freezer, process, tid)
     if err != EPERM:
         return err
-    err = tracee_refusal(freezer.pid, tid, &tracer)
+    err = tracee_refusal(process, tid, &tracer)
     if err == EBUSY and tracer == c_syscall(SYS_gettid):
-        return _add(freezer, tid)               # born to a thread that we trace
+        return _add(freezer, process, tid)      # born to a thread that we trace
     return err
 
 
-cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
-    """Seize the threads that are not ours yet; `found`: there were some."""
+cdef int _seize_threads(freezer_t *freezer, int process) noexcept nogil:
     cdef char path[32]
     cdef dirent *entry
     cdef DIR *folder
     cdef int tid
-    cdef int before = freezer.n
     cdef int err = 0, worst = 0
-    snprintf(path, sizeof(path), b"/proc/%d/task", freezer.pid)
+    snprintf(path, sizeof(path), b"/proc/%d/task", process)
     folder = opendir(path)
     if folder == NULL:
-        return ESRCH
+        return ESRCH if process == freezer.pid else 0
     while worst in (0, EPERM, EAGAIN):
         entry = readdir(folder)
         if entry == NULL:
             break
         tid = atoi(entry.d_name)
         if tid > 0 and _find(freezer, tid) < 0:
-            err = _seize_one(freezer, tid)
+            err = _seize_one(freezer, process, tid)
             if err:
                 worst = err
     closedir(folder)
-    found[0] = freezer.n > before
     return worst
+
+
+cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
+    """Seize the threads that are not ours yet, also of who shares the memory; `found`: there were some."""
+    cdef int before = freezer.n
+    cdef int err = _seize_threads(freezer, freezer.pid)
+    cdef int i
+    for i in range(freezer.kin.n):
+        if err in (0, EPERM, EAGAIN):
+            err = _seize_threads(freezer, freezer.kin.processes[i]) or err
+    found[0] = freezer.n > before
+    return err
 
 
 cdef int _seize_all(freezer_t *freezer) noexcept nogil:
@@ -157,10 +178,11 @@ cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil
     if state == ENDED:
         freezer.threads[i].gone = True
     elif state == CLONED:
-        return _add(freezer, born)
+        return _add(freezer, freezer.threads[i].process, born)
     elif state == STANDING:
-        # clone(2) of a process that shares the memory is reported like that of a thread.
-        if c_syscall(SYS_tgkill, freezer.pid, tid, 0) != 0:
+        # clone(2) of a process is reported like that of a thread; if it shares the memory, it is found again.
+        # again.
+        if c_syscall(SYS_tgkill, freezer.threads[i].process, tid, 0) != 0:
             tracee_detach(tid)
             freezer.threads[i].gone = True
         else:
@@ -187,13 +209,15 @@ cdef int _wait_standing(freezer_t *freezer) noexcept nogil:
         while i < freezer.n:
             if not freezer.threads[i].standing and not freezer.threads[i].gone:
                 waiting += 1
-                freezer.at_tid = freezer.threads[i].tid
+                _blame(freezer, freezer.threads[i].process, freezer.threads[i].tid)
                 state = tracee_poll(freezer.at_tid, PTRACE_CONT, &born)
                 if state == RUNNING and late:
                     state = tracee_look(freezer.at_tid, PTRACE_CONT, &born)
                     # The end of a leader is not reported before that of the last thread.
-                    if state == RUNNING and tracee_refusal(freezer.pid, freezer.at_tid, &tracer) == 0:
+                    if state == RUNNING and tracee_refusal(freezer.at_process, freezer.at_tid, &tracer) == 0:
                         state = ENDED
+                    elif state == RUNNING and tracee_in_vfork(freezer.at_process, freezer.at_tid):
+                        freezer.threads[i].standing = freezer.threads[i].blind = True
                 err = _see(freezer, i, state, born)
                 if err:
                     return err
@@ -208,7 +232,11 @@ cdef int _wait_standing(freezer_t *freezer) noexcept nogil:
 cdef int _stop_all(freezer_t *freezer) noexcept nogil:
     cdef int asked = 0, i
     cdef bint found = True
-    cdef int err = _seize_all(freezer)
+    cdef int err
+    freezer.kin.pid = freezer.pid
+    err = kin_list(&freezer.kin)                        # while all run: it takes the longest
+    if err == 0:
+        err = _seize_all(freezer)
     if err == 0:
         err = _make_room(freezer)
     freezer.from_ns = snap_now_ns()
@@ -217,6 +245,8 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
             tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, which the wait will see
         asked = freezer.n
         err = _wait_standing(freezer)
+        if err == 0:
+            err = kin_list_new(&freezer.kin)
         if err == 0:
             err = _seize_new(freezer, &found)
         if err in (EAGAIN, EPERM):
@@ -252,15 +282,15 @@ cdef int _settle_all(freezer_t *freezer) noexcept nogil:
     cdef int i
     cdef int err = _make_room(freezer)
     for i in range(freezer.n):
-        if err or not freezer.threads[i].standing:
+        if err or not freezer.threads[i].standing or freezer.threads[i].blind:
             continue
         if snap_ptrace(PTRACE_GETREGS, freezer.threads[i].tid, 0, &regs):
             freezer.threads[i].standing = False         # SIGKILL takes a thread out of its stop
             freezer.threads[i].gone = True
             continue
-        if tracee_settle(freezer.pid, freezer.threads[i].tid, &regs, False):
+        if tracee_settle(freezer.threads[i].process, freezer.threads[i].tid, &regs, False):
             snap_ptrace(PTRACE_SETREGS, freezer.threads[i].tid, 0, &regs)
-        if freezer.registers:
+        if freezer.registers and freezer.threads[i].process == freezer.pid:
             _capture(freezer, i)
     return err
 

@@ -12,7 +12,7 @@ not put right are `tracee_settle`'s job; its comments say what and why.
 from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf, sscanf
-from libc.stdlib cimport strtoull
+from libc.stdlib cimport strtol, strtoull
 from libc.string cimport memcpy, strlen, strrchr, strstr
 from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
 from posix.types cimport pid_t
@@ -39,6 +39,10 @@ cdef extern from "<sys/syscall.h>" nogil:
     long SYS_sendto, SYS_recvfrom, SYS_sendmsg, SYS_recvmsg, SYS_sendmmsg, SYS_recvmmsg
     long SYS_semop, SYS_semtimedop, SYS_rt_sigtimedwait, SYS_io_getevents, SYS_io_pgetevents
     long SYS_epoll_wait, SYS_epoll_pwait, SYS_io_uring_enter
+    long SYS_vfork, SYS_clone, SYS_clone3
+
+cdef extern from "<sched.h>" nogil:
+    unsigned long CLONE_VFORK
 
 cdef extern from "snapengine/ptrace.h" nogil:
     long SYS_epoll_pwait2
@@ -122,15 +126,26 @@ cdef uint64_t _number_after(const char *status, const char *name, int base) noex
     return strtoull(found + strlen(name), NULL, base) if found != NULL else 0
 
 
-cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
+cdef bint _stat(int pid, int tid, char *state, unsigned *flags) noexcept nogil:
+    """Of /proc/PID/task/TID/stat; the state is 0 if it says neither. False: the thread is gone."""
     cdef char text[STATUS_BYTES]
     cdef const char *after_name
+    state[0] = 0
+    if _read_file(pid, tid, b"stat", text, sizeof(text)) <= 0:
+        return False
+    after_name = strrchr(text, c")")
+    if after_name == NULL or sscanf(after_name + 1, b" %c %*d %*d %*d %*d %*d %u", state, flags) != 2:
+        state[0] = 0
+    return True
+
+
+cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
+    cdef char text[STATUS_BYTES]
     cdef char state = 0
     cdef unsigned flags = 0
-    if _read_file(pid, tid, b"stat", text, sizeof(text)) <= 0:
+    if not _stat(pid, tid, &state, &flags):
         return 0
-    after_name = strrchr(text, c")")
-    if after_name == NULL or sscanf(after_name + 1, b" %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2:
+    if state == 0:
         return EPERM
     if state in (c"Z", c"X", c"x") or flags & WORKER:
         return 0
@@ -201,6 +216,31 @@ cdef bint _peek(int pid, uint64_t addr, void *data, size_t length) noexcept nogi
     remote.iov_base = <void *>addr
     local.iov_len = remote.iov_len = length
     return process_vm_readv(pid, &local, 1, &remote, 1, 0) == <ssize_t>length
+
+
+cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil:
+    """By its call (proc_pid_syscall(5)), which the kernel tells of a thread that sleeps only. clone3(2) has
+    the flags in memory."""
+    cdef char text[256]
+    cdef uint64_t flags = 0
+    cdef unsigned task_flags = 0
+    cdef char state = 0
+    cdef long call
+    cdef char *rest
+    if not _stat(pid, tid, &state, &task_flags) or state != c"D":
+        return False
+    if _read_file(pid, tid, b"syscall", text, sizeof(text)) <= 0:
+        return False
+    call = strtol(text, &rest, 10)
+    if rest == text:
+        return False                                    # "running"
+    if call == SYS_vfork:
+        return True
+    if call == SYS_clone:
+        return strtoull(rest, NULL, 16) & CLONE_VFORK
+    if call != SYS_clone3 or not _peek(tid, strtoull(rest, NULL, 16), &flags, sizeof(flags)):
+        return False
+    return flags & CLONE_VFORK
 
 
 cdef bint _abort_rseq(int tid, user_regs_struct *regs) noexcept nogil:

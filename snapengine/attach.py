@@ -187,6 +187,27 @@ def mergeable_mappings(pid: int) -> int:
     return sum(line.startswith("VmFlags:") and " mg" in line for line in lines)
 
 
+def kernel_writers(pid: int) -> list[str]:
+    """What may write to a process's memory while all of its threads stand, in words. Raises OSError."""
+    workers = 0
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        try:
+            workers += bool(thread_stat(pid, int(tid)).flags & (PF_IO_WORKER | PF_USER_WORKER))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = []
+    if workers:
+        found.append(
+            f"{workers} workers of the kernel (io_uring, vhost) cannot be stopped: what they write to memory "
+            "that is copied while the threads stand may be of several moments"
+        )
+    if any("/[aio]" in line for line in procfs.lines(f"/proc/{pid}/maps")):
+        found.append(
+            "it uses kernel AIO (io_setup): direct reads in flight at T go on writing to its memory unseen"
+        )
+    return found
+
+
 def has_capability(bit: int) -> bool:
     """Whether this process has the capability in effect."""
     return bool(int(procfs.status("/proc/self/status")["CapEff"], 16) >> bit & 1)

@@ -205,6 +205,19 @@ def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSErr
     return TargetGoneError(errno.ESRCH, f"{who} ended while it was being attached to")
 
 
+def kin_not_stopped(info: ProcessInfo, process: int, tid: int, err: int) -> OSError:
+    """The error for a process that shares the target's memory and does not stop with it."""
+    who = f"process {info.pid} ({info.name}) shares its memory with process {process} ({name_of(process)})"
+    if err == errno.ETIMEDOUT:
+        why = f"did not stop in time (thread {tid})"
+    elif err == errno.EBUSY:
+        why = "is being traced by another program"
+    else:
+        why = f"may not be stopped ({os.strerror(err)})"
+    text = f"{who}, which {why}: a stop cut would not be one state; take a soft cut, or end that process"
+    return AttachError(err, text)
+
+
 def _state(tid: int, state: str) -> str:
     if state != "D":
         return f"state {state}"

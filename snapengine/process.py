@@ -142,6 +142,7 @@ class ProcessTarget:
                 f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
+        self.warnings += kernel_writers(self.pid, self.cut)
         self._claim = Claim(self.pid)
         try:
             injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
@@ -207,7 +208,12 @@ class ProcessTarget:
         return self._frozen[number]
 
     def late_warnings(self) -> list[str]:
-        """Writable mappings of the shared memory that were made after T: writes there are not seen."""
+        """What the stop could not do, and writable mappings of the shared memory that were made after T."""
+        stop = self._freezer.warnings() if self._freezer is not None else []
+        return stop + self._mapped_again()
+
+    def _mapped_again(self) -> list[str]:
+        """Writes there are not seen."""
         if self._record is None or self.method != WRITE_TRACKING:
             return []
         tracked = {region.addr for region in self._tracked}
@@ -352,6 +358,16 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
         return [(region.addr, region.addr + region.length)]
     starts = [region.addr + page * PAGE_BYTES for page in copied.unreadable]
     return [(start, start + PAGE_BYTES) for start in starts]
+
+
+def kernel_writers(pid: int, cut: Cut) -> list[str]:
+    """`attach.kernel_writers`, of which workers matter only to what is copied in a stop: elsewhere they fault
+    like threads."""
+    try:
+        found = attach.kernel_writers(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it ends: attaching says so
+    return [text for text in found if cut == "stop" or "AIO" in text]
 
 
 def ksm_runs() -> bool:

@@ -27,5 +27,7 @@ cdef stand_t tracee_look(int tid, int request, int *born) noexcept nogil
 # kernel; EAGAIN it is ending, and may yet write its clear_child_tid; EBUSY `tracer` (a thread) traces it;
 # else EPERM.
 cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil
+# Whether a thread sleeps in the kernel until the child of its vfork has executed or ended.
+cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil
 # The name of a thread, at most 15 bytes; empty if it is gone.
 cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil

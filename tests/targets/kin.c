@@ -1,0 +1,108 @@
+/* A process whose memory is written to by processes that are none of its threads.
+ *
+ * usage: kin WORDS share|threads|vfork|churn. COUNTERS: the main thread's, then the others'; VALUES: the process that
+ * shares the memory; MEMORY: a page in anonymous memory and PAGES one in .data, which it writes in turn. */
+#include "target.h"
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/wait.h>
+
+enum { STACK = 65536 };
+static struct {
+    volatile uint64_t n;
+    char rest[4088];
+} in_data __attribute__((aligned(4096))) = {1, {1}};
+static volatile uint64_t *in_anon;
+static char stacks[64][STACK] __attribute__((aligned(16)));
+
+static void count(int counter) {
+    for (uint64_t n = 1;; n++) {
+        in_anon[0] = n;
+        in_data.n = n;
+        words[COUNTERS + counter]++;
+    }
+}
+
+static int write_in_turn(void *arg) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    count((int)(intptr_t)arg);
+    return 0;
+}
+
+static int just_count(void *arg) {
+    for (;;)
+        words[COUNTERS + (int)(intptr_t)arg]++;
+    return 0;
+}
+
+/* With a thread of its own: raw clone(2), since pthreads belong to one process. */
+static int write_with_a_thread(void *arg) {
+    int flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (clone(just_count, stacks[2] + STACK - 64, flags, (void *)2) < 0)
+        _exit(3);
+    return write_in_turn(arg);
+}
+
+static int live_shortly(void *arg) {
+    for (volatile int i = 0; i < 20000; i++)
+        words[COUNTERS + 1]++;
+    (void)arg;
+    return 0;
+}
+
+/* Always some of them, new ones all the time. */
+static void churn(void) {
+    pid_t living[32] = {0};
+    for (unsigned n = 0;; n++) {
+        int i = n % 32;
+        if (living[i] && waitpid(living[i], 0, __WALL) != living[i])
+            words[ERRORS]++;
+        living[i] = clone(live_shortly, stacks[i] + STACK - 64, CLONE_VM | (n & 1 ? SIGCHLD : 0), 0);
+        if (living[i] < 0)
+            words[ERRORS]++;
+        words[COUNTERS]++;
+    }
+}
+
+/* A thread (clone(2), no pthread: they share the stack protector's canary) that waits for its vfork. */
+static int wait_for_vfork(void *arg) {
+    pid_t child = vfork();
+    (void)arg;
+    if (child == 0) {
+        words[VALUES] = (uint64_t)getpid();
+        while (!words[WORDS - 1])
+            words[COUNTERS + 1]++;
+        _exit(0);
+    }
+    for (;;)
+        words[COUNTERS + 2]++;
+}
+
+int main(int argc, char **argv) {
+    const char *mode = argv[argc - 1];
+    int threads = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
+    open_words(argv[1]);
+    in_anon = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    in_anon[0] = 0;
+    words[MEMORY] = (uint64_t)in_anon;
+    words[PAGES] = (uint64_t)&in_data;
+    words[READY] = 1;
+    if (!strcmp(mode, "churn"))
+        churn();
+    if (!strcmp(mode, "vfork")) {
+        if (clone(wait_for_vfork, stacks[0] + STACK - 64, threads, 0) < 0)
+            return 3;
+    } else {
+        int (*body)(void *) = strcmp(mode, "threads") ? write_in_turn : write_with_a_thread;
+        int child = clone(body, stacks[1] + STACK - 64, CLONE_VM | CLONE_FILES | SIGCHLD, (void *)1);
+        if (child < 0)
+            return 3;
+        words[VALUES] = (uint64_t)child;
+    }
+    for (;;) {
+        words[COUNTERS]++;
+        usleep(100);
+    }
+}
