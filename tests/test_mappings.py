@@ -1,25 +1,31 @@
 """docs/mappings.md is true: each kind of mapping is made, saved by every cut, and is what its row says."""
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from patientkit import ProcessTarget
 from targetkit import COUNTERS, Target
 
 import snapengine
+from snapengine import handover
 from snapengine.backing import KERNEL, Backing, Backings, internal_device
-from snapengine.errors import AlreadyTrackedError, ImageError, RegisterError
+from snapengine.errors import AlreadyTrackedError, HandoverError, ImageError, RegisterError
 from snapengine.image import open_image
 from snapengine.mapfacts import MapFacts
 from snapengine.maps import Mapping, read_maps
+from snapengine.memorymap import check_mapped
 from snapengine.pagemap import CATEGORIES, is_guard, populated_runs
 from snapengine.preflight import examine_process
+from snapengine.qemu.ramblocks import RamBlock
+from snapengine.qemu.target import QemuTarget
 from snapengine.selection import ELSEWHERE, Selector, parse_regions, select
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
@@ -348,3 +354,70 @@ def test_pages_of_its_own_count_not_the_size(tmp_path, limit, action):
     if action == "leave":
         assert "--copy-limit 16" in fate.reason
     memory.close()
+
+
+# -- the same decision for other targets --
+
+
+def mapping_of(saved, kind):
+    (found,) = [m for m in read_maps(saved.target.pid) if m.start == saved.addresses[kind]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("anonymous", "anon"),
+        ("tmpfs", "shared"),
+        ("tmpfs-removed", "shared"),
+        ("tmpfs-private", "anon"),
+        ("shared-anonymous", "shared"),
+        pytest.param("hugetlb-file", "hugetlb-shared", marks=pytest.mark.host_optional),
+        pytest.param("hugetlb-file-private", "hugetlb", marks=pytest.mark.host_optional),
+        ("file-shared", "copied"),
+        ("sysv", "copied"),
+    ],
+)
+def test_ram_blocks_of_a_machine(saved, kind, wanted):
+    """QEMU's memory is judged by what holds it, as any other."""
+    if not saved.addresses[kind]:
+        pytest.skip(f"this host cannot make {kind}")
+    found = mapping_of(saved, kind)
+    machine = QemuTarget(SimpleNamespace(peer_pid=saved.target.pid, address="here"))
+    small = mapping_of(saved, "anonymous")
+    for number, mapping in enumerate((found, small)):
+        size = mapping.end - mapping.start
+        machine._blocks.append(RamBlock(f"ram{number}", PAGE, 0, size, size, mapping.start))
+    tracked = {region.addr: region for region in machine._sort(sorted({found, small}, key=lambda mapping: mapping.start))}
+    if wanted == "copied":
+        assert found.start not in tracked
+        assert [region.addr for region in machine.frozen_regions] == [found.start]
+    else:
+        assert tracked[found.start].kind == wanted
+        assert tracked[found.start].page_size == (HUGE if "hugetlb" in wanted else PAGE)
+
+
+@pytest.mark.parametrize("kind", ["anonymous", "tmpfs", "devzero-private", "hugetlb-file"])
+def test_mappings_of_a_peer(saved, kind):
+    if not saved.addresses[kind]:
+        pytest.skip(f"this host cannot make {kind}")
+    page = HUGE if kind == "hugetlb-file" else PAGE
+    claimed = handover.Mapping("ram", saved.addresses[kind], size_of(kind), 0, page)
+    (found,) = check_mapped(saved.target.pid, (claimed,), {})
+    assert found.kind == {"tmpfs": "shared", "hugetlb-file": "hugetlb-shared"}.get(kind, "anon")
+    assert (found.zero_inode != 0) == (kind == "devzero-private")
+    with pytest.raises(HandoverError, match="page_size"):
+        check_mapped(saved.target.pid, (dataclasses.replace(claimed, page_size=1 << 30),), {})
+
+
+def test_own_private_memory_of_dev_zero(tmp_path):
+    """The kernel treats it as anonymous: a hole that is written to after T was a hole at T."""
+    fd = os.open("/dev/zero", os.O_RDWR)
+    with mmap.mmap(fd, 64 * PAGE, flags=mmap.MAP_PRIVATE) as memory:
+        os.close(fd)
+        memory[:PAGE] = b"\1" * PAGE
+        with snapengine.snapshot(memory, tmp_path / "image") as capture:
+            memory[32 * PAGE : 33 * PAGE] = b"\2" * PAGE
+        assert capture.result.lost_pages == 0
+        with open_image(tmp_path / "image") as image:
+            assert image.read("buffer", 0, 64 * PAGE) == b"\1" * PAGE + bytes(63 * PAGE)
