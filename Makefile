@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-build-isolation --editable
+# What an extra of pyproject.toml asks for, without the package itself: that is compiled once, by .base.
+EXTRAS = @$(BIN)/python .ci/extras pyproject.toml $(1) > $(VENV)/extras.txt && $(PIP) install -r $(VENV)/extras.txt
 SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/include/snapengine/*.h)
 
 # Snapshots of attached processes per test case and round: 60 cases, so 1020.
@@ -125,8 +127,8 @@ $(VENV)/.base: $(VENV)/.created $(SOURCES)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	@echo "installing the test tools"
-	@$(INSTALL) '.[plot,test]'
+	@echo "installing the test tools (nothing is compiled again)"
+	$(call EXTRAS,plot test)
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test
@@ -135,11 +137,11 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@echo "installing the bench tools"
-	@$(INSTALL) '.[bench]'
+	@echo "installing the bench tools (nothing is compiled again)"
+	$(call EXTRAS,bench)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
-	@echo "installing the lint tools"
-	@$(INSTALL) '.[lint]'
+	@echo "installing the lint tools (nothing is compiled again)"
+	$(call EXTRAS,lint)
 	@touch $@

@@ -140,14 +140,16 @@ def exit_code(result: Result) -> int:
 
 def missing_text(result: Result) -> str:
     """One line on the mappings that an image of a process lacks and no file holds; "" if there are none."""
-    from snapengine.selection import ELSEWHERE
+    from snapengine.selection import ELSEWHERE, NEEDS_STOP
 
     lacking = [item for item in result.not_captured if item["reason"] not in ELSEWHERE]
     if not lacking:
         return ""
     size = sum(item["end"] - item["start"] for item in lacking)
     reasons = ", ".join(sorted({item["reason"] for item in lacking}))
-    return f"{len(lacking)} mappings ({size >> 10} KiB) are not in the image: {reasons}"
+    globals_too = any(item["reason"].startswith(NEEDS_STOP) for item in lacking)
+    hint = ". That is global variables, and the list of libraries: debuggers need --cut stop" * globals_too
+    return f"{len(lacking)} mappings ({size >> 10} KiB) are not in the image: {reasons}{hint}"
 
 
 def report(result: Result, args: argparse.Namespace, *, figures: bool = True) -> None:
