@@ -79,10 +79,12 @@ def interruptible() -> Iterator[None]:
 
     def raise_again(dropped: sys.UnraisableHookArgs) -> None:
         if isinstance(dropped.exc_value, Interrupted):
+            pending.append(dropped.exc_value)
             _raise_soon(dropped.exc_value)
         else:
             hook(dropped)
 
+    pending: list[Interrupted] = []
     hook = sys.unraisablehook
     previous: dict[signal.Signals, Any] = {}
     try:
@@ -96,6 +98,8 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+        if pending:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number in previous:
             signal.signal(number, previous[number])
 
