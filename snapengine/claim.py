@@ -1,8 +1,8 @@
 """One capture of a process at a time, also where the kernel cannot tell who tracks its memory.
 
-A process may have a userfaultfd of its own, so that a mapping which is taken says nothing about who took
-it. A name in the abstract namespace of Unix sockets does: one has it, until its descriptor is closed. (Engines
-in different network namespaces do not see each other; the kernel still lets one mapping be tracked only once.)
+A process may have a userfaultfd of its own, so that a mapping which is taken says nothing about who took it.
+A name in the abstract namespace of Unix sockets does: one has it, until its descriptor is closed. (Engines in
+different network namespaces do not see each other; the kernel lets a mapping be tracked only once anyway.)
 """
 
 from __future__ import annotations

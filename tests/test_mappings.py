@@ -388,7 +388,8 @@ def test_ram_blocks_of_a_machine(saved, kind, wanted):
     for number, mapping in enumerate((found, small)):
         size = mapping.end - mapping.start
         machine._blocks.append(RamBlock(f"ram{number}", PAGE, 0, size, size, mapping.start))
-    tracked = {region.addr: region for region in machine._sort(sorted({found, small}, key=lambda mapping: mapping.start))}
+    memory = sorted({found, small}, key=lambda mapping: mapping.start)
+    tracked = {region.addr: region for region in machine._sort(memory)}
     if wanted == "copied":
         assert found.start not in tracked
         assert [region.addr for region in machine.frozen_regions] == [found.start]
