@@ -192,6 +192,7 @@ cdef class Session:
         self.control = Arena(sizeof(capture_t) + len(plans) * (sizeof(region_t) + sizeof(uint32_t)))
         self.control.touch()
         self.capture = capture = <capture_t *>self.control.base
+        capture.spare_fd = <uint64_t>-1
         capture.regions = <region_t *>(self.control.base + sizeof(capture_t))
         capture.by_addr = <uint32_t *>&capture.regions[len(plans)]
         capture.n_regions = len(plans)
@@ -209,7 +210,6 @@ cdef class Session:
         capture.look_pages = look
         capture.scarce = walkers >= len(os.sched_getaffinity(0))
         capture.stop_event = -1
-        capture.spare_fd = <uint64_t>-1
         capture.epoll = -1
         self.descriptors = Arena(UFFDS_MAX * sizeof(int), True)
         self.descriptors.touch()
@@ -477,6 +477,18 @@ cdef class Session:
 
     def close(self):
         """Free what the capture used. Only after its threads have ended. Idempotent."""
+        self._close_files()
+        self.close_uffds()
+        if self.pool is not None:
+            self.pool.close()
+        self.bitmaps = []
+
+    def __del__(self):
+        # A Ctrl-C may come as the constructor returns. The userfaultfd is then still the caller's.
+        if self.capture != NULL:
+            self._close_files()
+
+    def _close_files(self):
         fds, self.owned_fds = self.owned_fds, []
         for fd in fds:
             os.close(fd)
@@ -486,10 +498,6 @@ cdef class Session:
         if self.guarding:
             self.guarding = False
             guard_end()
-        self.close_uffds()
-        if self.pool is not None:
-            self.pool.close()
-        self.bitmaps = []
 
     def close_uffds(self):
         """Close all userfaultfds that are still open: the kernel releases what they protect. A forked

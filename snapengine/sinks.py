@@ -101,6 +101,7 @@ class FileSink(Sink):
         except OSError as error:
             raise _sink_error(self.name, error) from None
         except BaseException:  # a Ctrl-C is raised as the call returns: the file is there, and not ours yet
+            _close_named(path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             raise
@@ -119,6 +120,14 @@ class FileSink(Sink):
         os.close(self.fd)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
+
+
+def _close_named(path: str) -> None:
+    """Close the descriptor of a file of ours, by a name that nobody else has: its number was lost."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}") == path:
+                os.close(int(number))
 
 
 @contextlib.contextmanager
