@@ -6,7 +6,6 @@ Each runs in a child: a limit that is hit in the test process would hit the test
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
