@@ -22,6 +22,7 @@ from snapengine.pthreads cimport (
 )
 from snapengine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.trust cimport note_again, note_at_t, note_before
+from snapengine.vmatable cimport note_vmas
 from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
@@ -146,7 +147,7 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t mode = UFFDIO_REGISTER_MODE_WP
     cdef uint64_t length = region.track_end - region.track_start
     cdef int err
-    if region.missing and capture.data == NULL:
+    if region.missing and (region.shared or capture.data == NULL):
         mode |= UFFDIO_REGISTER_MODE_MISSING
     elif capture.pid and capture.data == NULL:
         # A peer may have registered for missing faults itself. With WP_UNPOPULATED its holes get markers,
@@ -269,8 +270,7 @@ cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nog
     if not capture.two_step:
         all_pieces(capture, lane, _protect_numbered, pieces)
         return
-    if capture.attached:
-        note_again(capture)         # before: a writer that meets the second protection waits
+    note_again(capture)             # before: a writer that meets the second protection waits
     stop_noting(capture)
     if not snap_load(&capture.failed):
         share_edges(capture)
@@ -284,7 +284,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if not capture.two_step:
         _await_caller(capture)
     begin = pause = snap_now_ns()
-    if not _noted(capture, note_before(capture, lane)) or _register_all(capture):
+    if not _noted(capture, note_before(capture)) or _register_all(capture):
         return 1
     if capture.two_step:
         _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit
@@ -297,7 +297,7 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if not snap_load(&capture.failed):
         _fix_t(capture, lane, pieces)
     capture.t_ns = snap_now_ns()
-    if snap_load(&capture.failed) or not _noted(capture, note_at_t(capture, lane)):
+    if snap_load(&capture.failed) or not _noted(capture, note_vmas(capture) or note_at_t(capture)):
         return 1
     all_pieces(capture, lane, scan_at_t, spans(capture))
     now = snap_now_ns()

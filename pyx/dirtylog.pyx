@@ -4,6 +4,11 @@ The kernel clears the protection itself when a page is written (UFFD_FEATURE_WP_
 ever waits; PAGEMAP_SCAN returns the pages written and protects them again in one step. A page is
 copied after it was protected again: a write during the copy makes it dirty for the next round.
 
+Three changes of memory leave its protection as it was, so that no scan reports them: what is punched out of
+shared memory and touched again (answered by `pyx/missing`, which makes it count as written); the same of huge
+pages (`pyx/trust`: their witness is gone); and a private page of a memory file that is discarded, where the
+file shows through again (`_copy_discarded`).
+
 One thread, the caller's, without the GIL while it scans and copies. Source: Linux 6.7,
 Documentation/admin-guide/mm/pagemap.rst.
 """
@@ -13,16 +18,17 @@ from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.arming cimport register_attached, register_region
 from snapengine.atomics cimport snap_ctz, snap_load, snap_store
-from snapengine.bitmap cimport bits_fill, bits_mask, bits_next
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport forget_all
 from snapengine.guard cimport guard_thread
 from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.linux cimport (
     ECANCELED,
-    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
-    UFFDIO_REGISTER_MODE_WP,
+    PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
+    PM_SCAN_WP_MATCHING, UFFDIO_REGISTER_MODE_WP,
 )
 from snapengine.pagemap cimport scan_step, scan_t
+from snapengine.missing cimport start_missing, stop_missing
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.pthreads cimport snap_now_ns
 from snapengine.session cimport (
@@ -30,12 +36,14 @@ from snapengine.session cimport (
 )
 from snapengine.presence cimport scan_anew
 from snapengine.source cimport copy_run, data_from, populated, put_pages
+from snapengine.trust cimport call_witness, forget_witness
 from snapengine.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
 cdef uint64_t UNIT_PAGES = 512
 cdef uint64_t PIECE = 1 << 30       # bytes of markers in one call: 5 ms
+cdef uint64_t OWN_PAGE = PAGE_IS_PRESENT | PAGE_IS_FILE
 
 
 cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect) noexcept nogil:
@@ -55,7 +63,7 @@ cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect)
     else:
         scan.anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
     scan.without = capture.guard        # nothing is there to copy
-    scan.returned = PAGE_IS_WRITTEN
+    scan.returned = PAGE_IS_WRITTEN | (OWN_PAGE if region.own else 0)
     scan.err = 0
     scan.stop = &capture.failed
 
@@ -145,6 +153,8 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
             # What was written is populated now, whatever an earlier look said.
             note_present(capture, start, end - start)
             lane.extent_region = NULL
+            if region.own:
+                _note_own(capture, scan.found[i].categories, start, end - start)
             err = _copy_pages(capture, lane, region, start, end, wait, deadline)
             if err:
                 return err
@@ -168,6 +178,58 @@ cdef uint64_t _filled_from(capture_t *capture, region_t *region, uint64_t page, 
     cdef uint64_t last = (end + UNIT_PAGES - 1) // UNIT_PAGES
     cdef uint64_t unit = bits_next(capture.filled, page // UNIT_PAGES, last)
     return min(data_from(region, max(page, unit * UNIT_PAGES)), end) if unit < last else end
+
+
+cdef void _note_own(capture_t *capture, uint64_t categories, uint64_t first, uint64_t n) noexcept nogil:
+    """Swapped pages are the process's own, too."""
+    if categories & PAGE_IS_FILE:
+        bits_clear(capture.own_copies, first, n)
+    else:
+        bits_fill(capture.own_copies, first, n)
+
+
+cdef int _copy_discarded(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+    """In the pause: what was copied as a page of the process's own, and is not one in its page tables now.
+    (A swapped page looks like that, too; it is copied once more.)"""
+    cdef scan_t *scan = &lane.scan
+    cdef uint64_t page, end
+    cdef int i, found
+    cdef int err = 0
+    _aim(capture, region, scan, False)
+    scan.flags = scan.mask = scan.anyof = 0
+    scan.returned = OWN_PAGE
+    while True:
+        found = scan_step(scan)
+        if found <= 0:
+            return scan.err
+        for i in range(found):
+            if scan.found[i].categories & OWN_PAGE == PAGE_IS_PRESENT:
+                continue
+            page = region.first_page + (max(scan.found[i].start, region.addr) - region.addr) // PAGE
+            end = region.first_page + min((scan.found[i].end - region.addr) // PAGE, region.pages)
+            page = bits_next(capture.own_copies, page, end)
+            while page < end and not err:
+                err = _copy_pages(capture, lane, region, page, page + 1, False, <uint64_t>-1)
+                page = bits_next(capture.own_copies, page + 1, end)
+            if err:
+                return err
+
+
+cdef int _copy_punched(capture_t *capture, lane_t *lane, region_t *region, bint wait,
+                       uint64_t deadline) noexcept nogil:
+    """Huge pages of a file. A unit whose witness is called only now may have been punched out and filled anew
+    between its copy and that."""
+    cdef uint64_t page = region.first_page
+    cdef uint64_t end = region.first_page + region.pages
+    cdef bint again
+    cdef int err = 0
+    while page < end and not err:
+        again = forget_witness(capture, region, page) or not bits_test(capture.witnessed, page >> 9)
+        err = call_witness(capture, region, page)
+        if not err and again and bits_test(capture.saved, page):
+            err = _copy_pages(capture, lane, region, page, min(page + region.unit_pages, end), wait, deadline)
+        page += region.unit_pages
+    return err
 
 
 cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
@@ -231,7 +293,7 @@ cdef class DirtyLog:
 
     def __init__(self, Session session not None):
         self.session = session
-        self.registered = False
+        self.registered = self.answering = False
         self.rate = 0
 
     def run(self, target, double downtime_limit, uint64_t max_rounds, double max_seconds):
@@ -247,7 +309,7 @@ cdef class DirtyLog:
         cdef int64_t dirty
         self.deadline = begin + <uint64_t>(max_seconds * 1e9)
         guard_thread()
-        if lane_open(capture.pool, &capture.lanes[0].slot) or self._register():
+        if lane_open(capture.pool, &capture.lanes[0].slot) or self._answer() or self._register():
             return 0, None
         capture.arm_ns = snap_now_ns() - begin
         snap_store(&capture.armed, 1)
@@ -297,6 +359,15 @@ cdef class DirtyLog:
             capture_fail(capture, err, "reading the target", 0)
         return stop_ns, blobs
 
+    def _answer(self):
+        """Have missing faults answered. Non-zero if the capture has failed."""
+        cdef capture_t *capture = self.session.capture
+        cdef int err = start_missing(capture, &capture.lanes[1])
+        self.answering = not err
+        if err:
+            capture_fail(capture, err, "pthread_create", 0)
+        return err
+
     def _register(self):
         """Register and protect. Non-zero if the capture has failed."""
         cdef capture_t *capture = self.session.capture
@@ -329,7 +400,9 @@ cdef class DirtyLog:
         with nogil:
             for i in range(capture.n_regions):
                 region = &capture.regions[i]
-                if region.shared:
+                if region.witness != NULL:
+                    err = _copy_punched(capture, lane, region, True, self.deadline)
+                if region.shared and not err:
                     err = _copy_pages(capture, lane, region, region.first_page,
                                       region.first_page + region.pages, True, self.deadline)
                 if not err and (not region.shared or region.sparse):
@@ -345,7 +418,9 @@ cdef class DirtyLog:
         cdef uint64_t deadline = self.deadline if wait else <uint64_t>-1
         with nogil:
             for i in range(capture.n_regions):
-                err = _copy_written(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
+                if capture.regions[i].witness != NULL:
+                    err = _copy_punched(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
+                err = err or _copy_written(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
                 if err:
                     break
         return err
@@ -359,6 +434,8 @@ cdef class DirtyLog:
             lane.extent_region = NULL
             err = scan_anew(capture, lane)
             for i in range(capture.n_regions):
+                if capture.regions[i].own:
+                    err = err or _copy_discarded(capture, lane, &capture.regions[i])
                 err = err or _put_holes(capture, lane, &capture.regions[i])
         return err
 
@@ -393,6 +470,10 @@ cdef class DirtyLog:
     def release(self):
         """Unregister everything and close the queue. Idempotent."""
         cdef capture_t *capture = self.session.capture
+        if self.answering:
+            self.answering = False
+            with nogil:
+                stop_missing(capture, &capture.lanes[1])
         if self.registered:
             self.registered = False
             with nogil:

@@ -19,6 +19,7 @@ from snapengine.events cimport (
 )
 from snapengine.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
+from snapengine.image_format cimport SNAP_HOLE, SNAP_LOST
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport (
@@ -26,9 +27,10 @@ from snapengine.pthreads cimport (
     snap_now_ns,
 )
 from snapengine.readaround cimport run_around
-from snapengine.saver cimport claim_unit, release, save_unit, save_window, unit_of, unit_range
-from snapengine.session cimport PRESENCE_BITS, PRESENCE_FILE, capture_fail, page_at, region_at, region_t
-from snapengine.source cimport populated
+from snapengine.saver cimport claim_unit, publish, release, save_unit, save_window, unit_of, unit_range
+from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
+from snapengine.source cimport populated, put_pages
+from snapengine.trust cimport note_missing
 from snapengine.uffd cimport uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -50,8 +52,8 @@ cdef uint64_t FAULT_SLICE_NS = 100000
 
 
 cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
-    """Give a missing page its zeros and wake who waits for it."""
     cdef int err
+    note_missing(capture, addr)
     while True:
         err = uffd_zeropage(capture.uffds[uffd], addr, PAGE)
         if err != EAGAIN:
@@ -71,10 +73,10 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
 cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
                          uint64_t addr) noexcept nogil:
     cdef uint64_t bit = <uint64_t>1 << (page & 63)
-    cdef uint64_t data
     cdef int err
     # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
-    # file will tell no more once the page exists, so the hole is claimed and put down here.
+    # file will tell no more once the page exists, so the hole is claimed and put down here. A page that
+    # exists in the file does not fault as missing: so it is a hole of T, or has been punched out since.
     # Where the whole unit was a hole, the walk knows that, too.
     if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
             and not bits_test(capture.claimed, page):
@@ -82,12 +84,8 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
         if err:
             capture_fail(capture, err, "spill file", 0)
         elif bits_claim(capture.claimed, page >> 6, bit):
-            # A page of the file that this process has not mapped does not fault as missing: no data here, or
-            # (PRESENCE_FILE) none any more.
-            data = 0
-            if region.presence == PRESENCE_FILE:
-                data = populated(capture, lane, region, page & ~<uint64_t>63, bit)
-            save_window(capture, lane, region, page & ~<uint64_t>63, bit, data)
+            put_pages(capture, lane, page, 1, SNAP_LOST if bits_test(capture.present, page) else SNAP_HOLE)
+            publish(capture, lane, region, page & ~<uint64_t>63, bit, 0)
     fill_missing(capture, lane, uffd, addr)
 
 

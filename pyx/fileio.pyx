@@ -82,13 +82,6 @@ cdef uint64_t file_size(int fd) noexcept nogil:
     return <uint64_t>status.st_size if fstat(fd, &status) == 0 else 0
 
 
-cdef uint64_t file_mtime(int fd) noexcept nogil:
-    cdef struct_stat status
-    if fstat(fd, &status) != 0:
-        return 0
-    return <uint64_t>status.st_mtim.tv_sec * 1000000000 + <uint64_t>status.st_mtim.tv_nsec
-
-
 def file_system(path):
     """(type, block size in bytes) of the file system that a path is on: statfs(2). Raises OSError."""
     cdef struct_statfs found

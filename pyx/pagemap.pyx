@@ -9,6 +9,7 @@ from posix.ioctl cimport ioctl
 from posix.unistd cimport pread
 
 import os
+import re
 
 from snapengine.atomics cimport snap_load
 from snapengine.bitmap cimport bits_mask
@@ -34,6 +35,8 @@ CATEGORIES = {
 
 WP_MATCHING = PM_SCAN_WP_MATCHING
 CHECK_WPASYNC = PM_SCAN_CHECK_WPASYNC
+
+cdef int WP_BIT = 57
 
 
 cdef int scan_step(scan_t *scan) noexcept nogil:
@@ -111,10 +114,9 @@ cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages)
     return 0 if regions >= 0 else <int>-regions
 
 
-cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:
+cdef int _read_entries(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:
     cdef ssize_t got
     cdef uint64_t done = 0
-    cdef uint64_t i
     while done < n:
         got = pread(fd, <char *>&entries[done], (n - done) * 8, (addr // 4096 + done) * 8)
         if got < 0 and errno == EINTR:
@@ -122,6 +124,14 @@ cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noex
         if got <= 0:
             return EIO if got == 0 else errno
         done += got // 8
+    return 0
+
+
+cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:
+    cdef uint64_t i
+    cdef int err = _read_entries(fd, addr, entries, n)
+    if err:
+        return err
     for i in range(n):
         entries[i] = (entries[i] >> 63 & 1) | <uint64_t>_is_swapped(entries[i]) << 1
     return 0
@@ -164,6 +174,28 @@ cdef uint64_t guard_category() except? 1:
 
 
 cdef uint64_t _guard = <uint64_t>-1
+
+
+cdef int wp_bits(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil:
+    cdef uint64_t entries[64]
+    cdef int err = _read_entries(fd, start, entries, n)
+    cdef uint64_t i
+    pages[0] = 0
+    if not err:
+        for i in range(n):
+            pages[0] |= (entries[i] >> WP_BIT & 1) << i
+    return err
+
+
+def has_wp_bits():
+    """Whether /proc/PID/pagemap tells what is write-protected: bit 57 (Linux 5.14,
+    Documentation/admin-guide/mm/pagemap.rst).
+
+    Asked of the release, since a page to try it with needs a userfaultfd, which this user may lack though the
+    target has one.
+    """
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int(re.match(r"\d*", minor)[0] or 0)) >= (5, 14)
 
 
 def has_pagemap_scan():

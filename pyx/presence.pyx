@@ -26,13 +26,14 @@ from snapengine.atomics cimport snap_load
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_next
 from snapengine.fileio cimport file_size
 from snapengine.linux cimport ECANCELED, PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
-from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.mapquery cimport vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.pieces cimport first_region, span_of
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, next_filled,
     note_filled, note_present, page_addr, region_t,
 )
+from snapengine.vmatable cimport vma_at
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA
@@ -102,25 +103,46 @@ cdef void _begin(capture_t *capture, scan_t *scan, uint64_t start, uint64_t end,
     scan.stop = &capture.failed
 
 
-cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
+                          uint64_t end) noexcept nogil:
     """Linux before 6.7: eight bytes a page from /proc/PID/pagemap; huge pages are not told."""
     cdef uint64_t *entries = <uint64_t *>&lane.scan.found[0]
-    cdef uint64_t done = 0
     cdef uint64_t i, n
     cdef uint64_t populated_bits = 1 if region.unit_pages > 1 else 3    # a hugetlb marker looks swapped
     cdef int err
-    while done < region.pages:
-        n = min(region.pages - done, <uint64_t>1024)
-        err = pagemap_read(capture.pagemap, region.addr + done * PAGE, entries, n)
+    while start < end:
+        n = min((end - start) // PAGE, <uint64_t>1024)
+        err = pagemap_read(capture.pagemap, start, entries, n)
         if err:
             return err
         for i in range(n):
             if entries[i] & populated_bits:
-                note_present(capture, region.first_page + done + i, 1)
-        done += n
+                note_present(capture, region.first_page + (start - region.addr) // PAGE + i, 1)
+        start += n * PAGE
         if snap_load(&capture.failed):
             return ECANCELED
     return 0
+
+
+cdef int _scan_all_by_pagemap(capture_t *capture, lane_t *lane, region_t *region, bint at_t) noexcept nogil:
+    """At T of an attached target: what was populated before, and is mapped no more, stays in; where it has
+    mapped a file, all counts as data. Both are found lost."""
+    cdef uint64_t addr = region.addr
+    cdef uint64_t end = region.addr + region.pages * PAGE
+    cdef uint64_t stop
+    cdef int err = 0
+    cdef vma_t vma
+    if not at_t or not capture.attached:
+        return _scan_by_pagemap(capture, lane, region, addr, end)
+    while addr < end and not err and not vma_at(capture, addr, &vma):
+        addr = max(addr, vma.start)
+        stop = min(vma.end, end)
+        if addr < stop:
+            _set_present(capture, region, addr, stop, vma.inode != 0)
+        if addr < stop and not vma.inode:
+            err = _scan_by_pagemap(capture, lane, region, addr, stop)
+        addr = max(addr, stop)
+    return err
 
 
 cdef int _put_swapped(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
@@ -225,7 +247,7 @@ cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t star
     """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
     it counts as data, and is found lost."""
     cdef vma_t vma
-    while start < end and not next_vma(capture.maps, start, &vma) and vma.start < end:
+    while start < end and not vma_at(capture, start, &vma) and vma.start < end:
         if vma.inode and vma.inode != region.zero_inode:
             _set_present(capture, region, max(vma.start, start), min(vma.end, end), True)
         start = vma.end
@@ -294,7 +316,7 @@ cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexce
         return 0
     if capture.has_scan:
         return _scan_populated(capture, lane, region, region.track_start, region.track_end)
-    return _scan_by_pagemap(capture, lane, region)
+    return _scan_all_by_pagemap(capture, lane, region, True)
 
 
 cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span,
@@ -310,8 +332,12 @@ cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t
             return err
     if at_t and region.sparse and region.presence == PRESENCE_SEEK and first == region.first_page:
         _note_units_with_data(capture, region)
+    if not _by_faults(capture, region) and first != region.first_page:
+        return 0
     if not _by_faults(capture, region):
-        return _scan_region(capture, lane, region) if at_t and first == region.first_page else 0
+        if capture.has_scan or at_t:
+            return _scan_region(capture, lane, region) if at_t else 0
+        return _scan_all_by_pagemap(capture, lane, region, False) if region.presence == PRESENCE_BITS else 0
     if at_t:
         return _scan_at_t(capture, lane, region, first, end)
     return _scan_populated(capture, lane, region, page_addr(region, first), page_addr(region, end))

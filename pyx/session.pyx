@@ -4,6 +4,7 @@ All of it lies in arenas, because capture threads write it while the target's me
 pages with anything on the heap) is protected.
 """
 
+from libc.errno cimport ENOTTY
 from libc.stdint cimport uintptr_t
 
 from posix.unistd cimport close
@@ -12,13 +13,13 @@ import os
 
 from snapengine.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
 from snapengine.bitmap cimport bits_clear, bits_count, bits_fill, bits_mask, bits_next, bits_test
-from snapengine.fileio cimport file_mtime
 from snapengine.guard cimport guard_begin, guard_end
 from snapengine.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
 )
+from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport guard_category
-from snapengine.pagemap import has_pagemap_scan
+from snapengine.pagemap import has_pagemap_scan, has_wp_bits
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
 from snapengine.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
@@ -123,10 +124,6 @@ cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil:
     return region.first_page + (addr - region.addr) // 4096
 
 
-cdef bint file_changed(region_t *region) noexcept nogil:
-    return region.file_ns != 0 and file_mtime(region.file) != region.file_ns
-
-
 cdef bint _holes_wait(region_t *region, bint rounds) noexcept nogil:
     if region.presence == PRESENCE_BITS:
         return region.missing and region.unit_pages == 1
@@ -201,6 +198,7 @@ cdef class Session:
         capture.features = features
         capture.has_scan = use_scan and has_pagemap_scan()
         capture.guard = guard_category() if capture.has_scan else 0
+        capture.check_by = CHECK_SCAN if capture.has_scan else CHECK_BITS if has_wp_bits() else CHECK_NONE
         capture.n_fault_lanes = fault_threads
         capture.n_lanes = fault_threads + 1 + walkers
         capture.early = early
@@ -225,8 +223,6 @@ cdef class Session:
             self._set_region(&capture.regions[i], plan)
             if rounds:
                 capture.regions[i].check = False    # a page written while it is copied comes again
-                capture.regions[i].own = False
-                capture.regions[i].witness = NULL
             if early or forget_hits:
                 # These negative controls read everything, and believe it.
                 capture.regions[i].presence = PRESENCE_ALL
@@ -275,9 +271,9 @@ cdef class Session:
         region.shared = plan.shared
         region.missing = plan.missing
         region.sparse = plan.sparse
-        region.check = plan.check and self.capture.has_scan
+        region.check = plan.check
         region.own = plan.own
-        region.witness = <char *><uintptr_t>plan.witness if self.capture.has_scan else NULL
+        region.witness = <char *><uintptr_t>plan.witness
         region.held_start = plan.track_start
         region.held_end = plan.track_end
         region.alone_before = plan.alone_before
@@ -299,11 +295,23 @@ cdef class Session:
         capture.maps = os.open(f"/proc/{capture.pid or 'self'}/maps", os.O_RDONLY | os.O_CLOEXEC)
         self.owned_fds.append(capture.maps)
         if capture.attached:
-            capture.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            self.owned_fds.append(capture.own_pagemap)
+            self._make_vma_table()
+        capture.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.own_pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
         capture.spare_fd = os.dup(capture.stop_event)
+        return 0
+
+    cdef int _make_vma_table(self) except -1:
+        """Room for all mappings that a process may have, where the kernel tells of none alone (see vmatable)."""
+        cdef vma_t first
+        if next_vma(self.capture.maps, 0, &first) != ENOTTY:
+            return 0
+        with open("/proc/sys/vm/max_map_count", "rb") as limit:
+            self.capture.vmas_room = int(limit.read()) + 64     # [vsyscall], and what the kernel maps itself
+        self.vmas = Arena(self.capture.vmas_room * sizeof(vma_t))
+        self.capture.vmas = <vma_t *>self.vmas.base
         return 0
 
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL:
@@ -328,6 +336,7 @@ cdef class Session:
             self.capture.hit_units = self._bitmap((pages >> 9) + 1)
         if rounds:
             self.capture.data = self._bitmap(pages)
+            self.capture.own_copies = self._bitmap(pages)
         self.capture.filled = self._bitmap((pages >> 9) + 1)
         for i in range(self.capture.n_regions):
             if not self.capture.regions[i].holes_wait:
@@ -430,11 +439,6 @@ cdef class Session:
                     page = bits_next(self.capture.lost, last, filled_end)
         return runs
 
-    def changed_files(self):
-        """Of an attached target: numbers of the regions whose file was written to, punched or cut through a
-        descriptor since before T."""
-        return [i for i in range(self.capture.n_regions) if file_changed(&self.capture.regions[i])]
-
     @property
     def arm_ns(self):
         """Nanoseconds from the first registration to T, without a wait for the caller."""
@@ -469,6 +473,11 @@ cdef class Session:
     def has_scan(self):
         """Whether PAGEMAP_SCAN is used."""
         return self.capture.has_scan
+
+    @property
+    def checks_protection(self):
+        """Whether it is asked after each copy if the pages were still protected."""
+        return self.capture.check_by != CHECK_NONE
 
     @property
     def armed(self):

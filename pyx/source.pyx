@@ -13,18 +13,16 @@ from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
 from snapengine.guard cimport guarded
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
+from snapengine.memfile cimport page_exists, resident
 from snapengine.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.pagemap cimport pagemap_read
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
-    PRESENCE_BITS, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
+    PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     clear_pages, page_addr,
 )
 from snapengine.trust cimport all_believable, believable, punched
-
-cdef extern from "<sys/mman.h>" nogil:
-    int mincore(void *addr, size_t length, unsigned char *vec)
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA
@@ -85,12 +83,6 @@ cdef uint64_t data_from(region_t *region, uint64_t page) noexcept nogil:
     return region.first_page + (data - region.file_offset) // PAGE
 
 
-cdef bint _is_data(region_t *region, uint64_t offset) noexcept nogil:
-    """One page of the region's file. An answer that tells nothing counts as data: it is read."""
-    cdef long data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
-    return errno != ENXIO if data < 0 else <uint64_t>data < region.file_offset + offset + PAGE
-
-
 cdef uint64_t _mapped(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
     """Pages that the target has in its page tables: they are data, and need no look into the file."""
     cdef uint64_t entries[64]
@@ -122,7 +114,7 @@ cdef uint64_t _by_seek(capture_t *capture, lane_t *lane, region_t *region, uint6
         offset = (page + first - region.first_page) * PAGE
         if not lane.walks or lane.serving:
             mask &= mask - 1
-            if _is_data(region, offset):
+            if page_exists(region, page + first):
                 result |= <uint64_t>1 << first
             continue
         if lane.extent_region != region or not lane.extent_start <= offset < lane.extent_end:
@@ -135,31 +127,21 @@ cdef uint64_t _by_seek(capture_t *capture, lane_t *lane, region_t *region, uint6
     return result
 
 
-cdef uint64_t _by_mincore(region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
-    cdef unsigned char resident[64]
-    cdef uint64_t first = snap_ctz(mask)
-    cdef uint64_t end = min(page + 64, region.first_page + region.pages) - page
-    cdef uint64_t result = 0
-    cdef uint64_t i
-    if mincore(<void *>page_addr(region, page + first), (end - first) * PAGE, resident) != 0:
-        return mask
-    for i in range(first, end):
-        if resident[i - first] & 1:
-            result |= <uint64_t>1 << i
-    return result & mask
-
-
 cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                         uint64_t mask) noexcept nogil:
+    cdef uint64_t known
     if region.presence != PRESENCE_BITS:
         mask &= ~capture.guards[page >> 6]
+    known = capture.present[page >> 6] & mask
     if region.presence == PRESENCE_BITS or region.presence == PRESENCE_FILE or not mask:
-        return capture.present[page >> 6] & mask
+        return known
+    if region.presence == PRESENCE_ALL:
+        return mask
+    if capture.data != NULL:        # rounds: what existed in an earlier one may have been punched out since
+        known = 0
     if region.presence == PRESENCE_SEEK:
-        return _by_seek(capture, lane, region, page, mask)
-    if region.presence == PRESENCE_MINCORE:
-        return _by_mincore(region, page, mask)
-    return mask
+        return known | _by_seek(capture, lane, region, page, mask & ~known)
+    return known | resident(region, page, mask & ~known)
 
 
 cdef uint64_t _copy_edge(region_t *region, uint64_t addr, char *dst) noexcept nogil:
@@ -327,7 +309,7 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
                 memcpy(dst, base + i * PAGE, PAGE)
             dst += PAGE
             put_pages(capture, lane, page + i, 1, SNAP_DATA)
-        elif punched(region, page + i):
+        elif punched(capture, region, page + i):
             put_pages(capture, lane, page + i, 1, SNAP_LOST)
         elif region.reading == READ_FILE and region.presence != PRESENCE_SEEK and capture.data == NULL \
                 and not bits_test(capture.present, page + i):

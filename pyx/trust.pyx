@@ -8,106 +8,77 @@ each copy is followed by questions; a page that fails one is lost, never wrong.
 | all | discarded, unmapped, mapped over, merged | it is not protected any more (PAGEMAP_SCAN) |
 | private mapping of a memory file | discarded: the file shows through, protected like before | EVENT_REMOVE |
 | shared | moved by mremap(), and written to at its new place | EVENT_REMAP |
-| memory file | punched or cut: zero pages, protected like before | its time; mappings do not change it |
-| hugetlb file | the same, but its time stays | a mapping of it here, the witness, has lost the page |
+| shared memory | punched out or cut off, and touched again | it faults as missing, before it is filled |
+| shared memory | punched out or cut off, not touched since | SEEK_DATA (or mincore) finds a hole |
+| hugetlb file | both, and it cannot be registered so | a mapping of it here, the witness, has lost the page |
+
+No time of a file is asked for: the first write through a mapping after each release changes it (Linux 6.18).
+What is filled again through the file itself (write, fallocate), or by another process, is a write that write
+tracking does not see; a warning says so.
 
 Runs on capture threads. What is noted is written by the first walker before `armed`; `distrusted` by who
 reads an event, with atomic or. Of a REMOVE event the read itself lets the target go on: `reading` counts who
-is between that and the bits, and a copy is believed only when nobody is.
+is between that and the bits, and a copy is believed only when nobody is. A missing page is noted before it is
+filled: whoever copies the zeros that it is filled with asks afterwards, and finds it distrusted.
 """
 
-from libc.errno cimport ENXIO, errno
-from posix.unistd cimport lseek
+from libc.stdint cimport uint64_t
 
 from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
-from snapengine.fileio cimport file_mtime
-from snapengine.linux cimport MADV_POPULATE_READ, PAGE_IS_PRESENT
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_written, scan_written_pages
+from snapengine.linux cimport MADV_POPULATE_READ
+from snapengine.memfile cimport add_existing, page_exists
+from snapengine.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.session cimport (
-    PRESENCE_FILE, clear_pages, file_changed, next_filled, note_present, page_addr, place_of, region_by_addr,
+    CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, next_filled, page_addr, page_at,
+    place_of, region_at, region_by_addr,
 )
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
 
-cdef extern from "<unistd.h>" nogil:
-    const int SEEK_DATA
-    const int SEEK_HOLE
-
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
 
 
-cdef void _note_data(capture_t *capture, region_t *region) noexcept nogil:
-    """Add to `present` what the file holds. What is a hole only at T was punched since the look before:
-    it counts as data, and is found lost."""
-    cdef uint64_t offset = 0
-    cdef uint64_t size = region.pages * PAGE
-    cdef long data, edge
-    while offset < size and not snap_load(&capture.failed):
-        data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
-        if data < 0 and errno == ENXIO:
-            return
-        edge = lseek(region.file, data, SEEK_HOLE) if data >= 0 else -1
-        # An answer that tells nothing: all of it counts as data.
-        offset = data - region.file_offset if data >= 0 else offset
-        if offset >= size:
-            return
-        data = offset
-        offset = min(<uint64_t>edge - region.file_offset, size) if edge >= 0 else size
-        note_present(capture, region.first_page + data // PAGE, (offset - data + PAGE - 1) // PAGE)
+cdef bint _by_file(region_t *region) noexcept nogil:
+    """Shared memory whose pages can be asked for without touching them."""
+    return region.presence in (PRESENCE_FILE, PRESENCE_SEEK, PRESENCE_MINCORE)
 
 
-cdef int _call_witnesses(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
-    """Map here what the target has mapped: it is there, so nothing is allocated. (Unless it is punched out
-    right now: then a huge page of zeros comes back, as it would by a read of the target's.)"""
-    cdef uint64_t start, unit
-    cdef uint64_t step = region.unit_pages * PAGE
-    cdef int found, i
-    lane.scan.fd = capture.pagemap
-    lane.scan.next = region.track_start
-    lane.scan.end = region.track_end
-    lane.scan.flags = 0
-    lane.scan.mask = lane.scan.returned = PAGE_IS_PRESENT
-    lane.scan.anyof = lane.scan.without = 0
-    lane.scan.err = 0
-    lane.scan.stop = &capture.failed
-    while True:
-        found = scan_step(&lane.scan)
-        if found <= 0:
-            return lane.scan.err
-        for i in range(found):
-            start = lane.scan.found[i].start & ~(step - 1)
-            while start < lane.scan.found[i].end:
-                unit = (region.first_page + (start - region.addr) // PAGE) >> 9
-                if not bits_test(capture.witnessed, unit) and madvise(
-                        region.witness + (start - region.addr), step, MADV_POPULATE_READ) == 0:
-                    bits_fill(capture.witnessed, unit, step // UNIT)
-                start += step
-
-
-cdef int _note(capture_t *capture, lane_t *lane) noexcept nogil:
-    cdef int i
-    cdef int err = 0
-    cdef region_t *region
-    for i in range(capture.n_regions):
-        region = &capture.regions[i]
-        if region.presence == PRESENCE_FILE:
-            _note_data(capture, region)
-        if region.witness != NULL:
-            err = err or _call_witnesses(capture, lane, region)
+cdef int call_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    """The target has mapped it, so nothing is allocated. (Unless it is punched out right now: then a huge
+    page of zeros comes back, as it would by a read of the target's.)"""
+    cdef uint64_t entry
+    cdef int err
+    if bits_test(capture.witnessed, page >> 9):
+        return 0
+    err = pagemap_read(capture.pagemap, page_addr(region, page), &entry, 1)
+    if not err and entry & 1 and madvise(region.witness + (page - region.first_page) * PAGE,
+                                         region.unit_pages * PAGE, MADV_POPULATE_READ) == 0:
+        bits_fill(capture.witnessed, page >> 9, region.unit_pages >> 9)
     return err
 
 
-cdef int note_before(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef int _call_witnesses(capture_t *capture, region_t *region) noexcept nogil:
+    cdef uint64_t page = region.first_page
+    cdef int err = 0
+    while page < region.first_page + region.pages and not err:
+        err = call_witness(capture, region, page)
+        page += region.unit_pages
+    return err
+
+
+cdef int note_before(capture_t *capture) noexcept nogil:
     cdef int i
+    cdef int err = 0
     for i in range(capture.n_regions):
-        # First of all: whatever is found below cannot have been punched out without a newer time.
-        if capture.attached and capture.regions[i].file >= 0:
-            capture.regions[i].file_ns = file_mtime(capture.regions[i].file)
-    return _note(capture, lane)
+        if _by_file(&capture.regions[i]) and not capture.two_step:      # else by note_again
+            add_existing(capture, &capture.regions[i])
+        if capture.regions[i].witness != NULL:
+            err = err or _call_witnesses(capture, &capture.regions[i])
+    return err
 
 
 cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
@@ -122,43 +93,84 @@ cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uin
     return False
 
 
-cdef void _forget_witnesses(capture_t *capture, region_t *region) noexcept nogil:
-    cdef uint64_t page = region.first_page
-    while page < region.first_page + region.pages:
-        if _witness_gone(capture, region, page, 1):
-            bits_clear(capture.witnessed, page >> 9, region.unit_pages >> 9)
-        page += region.unit_pages
+cdef bint forget_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    """True if the unit at `page` has been punched out since its witness was called."""
+    if not _witness_gone(capture, region, page, 1):
+        return False
+    bits_clear(capture.witnessed, page >> 9, region.unit_pages >> 9)
+    return True
 
 
 cdef void note_again(capture_t *capture) noexcept nogil:
     """Two-step: what was punched out before the caller wanted T is a hole of T, not lost."""
     cdef int i
+    cdef uint64_t page
     cdef region_t *region
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        if region.presence == PRESENCE_FILE and file_changed(region):
-            region.file_ns = file_mtime(region.file)    # first, as in note_before
-            clear_pages(capture, capture.present, region.first_page, region.pages)
-            _note_data(capture, region)
-        if region.witness != NULL:
-            _forget_witnesses(capture, region)
+        if _by_file(region):
+            add_existing(capture, region)
+        page = region.first_page
+        while region.witness != NULL and page < region.first_page + region.pages:
+            forget_witness(capture, region, page)
+            page += region.unit_pages
 
 
-cdef int note_at_t(capture_t *capture, lane_t *lane) noexcept nogil:
-    return _note(capture, lane)
+cdef int note_at_t(capture_t *capture) noexcept nogil:
+    """What is a hole only now was punched out since the look before: it counts as data, and is found lost."""
+    cdef int i
+    cdef int err = 0
+    for i in range(capture.n_regions):
+        if capture.regions[i].presence == PRESENCE_FILE:
+            add_existing(capture, &capture.regions[i])
+        if capture.regions[i].witness != NULL:
+            err = err or _call_witnesses(capture, &capture.regions[i])
+    return err
 
 
-cdef bint punched(region_t *region, uint64_t page) noexcept nogil:
-    """A write fills the hole again before it faults: then it is data as before, and only the time tells. The
-    hole is asked for first: what is filled by then was punched before, and the time is that of the punch."""
-    cdef long offset = region.file_offset + (page - region.first_page) * PAGE
-    if region.presence != PRESENCE_FILE:
-        return False
-    return lseek(region.file, offset, SEEK_DATA) != offset or file_changed(region)
+cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    return _by_file(region) and capture.data == NULL and not page_exists(region, page)
+
+
+cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
+    """Of memory that existed at T: the target has punched it out since, and touches it again."""
+    cdef region_t *region = region_at(capture, addr)
+    cdef uint64_t page
+    if region == NULL or not _by_file(region) or not snap_load(&capture.armed) or capture.data != NULL:
+        return
+    page = page_at(region, addr)
+    if bits_test(capture.present, page) and not bits_test(capture.saved, page):
+        snap_fetch_or(&capture.distrusted[page >> 6], <uint64_t>1 << (page & 63))
+
+
+cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept nogil:
+    """Whether any of n pages is not protected any more, or it cannot be told."""
+    cdef uint64_t pages = 0
+    cdef uint64_t count
+    if capture.check_by == CHECK_SCAN:
+        return scan_written(capture.pagemap, addr, addr + n * PAGE) != 0
+    while n and capture.check_by == CHECK_BITS:
+        count = min(n, <uint64_t>64)
+        if wp_bits(capture.pagemap, addr, count, &pages) or ~pages & bits_mask(0, count):
+            return True
+        addr += count * PAGE
+        n -= count
+    return False
+
+
+cdef bint _unprotected_pages(capture_t *capture, uint64_t addr, uint64_t n, uint64_t mask) noexcept nogil:
+    """The same of those in `mask`, of n ≤ 64 pages from addr on."""
+    cdef uint64_t pages = 0
+    if capture.check_by == CHECK_SCAN:
+        return scan_written_pages(capture.pagemap, addr, n, &pages) != 0 or pages & mask
+    if capture.check_by == CHECK_BITS:
+        return wp_bits(capture.pagemap, addr, n, &pages) != 0 or ~pages & mask
+    return False
 
 
 cdef bint _still_there(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
-    return region.witness == NULL or not _witness_gone(capture, region, page, n)
+    """In rounds the last one tells: what is punched out is copied again."""
+    return region.witness == NULL or capture.data != NULL or not _witness_gone(capture, region, page, n)
 
 
 cdef void _await_readers(capture_t *capture, region_t *region) noexcept nogil:
@@ -168,12 +180,10 @@ cdef void _await_readers(capture_t *capture, region_t *region) noexcept nogil:
 
 cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     cdef uint64_t addr = page_addr(region, page)
-    if region.check and scan_written(capture.pagemap, addr, addr + n * PAGE):
+    if region.check and _unprotected(capture, addr, n):
         return False
     if not _still_there(capture, region, page, n):
         return False
-    if not capture.attached:
-        return True
     _await_readers(capture, region)
     return bits_next(capture.distrusted, page, page + n) == page + n
 
@@ -182,14 +192,10 @@ cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, ui
     """Between these pages others may have been saved and released: so which ones, not whether any."""
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t n = 64 - snap_clz(mask) - first
-    cdef uint64_t written = 0
-    if region.check and (scan_written_pages(capture.pagemap, page_addr(region, page + first), n, &written)
-                         or written << first & mask):
+    if region.check and _unprotected_pages(capture, page_addr(region, page + first), n, mask >> first):
         return False
     if not _still_there(capture, region, page + first, n):
         return False
-    if not capture.attached:
-        return True
     _await_readers(capture, region)
     return not snap_load(&capture.distrusted[page >> 6]) & mask
 

@@ -27,6 +27,7 @@ from snapengine.oserror cimport raise_oserror
 import os
 
 from snapengine.errors import UffdError, UffdPermissionError, UnsupportedError
+from snapengine.features import named
 
 FEATURES = {
     "PAGEFAULT_FLAG_WP": UFFD_FEATURE_PAGEFAULT_FLAG_WP,
@@ -280,8 +281,7 @@ cdef class Uffd:
             if negotiated is None:
                 self._negotiate(features)
             elif features & ~<uint64_t>negotiated:
-                missing = ", ".join(feature_names(features & ~<uint64_t>negotiated))
-                raise UnsupportedError(95, f"the handed-over userfaultfd lacks UFFD_FEATURE_ {missing}")
+                self._refuse(features & ~<uint64_t>negotiated)
             else:
                 self.features = negotiated
         except BaseException:
@@ -292,11 +292,17 @@ cdef class Uffd:
         cdef int err = uffd_api(self.fd, features)
         if not err:
             return
-        offered = supported_features()
-        if features & ~<uint64_t>offered:
-            missing = ", ".join(feature_names(features & ~<uint64_t>offered)) or hex(features)
-            raise UnsupportedError(95, f"this kernel lacks UFFD_FEATURE_ {missing} (Linux 6.7 has all)")
+        missing = features & ~<uint64_t>supported_features()
+        if missing:
+            self._refuse(missing)
         raise UffdError(err, f"UFFDIO_API: {os.strerror(err)}")
+
+    def _refuse(self, uint64_t missing):
+        names = ", ".join(map(named, feature_names(missing))) or hex(missing)
+        # A descriptor that was handed over can offer no more than the kernel does.
+        kernel = missing & ~<uint64_t>supported_features()
+        who = "this kernel" if kernel else "the handed-over userfaultfd"
+        raise UnsupportedError(95, f"{who} lacks {names}")
 
     def register(self, uint64_t start, uint64_t length, uint64_t mode=UFFDIO_REGISTER_MODE_WP):
         """UFFDIO_REGISTER of `length` bytes at `start`. Raises OSError."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from snapengine.features import PAGEMAP_SCAN, PAGEMAP_WP_BIT, UFFD_FEATURES, KernelFeature
 from snapengine.host import Host
+from snapengine.uffd import FEATURES
 from snapengine.units import format_size
 
 CAP_SYS_PTRACE = 19
@@ -18,16 +20,6 @@ THREE_WAYS = (
     "one of: run as root or with CAP_SYS_PTRACE; allow this user to open /dev/userfaultfd (a udev rule "
     'such as KERNEL=="userfaultfd", GROUP="kvm", MODE="0660"); '
     "sysctl -w vm.unprivileged_userfaultfd=1 (every user may then)"
-)
-
-# linux/userfaultfd.h: name, bit, the kernel that brought it, needed for write tracking, what it is for.
-FEATURES = (
-    ("PAGEFAULT_FLAG_WP", 0, "5.7", True, "write protection: the base of everything"),
-    ("WP_HUGETLBFS_SHMEM", 12, "5.19", True, "shared memory (memfd) and hugetlb memory"),
-    ("WP_UNPOPULATED", 13, "6.4", True, "pages that were never touched, without populating them"),
-    ("WP_ASYNC", 15, "6.7", False, "dirty logging"),
-    ("MISSING_SHMEM", 5, "4.11", False, "shared memory with large holes, without page table markers"),
-    ("EVENT_FORK", 1, "4.11", False, "targets that fork during a snapshot"),
 )
 
 
@@ -72,7 +64,7 @@ def check_kernel(host: Host) -> Check:
         return Check("kernel", None, host.release or "unknown", "the release is not readable")
     if (int(match[1]), int(match[2])) >= (6, 7):
         return Check("kernel", True, host.release)
-    why = "6.7 is the first that has all that is used (PAGEMAP_SCAN, asynchronous write protection)"
+    why = "6.7 is the first that has all that is used; what is missing below says what that means"
     return Check("kernel", False, host.release, why, "use Linux 6.7 or newer")
 
 
@@ -101,22 +93,29 @@ def check_userfaultfd(host: Host) -> Check:
 
 def check_features(host: Host) -> Iterator[Check]:
     """Each UFFD_FEATURE that is used."""
-    for name, bit, since, needed, purpose in FEATURES:
-        name = f"  {name}"
+    for row in UFFD_FEATURES.values():
+        name = f"  {row.name}"
         if host.features is None:
-            yield Check(name, None, "unknown", f"for {purpose}; userfaultfd cannot be asked", "", needed)
-        elif host.features >> bit & 1:
-            yield Check(name, True, purpose, needed=needed)
+            why = f"for {row.purpose}; userfaultfd cannot be asked"
+            yield Check(name, None, "unknown", why, "", row.needed)
         else:
-            yield Check(name, False, "missing", f"for {purpose}", f"use Linux {since} or newer", needed)
+            yield _from_table(row, bool(host.features & FEATURES[row.name]), "missing", name)
+
+
+def _from_table(row: KernelFeature, there: bool, found: str, name: str = "") -> Check:
+    if there:
+        return Check(name or row.name, True, row.purpose, needed=row.needed)
+    return Check(name or row.name, False, found, row.without, f"use Linux {row.since} or newer", row.needed)
 
 
 def check_pagemap_scan(host: Host) -> Check:
-    """PAGEMAP_SCAN finds holes and written pages."""
-    if host.pagemap_scan is None:
-        return Check("PAGEMAP_SCAN", True, "finds holes and written pages", needed=True)
-    why = "without it holes cannot be told from zeros, and dirty logging has no log"
-    return Check("PAGEMAP_SCAN", False, host.pagemap_scan, why, "use Linux 6.7 or newer", True)
+    """PAGEMAP_SCAN finds populated, huge and written pages."""
+    return _from_table(PAGEMAP_SCAN, host.pagemap_scan is None, host.pagemap_scan or "")
+
+
+def check_wp_bit(host: Host) -> Check:
+    """What the engine asks after each copy where there is no PAGEMAP_SCAN."""
+    return _from_table(PAGEMAP_WP_BIT, host.wp_bit or host.pagemap_scan is None, "missing")
 
 
 def check_pidfd(host: Host) -> Check:

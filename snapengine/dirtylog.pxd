@@ -7,6 +7,7 @@ cdef class DirtyLog:
     # Dirty logging of one session: rounds, driven by one Python thread that gives the GIL up.
     cdef readonly Session session
     cdef bint registered
+    cdef bint answering                   # missing faults, by a thread of its own
     cdef uint64_t deadline
     cdef double rate                      # pages a second, as measured
     cdef uint64_t round_pages

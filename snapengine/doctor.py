@@ -19,6 +19,7 @@ def examine(host: Host | None = None) -> list[Check]:
         checks.check_userfaultfd(host),
         *checks.check_features(host),
         checks.check_pagemap_scan(host),
+        checks.check_wp_bit(host),
         checks.check_pidfd(host),
         checks.check_ptrace(host),
         checks.check_thp(host),

@@ -6,7 +6,7 @@ from snapengine.session cimport capture_t, lane_t
 cdef void *fault_thread(void *arg) noexcept nogil
 # Read up to 64 messages of a userfaultfd, seen at that time, and serve them: whether there were any.
 cdef bint serve_round(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil
-# Give a missing page its zeros and wake who waits for it.
+# Give a missing page its zeros and wake who waits for it; if it existed at T, no copy of it is believed.
 cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil
 # Wait for T, or (`noting`) for the time when faults are noted. False if the capture ended before.
 cdef bint await_arming(capture_t *capture, bint noting) noexcept nogil

@@ -7,6 +7,3 @@ cdef int pread_all(int fd, void *data, size_t count, uint64_t offset) noexcept n
 cdef int pwrite_all(int fd, const char *data, size_t count, uint64_t offset) noexcept nogil
 # Its size in bytes; 0 if it cannot be told.
 cdef uint64_t file_size(int fd) noexcept nogil
-# When the file was last changed through a descriptor (st_mtim), in ns; 0 if it cannot be told. Of a memory
-# file, writes through a mapping do not count.
-cdef uint64_t file_mtime(int fd) noexcept nogil

@@ -89,12 +89,4 @@ def _late_warnings(parts: Parts) -> list[str]:
     """What an attached target did to its shared memory that no check of a page can tell."""
     if parts.attached is None:
         return []
-    assert parts.session is not None
-    assert parts.plan is not None
-    names = [parts.plan.regions[number].region.name for number in parts.session.changed_files()]
-    changed = [
-        f"region {name!r}: its file was written to, punched or cut through a descriptor meanwhile: "
-        "what write() has put there before the page was saved is in the image"
-        for name in names
-    ]
-    return changed + parts.attached.late_warnings()
+    return parts.attached.late_warnings()

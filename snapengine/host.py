@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from snapengine.errors import UffdPermissionError
+from snapengine.pagemap import has_wp_bits
 
 # linux/fs.h, since 6.7: _IOWR('f', 16, struct pm_scan_arg), which is twelve 64-bit words.
 PAGEMAP_SCAN = 0xC0606610
@@ -44,6 +45,8 @@ class Host:
     """/proc/self/status"""
     pagemap_scan: str | None = None
     """None: it works; else why not."""
+    wp_bit: bool = True
+    """/proc/PID/pagemap tells what is write-protected."""
     pidfd: str | None = None
     """None: it works; else why not."""
     ptrace_scope: str = ""
@@ -185,6 +188,7 @@ def read_host(root: Path = Path("/")) -> Host:
         uffd_denied=uffd_denied,
         device=try_device(),
         pagemap_scan=try_pagemap_scan(),
+        wp_bit=has_wp_bits(),
         pidfd=try_pidfd(),
         cpus=len(os.sched_getaffinity(0)),
         spill_dir=spill_dir,

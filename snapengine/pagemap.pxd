@@ -33,3 +33,6 @@ cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noex
 # PAGE_IS_GUARD if PAGEMAP_SCAN tells guard pages (MADV_GUARD_INSTALL, Linux 6.13) from swapped ones (6.15),
 # else 0.
 cdef uint64_t guard_category() except? 1
+# Which of n ≤ 64 pages from `start` on are write-protected, a bit each: bit 57 (Linux 5.14), which swapped
+# pages and markers have too. 0 or errno.
+cdef int wp_bits(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil

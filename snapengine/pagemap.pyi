@@ -3,6 +3,7 @@ WP_MATCHING: int
 CHECK_WPASYNC: int
 
 def has_pagemap_scan() -> bool: ...
+def has_wp_bits() -> bool: ...
 def scan(
     fd: int, start: int, end: int, *, flags: int = 0, mask: int = 0, anyof: int = 0, without: int = 0,
     returned: int = 0,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from snapengine.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
+from snapengine.features import named
 from snapengine.maps import Mapping, covering, has_ended, read_maps, touching
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, feature_names
@@ -181,8 +182,8 @@ class Plan:
                 # A private mapping of a memory file: its clean pages are the file's, seen by no scan.
                 plan.presence = "all"
                 plan.keep_huge = False
-                plan.check = plan.own = self.attached
-                plan.file, plan.file_offset = self._open_shared(plan, covered) if self.attached else (-1, 0)
+                plan.check = self.attached
+                plan.own = self.attached or bool(self.features & FEATURES["WP_ASYNC"])
             else:
                 # Where the descriptor marks holes itself, they look like swapped pages and are read.
                 plan.missing = not self.features & FEATURES["WP_UNPOPULATED"]
@@ -213,10 +214,11 @@ class Plan:
         elif file >= 0:
             plan.presence = "seek"
             plan.sparse = self._is_sparse(file, plan)
-            plan.missing = plan.sparse
         else:
             plan.presence = "all" if self.pid or self._swap_in_use else "mincore"
             plan.reading = "process" if self.pid else "memory"
+        # What is punched out and touched again faults as missing, before it is filled with zeros.
+        plan.missing = plan.presence in ("seek", "mincore") and self._offers_missing()
         plan.file, plan.file_offset = file, offset
         # Shared memory that the target unmaps goes on in its file, where others may write it unseen; and in
         # memory of our own, another mapping may have come to its place.
@@ -226,7 +228,12 @@ class Plan:
             # costs more than the copy; and a target that cuts its file short would kill us.
             plan.reading = "file"
             if self.attached and not self.features & FEATURES["WP_ASYNC"]:
-                plan.presence = "file"  # dirty logging copies the file as it is at T, when nobody runs
+                # Others may fill its holes after T. (Dirty logging copies the file as it is at T.)
+                plan.presence = "file"
+
+    def _offers_missing(self) -> bool:
+        """MISSING_SHMEM says what the kernel can; a peer need not have asked for it."""
+        return bool(self.features & FEATURES["MISSING_SHMEM"]) or (self.pid != 0 and not self.attached)
 
     def _open_shared(self, plan: RegionPlan, covered: list[Mapping]) -> tuple[int, int]:
         """The memory's file and the offset of the region's first page in it; (-1, 0) if it has none that
@@ -276,10 +283,10 @@ class Plan:
         return holes > SPARSE_HOLE_BYTES and bool(self.features & FEATURES["MISSING_SHMEM"])
 
     def _call_witness(self, plan: RegionPlan, file: int, offset: int) -> None:
-        """Of an attached process's huge pages: a mapping of the same here loses what is punched out."""
+        """A mapping of the same huge pages in this process loses what is punched out of their file."""
         size = plan.region.page_size
         whole = plan.addr % size == 0 and plan.pages * PAGE_BYTES % size == 0 and offset % size == 0
-        if not self.attached or not whole or self.features & FEATURES["WP_ASYNC"]:
+        if not whole:
             return
         view = FileView(file, offset, plan.pages * PAGE_BYTES)
         self._views.append(view)
@@ -326,10 +333,11 @@ class Plan:
         if plan.region.kind != "anon":
             need |= FEATURES["WP_HUGETLBFS_SHMEM"]
         if lacking := need & ~self.features:
-            names = ", ".join(feature_names(lacking))
+            names = ", ".join(map(named, feature_names(lacking)))
             raise UnsupportedError(
                 errno.EOPNOTSUPP,
-                f"region {plan.region.name!r} ({plan.region.kind}): the userfaultfd lacks {names}",
+                f"region {plan.region.name!r} ({plan.region.kind}): the userfaultfd lacks {names}"
+                + ("; save the rest with --regions anon,heap,stack,files" if self.attached else ""),
             )
 
 

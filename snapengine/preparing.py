@@ -12,6 +12,7 @@ from typing import Any
 from snapengine import procfs
 from snapengine.encoder import Encoder
 from snapengine.errors import HandoverError, UnsupportedError
+from snapengine.features import PAGEMAP_WP_BIT, UNCHECKED
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.plan import Plan
@@ -87,6 +88,13 @@ def make_engine(
     uffd.detach()  # the session closes it
     if not tracking and not parts.session.has_scan:
         raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
+    if tracking and not parts.session.checks_protection:
+        text = f"this kernel lacks {PAGEMAP_WP_BIT.name} (Linux {PAGEMAP_WP_BIT.since})"
+        if options.strict:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP, f"{text}: whether pages were lost cannot be told, so strict is refused"
+            )
+        parts.warnings.append(f"{text}: {UNCHECKED}")
     parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.frozen = plan.place(parts.attached.frozen_regions)
@@ -139,7 +147,7 @@ def _wanted_features(method: str) -> int:
     """The feature bits to ask for, of those this kernel has."""
     base = FEATURES["PAGEFAULT_FLAG_WP"] | FEATURES["WP_HUGETLBFS_SHMEM"]
     if method == DIRTY_LOGGING:
-        wanted = base | FEATURES["WP_ASYNC"]
+        wanted = base | FEATURES["WP_ASYNC"] | FEATURES["MISSING_SHMEM"]
     else:
         wanted = base | FEATURES["MISSING_SHMEM"] | FEATURES["EVENT_FORK"]
     return wanted & int(supported_features()) | FEATURES["PAGEFAULT_FLAG_WP"]

@@ -35,6 +35,10 @@ from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import MODE_WP, Uffd
 
 APPEARED = "mapped while the snapshot began"
+PRIVATE_UNSEEN = (
+    "private mappings of memory files: pages that the process has not written are the file's, and what is "
+    "written to the file after T is not seen"
+)
 SHARED_UNSEEN = "shared memory: what other processes write to it, or through its file, is not seen"
 
 
@@ -158,6 +162,8 @@ class ProcessTarget:
             self._list()
             if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
+            if self._selection.private_files:
+                self.warnings.append(PRIVATE_UNSEEN)
         except BaseException:
             os.close(injected.fd)
             self._thaw()

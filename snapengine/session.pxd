@@ -3,6 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from snapengine.arena cimport Arena
 from snapengine.histogram cimport histogram_t
 from snapengine.linux cimport uffd_msg
+from snapengine.mapquery cimport vma_t
 from snapengine.pagemap cimport scan_t
 from snapengine.pool cimport Pool, lane_slot, pool_t
 from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
@@ -22,9 +23,17 @@ cdef enum:                          # where a region's bytes are read
 cdef enum:                          # how populated pages are told from holes
     PRESENCE_ALL                    # not told: everything is read
     PRESENCE_BITS                   # the page tables as scanned at T
+    # Shared memory. Write tracking adds what was populated before T to `present`; what it holds beside that
+    # is asked for when it is copied.
     PRESENCE_SEEK                   # SEEK_DATA of the shared file
-    PRESENCE_FILE                   # SEEK_DATA of the shared file, as it was at T
+    PRESENCE_FILE                   # SEEK_DATA of the shared file, as it was at T: `present` alone
     PRESENCE_MINCORE                # the page cache behind a mapping of this process
+
+
+cdef enum:                          # how it is told after a copy that its pages are still protected
+    CHECK_SCAN                      # PAGEMAP_SCAN (Linux 6.7)
+    CHECK_BITS                      # bit 57 of /proc/PID/pagemap (Linux 5.14)
+    CHECK_NONE                      # not at all: the result says so
 
 
 cdef struct region_t:               # fixed before the threads start
@@ -41,7 +50,6 @@ cdef struct region_t:               # fixed before the threads start
     uint64_t file_offset            # of page first_page
     uint64_t file_end               # its size before T or at T, the larger: behind it is no access
     uint64_t zero_inode             # private mapping of /dev/zero, which is anonymous: the inode it shows
-    uint64_t file_ns                # attached: when the file was last changed through a descriptor, before T
     char *witness                   # hugetlb file: a mapping of it here, which loses what is punched out
     uint64_t held_start             # what is registered in truth: more than what is tracked, where the
     uint64_t held_end               # mapping has grown since it was listed (written before T)
@@ -112,9 +120,13 @@ cdef struct capture_t:
     int pagemap
     int own_pagemap                 # this process's: of the witnesses; or -1
     int maps                        # /proc/PID/maps
+    vma_t *vmas                     # the mappings at T (vmatable); NULL: the kernel is asked for each
+    uint64_t vmas_room
+    uint64_t n_vmas                 # the first walker, right after T
     int mem                         # /proc/PID/mem, for pages that loads and process_vm_readv may not read
     bint has_scan                   # PAGEMAP_SCAN (Linux 6.7)
     uint64_t guard                  # its category of guard pages (Linux 6.15), or 0
+    int check_by                    # CHECK_...
     uint64_t features
     int n_fault_lanes
     int n_lanes
@@ -130,11 +142,12 @@ cdef struct capture_t:
     uint64_t *claimed               # who saves the page: 0→1 once
     uint64_t *saved                 # set (release) after the copy: whoever sees it may unprotect
     uint64_t *lost
-    uint64_t *present               # PRESENCE_BITS, PRESENCE_FILE: written by the walk before T, read after
+    uint64_t *present               # populated at T: written by the walk before T, read after
     uint64_t *huge                  # by page >> 9; like `present`
     uint64_t *guards                # no access at T, though the file may have data: like `present`
     uint64_t *witnessed             # by page >> 9: its witness is mapped; like `present`
     uint64_t *distrusted            # the target took the page away, or put another there: any, atomic or
+    uint64_t *own_copies            # dirty logging: what was copied as the target's own page, not its file's
     uint64_t *gone                  # by page >> 9: unregistered by a walker; read when all have ended
     uint64_t *hits                  # two-step: let go before T; read when no fault thread is busy
     uint64_t *hit_units             # by page >> 9: some page of it is in `hits`
@@ -203,9 +216,6 @@ cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil
 # The page of a fault; the kernel may name the start of a huge page, which can lie before the region.
 cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil
 
-# Attached: whether the region's file was written to, punched or cut through a descriptor since before T.
-cdef bint file_changed(region_t *region) noexcept nogil
-
 
 cdef class Session:
     # Everything of one capture that capture threads touch; Tracker and DirtyLog drive it.
@@ -215,12 +225,14 @@ cdef class Session:
     cdef readonly int walkers
     cdef Arena control
     cdef Arena lanes
+    cdef Arena vmas
     cdef Arena descriptors                # uffds: readable in a forked child, which must close them
     cdef list bitmaps
     cdef object owned_fds
     cdef bint guarding                    # own memory: between guard_begin and guard_end
     cdef histogram_t _fault_histogram(self) noexcept    # of all lanes
     cdef int _open_files(self) except -1
+    cdef int _make_vma_table(self) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
     cdef int _set_region(self, region_t *region, plan) except -1
     cdef int _make_bitmaps(self, bint rounds) except -1

@@ -1,0 +1,105 @@
+"""The mappings of an attached target at T, in order: /proc/PID/maps parsed without the GIL or an allocation.
+
+Only for kernels without PROCMAP_QUERY. Written by the first walker right after T, read by all walkers, which
+scan then. Source: proc_pid_maps(5).
+"""
+
+from libc.errno cimport E2BIG, EINTR, ENOENT, errno
+from libc.string cimport memchr, memmove
+from posix.unistd cimport pread
+
+from snapengine.mapquery cimport next_vma
+
+cdef enum:
+    TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each up to four characters long
+
+
+cdef uint64_t _number(const char **at, const char *end, uint64_t base) noexcept nogil:
+    """Digits up to any other character, which is passed over, too."""
+    cdef uint64_t value = 0
+    cdef char c
+    while at[0] < end:
+        c = at[0][0]
+        at[0] += 1
+        if c >= c"0" and c <= c"9":
+            value = value * base + <uint64_t>(c - c"0")
+        elif base == 16 and c >= c"a" and c <= c"f":
+            value = value * base + <uint64_t>(c - c"a" + 10)
+        else:
+            break
+    return value
+
+
+cdef void _parse(const char *line, const char *end, vma_t *vma) noexcept nogil:
+    vma.start = _number(&line, end, 16)
+    vma.end = _number(&line, end, 16)
+    vma.flags = 0
+    line += 5                       # "rwxp "
+    _number(&line, end, 16)         # offset
+    vma.device = _number(&line, end, 16) << 32
+    vma.device |= _number(&line, end, 16)
+    vma.inode = _number(&line, end, 10)
+
+
+cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint64_t *used) noexcept nogil:
+    """The whole lines of a piece. A mapping that has grown between two pieces is in both: once is enough."""
+    cdef const char *line = text
+    cdef const char *end
+    cdef vma_t vma
+    while True:
+        end = <const char *>memchr(line, c"\n", text + length - line)
+        if end == NULL:
+            used[0] = line - text
+            return 0
+        _parse(line, end, &vma)
+        line = end + 1
+        if capture.n_vmas:
+            vma.start = max(vma.start, capture.vmas[capture.n_vmas - 1].end)
+        if vma.start >= vma.end:
+            continue
+        if capture.n_vmas == capture.vmas_room:
+            return E2BIG
+        capture.vmas[capture.n_vmas] = vma
+        capture.n_vmas += 1
+
+
+cdef int note_vmas(capture_t *capture) noexcept nogil:
+    cdef char text[TEXT_BYTES]
+    cdef uint64_t have = 0
+    cdef uint64_t used
+    cdef long offset = 0
+    cdef ssize_t got
+    cdef int err
+    capture.n_vmas = 0
+    while capture.vmas != NULL:
+        got = pread(capture.maps, text + have, TEXT_BYTES - have, offset)
+        if got < 0 and errno == EINTR:
+            continue
+        if got <= 0:
+            return errno if got < 0 else 0
+        offset += got
+        have += got
+        err = _take_lines(capture, text, have, &used)
+        if err:
+            return err
+        have -= used
+        memmove(text, text + used, have)
+    return 0
+
+
+cdef int vma_at(capture_t *capture, uint64_t addr, vma_t *found) noexcept nogil:
+    cdef uint64_t low = 0
+    cdef uint64_t high = capture.n_vmas
+    cdef uint64_t middle
+    if capture.vmas == NULL:
+        return next_vma(capture.maps, addr, found)
+    while low < high:
+        middle = (low + high) // 2
+        if capture.vmas[middle].end <= addr:
+            low = middle + 1
+        else:
+            high = middle
+    if low == capture.n_vmas:
+        return ENOENT
+    found[0] = capture.vmas[low]
+    return 0

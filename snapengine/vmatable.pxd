@@ -1,0 +1,10 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.mapquery cimport vma_t
+from snapengine.session cimport capture_t
+
+# Read the target's mappings once, where the kernel answers no question about a single one (before Linux
+# 6.11). 0 or errno.
+cdef int note_vmas(capture_t *capture) noexcept nogil
+# The mapping that holds `addr`, or else the next one: of that list, or as it is now. 0, ENOENT, or errno.
+cdef int vma_at(capture_t *capture, uint64_t addr, vma_t *found) noexcept nogil

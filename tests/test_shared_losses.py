@@ -1,0 +1,156 @@
+"""Shared memory: lost is what was taken away after T, all of it and nothing else.
+
+Zero pages, pages whose neighbours are written to, holes that are filled, memory that is punched out, cut off,
+and filled again: by each way to capture it and of each kind. The image waits at a gate, so that what is done
+to the memory comes after T and before its pages are saved (write tracking), or after they are copied and before
+T (dirty logging).
+"""
+
+import contextlib
+import subprocess
+
+import numpy as np
+import pytest
+from sharekit import HOLES, KINDS, LATER, MIB, N_PAGES, PAGE, Child, Share, expected
+from targetkit import until
+from test_process_lost import GatedFile
+
+import snapengine
+from snapengine.errors import LostPagesError
+from snapengine.image import open_image
+from snapengine.peer import PeerTarget
+from snapengine.process import ProcessTarget
+
+pytestmark = pytest.mark.usefixtures("requires_uffd")
+
+EARLY, LATE, COUNT = 512, HOLES - 1536, 1024
+TRACKING, ROUNDS = "write-tracking", "dirty-logging"
+TAKES = ["punch", "look", "rewrite", "regrow"]
+KEEPS = ["nothing", "allocate", "fill", "read_holes"]
+AFTER = {"punch": 0, "look": 0, "rewrite": LATER, "regrow": LATER}  # in what was taken
+
+
+@pytest.fixture
+def place(request, tmp_path):
+    """``place(kind)``: a directory for its file, what it needs is there."""
+    mounted = []
+
+    def prepare(kind):
+        if kind == "hugetlb":
+            request.getfixturevalue("hugetlb")(2 * N_PAGES // 512 + 2)
+        directory = tmp_path / "files"
+        directory.mkdir()
+        if kind == "tmpfs":
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+            mounted.append(directory)
+        return directory
+
+    yield prepare
+    for directory in mounted:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+class Own(Share):
+    """The memory of this process."""
+
+    def act(self, deed, first, count):
+        getattr(self, deed)(first, count)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.words = None
+
+
+@contextlib.contextmanager
+def opened(way, method, kind, directory, tmp_path):
+    """(memory, target)."""
+    if way == "own":
+        with Own(kind, directory) as share:
+            yield share, snapengine.BufferTarget(share.memory, pause=lambda: None, resume=lambda: None)
+    elif way == "peer":
+        with Child(kind, directory, tmp_path / "socket") as child:
+            yield child, PeerTarget(tmp_path / "socket", method=method)
+    else:
+        with Child(kind, directory) as child:
+            chosen = f"{child.addr:x}-{child.addr + N_PAGES * PAGE:x}"
+            yield child, ProcessTarget(child.pid, chosen, method=method, cut=way, deadline=30.0)
+
+
+def capture(memory, target, path, method, deed, first):
+    sink = GatedFile(path)
+    if method == ROUNDS:  # a file that is cut off is soon copied: T must still come after what is done
+        pause = target.pause
+        target.pause = lambda: (sink.gate.wait(60), pause())
+    options = {"max_rounds": 1000, "downtime_limit": 5.0} if method == ROUNDS else {}
+    # Whoever writes to a file's mapping while the file is cut off gets SIGBUS.
+    with memory.written(first, N_PAGES if deed == "regrow" else COUNT):
+        session = snapengine.snapshot(target, sink, memory_limit=16 * MIB, method=method, **options)
+        with session as running:
+            try:
+                wanted = first + COUNT if method == ROUNDS else 64
+                until(lambda: running.progress().pages_done >= wanted, "the walk does not begin")
+                memory.act(deed, first, COUNT)
+            finally:
+                sink.gate.set()
+    return running.result
+
+
+def read(path, addr):
+    """Words 0 and 511 of each page, and the lost pages."""
+    found = np.zeros((N_PAGES, 2), np.uint64)
+    lost = set()
+    with open_image(path) as image:
+        image.verify()
+        for page in range(N_PAGES):
+            try:
+                words = np.frombuffer(image.read_at(addr + page * PAGE, PAGE), "<u8")
+            except LostPagesError:
+                lost.add(page)
+            else:
+                found[page] = words[0], words[511]
+    return found, lost
+
+
+WAYS = [("soft", TRACKING), ("stop", ROUNDS), ("stop", TRACKING), ("own", TRACKING), ("own", ROUNDS),
+        ("peer", TRACKING), ("peer", ROUNDS)]  # fmt: skip
+
+
+def matrix():
+    """All kinds and deeds by the first two ways; the others share their code for most of it."""
+    for way, method in WAYS:
+        for kind in KINDS:
+            for deed in KEEPS + TAKES:
+                if kind == "anonymous" and deed in ("allocate", "regrow"):
+                    continue  # it has no descriptor
+                if way == "own" and deed == "regrow":
+                    continue  # whoever cuts the file off under a mapping of its own gets SIGBUS
+                few = kind in ("memfd", "hugetlb") and deed in ("nothing", "fill", "punch", "rewrite")
+                if few or (way, method) in WAYS[:2]:
+                    marks = [pytest.mark.host_optional] if kind == "hugetlb" else []
+                    yield pytest.param(kind, deed, way, method, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "deed", "way", "method"), list(matrix()))
+def test_lost_is_what_was_taken_away(tmp_path, place, kind, deed, way, method):
+    first = EARLY if method == ROUNDS else LATE
+    with opened(way, method, kind, place(kind), tmp_path) as (memory, target):
+        result = capture(memory, target, tmp_path / "image", method, deed, first)
+        found, lost = read(tmp_path / "image", memory.addr)
+        unit = 512 if kind == "hugetlb" else 1
+    wanted = np.repeat(expected(unit)[:, None], 2, axis=1)
+    touched = set(range(first, N_PAGES if deed == "regrow" else first + COUNT)) if deed in TAKES else set()
+    if method == ROUNDS:  # T is after what was done
+        wanted[sorted(touched)] = 0
+        wanted[first : first + COUNT] = AFTER.get(deed, wanted[first : first + COUNT])
+        if deed == "fill":
+            wanted[HOLES:, 0] = LATER
+        touched = set()
+    assert lost <= touched
+    assert result.lost_pages == len(lost)
+    right = (found == wanted).all(axis=1)
+    right[sorted(lost)] = True
+    assert right.all(), f"pages that are wrong, and not called lost: {np.flatnonzero(~right)[:8]}"
+    if touched:
+        assert lost, "the memory was saved before it was taken away: nothing is shown"
