@@ -16,7 +16,7 @@ from snapengine.errors import MachineError
 from snapengine.qemu.blobs import VERSION
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock
-from snapengine.qemu.replies import ask, ask_list, ask_text
+from snapengine.qemu.replies import ask, ask_list, ask_migration, ask_text
 
 OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
 OWN_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
@@ -116,8 +116,7 @@ def command_line(pid: int) -> list[str]:
 
 def refuse_busy(monitor: Monitor) -> str:
     """Raise `MachineError` if the machine migrates or is in no state to be saved; else its run state."""
-    migration = ask(monitor, "query-migrate")
-    status = migration.plain("status") if migration.has("status") else "none"
+    status = ask_migration(monitor).status
     if status in BUSY:
         raise MachineError(f"the machine is migrating already (its migration is {status})")
     run_state = ask(monitor, "query-status").plain("status")

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 from snapengine.errors import MachineError, TargetGoneError
+from snapengine.qemu.replies import Reply
 
 CONNECT_SECONDS = 5.0
 HURRIED_SECONDS = 3.0
@@ -123,16 +124,24 @@ class Monitor:
     def pass_file(self, fd: int) -> int:
         """Hand a descriptor over, for QEMU to open as ``/dev/fdset/N``. Returns N."""
         done = self._run(self._execute("add-fd", {}, fd), None, "add-fd")
-        return int(done["fdset-id"])
+        return Reply(done, "QEMU's answer to add-fd").number("fdset-id", 63)
 
-    def events(self) -> list[tuple[str, int, dict[str, Any]]]:
-        """The events since the last call: (name, QEMU's clock in nanoseconds, data)."""
+    def events(self) -> list[tuple[str, int]]:
+        """The events since the last call: (name, QEMU's clock in nanoseconds)."""
         found = []
         for event in self._run(self._take_events(), None):
-            stamp = event["timestamp"]
-            at = int(stamp["seconds"]) * 10**9 + int(stamp["microseconds"]) * 1000
-            found.append((str(event["event"]), at, event.get("data", {})))
+            told = Reply(dict(event), "an event of QEMU's")
+            stamp = told.object("timestamp")
+            at = stamp.number("seconds", 33) * 10**9 + stamp.number("microseconds", 20) * 1000
+            found.append((told.plain("event"), at))
         return found
+
+    def stood_ns(self) -> int | None:
+        """How long the guest stood, by the events since the last `events`. None: they do not say, or QEMU's
+        clock was set meanwhile."""
+        at = dict(self.events())
+        stood = at.get("RESUME", -1) - at.get("STOP", 0)
+        return stood if stood >= 0 and "STOP" in at else None
 
     def hurry(self) -> None:
         """From any thread: no answer is waited for any longer than for some seconds, since what was wanted is

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snapengine.errors import MachineError
 from snapengine.jsonfields import Fields
-from snapengine.qemu.monitor import Monitor
+from snapengine.names import one_line
+
+if TYPE_CHECKING:
+    from snapengine.qemu.monitor import Monitor
 
 
 class Reply(Fields):
@@ -14,10 +17,33 @@ class Reply(Fields):
 
     refusal = MachineError
 
+    def count(self, key: str) -> int:
+        """A number that may be missing: then 0. As milliseconds, it is less than 2^63 ns."""
+        return self.number(key, 40) if self.has(key) else 0
+
+
+class Migration(Reply):
+    """The answer to query-migrate."""
+
+    @property
+    def status(self) -> str:
+        """``"none"`` before the first one."""
+        return one_line(self.plain("status")) if self.has("status") else "none"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed."""
+        return one_line(self.plain("error-desc")) if self.has("error-desc") else "it does not say why"
+
 
 def ask(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> Reply:
     """The object that a command returns."""
     return Reply(monitor.execute(command, arguments), f"QEMU's answer to {command}")
+
+
+def ask_migration(monitor: Monitor) -> Migration:
+    """What QEMU says of its migration."""
+    return Migration(ask(monitor, "query-migrate").members, "QEMU's answer to query-migrate")
 
 
 def ask_list(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> list[Reply]:

@@ -28,7 +28,7 @@ from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.monitor import COMMAND_SECONDS, Monitor
 from snapengine.qemu.ramblocks import ram_blocks
 from snapengine.qemu.regenerate import Meter, make_head, stream_blobs, write_stream
-from snapengine.qemu.replies import ask
+from snapengine.qemu.replies import ask, ask_migration
 from snapengine.vmstream import TAIL_MAX_BYTES
 
 START_SECONDS = 30.0
@@ -271,12 +271,11 @@ def load(
         feeder.start()
         monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
         while True:
-            status = ask(monitor, "query-migrate").members
-            if status.get("status") == "completed":
+            answer = ask_migration(monitor)
+            if answer.status == "completed":
                 break
-            if status.get("status") == "failed":
-                reason = status.get("error-desc", "it does not say why")
-                raise feeder.error or MachineError(f"QEMU refuses the state: {reason}")
+            if answer.status == "failed":
+                raise feeder.error or MachineError(f"QEMU refuses the state: {answer.reason}")
             if feeder.error is not None and not isinstance(feeder.error, TargetGoneError):
                 raise feeder.error
             limits.check()

@@ -257,10 +257,10 @@ class QemuTarget:
         self._at = now
 
     def _note_events(self) -> None:
-        at = {name: when for name, when, _ in self.monitor.events()}
-        if "STOP" in at and "RESUME" in at:
-            self.stop_parts_ns["guest"] = at["RESUME"] - at["STOP"]
-            self.stop_parts_ns = fitted_parts(self.stop_parts_ns, at["RESUME"] - at["STOP"])
+        stood = self.monitor.stood_ns()
+        if stood is not None:
+            self.stop_parts_ns["guest"] = stood
+            self.stop_parts_ns = fitted_parts(self.stop_parts_ns, stood)
 
     def _sort(self, mappings: list[MemoryMapping]) -> list[Region]:
         tracked = []

@@ -22,7 +22,7 @@ from snapengine.qemu.guard import Command, Guard
 from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import ram_blocks
-from snapengine.qemu.replies import ask, ask_list
+from snapengine.qemu.replies import Migration, ask, ask_list, ask_migration
 from snapengine.result import Result
 
 STREAM_NAME = "snapengine-save"
@@ -127,9 +127,9 @@ class _Migration:
     def raise_failure(self) -> None:
         """Raise what QEMU says of a migration that failed."""
         answer = self._answer()
-        if answer.get("status") == "failed":
-            raise MachineError(f"QEMU's migration failed: {answer.get('error-desc', 'it does not say why')}")
-        if answer.get("status") == "cancelled":
+        if answer.status == "failed":
+            raise MachineError(f"QEMU's migration failed: {answer.reason}")
+        if answer.status == "cancelled":
             raise CaptureCancelled("QEMU's migration was cancelled")
 
     def finish(self) -> dict[str, Any]:
@@ -141,14 +141,14 @@ class _Migration:
         self._await_end()
         self.raise_failure()
         answer = self._answer()
-        if answer.get("status") != "completed":
-            raise MachineError(f"QEMU's migration is {answer.get('status')}, though its stream is complete")
+        if answer.status != "completed":
+            raise MachineError(f"QEMU's migration is {answer.status}, though its stream is complete")
         self.go_on()
-        at = {name: when for name, when, _ in self._monitor.events()}
-        stood = int(answer.get("downtime", 0)) * 10**6
-        if "STOP" in at and "RESUME" in at:
-            stood = at["RESUME"] - at["STOP"]
-        return {"stop_ns": stood, "rounds": int(answer.get("ram", {}).get("dirty-sync-count", 0))}
+        stood = self._monitor.stood_ns()
+        if stood is None:
+            stood = answer.count("downtime") * 10**6
+        rounds = answer.object("ram").count("dirty-sync-count") if answer.has("ram") else 0
+        return {"stop_ns": stood, "rounds": rounds}
 
     def go_on(self) -> None:
         """Let the guest run if it ran: a plain `migrate` that is completed leaves it stopped."""
@@ -160,7 +160,7 @@ class _Migration:
         try:
             if self._background:
                 drain(self.read_fd)
-            elif self._answer().get("status", "none") in machine.BUSY:
+            elif self._answer().status in machine.BUSY:
                 self._monitor.execute("migrate_cancel")
         finally:
             self.close()  # QEMU may be waiting for somebody to read
@@ -178,12 +178,12 @@ class _Migration:
             os.close(self._write_fd)
             self._write_fd = -1
 
-    def _answer(self) -> dict[str, Any]:
-        return ask(self._monitor, "query-migrate").members
+    def _answer(self) -> Migration:
+        return ask_migration(self._monitor)
 
     def _await_end(self) -> None:
         deadline = time.monotonic() + END_SECONDS
-        while self._answer().get("status", "none") in machine.BUSY and time.monotonic() < deadline:
+        while self._answer().status in machine.BUSY and time.monotonic() < deadline:
             time.sleep(0.005)
 
 
@@ -201,10 +201,11 @@ def _settings(monitor: Monitor, options: Options, background: bool) -> tuple[lis
         "max-bandwidth": options.rate_limit or NO_LIMIT,
         "downtime-limit": int(options.downtime_limit * 1000),
     }
-    before = monitor.execute("query-migrate-parameters")
+    parameters = ask(monitor, "query-migrate-parameters")
+    before = {name: parameters.number(name, 64) for name in limits}
     ours = [*_capabilities(wanted), ("migrate-set-parameters", limits)]
     theirs = _capabilities({name: now[name] for name in wanted})
-    return ours, [*theirs, ("migrate-set-parameters", {name: before[name] for name in limits})]
+    return ours, [*theirs, ("migrate-set-parameters", before)]
 
 
 def _capabilities(states: dict[str, bool]) -> list[Command]:
