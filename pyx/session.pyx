@@ -304,7 +304,7 @@ cdef class Session:
         return 0
 
     cdef int _make_vma_table(self) except -1:
-        """Room for all mappings that a process may have, where the kernel tells of none alone (see vmatable)."""
+        """Room for all mappings that a process may have, where the kernel tells of none alone (vmatable)."""
         cdef vma_t first
         if next_vma(self.capture.maps, 0, &first) != ENOTTY:
             return 0

@@ -1,6 +1,6 @@
 """Kernels that lack something: never wrong in silence. The tests of what a target takes away, of consistency
-and of shared memory run again with each feature masked (tests/targets/oldkernel.c), alone and as older kernels
-lack them together."""
+and of shared memory run again with each feature masked (tests/targets/oldkernel.c), alone and as older
+kernels lack them together."""
 
 import os
 import re

@@ -1,9 +1,9 @@
 """Shared memory: lost is what was taken away after T, all of it and nothing else.
 
 Zero pages, pages whose neighbours are written to, holes that are filled, memory that is punched out, cut off,
-and filled again: by each way to capture it and of each kind. The image waits at a gate, so that what is done
-to the memory comes after T and before its pages are saved (write tracking), or after they are copied and before
-T (dirty logging).
+and filled again: by each way to capture it and of each kind. The image waits at a gate. What is done to the
+memory comes after T and before its pages are saved (write tracking), or after they are copied and before T
+(dirty logging).
 """
 
 import contextlib
