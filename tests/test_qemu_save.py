@@ -138,6 +138,29 @@ def test_every_kind_of_ram(machines, ram, request, tmp_path):
             assert new.guest.faults(new.read_ram()) == []
 
 
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+@pytest.mark.parametrize("ram", ["private", "memfd", "file"])
+def test_zero_pages_that_a_guest_left_are_not_lost(machines, ram, method, tmp_path):
+    """Half of the memory was cleared, the other half is written to all the time, and the image waits."""
+    machine = machines(Sweep(hot=8 * MIB, noise=0.5, delay=2000), ram=ram).ready()
+    machine.write_ram(32 * MIB, bytes(24 * MIB))
+    sink = GatedFile(tmp_path / "vm.img")
+    options = Options(method=method, memory_limit=16 * MIB, downtime_limit=PATIENCE_S)
+    with Monitor(str(machine.socket)) as monitor:
+        with snapengine.snapshot(QemuTarget(monitor), sink, options) as capture:
+            try:
+                machine.wait_progress(1000)
+            finally:
+                sink.gate.set()
+    assert capture.result.lost_pages == 0
+    assert not any("punched" in warning for warning in capture.result.warnings)
+    machine.kill()
+    with snapengine.open_image(tmp_path / "vm.img") as image:
+        content = saved_ram(image, machine)
+    assert machine.guest.faults(content) == []
+    assert not any(content[32 * MIB : 56 * MIB])
+
+
 def test_what_the_stop_was_spent_on(machines, tmp_path):
     machine = machines(Sweep()).ready()
     result = save(machine, tmp_path / "vm.img")
