@@ -37,6 +37,8 @@ def attach(pid, mode, **options):
     """The target of a snapshot and the options for it; mode: soft (armed at once), two-step, stop or dirty
     (logging)."""
     if mode == "dirty":
+        # On a loaded machine the rounds do not get shorter for long; who is not done by then makes no image.
+        options = {"max_rounds": 1000, "max_seconds": PATIENCE_S, "downtime_limit": 5.0} | options
         return ProcessTarget(pid, method="dirty-logging"), Options(method="dirty-logging", **options)
     if mode == "two-step":
         return ProcessTarget(pid, cut="soft"), Options(arming="two-step", **options)
@@ -47,6 +49,7 @@ def snap(pid, path, mode, **options):
     target, chosen = attach(pid, mode, **options)
     with snapengine.snapshot(target, path, chosen) as capture:
         pass
+    assert capture.result.status == "completed"  # else an image of before is what is found there
     return capture.result
 
 
