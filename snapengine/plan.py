@@ -184,6 +184,7 @@ class Plan:
                 plan.keep_huge = False
                 plan.check = self.attached
                 plan.own = self.attached or bool(self.features & FEATURES["WP_ASYNC"])
+                plan.file, plan.file_offset = self._open_shared(plan, covered) if self.attached else (-1, 0)
             else:
                 # Where the descriptor marks holes itself, they look like swapped pages and are read.
                 plan.missing = not self.features & FEATURES["WP_UNPOPULATED"]
@@ -280,7 +281,9 @@ class Plan:
 
     def _is_sparse(self, file: int, plan: RegionPlan) -> bool:
         holes = plan.pages * PAGE_BYTES - os.fstat(file).st_blocks * 512
-        return holes > SPARSE_HOLE_BYTES and bool(self.features & FEATURES["MISSING_SHMEM"])
+        # In rounds a page must have an entry in the page tables to be reported, or a marker.
+        rounds = self.features & FEATURES["WP_ASYNC"]
+        return holes > SPARSE_HOLE_BYTES and not rounds and bool(self.features & FEATURES["MISSING_SHMEM"])
 
     def _call_witness(self, plan: RegionPlan, file: int, offset: int) -> None:
         """A mapping of the same huge pages in this process loses what is punched out of their file."""
