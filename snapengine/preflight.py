@@ -66,9 +66,6 @@ class Preflight:
     arm_ns: int
     stop_ns: int
     warnings: list[str]
-    soft_refusal: str
-    """Why the process cannot be saved by a soft cut at all, ``stop_refusal``: by a stop cut; "" if it can."""
-    stop_refusal: str
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; names are escaped (`snapengine.names`)."""
@@ -109,8 +106,6 @@ def examine_process(
         arm_ns=arm,
         stop_ns=PREPARE_NS + THREAD_NS * info.threads + MAPPING_NS * len(tracked) + arm,
         warnings=_warnings(pid, info, tracked) + [stop.warning] * bool(stop.warning),
-        soft_refusal=soft.refusal,
-        stop_refusal=stop.refusal,
     )
 
 
@@ -203,9 +198,6 @@ def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO |
         out,
     )
     print_text(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", out)
-    for cut, refusal in (("soft", found.soft_refusal), ("stop", found.stop_refusal)):
-        if refusal:
-            print_text(f"--cut {cut} is refused: {refusal}", out)
     for warning in found.warnings:
         print_text(f"warning: {warning}", out)
     print(file=out)

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 
 from snapengine import attach
 from snapengine.claim import Claim
-from snapengine.errors import AlreadyTrackedError, AttachError, RegisterError, TargetGoneError
+from snapengine.errors import AlreadyTrackedError, AttachError, TargetGoneError
 from snapengine.freezer import Freezer
 from snapengine.frozen import Copied, copy_frozen
 from snapengine.inject import inject_userfaultfd
@@ -276,8 +276,6 @@ class ProcessTarget:
         limit = COPY_LIMIT if self.copy_limit is None else self.copy_limit
         stop = self.cut == "stop"
         selection = select(self.pid, self._mappings, self._selector, stop=stop, limit=limit, facts=facts)
-        if selection.refusal:
-            raise RegisterError(errno.EINVAL, f"process {self.pid}: {selection.refusal}")
         self._selection = selection
         if selection.warning and selection.warning not in self.warnings:
             self.warnings.append(selection.warning)

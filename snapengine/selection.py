@@ -34,6 +34,10 @@ NEEDS_STOP = "the kernel write-protects no private mapping of a file: a stop cut
 REMOVED = "its file is removed, and the kernel does not write-protect it: a stop cut copies it"
 READ_ONLY = "read-only here, and written elsewhere: a stop cut copies it"
 UNTRACKED = "the kernel does not write-protect this kind of memory: a stop cut copies it"
+MAPPED_TWICE = (
+    "mapped a second time, and a write through the other mapping is not seen: a stop cut copies it; or "
+    "choose one of them with --regions"
+)
 OWN_UFFD = "the process tracks it by a userfaultfd of its own"
 SECRET = "secret memory (memfd_secret): only the process itself can read it"
 SHARED_FILE = "a shared mapping of a file: the file holds it"
@@ -103,8 +107,7 @@ class Fate:
 
 @dataclass(slots=True)
 class Selection:
-    """What becomes of each mapping, by address. ``refusal``: why the process cannot be saved like this; ""
-    if it can. ``warning``: what lengthens the stop."""
+    """What becomes of each mapping, by address. ``warning``: what lengthens the stop."""
 
     fates: list[Fate] = field(default_factory=list)
     tracked: list[Region] = field(default_factory=list)
@@ -112,7 +115,6 @@ class Selection:
     not_captured: list[NotCaptured] = field(default_factory=list)
     private_files: bool = False
     """Whether a private mapping of a memory file is tracked."""
-    refusal: str = ""
     warning: str = ""
 
     @property
@@ -143,7 +145,7 @@ def select(
     sorter = _Sorter(facts or MapFacts(pid), selector, stop)
     fates = [sorter.fate(mapping) for mapping in mappings]
     selection = Selection(fates)
-    selection.refusal, selection.warning = _mapped_twice(fates, sorter, limit)
+    selection.warning = _mapped_twice(fates, sorter)
     _keep_to(fates, limit)
     _fill(selection)
     _tell_apart(selection)
@@ -239,10 +241,9 @@ def _file_name(mapping: Mapping) -> str:
     return name or "file"
 
 
-def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> tuple[str, str]:
+def _mapped_twice(fates: list[Fate], sorter: _Sorter) -> str:
     """A write through one mapping of a memory file is not seen by the tracking of another: both are copied
-    while all stand. Returns why the process cannot be saved (it does not stand, or that is too much), and a
-    warning."""
+    while all stand, else left out. Returns a warning of what is copied."""
     files: dict[tuple[str, int], list[int]] = {}
     for number, fate in enumerate(fates):
         if fate.action == "track" and fate.mapping.has_file and not fate.zero_inode:
@@ -253,21 +254,18 @@ def _mapped_twice(fates: list[Fate], sorter: _Sorter, limit: int) -> tuple[str, 
         for one, two in _overlapping(fates, numbers):
             pair = pair or (fates[one].mapping, fates[two].mapping)
             both |= {number for number in (one, two) if _written_elsewhere(fates, number, one, two)}
-    if pair is None:
-        return "", ""
-    text = f"{pair[0]} and {pair[1]} are two mappings of the same memory"
-    unseen = ", and a write through one is not seen in the other: "
-    if not sorter.stop:
-        return text + unseen + "use --cut stop, which copies them, or leave one out with --regions", ""
     for number in both:
         fate = fates[number]
-        way: Way = "file" if fate.mapping.shared else "own"
-        fates[number] = sorter.copied(fate.mapping, fate.name, way, UNTRACKED)
-    size = sum(fates[number].cost for number in both)
-    if size > limit:
-        much = f"{format_size(size)} are more than may be copied in a stop (--copy-limit)"
-        return text + unseen + much + "; or leave one out with --regions", ""
-    return "", text + f": all such memory is copied in the stop ({format_size(size)})"
+        if sorter.stop:
+            way: Way = "file" if fate.mapping.shared else "own"
+            fates[number] = sorter.copied(fate.mapping, fate.name, way, MAPPED_TWICE)
+        else:
+            fate.leave_out(MAPPED_TWICE)
+    if pair is None or not sorter.stop:
+        return ""
+    size = format_size(sum(fates[number].cost for number in both))
+    text = f"{pair[0]} and {pair[1]} are two mappings of the same memory"
+    return f"{text}: all such memory is copied in the stop ({size})"
 
 
 def _written_elsewhere(fates: list[Fate], number: int, one: int, two: int) -> bool:

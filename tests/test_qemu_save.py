@@ -146,12 +146,14 @@ def test_zero_pages_that_a_guest_left_are_not_lost(machines, ram, method, tmp_pa
     machine.write_ram(32 * MIB, bytes(24 * MIB))
     sink = GatedFile(tmp_path / "vm.img")
     options = Options(method=method, memory_limit=16 * MIB, downtime_limit=PATIENCE_S)
-    with Monitor(str(machine.socket)) as monitor:
-        with snapengine.snapshot(QemuTarget(monitor), sink, options) as capture:
-            try:
-                machine.wait_progress(1000)
-            finally:
-                sink.gate.set()
+    with (
+        Monitor(str(machine.socket)) as monitor,
+        snapengine.snapshot(QemuTarget(monitor), sink, options) as capture,
+    ):
+        try:
+            machine.wait_progress(1000)
+        finally:
+            sink.gate.set()
     assert capture.result.lost_pages == 0
     assert not any("punched" in warning for warning in capture.result.warnings)
     machine.kill()

@@ -4,9 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from realkit import MODES, Counting, check_core, need, need_all, snapshot
-
-from snapengine.errors import SnapengineError
+from realkit import MODES, Counting, check_core, need, need_all
 
 pytestmark = [pytest.mark.host_optional, pytest.mark.usefixtures("requires_uffd"), pytest.mark.timeout(1800)]
 
@@ -42,30 +40,15 @@ def has_zgc():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_java_zgc(tmp_path, mode):
-    """Its heap is mapped more than once. Who cannot be saved like that is refused, and goes on unharmed."""
+    """Its heap is mapped more than once: copied in a stop, named in a soft cut, and it goes on unharmed."""
     need_all("Java")
     need("java", "javac")
     if not has_zgc():
         pytest.skip("this Java has no ZGC")
     command = ["java", "-XX:+UseZGC", "-Xmx192m", PROGRAMS / "Busy.java"]
     with Counting(command, tmp_path / "log") as program:
-        refusal = refused(program.pid, tmp_path / "image", mode)
-        if refusal:
-            assert "two mappings of the same memory" in refusal
-            assert "\n" not in refusal
-            assert not (tmp_path / "image").exists()
-        else:
-            program.save(mode, tmp_path, discards=True)
+        program.save(mode, tmp_path, discards=True)
         program.check()
-
-
-def refused(pid, path, mode):
-    """Why the process cannot be saved; "" if it can."""
-    try:
-        snapshot(pid, path, mode)
-    except SnapengineError as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module")
