@@ -30,6 +30,7 @@ CATEGORIES = {
     "SWAPPED": PAGE_IS_SWAPPED,
     "PFNZERO": PAGE_IS_PFNZERO,
     "HUGE": PAGE_IS_HUGE,
+    "GUARD": PAGE_IS_GUARD,
 }
 """Category names (without PAGE_IS_) and their bits."""
 

@@ -50,6 +50,7 @@ KERNEL = {
     "PM_SCAN_WP_MATCHING": 1 << 0,
     "PM_SCAN_CHECK_WPASYNC": 1 << 1,
     "PROCMAP_QUERY": 0xC0686611,  # 6.11
+    "PAGE_IS_GUARD": 1 << 8,  # 6.15
 }
 SIZES = {
     "struct uffd_msg": 32,
