@@ -7,6 +7,7 @@ memory comes after T and before its pages are saved (write tracking), or after t
 """
 
 import contextlib
+import os
 import subprocess
 
 import numpy as np
@@ -61,6 +62,8 @@ class Own(Share):
 
     def __exit__(self, *exc_info):
         self.words = None
+        if self.fd >= 0:
+            os.close(self.fd)  # it keeps the memory: of huge pages there are few
 
 
 @contextlib.contextmanager

@@ -247,6 +247,7 @@ def test_hugetlb_traps_by_its_own_pages(tracked, hugetlb):
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000  # MAP_HUGETLB
     ram = Memory.__new__(Memory)
     ram.addr, ram.length, ram.fd = libc.mmap(None, size, 3, flags, -1, 0), size, -1
+    assert ram.addr != ctypes.c_void_p(-1).value
     ram.write(0, 1)
     try:
         uffd = tracked(ram, WP | SHMEM)
