@@ -10,9 +10,10 @@ from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
 from posix.unistd cimport lseek
 
 from snapengine.atomics cimport snap_load, snap_store, snap_store_seq
+from snapengine.bitmap cimport bits_test
 from snapengine.events cimport pump
 from snapengine.faults cimport serve_held
-from snapengine.hits cimport hit_pieces, protect_hits, share_edges, stop_noting
+from snapengine.hits cimport hit_pieces, note_filled_holes, protect_hits, share_edges, stop_noting
 from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.pieces cimport all_pieces, hurry, spans
@@ -58,13 +59,14 @@ cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t
     return 0
 
 
-cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
+cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region, bint again) noexcept nogil:
     """Protect the 2 MiB units of a file that hold data. Protecting a hole of shared memory fills its
     page tables with markers: 128 MiB of them and half a second for 64 GiB. The holes are registered for
-    missing faults, which wait until T like all others, so no hole can fill meanwhile."""
+    missing faults, which wait until T like all others, so no hole can fill meanwhile but through the file, or
+    by another process: `again`, only the units that have filled since."""
     cdef uint64_t size = region.pages * PAGE
     cdef uint64_t offset = 0
-    cdef uint64_t begin, end
+    cdef uint64_t begin, end, first
     cdef long data
     cdef int err
     while offset < size and not snap_load(&capture.failed):
@@ -78,11 +80,14 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region) noe
         end = size + region.addr if data < 0 else begin + UNIT
         begin = max(begin, region.addr)
         end = min(end, region.addr + size)
-        note_filled(capture, region.first_page + (begin - region.addr) // PAGE, (end - begin) // PAGE)
+        offset = end - region.addr
+        first = region.first_page + (begin - region.addr) // PAGE
+        if again and bits_test(capture.filled, first >> 9):
+            continue
+        note_filled(capture, first, (end - begin) // PAGE)
         err = protect_range(capture, lane, begin, end - begin)
         if err:
             return err
-        offset = end - region.addr
     return 0
 
 
@@ -200,7 +205,7 @@ cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uin
     cdef uint64_t addr = (region.track_start // piece + number) * piece
     cdef uint64_t start = max(addr, region.track_start)
     if region.sparse:
-        _protect_sparse(capture, lane, region)
+        _protect_sparse(capture, lane, region, False)
     elif _pieces(capture, region) == 1:
         protect_range(capture, lane, region.track_start, region.track_end - region.track_start)
     else:
@@ -267,11 +272,16 @@ cdef bint _noted(capture_t *capture, int err) noexcept nogil:
 
 cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
     """With two steps, after the caller has asked for it."""
+    cdef int i
     if not capture.two_step:
         all_pieces(capture, lane, _protect_numbered, pieces)
         return
+    for i in range(capture.n_regions):
+        if capture.regions[i].sparse:
+            _protect_sparse(capture, lane, &capture.regions[i], True)
     note_again(capture)             # before: a writer that meets the second protection waits
     stop_noting(capture)
+    note_filled_holes(capture)
     if not snap_load(&capture.failed):
         share_edges(capture)
         all_pieces(capture, lane, protect_hits, hit_pieces(capture))
@@ -284,10 +294,13 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if not capture.two_step:
         _await_caller(capture)
     begin = pause = snap_now_ns()
-    if not _noted(capture, note_before(capture)) or _register_all(capture):
+    # Registered first: from then on no hole of shared memory fills without a fault, which waits or is noted.
+    if _register_all(capture):
         return 1
     if capture.two_step:
         _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit
+    if not _noted(capture, note_before(capture)):
+        return 1
     all_pieces(capture, lane, scan_before, spans(capture))
     if capture.two_step and not snap_load(&capture.failed):
         all_pieces(capture, lane, _protect_numbered, pieces)

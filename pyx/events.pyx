@@ -19,7 +19,8 @@ from posix.unistd cimport close, read
 
 from snapengine.atomics cimport snap_add, snap_leave, snap_load, snap_peek, snap_store, snap_swap
 from snapengine.linux cimport (
-    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE, UFFDIO_REGISTER_MODE_WP,
+    UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
+    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
 )
 from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
@@ -144,11 +145,11 @@ cdef int protect_left(capture_t *capture, int fd, uint64_t addr, uint64_t length
 cdef int _protect_region(capture_t *capture, int fd, region_t *region) noexcept nogil:
     """Also what the parent had not registered yet when it forked (ENOENT)."""
     cdef uint64_t length = region.track_end - region.track_start
+    cdef uint64_t mode = UFFDIO_REGISTER_MODE_WP | (UFFDIO_REGISTER_MODE_MISSING if region.missing else 0)
     cdef int err = uffd_protect(fd, region.track_start, length)
     if err != ENOENT:
         return err
-    err = register_mapped(fd, -1, &capture.failed, region.track_start, length, region.unit_pages * 4096,
-                          UFFDIO_REGISTER_MODE_WP)
+    err = register_mapped(fd, -1, &capture.failed, region.track_start, length, region.unit_pages * 4096, mode)
     return err if err else protect_left(capture, fd, region.track_start, length)
 
 

@@ -30,7 +30,7 @@ from snapengine.readaround cimport run_around
 from snapengine.saver cimport claim_unit, publish, release, save_unit, save_window, unit_of, unit_range
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated, put_pages
-from snapengine.trust cimport note_missing
+from snapengine.trust cimport is_late, note_missing
 from snapengine.uffd cimport uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -78,6 +78,9 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     # file will tell no more once the page exists, so the hole is claimed and put down here. A page that
     # exists in the file does not fault as missing: so it is a hole of T, or has been punched out since.
     # Where the whole unit was a hole, the walk knows that, too.
+    if is_late(region, page):
+        uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if it has to
+        return
     if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
             and not bits_test(capture.claimed, page):
         err = lane_room(capture.pool, &lane.slot, 1, False)

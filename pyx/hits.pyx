@@ -27,11 +27,15 @@ from snapengine.atomics cimport (
 )
 from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport protect_left, pump
+from snapengine.memfile cimport page_exists
 from snapengine.pieces cimport first_region
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
-from snapengine.session cimport capture_fail, page_addr, page_at, place_of, region_by_addr
+from snapengine.session cimport (
+    PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, capture_fail, note_present, page_addr, page_at, place_of,
+    region_by_addr,
+)
 
 cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
 cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
@@ -148,6 +152,26 @@ cdef bint _next_hit_units(capture_t *capture, uint64_t *page, uint64_t end,
         unit += 1
     run_end[0] = min(unit << 9, end)
     return True
+
+
+cdef void _note_filled(capture_t *capture, region_t *region) noexcept nogil:
+    cdef uint64_t page = region.first_page
+    cdef uint64_t end = region.first_page + region.pages
+    cdef uint64_t units_end = 0
+    while _next_hit_units(capture, &page, end, &units_end):
+        page = bits_next(capture.hits, page, units_end)
+        while page < units_end:
+            # What a hit has taken along may be a hole still.
+            if not bits_test(capture.present, page) and page_exists(region, page):
+                note_present(capture, page, 1)
+            page = bits_next(capture.hits, page + 1, units_end)
+
+
+cdef void note_filled_holes(capture_t *capture) noexcept nogil:
+    cdef int i
+    for i in range(capture.n_regions):
+        if capture.regions[i].presence in (PRESENCE_FILE, PRESENCE_SEEK, PRESENCE_MINCORE):
+            _note_filled(capture, &capture.regions[i])
 
 
 cdef int _protect_part(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,

@@ -132,6 +132,12 @@ cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept 
     return _by_file(region) and capture.data == NULL and not page_exists(region, page)
 
 
+cdef bint is_late(region_t *region, uint64_t page) noexcept nogil:
+    """Several threads, also of a child, may wait for one page, which fills for the first of them, or through its
+    file: that may have been before T, though the others are answered after it."""
+    return _by_file(region) and not region.resident_only and page_exists(region, page)
+
+
 cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
     """Of memory that existed at T: the target has punched it out since, and touches it again."""
     cdef region_t *region = region_at(capture, addr)
@@ -139,7 +145,7 @@ cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
     if region == NULL or not _by_file(region) or not snap_load(&capture.armed) or capture.data != NULL:
         return
     page = page_at(region, addr)
-    if bits_test(capture.present, page) and not bits_test(capture.saved, page):
+    if bits_test(capture.present, page) and not bits_test(capture.saved, page) and not is_late(region, page):
         snap_fetch_or(&capture.distrusted[page >> 6], <uint64_t>1 << (page & 63))
 
 

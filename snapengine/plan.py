@@ -223,7 +223,7 @@ class Plan:
         plan.file, plan.file_offset = file, offset
         # Shared memory that the target unmaps goes on in its file, where others may write it unseen; and in
         # memory of our own, another mapping may have come to its place.
-        plan.check = (self.attached or plan.reading == "memory") and not plan.sparse
+        plan.check = self.attached or plan.reading == "memory"
         if self.pid and plan.presence == "seek":
             # Through a mapping here each page would have to be mapped first, and unmapped at the end, which
             # costs more than the copy; and a target that cuts its file short would kill us.

@@ -58,6 +58,7 @@ cdef struct region_t:               # fixed before the threads start
     uint8_t reading
     uint8_t presence
     bint shared
+    bint resident_only              # PRESENCE_MINCORE: it called every page resident, and so may tell nothing
     bint missing                    # register for missing faults too: its holes get no markers
     bint sparse                     # protect only the units that hold data
     bint check                      # a copied page counts only if it is still protected afterwards

@@ -2,12 +2,14 @@ from libc.stdint cimport uint64_t
 
 from snapengine.session cimport capture_t, region_t
 
-# Note what the checks below compare with. Called twice: before anything is registered, and right after T.
+# Note what the checks below compare with. Called twice: before anything is protected, and right after T.
 # 0 or errno.
 cdef int note_before(capture_t *capture) noexcept nogil
 cdef int note_at_t(capture_t *capture) noexcept nogil
 # Two-step, before T: note anew where the target has punched its files since.
 cdef void note_again(capture_t *capture) noexcept nogil
+# Whether the page of a missing fault exists: it was answered already, and is not missing.
+cdef bint is_late(region_t *region, uint64_t page) noexcept nogil
 # Before a missing page is filled.
 cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil
 # hugetlb files: map here the unit at `page`, if the target has mapped it (0 or errno); whether the target has

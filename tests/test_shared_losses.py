@@ -7,12 +7,28 @@ memory comes after T and before its pages are saved (write tracking), or after t
 """
 
 import contextlib
+import functools
+import mmap
 import os
 import subprocess
+import threading
 
 import numpy as np
 import pytest
-from sharekit import HOLES, KINDS, LATER, MIB, N_PAGES, PAGE, Child, Share, expected
+from sharekit import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    HOLES,
+    KINDS,
+    LATER,
+    LIBC,
+    MIB,
+    N_PAGES,
+    PAGE,
+    Child,
+    Share,
+    expected,
+)  # fmt: skip
 from targetkit import until
 from test_process_lost import GatedFile
 
@@ -157,3 +173,85 @@ def test_lost_is_what_was_taken_away(tmp_path, place, kind, deed, way, method):
     assert right.all(), f"pages that are wrong, and not called lost: {np.flatnonzero(~right)[:8]}"
     if touched:
         assert lost, "the memory was saved before it was taken away: nothing is shown"
+
+
+BODY, FLOOD, TAIL = 8192, 16384, 98304  # pages: data, holes that fill, zero pages that take time to look at
+
+
+def flood(words, stop):
+    """Fill the holes in order: what holds page n of T holds all before it."""
+    with contextlib.suppress(PermissionError):  # on a loaded machine it should run before T, too
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -15)
+    for page in range(BODY, BODY + FLOOD):
+        if stop.is_set():
+            return
+        words[page, [0, 511]] = page
+
+
+def test_a_hole_that_fills_as_t_comes_exists_at_t(tmp_path):
+    """Every other page that was just filled is punched out after T, and touched again: it is lost, and no
+    hole. The others tell when T was."""
+    size = (BODY + FLOOD + TAIL) * PAGE
+    stop = threading.Event()
+    file = os.memfd_create("flood")
+    os.ftruncate(file, size)
+    memory = mmap.mmap(file, size)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    words = np.frombuffer(memory, "<u8").reshape(-1, 512)
+    words[:BODY, 0] = 1
+    words[BODY + FLOOD :, 0] = 0
+    writer = threading.Thread(target=flood, args=(words, stop))
+
+    def pause():
+        writer.start()
+        until(lambda: words[BODY + 8, 511], "no page is filled")
+
+    target = snapengine.BufferTarget(memory, pause=pause, resume=lambda: None)
+    sink = GatedFile(tmp_path / "image")
+    try:
+        options = {"memory_limit": 16 * MIB, "arming": "two-step", "walk_threads": 1}
+        with snapengine.snapshot(target, sink, **options):
+            stop.set()
+            writer.join()
+            filled = BODY + np.flatnonzero(words[BODY : BODY + FLOOD, 511])[-1]
+            for page in range(BODY + 1, filled, 2):
+                assert not LIBC.fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page * PAGE, PAGE)
+                words[page, 0] = LATER
+            sink.gate.set()
+    finally:
+        stop.set()
+        sink.gate.set()
+        os.close(file)
+    lost, found = set(), {}
+    with open_image(tmp_path / "image") as image:
+        for page in range(BODY, filled + 1):
+            try:
+                found[page] = int.from_bytes(image.read_at(words.ctypes.data + page * PAGE, 8), "little")
+            except LostPagesError:
+                lost.add(page)
+    last = max(page for page in range(BODY, filled + 1, 2) if found.get(page))
+    assert [page for page in range(BODY, last) if page not in lost and found[page] != page] == []
+    assert len(lost) > 4
+
+
+def test_a_sparse_file_that_grows_before_t(tmp_path):
+    """What is written through the file, when all that it held is protected already, is of T, too."""
+    size, late = 2 << 30, 1 << 30
+    file = os.memfd_create("sparse")
+    os.ftruncate(file, size)
+    memory = mmap.mmap(file, size)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    words = np.frombuffer(memory, "<u8").reshape(-1, 512)
+    words[: 32 * MIB // PAGE, 0] = 1
+    pwrite = functools.partial(os.pwrite, file, b"\1" * MIB, late)
+    target = snapengine.BufferTarget(memory, pause=pwrite, resume=lambda: None)
+    sink = GatedFile(tmp_path / "image")
+    with snapengine.snapshot(target, sink, memory_limit=16 * MIB, arming="two-step") as running:
+        try:
+            words[late // PAGE : (late + MIB) // PAGE] = LATER
+        finally:
+            sink.gate.set()
+    os.close(file)
+    with open_image(tmp_path / "image") as image:
+        assert image.read_at(words.ctypes.data + late, MIB) == b"\1" * MIB
+    assert running.result.lost_pages == 0
