@@ -95,6 +95,7 @@ static inline int snap_guarded_call(int (*fn)(void *), void *arg, uintptr_t low,
 
 static const int snap_fault_signals[2] = {SIGSEGV, SIGBUS};
 static struct sigaction snap_before[2]; /* whose handlers were there; written before ours is in force */
+static void (*snap_restorer)(void);     /* what a handler that the kernel calls returns to; 0: not known yet */
 static pthread_mutex_t snap_guard_lock = PTHREAD_MUTEX_INITIALIZER;
 static int snap_guard_users;
 
@@ -129,6 +130,8 @@ static void snap_pass_on(int number, siginfo_t *info, void *context) {
 static void snap_on_fault(int number, siginfo_t *info, void *context) {
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     uintptr_t at = (uintptr_t)info->si_addr;
+    if (__builtin_return_address(0) == (void *)snap_restorer)
+        snap_passing_on = 0; /* called by the kernel: the handler before ours has left its last fault by longjmp() */
     if (snap_guard.frame && info->si_code > 0 && at >= snap_guard.low && at < snap_guard.high) {
         registers[REG_RIP] = (greg_t)(uintptr_t)snap_guarded_fault;
         registers[REG_RSP] = (greg_t)snap_guard.frame;
@@ -156,6 +159,8 @@ static void snap_guard_begin(void) {
         ours.sa_sigaction = snap_on_fault;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK | (now.sa_flags & SA_NODEFER);
         sigaction(snap_fault_signals[i], &ours, 0);
+        sigaction(snap_fault_signals[i], 0, &ours);
+        snap_restorer = ours.sa_restorer;
     }
     pthread_mutex_unlock(&snap_guard_lock);
 }

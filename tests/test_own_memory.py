@@ -235,6 +235,34 @@ save(memory, crash)
     assert "crash" in done.stderr
 
 
+PROBE = """
+#include <setjmp.h>
+#include <signal.h>
+static sigjmp_buf back;
+static void jump(int number) { siglongjmp(back, number); }
+void install(void) { struct sigaction action = {.sa_handler = jump}; sigaction(SIGSEGV, &action, 0); }
+int readable(volatile char *at) { if (sigsetjmp(back, 1)) return 0; (void)*at; return 1; }
+"""
+
+
+def test_a_handler_that_was_there_may_jump(tmp_path):
+    """It leaves a fault by siglongjmp(), and finds the next one, too."""
+    (tmp_path / "probe.c").write_text(PROBE)
+    library = tmp_path / "probe.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "probe.c"], check=True)
+    program = PROLOGUE + f"""
+probe, memory = ctypes.CDLL({str(library)!r}), filled()
+probe.readable.argtypes = [ctypes.c_void_p]
+probe.install()
+def take():
+    print([probe.readable(16) for _ in range(3)], probe.readable(address_of(memory)), flush=True)
+save(memory, take)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "image")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert done.stdout.splitlines() == ["[0, 0, 0] 1", "[]"], done.stderr
+
+
 def test_a_signal_that_is_sent_still_ends_the_program(tmp_path):
     program = PROLOGUE + "save(filled(), lambda: os.kill(os.getpid(), 7))"
     command = [sys.executable, "-c", program, str(tmp_path / "image")]
