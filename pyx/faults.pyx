@@ -11,7 +11,7 @@ While the first walker looks for faults itself (`pyx/lookout`) it serves them by
 from libc.errno cimport EAGAIN, ESRCH
 
 from snapengine.atomics cimport (
-    snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_store, snap_store_seq,
+    snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
 )
 from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.events cimport (
@@ -45,6 +45,7 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef int SPINS = 10000
+cdef uint64_t LATE_MOST = 1024      # where the file is not what is mapped they would fault again for ever
 # A fault thread runs for microseconds at a time while a writer waits for it: it should not queue behind the
 # walk or an encoder.
 cdef int FAULT_NICE = -15
@@ -78,11 +79,12 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     # file will tell no more once the page exists, so the hole is claimed and put down here. A page that
     # exists in the file does not fault as missing: so it is a hole of T, or has been punched out since.
     # Where the whole unit was a hole, the walk knows that, too.
-    if is_late(region, page):
-        uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if it has to
-        return
     if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
             and not bits_test(capture.claimed, page):
+        if snap_peek(&capture.late) < LATE_MOST and is_late(region, page):
+            snap_add(&capture.late, 1)
+            uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if it has to
+            return
         err = lane_room(capture.pool, &lane.slot, 1, False)
         if err:
             capture_fail(capture, err, "spill file", 0)

@@ -22,6 +22,7 @@ cdef int next_vma(int maps, uint64_t addr, vma_t *found) noexcept nogil:
             return errno
     found.start = query.vma_start
     found.end = query.vma_end
+    found.offset = query.vma_offset
     found.flags = query.vma_flags
     found.device = <uint64_t>query.dev_major << 32 | query.dev_minor
     found.inode = query.inode

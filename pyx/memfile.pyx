@@ -53,11 +53,9 @@ cdef void _add_resident(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
     cdef uint64_t n, mask, first, run
-    region.resident_only = True     # as mincore(2) says to who may not write to the file
     while page < end and not snap_load(&capture.failed):
         n = min(64 - (page & 63), end - page)
         mask = resident(region, page & ~<uint64_t>63, bits_mask(page & 63, n))
-        region.resident_only = region.resident_only and mask == bits_mask(page & 63, n)
         while mask:
             run = bits_run(mask, &first)
             note_present(capture, (page & ~<uint64_t>63) + first, run)

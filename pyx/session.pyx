@@ -265,6 +265,7 @@ cdef class Session:
         region.file = plan.file
         region.file_offset = plan.file_offset
         region.file_end = os.fstat(plan.file).st_size if plan.file >= 0 else 0
+        region.inode = os.fstat(plan.file).st_ino if plan.file >= 0 else 0
         region.zero_inode = plan.region.zero_inode
         region.reading = _READING[plan.reading]
         region.presence = _PRESENCE[plan.presence]

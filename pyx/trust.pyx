@@ -27,13 +27,15 @@ from libc.stdint cimport uint64_t
 from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.linux cimport MADV_POPULATE_READ
+from snapengine.mapquery cimport vma_t
 from snapengine.memfile cimport add_existing, page_exists
 from snapengine.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
 from snapengine.pthreads cimport snap_sleep_ns
 from snapengine.session cimport (
-    CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, next_filled, page_addr, page_at,
-    place_of, region_at, region_by_addr,
+    CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
+    note_present, page_addr, page_at, place_of, region_at, region_by_addr,
 )
+from snapengine.vmatable cimport vma_at
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -116,11 +118,29 @@ cdef void note_again(capture_t *capture) noexcept nogil:
             page += region.unit_pages
 
 
+cdef void _distrust_replaced(capture_t *capture, region_t *region) noexcept nogil:
+    """Where the target has mapped something else since it was listed, the file holds other bytes: that counts
+    as data, and is found lost."""
+    cdef uint64_t at = region.addr
+    cdef uint64_t end = region.addr + region.pages * PAGE
+    cdef uint64_t first, last
+    cdef vma_t vma
+    while at < end and not vma_at(capture, at, &vma) and vma.start < end:
+        first = max(vma.start, at)
+        last = min(vma.end, end)
+        if vma.inode != region.inode or vma.offset - vma.start != region.file_offset - region.addr:
+            note_present(capture, region.first_page + (first - region.addr) // PAGE, (last - first) // PAGE)
+            distrust(capture, first, last - first, False)
+        at = vma.end
+
+
 cdef int note_at_t(capture_t *capture) noexcept nogil:
     """What is a hole only now was punched out since the look before: it counts as data, and is found lost."""
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):
+        if capture.attached and capture.regions[i].shared and capture.regions[i].reading == READ_FILE:
+            _distrust_replaced(capture, &capture.regions[i])
         if capture.regions[i].presence == PRESENCE_FILE:
             add_existing(capture, &capture.regions[i])
         if capture.regions[i].witness != NULL:
@@ -133,9 +153,9 @@ cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept 
 
 
 cdef bint is_late(region_t *region, uint64_t page) noexcept nogil:
-    """Several threads, also of a child, may wait for one page, which fills for the first of them, or through its
-    file: that may have been before T, though the others are answered after it."""
-    return _by_file(region) and not region.resident_only and page_exists(region, page)
+    """Several threads, also of a child, may wait for one page, which fills for the first of them, or through
+    its file: that may have been before T, though the others are answered after it."""
+    return _by_file(region) and page_exists(region, page)
 
 
 cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:

@@ -35,7 +35,7 @@ cdef void _parse(const char *line, const char *end, vma_t *vma) noexcept nogil:
     vma.end = _number(&line, end, 16)
     vma.flags = 0
     line += 5                       # "rwxp "
-    _number(&line, end, 16)         # offset
+    vma.offset = _number(&line, end, 16)
     vma.device = _number(&line, end, 16) << 32
     vma.device |= _number(&line, end, 16)
     vma.inode = _number(&line, end, 10)
@@ -53,8 +53,9 @@ cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint
             return 0
         _parse(line, end, &vma)
         line = end + 1
-        if capture.n_vmas:
-            vma.start = max(vma.start, capture.vmas[capture.n_vmas - 1].end)
+        if capture.n_vmas and vma.start < capture.vmas[capture.n_vmas - 1].end:
+            vma.offset += capture.vmas[capture.n_vmas - 1].end - vma.start
+            vma.start = capture.vmas[capture.n_vmas - 1].end
         if vma.start >= vma.end:
             continue
         if capture.n_vmas == capture.vmas_room:

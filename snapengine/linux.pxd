@@ -90,6 +90,7 @@ cdef extern from "snapengine/linux_compat.h" nogil:
         uint64_t vma_start
         uint64_t vma_end
         uint64_t vma_flags
+        uint64_t vma_offset
         uint64_t inode
         uint32_t dev_major
         uint32_t dev_minor

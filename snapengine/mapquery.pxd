@@ -4,6 +4,7 @@ from libc.stdint cimport uint64_t
 cdef struct vma_t:                  # one mapping of a process
     uint64_t start
     uint64_t end
+    uint64_t offset                 # of `start` in its file
     uint64_t flags                  # readable, writable, executable, shared
     uint64_t device
     uint64_t inode                  # 0: anonymous memory

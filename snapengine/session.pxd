@@ -49,6 +49,7 @@ cdef struct region_t:               # fixed before the threads start
     int file                        # READ_FILE, PRESENCE_SEEK, _FILE: descriptor of this process, or -1
     uint64_t file_offset            # of page first_page
     uint64_t file_end               # its size before T or at T, the larger: behind it is no access
+    uint64_t inode                  # of the file, 0 if there is none
     uint64_t zero_inode             # private mapping of /dev/zero, which is anonymous: the inode it shows
     char *witness                   # hugetlb file: a mapping of it here, which loses what is punched out
     uint64_t held_start             # what is registered in truth: more than what is tracked, where the
@@ -58,7 +59,6 @@ cdef struct region_t:               # fixed before the threads start
     uint8_t reading
     uint8_t presence
     bint shared
-    bint resident_only              # PRESENCE_MINCORE: it called every page resident, and so may tell nothing
     bint missing                    # register for missing faults too: its holes get no markers
     bint sparse                     # protect only the units that hold data
     bint check                      # a copied page counts only if it is still protected afterwards
@@ -189,6 +189,7 @@ cdef struct capture_t:
     uint64_t look_from_ns           # the first walker's own: not before then
     uint64_t calls                  # how often it was called (it writes)
     uint64_t next_unit              # atomic: units of 512 pages taken by walkers (compare-and-swap)
+    uint64_t late                   # missing faults that were answered already: fault threads, relaxed
     stream_t streams[STREAMS]       # any fault thread, relaxed
     uint64_t next_stream
     uint64_t last_fault_ns          # read-around: fault threads, relaxed

@@ -24,6 +24,8 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 LATER = 77
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.mmap.restype = ctypes.c_void_p
 
 
 class Share:
@@ -88,6 +90,17 @@ class Share:
 
     def read_holes(self, first, count):
         assert not self.words[HOLES:, 0].any()
+
+    def replace(self, first, count):
+        """Another file in its place, of which the last page is a hole."""
+        other = os.memfd_create("other")
+        os.ftruncate(other, count * PAGE)
+        os.pwrite(other, (LATER.to_bytes(8, "little") * 512) * (count - 1), 0)
+        start, flags = self.addr + first * PAGE, mmap.MAP_SHARED | 0x10  # MAP_FIXED
+        assert LIBC.mmap(start, count * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, other, 0) == start
+
+    def touch(self, first, count):
+        self.words[first : first + count, 0] = LATER
 
     def nothing(self, first, count):
         """The neighbours are written to all the time."""

@@ -255,3 +255,34 @@ def test_a_sparse_file_that_grows_before_t(tmp_path):
     with open_image(tmp_path / "image") as image:
         assert image.read_at(words.ctypes.data + late, MIB) == b"\1" * MIB
     assert running.result.lost_pages == 0
+
+
+class Replaced(ProcessTarget):
+    """Its memory is another file's, from between the list of its mappings and their registration on."""
+
+    def registered(self, uffd):
+        self.child.act("replace", EARLY, COUNT)
+        return super().registered(uffd)
+
+
+@pytest.mark.parametrize("arming", ["plain", "two-step"])
+def test_another_file_in_its_place_before_it_is_registered(tmp_path, place, arming):
+    """What the old one holds is not in the image; who touches a hole of the new one goes on."""
+    sink = GatedFile(tmp_path / "image")
+    with Child("memfd", place("memfd")) as child:
+        target = Replaced(child.pid, f"{child.addr:x}-{child.addr + N_PAGES * PAGE:x}", deadline=30.0)
+        target.child = child
+        with snapengine.snapshot(target, sink, memory_limit=16 * MIB, arming=arming):
+            try:
+                child.act("touch", EARLY + COUNT - 1, 1)
+            finally:
+                sink.gate.set()
+        found, lost = read(tmp_path / "image", child.addr)
+    wanted = np.repeat(expected(1)[:, None], 2, axis=1)
+    replaced = set(range(EARLY, EARLY + COUNT))
+    assert lost <= replaced
+    wanted[EARLY : EARLY + COUNT] = LATER
+    wanted[EARLY + COUNT - 1] = 0
+    right = (found == wanted).all(axis=1)
+    right[sorted(lost)] = True
+    assert right.all(), f"pages that are wrong, and not called lost: {np.flatnonzero(~right)[:8]}"
