@@ -204,7 +204,7 @@ def test_a_hole_that_fills_as_t_comes_exists_at_t(tmp_path):
 
     def pause():
         writer.start()
-        until(lambda: words[BODY + 8, 511], "no page is filled")
+        until(lambda: words[BODY + 64, 511], "no page is filled")
 
     target = snapengine.BufferTarget(memory, pause=pause, resume=lambda: None)
     sink = GatedFile(tmp_path / "image")
@@ -231,7 +231,7 @@ def test_a_hole_that_fills_as_t_comes_exists_at_t(tmp_path):
                 lost.add(page)
     last = max(page for page in range(BODY, filled + 1, 2) if found.get(page))
     assert [page for page in range(BODY, last) if page not in lost and found[page] != page] == []
-    assert len(lost) > 4
+    assert lost, "none of these pages was unsaved: nothing is shown"
 
 
 def test_a_sparse_file_that_grows_before_t(tmp_path):
