@@ -17,9 +17,11 @@ QEMU_ROUNDS ?= 10
 
 # All targets together.
 FUZZ_SECONDS ?= 240
-# They run the threads of a capture: own memory, a peer, an attached process, both methods, and restoring.
-SANITIZED_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py reader.py rules.py capture.py dying.py freezer.py \
-	inject.py vmstream.py ingest.py consistency.py)
+# What AddressSanitizer runs: all that handles memory by address, of captures, restores and foreign input. And what
+# ThreadSanitizer runs: the threads of captures. Each takes some minutes.
+ADDRESS_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py reader.py rules.py capture.py dying.py freezer.py \
+	hits.py inject.py vmstream.py ingest.py)
+THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py dying.py hits.py lookout.py guestmem.py ingest.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -81,11 +83,11 @@ fuzz: $(VENV)/.fuzz  ## Fuzz all that reads foreign input, for FUZZ_SECONDS (240
 
 .PHONY: asan
 asan: $(VENV)/.test  ## Run tests with AddressSanitizer and UndefinedBehaviorSanitizer (built into build/)
-	.ci/sanitize address $(BIN)/python $(or $(TESTS),$(SANITIZED_TESTS))
+	.ci/sanitize address $(BIN)/python $(or $(TESTS),$(ADDRESS_TESTS))
 
 .PHONY: tsan
 tsan: $(VENV)/.test  ## Run tests with ThreadSanitizer (built into build/)
-	.ci/sanitize thread $(BIN)/python $(or $(TESTS),$(SANITIZED_TESTS))
+	.ci/sanitize thread $(BIN)/python $(or $(TESTS),$(THREAD_TESTS))
 
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed

@@ -10,7 +10,7 @@ MODULES = sorted(path.stem for path in Path("pyx").glob("*.pyx"))
 TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
 # Flags of a sanitizer or of coverage: see .ci/instrumented, which builds apart from the sources.
 INSTRUMENT = os.environ.get("SNAPENGINE_INSTRUMENT", "").split()
-SANITIZED = ["-O0", "-g", "-fno-omit-frame-pointer", *INSTRUMENT] if INSTRUMENT else []
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", *INSTRUMENT] if INSTRUMENT else []
 # -g0: debug information would put the paths of the build machine into the wheel.
 FLAGS = ["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 C_DIR = Path("build/cython/pyx")

@@ -15,6 +15,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.uio cimport writev
 from posix.unistd cimport lseek
 
+from snapengine.atomics cimport snap_load
 from snapengine.oserror cimport raise_oserror
 
 cdef extern from "<fcntl.h>" nogil:
@@ -143,7 +144,7 @@ cdef class Outlet:
         cdef double bucket = self.rate * STEP_MS / 1000.0 + 1.0
         cdef double step = min(<double>wanted, bucket - 1.0 if bucket > 2.0 else 1.0)
         cdef uint64_t now
-        while not (self.cancelled != NULL and self.cancelled[0]):
+        while not (self.cancelled != NULL and snap_load(self.cancelled)):
             if self.rate == 0.0:
                 return wanted
             now = now_ns()

@@ -6,7 +6,7 @@ surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.r
 Documentation/admin-guide/mm.
 """
 
-from libc.errno cimport EACCES, EBUSY, ENOENT, ENOSYS, EPERM, ESRCH, errno
+from libc.errno cimport EACCES, EBUSY, ENOENT, ENOMEM, ENOSYS, EPERM, ESRCH, errno
 from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
@@ -95,6 +95,8 @@ cdef int _register_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t
     cdef int err = uffd_register(fd, start, length, mode)
     if not err or err == EBUSY or err == ESRCH:
         return err
+    if length <= unit and err == ENOMEM and uffd_unregister(fd, start, length) == ENOMEM:
+        return ESRCH                    # of a process that has ended; nothing was registered here, or split
     if length <= unit or snap_load(stop):
         return 0
     half = max(length // 2 // unit * unit, unit)
@@ -119,6 +121,8 @@ cdef int register_mapped(int fd, int maps, const uint64_t *stop, uint64_t start,
         return err
     while start < end and not snap_load(stop):
         err = next_vma(maps, start, &vma)
+        if err == ESRCH:
+            return err
         if err and err != ENOENT:
             return _register_halves(fd, stop, start, end - start, unit, mode)
         if err or vma.start >= end:

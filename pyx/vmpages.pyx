@@ -12,7 +12,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, ENOSPC, errno
 from posix.uio cimport pwritev
 
-from snapengine.atomics cimport snap_load
+from snapengine.atomics cimport snap_load, snap_store
 from snapengine.fileio cimport pread_all
 from snapengine.image_format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
 from snapengine.oserror cimport raise_oserror
@@ -58,7 +58,7 @@ cdef class Intake(StreamParser):
 
     def fail(self):
         """Make this and the encoders stop. Any thread, any number of times."""
-        self.cancelled = 1
+        snap_store(&self.cancelled, 1)
         if self.pool is not None:
             pool_fail(self.pool.pool)
 

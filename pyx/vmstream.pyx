@@ -15,6 +15,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 from posix.unistd cimport read
 
+from snapengine.atomics cimport snap_load, snap_store
 from snapengine.migration cimport (
     RAM_COMPRESS_PAGE, RAM_CONTINUE, RAM_EOS, RAM_HOOK, RAM_MEM_SIZE, RAM_MULTIFD_FLUSH, RAM_PAGE,
     RAM_XBZRLE, RAM_ZERO, VM_CMD_SWITCHOVER_START, VM_COMMAND, VM_CONFIGURATION, VM_END, VM_EOF, VM_FOOTER,
@@ -86,7 +87,7 @@ cdef class StreamParser:
 
     def cancel(self):
         """Make a waiting or running read stop within 50 ms. Any thread."""
-        self.cancelled = 1
+        snap_store(&self.cancelled, 1)
 
     @property
     def ram_blocks(self):
@@ -122,7 +123,7 @@ cdef class StreamParser:
         while True:
             with gil:
                 PyErr_CheckSignals()
-                if self.cancelled:
+                if snap_load(&self.cancelled):
                     raise CaptureCancelled(f"{self.name}: cancelled")
             entry.revents = 0
             if poll(&entry, 1, STEP_MS) <= 0:

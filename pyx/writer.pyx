@@ -16,6 +16,7 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
 
+from snapengine.atomics cimport snap_store
 from snapengine.checksum cimport crc32c
 from snapengine.image_format cimport (
     SNAP_ALIGN_BYTES, SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_FEATURES, SNAP_INDX, SNAP_LAST_PART,
@@ -238,7 +239,7 @@ cdef class Writer:
 
     def cancel(self):
         """Make a blocked or throttled write stop within 50 ms, and every later one fail. Any thread."""
-        self.cancelled = 1
+        snap_store(&self.cancelled, 1)
 
     def _expect(self, int state):
         if self.state == BROKEN:

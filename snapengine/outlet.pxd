@@ -14,7 +14,7 @@ cdef class Outlet:
     cdef double tokens             # bytes that may go out now
     cdef uint64_t refilled_ns      # when `tokens` was last brought up to date
     cdef size_t waiting_bytes      # written to a file since the disk was last started
-    cdef volatile int *cancelled   # looked at at least every 50 ms
+    cdef uint64_t *cancelled       # looked at at least every 50 ms (acquire)
 
     # Sends everything in parts[0..count), which it consumes, and adds what went out to `sent`.
     # Returns 0, an errno, or ECANCELED.

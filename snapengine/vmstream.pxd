@@ -22,7 +22,7 @@ cdef class StreamParser:
     cdef size_t end
     cdef readonly uint64_t offset     # in the stream, of buffer[begin]
     cdef bint ended                   # the descriptor is at its end
-    cdef volatile int cancelled
+    cdef uint64_t cancelled           # set by cancel() (release), looked at every 50 ms
     cdef int state
     cdef bytearray keep               # what is taken while the head is read
     cdef readonly bytes head

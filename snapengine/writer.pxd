@@ -10,7 +10,7 @@ cdef class Writer:
     cdef readonly object sink
     cdef readonly uint64_t image_bytes    # bytes handed to the sink so far
     cdef readonly uint64_t chunks         # chunk records written
-    cdef volatile int cancelled           # set by cancel(): a throttled or blocked write stops
+    cdef uint64_t cancelled               # set by cancel() (release): a throttled or blocked write stops
 
     cdef readonly uint64_t vmstate_parts  # VMST records written
     cdef readonly bytes image_id

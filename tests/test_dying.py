@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine import attach
+from snapengine.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
-from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING
+from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.peer import PeerTarget
 from snapengine.process import ProcessTarget
 from snapengine.uffd import Uffd
@@ -118,6 +120,33 @@ def test_a_process_that_ended_before_it_is_attached_to(reaped):
         assert outcome(attached, WRITE_TRACKING) == "TargetGoneError"
         if not reaped:
             assert attach.ends(target.pid)
+
+
+class KilledBeforeItIsArmed(Capture):
+    """Its target ends between two steps: all is prepared, and nothing is registered."""
+
+    def _kill(self):
+        os.kill(self._target.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self._target.pid, os.WEXITED | os.WNOWAIT)
+
+    def _arm(self):
+        self._kill()
+        return super()._arm()
+
+    def _log_rounds(self, engine):
+        self._kill()
+        return super()._log_rounds(engine)
+
+
+@pytest.mark.parametrize(("cut", "method"), CUTS)
+def test_a_process_with_a_large_reservation_that_ends(cut, method):
+    """That it has ended is seen at the first call, and not asked for each page of 20 TiB."""
+    with Target("reserve", "space", "private", 20 << 40) as target:
+        attached = ProcessTarget(target.pid, cut=cut, method=method)
+        with pytest.raises(TargetGoneError), KilledBeforeItIsArmed(
+            attached, "null:", Options(method=method), {}
+        ):
+            pass
 
 
 def test_a_process_that_never_was():
