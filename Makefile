@@ -21,7 +21,7 @@ FUZZ_SECONDS ?= 240
 # ThreadSanitizer runs: the threads of captures. Each takes some minutes.
 ADDRESS_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py reader.py rules.py capture.py dying.py freezer.py \
 	hits.py inject.py vmstream.py ingest.py)
-THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py dying.py hits.py lookout.py guestmem.py ingest.py)
+THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py hits.py guestmem.py vmstream.py ingest.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -134,8 +134,8 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.test
-	@echo "installing the fuzzer"
-	@$(INSTALL) '.[fuzz]'
+	@echo "installing the fuzzer (nothing is compiled again)"
+	$(call EXTRAS,fuzz)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test

@@ -36,14 +36,16 @@ def count_edges() -> None:
 
 def main() -> None:
     """libFuzzer ends the process."""
-    if "SNAPENGINE_TRACE_PC" in os.environ:
-        count_edges()
     sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-    with atheris.instrument_imports(include=["snapengine"]):
-        from targets import TARGETS, seeds
     if len(sys.argv) < 2:
+        from targets import TARGETS
+
         print(*TARGETS, sep="\n")
         return
+    if "SNAPENGINE_TRACE_PC" in os.environ:
+        count_edges()
+    with atheris.instrument_imports(include=["snapengine"]):
+        from targets import TARGETS, seeds
     name = sys.argv[1]
     corpus = HERE / "corpus" / name
     with tempfile.TemporaryDirectory(prefix="snapengine-fuzz-") as folder:
