@@ -5,7 +5,7 @@ memory that the capture itself protects.
 """
 
 from snapengine.arena cimport Arena
-from snapengine.atomics cimport snap_ctz, snap_popcount
+from snapengine.atomics cimport snap_ctz, snap_fetch_or, snap_popcount
 
 
 cdef void bits_fill(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil:
@@ -14,6 +14,16 @@ cdef void bits_fill(uint64_t *bits, uint64_t first, uint64_t count) noexcept nog
         offset = first & 63
         n = min(64 - offset, count)
         bits[first >> 6] |= bits_mask(offset, n)
+        first += n
+        count -= n
+
+
+cdef void bits_or(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil:
+    cdef uint64_t offset, n
+    while count:
+        offset = first & 63
+        n = min(64 - offset, count)
+        snap_fetch_or(&bits[first >> 6], bits_mask(offset, n))
         first += n
         count -= n
 

@@ -23,7 +23,7 @@ from libc.stdint cimport uint64_t
 from posix.unistd cimport lseek
 
 from snapengine.atomics cimport snap_load
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_next
+from snapengine.bitmap cimport bits_clear, bits_fill, bits_next, bits_or
 from snapengine.fileio cimport file_size
 from snapengine.linux cimport ECANCELED, PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.mapquery cimport vma_t
@@ -86,7 +86,7 @@ cdef void _set_huge(capture_t *capture, region_t *region, uint64_t start, uint64
     unit = (max(first, region.first_page + (region.start > region.addr)) + 511) >> 9
     stop = first + (end - start + PAGE - 1) // PAGE - (1 if region.end & 4095 and end >= region.end else 0)
     if stop >> 9 > unit:
-        bits_fill(capture.huge, unit, (stop >> 9) - unit)
+        bits_or(capture.huge, unit, (stop >> 9) - unit)     # fault threads ask for it before T
 
 
 cdef void _begin(capture_t *capture, scan_t *scan, uint64_t start, uint64_t end, uint64_t mask,

@@ -11,8 +11,8 @@ from posix.unistd cimport close
 
 import os
 
-from snapengine.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
-from snapengine.bitmap cimport bits_clear, bits_count, bits_fill, bits_mask, bits_next, bits_test
+from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
+from snapengine.bitmap cimport bits_clear, bits_count, bits_fill, bits_next, bits_or, bits_test
 from snapengine.guard cimport guard_begin, guard_end
 from snapengine.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
@@ -78,13 +78,7 @@ cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil:
 
 
 cdef void note_filled(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
-    cdef uint64_t unit = first >> 9
-    cdef uint64_t end = ((first + n - 1) >> 9) + 1
-    cdef uint64_t count
-    while unit < end:
-        count = min(64 - (unit & 63), end - unit)
-        snap_fetch_or(&capture.filled[unit >> 6], bits_mask(unit & 63, count))
-        unit += count
+    bits_or(capture.filled, first >> 9, ((first + n - 1) >> 9) - (first >> 9) + 1)
 
 
 cdef void note_present(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:

@@ -31,6 +31,8 @@ cdef inline uint64_t bits_run(uint64_t mask, uint64_t *first) noexcept nogil:
 # Plain (one writer, or before the threads start): set or clear count bits from first.
 cdef void bits_fill(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
 cdef void bits_clear(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
+# Atomic (acquire and release): set count bits from first, which others may read or set meanwhile.
+cdef void bits_or(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
 # Number of set bits among count bits from first.
 cdef uint64_t bits_count(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil
 # First set bit at or after first and before end; end if there is none.
