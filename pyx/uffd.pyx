@@ -99,7 +99,7 @@ cdef int _register_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t
         return ESRCH                    # of a process that has ended; nothing was registered here, or split
     if length <= unit or snap_load(stop):
         return 0
-    half = max(length // 2 // unit * unit, unit)
+    half = half_of(length, unit)
     err = _register_halves(fd, stop, start, half, unit, mode)
     return err if err else _register_halves(fd, stop, start + half, length - half, unit, mode)
 
@@ -143,7 +143,7 @@ cdef int _protect_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t 
         return err
     if length <= 4096 or snap_load(stop):
         return 0
-    half = length // 2 // 4096 * 4096
+    half = half_of(length, 4096)
     err = _protect_halves(fd, stop, start, half)
     return err if err else _protect_halves(fd, stop, start + half, length - half)
 

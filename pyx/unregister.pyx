@@ -15,7 +15,7 @@ from snapengine.atomics cimport snap_load
 from snapengine.bitmap cimport bits_next
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.session cimport page_addr, place_of, region_by_addr, region_t
-from snapengine.uffd cimport uffd_unregister
+from snapengine.uffd cimport half_of, uffd_unregister
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
@@ -28,7 +28,7 @@ cdef void _halves(int fd, uint64_t start, uint64_t length, uint64_t unit) noexce
     cdef uint64_t half
     if uffd_unregister(fd, start, length) != EINVAL or length <= unit:
         return
-    half = length // 2 // unit * unit
+    half = half_of(length, unit)
     _halves(fd, start, half, unit)
     _halves(fd, start + half, length - half, unit)
 
@@ -58,13 +58,16 @@ cdef uint64_t _piece_end(capture_t *capture, region_t *region, uint64_t start, u
                          uint64_t most) noexcept nogil:
     """Where a piece ends that begins at `start` and holds at most `most` bytes: what holds nothing is let go
     in no time, and does not count (which that is, is known from T on). Pieces end at multiples of 2 MiB,
-    where no huge page lies on both sides."""
+    where no huge page lies on both sides, and of the region's own pages: the kernel refuses (EINVAL) a piece
+    that ends inside a page of hugetlb."""
+    cdef uint64_t size = region.unit_pages * PAGE
     cdef uint64_t first, last, unit, n
     if not snap_load(&capture.armed):
-        return min(end, max((start + max(most, BLIND_MAX)) & ~(UNIT - 1), start + region.unit_pages * PAGE))
-    if start < region.addr or start >= region.addr + region.pages * PAGE:   # it has grown
-        return min(end, region.addr if start < region.addr else start + most)
-    first = region.first_page + (start - region.addr) // PAGE
+        return min(end, max((start + max(most, BLIND_MAX)) & ~(max(UNIT, size) - 1), start + size))
+    if start < region.track_start or start >= region.track_end:     # it has grown
+        return min(end, region.track_start if start < region.track_start else start + most)
+    # A region may begin inside a page of hugetlb: what lies before it there belongs to its first unit.
+    first = region.first_page + (max(start, region.addr) - region.addr) // PAGE
     last = (region.first_page + region.pages + 511) >> 9
     unit = bits_next(capture.filled, first >> 9, last)
     n = 0
@@ -73,7 +76,7 @@ cdef uint64_t _piece_end(capture_t *capture, region_t *region, uint64_t start, u
         unit = bits_next(capture.filled, unit + 1, last)
     if unit == last:
         return end
-    return min(end, max(page_addr(region, unit << 9), start + region.unit_pages * PAGE))
+    return min(end, max(page_addr(region, unit << 9) & ~(size - 1), start + size))
 
 
 cdef void _in_pieces(capture_t *capture, int fd, int maps, region_t *region, uint64_t start,

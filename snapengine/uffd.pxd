@@ -19,6 +19,11 @@ cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length) noexcept nogil  
 cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil
 
 
+cdef inline uint64_t half_of(uint64_t length, uint64_t unit) noexcept nogil:
+    """Where halving cuts `length` > `unit` bytes: a multiple of `unit`, never 0, so that halving ends."""
+    return max(length // 2 // unit * unit, unit)
+
+
 cdef class Uffd:
     # Owns one userfaultfd descriptor. close() releases all that it protects and wakes all waiters.
     cdef readonly int fd

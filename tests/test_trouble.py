@@ -144,6 +144,23 @@ def test_hugetlb_buffer_that_begins_inside_a_huge_page(tmp_path, hugetlb):
         assert image.read("inner", 0, 6 * MIB) == b"A" * (6 * MIB)
 
 
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+@pytest.mark.parametrize(("begin", "end"), [(0, 7), (1, 2), (1, 4), (1, 5), (3, 8), (0, 8)])
+def test_buffers_that_begin_or_end_inside_huge_pages(tmp_path, hugetlb, begin, end, method):
+    """What is let go in the end is whole huge pages, or the kernel refuses and nothing is let go."""
+    hugetlb(4)
+    memory = mmap.mmap(-1, 8 * MIB, flags=PRIVATE | MAP_HUGETLB)
+    memory[: end * MIB] = b"A" * end * MIB
+    buffer = memoryview(memory)[begin * MIB : end * MIB]
+    for name in ("first", "image"):
+        target = snapengine.BufferTarget(buffer, pause=lambda: None, resume=lambda: None)
+        with snapengine.snapshot(target, tmp_path / name, method=method):
+            pass
+        memory[begin * MIB] = memory[end * MIB - 1] = 65  # nothing waits, nobody answers any more
+    with open_image(tmp_path / "image") as image:
+        assert image.read(image.regions[0].name, 0, (end - begin) * MIB) == b"A" * (end - begin) * MIB
+
+
 def test_two_buffers_in_one_huge_page_are_refused(tmp_path, hugetlb):
     hugetlb(2)
     memory = mmap.mmap(-1, 4 * MIB, flags=PRIVATE | MAP_HUGETLB)
