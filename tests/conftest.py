@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-# A shell's background job begins with SIGINT ignored, and so would all that the tests start.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job begins with SIGINT and SIGQUIT ignored, nohup(1) with SIGHUP, and so would all that
+# the tests start: what is sent to it would do nothing.
+for _signal, _default in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL),
+):  # fmt: skip
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _default)
 
 CI = os.environ.get("CI") == "true"
 _skipped: list[str] = []
