@@ -30,7 +30,7 @@ from snapengine.linux cimport (
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.missing cimport start_missing, stop_missing
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
 from snapengine.session cimport (
     Session, capture_fail, capture_t, lane_t, note_present, region_t,
 )
@@ -66,6 +66,15 @@ cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect)
     scan.returned = PAGE_IS_WRITTEN | (OWN_PAGE if region.own else 0)
     scan.err = 0
     scan.stop = &capture.failed
+
+
+cdef int _step(capture_t *capture, scan_t *scan) noexcept nogil:
+    """Under the lock: who answers missing faults may have to register a page anew (`pyx/faults`), and between
+    its two calls a scan would fail."""
+    pthread_mutex_lock(&capture.lock)
+    cdef int found = scan_step(scan)
+    pthread_mutex_unlock(&capture.lock)
+    return found
 
 
 cdef int _expired(capture_t *capture, uint64_t deadline) noexcept nogil:
@@ -117,7 +126,7 @@ cdef int _begin_anew(capture_t *capture, region_t *region, scan_t *scan) noexcep
     _aim(capture, region, scan, True)
     scan.flags = PM_SCAN_WP_MATCHING
     while found > 0:
-        found = scan_step(scan)
+        found = _step(capture, scan)
     if found < 0:
         return scan.err
     _aim(capture, region, scan, False)
@@ -133,7 +142,7 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
     cdef uint64_t start, end, stop = region.addr + region.pages * PAGE
     _aim(capture, region, scan, True)
     while True:
-        found = scan_step(scan)
+        found = _step(capture, scan)
         if found < 0 and scan.err == EPERM and capture.attached:
             err = _begin_anew(capture, region, scan)
             if err:
@@ -199,7 +208,7 @@ cdef int _copy_discarded(capture_t *capture, lane_t *lane, region_t *region) noe
     scan.flags = scan.mask = scan.anyof = 0
     scan.returned = OWN_PAGE
     while True:
-        found = scan_step(scan)
+        found = _step(capture, scan)
         if found <= 0:
             return scan.err
         for i in range(found):
@@ -451,7 +460,7 @@ cdef class DirtyLog:
                 before = pages
                 _aim(capture, &capture.regions[i], scan, False)
                 while True:
-                    found = scan_step(scan)
+                    found = _step(capture, scan)
                     if found < 0 and scan.err == EPERM and capture.attached:
                         _track_anew(capture, &capture.regions[i])
                         _aim(capture, &capture.regions[i], scan, False)

@@ -8,7 +8,7 @@ Fault threads never wait for the sink, the encoders or the GIL.
 While the first walker looks for faults itself (`pyx/lookout`) it serves them by the same functions.
 """
 
-from libc.errno cimport EAGAIN, ESRCH
+from libc.errno cimport EAGAIN, ENOMEM, ESRCH
 
 from snapengine.atomics cimport (
     snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
@@ -20,7 +20,9 @@ from snapengine.events cimport (
 from snapengine.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
 from snapengine.image_format cimport SNAP_HOLE, SNAP_LOST
-from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, uffd_msg
+from snapengine.linux cimport (
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
+)
 from snapengine.pool cimport lane_room
 from snapengine.pthreads cimport (
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice_slice,
@@ -31,7 +33,7 @@ from snapengine.saver cimport claim_unit, publish, release, save_unit, save_wind
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated, put_pages
 from snapengine.trust cimport is_late, note_missing
-from snapengine.uffd cimport uffd_wake, uffd_zeropage
+from snapengine.uffd cimport uffd_register, uffd_unregister, uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -52,6 +54,18 @@ cdef int FAULT_NICE = -15
 cdef uint64_t FAULT_SLICE_NS = 100000
 
 
+cdef void _leave_to_kernel(capture_t *capture, int fd, uint64_t addr) noexcept nogil:
+    """The file system is full, or a cgroup has reached its limit. Without us the kernel would make room, or
+    end who wrote by SIGBUS; with us it would fault again for ever. So the page is registered for writes only
+    (and anew, since a smaller mode is not taken: Linux 6.18); what fills it is seen as a write. Dirty logging
+    scans under the lock."""
+    pthread_mutex_lock(&capture.lock)
+    uffd_unregister(fd, addr, PAGE)
+    uffd_register(fd, addr, PAGE, UFFDIO_REGISTER_MODE_WP)
+    pthread_mutex_unlock(&capture.lock)
+    uffd_wake(fd, addr, PAGE)
+
+
 cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
     cdef int err
     note_missing(capture, addr)
@@ -66,6 +80,8 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
     if err == ESRCH:
         if uffd == 0:
             capture_fail(capture, ESRCH, "the target ended", addr)
+    elif err == ENOMEM:
+        _leave_to_kernel(capture, capture.uffds[uffd], addr)
     elif err:
         # EEXIST: another thread filled it; anything else: let the writer try again.
         uffd_wake(capture.uffds[uffd], addr, PAGE)

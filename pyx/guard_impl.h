@@ -31,6 +31,8 @@ struct snap_guard {
 /* Only this thread and the handlers that run on it use it. Initial-exec: other models may allocate when a
  * thread touches it first, and a handler must not. */
 static __thread struct snap_guard snap_guard __attribute__((tls_model("initial-exec")));
+/* Which handler before ours runs on this thread now: its place in snap_chains, counted from 1;
+ * 0: none. */
 static __thread int snap_passing_on __attribute__((tls_model("initial-exec")));
 
 __attribute__((visibility("hidden"))) int snap_guarded_enter(int (*fn)(void *), void *arg,
@@ -93,9 +95,19 @@ static inline int snap_guarded_call(int (*fn)(void *), void *arg, uintptr_t low,
     return snap_guarded_enter(fn, arg, &snap_guard);
 }
 
+enum { SNAP_BEFORE_MAX = 8 };
+
+/* Whose handlers were there, the oldest first. Usually one; but a host that sets its own while a capture runs,
+ * and goes on by calling the handler that it found (ours), would go round for ever if ours knew only the host's.
+ * Written under the lock, each before `n` and before ours is in force; read by handlers. */
+struct snap_chain {
+    struct sigaction before[SNAP_BEFORE_MAX];
+    int n;
+};
+
 static const int snap_fault_signals[2] = {SIGSEGV, SIGBUS};
-static struct sigaction snap_before[2]; /* whose handlers were there; written before ours is in force */
-static void (*snap_restorer)(void);     /* what a handler that the kernel calls returns to; 0: not known yet */
+static struct snap_chain snap_chains[2];
+static void (*snap_restorer)(void); /* what a handler that the kernel calls returns to; 0: not known yet */
 static pthread_mutex_t snap_guard_lock = PTHREAD_MUTEX_INITIALIZER;
 static int snap_guard_users;
 
@@ -109,21 +121,28 @@ static void snap_die_of(int number, const siginfo_t *info) {
 }
 
 static void snap_pass_on(int number, siginfo_t *info, void *context) {
-    const struct sigaction *before = &snap_before[number == SIGBUS];
-    if (snap_passing_on) { /* the handler before ours called ours */
+    const struct snap_chain *chain = &snap_chains[number == SIGBUS];
+    /* The handler before ours called ours: it means the one before it. */
+    int place = snap_passing_on ? snap_passing_on - 1 : __atomic_load_n(&chain->n, __ATOMIC_ACQUIRE);
+    const struct sigaction *before;
+    int passing_on = snap_passing_on;
+    if (place == 0) {
         snap_die_of(number, info);
-    } else if (before->sa_flags & SA_SIGINFO) {
-        snap_passing_on = 1;
+        return;
+    }
+    before = &chain->before[place - 1];
+    if (before->sa_flags & SA_SIGINFO) {
+        snap_passing_on = place;
         before->sa_sigaction(number, info, context);
-        snap_passing_on = 0;
+        snap_passing_on = passing_on;
     } else if (before->sa_handler == SIG_IGN && info->si_code <= 0) {
         return;
     } else if (before->sa_handler == SIG_DFL || before->sa_handler == SIG_IGN) {
         snap_die_of(number, info);
     } else {
-        snap_passing_on = 1;
+        snap_passing_on = place;
         before->sa_handler(number);
-        snap_passing_on = 0;
+        snap_passing_on = passing_on;
     }
 }
 
@@ -144,17 +163,44 @@ static int snap_is_ours(const struct sigaction *action) {
     return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == snap_on_fault;
 }
 
+static int snap_is_same(const struct sigaction *one, const struct sigaction *other) {
+    return one->sa_handler == other->sa_handler && one->sa_flags == other->sa_flags;
+}
+
+/* `now` is what ours goes before. One that is known already has been put back by its owner: what came after it
+ * is no longer called by anybody. A chain that is full keeps its oldest, which ends the others' calls. */
+static void snap_put_behind(struct snap_chain *chain, const struct sigaction *now) {
+    int place = 0;
+    while (place < chain->n && !snap_is_same(&chain->before[place], now))
+        place++;
+    if (place == SNAP_BEFORE_MAX)
+        place--;
+    chain->before[place] = *now;
+    __atomic_store_n(&chain->n, place + 1, __ATOMIC_RELEASE);
+}
+
+/* A child of fork() has the lock as it was: held, if another thread was between its two ends. */
+static void snap_guard_before_fork(void) { pthread_mutex_lock(&snap_guard_lock); }
+
+static void snap_guard_after_fork(void) { pthread_mutex_unlock(&snap_guard_lock); }
+
+static void snap_guard_watch_forks(void) {
+    pthread_atfork(snap_guard_before_fork, snap_guard_after_fork, snap_guard_after_fork);
+}
+
 /* Guarded calls are safe from here until snap_guard_end(). Somebody may have set a handler since the last
  * time: ours goes before it. SA_ONSTACK, and the mask and SA_NODEFER of the one before, which may count on it. */
 static void snap_guard_begin(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct sigaction now, ours;
+    pthread_once(&once, snap_guard_watch_forks);
     pthread_mutex_lock(&snap_guard_lock);
     snap_guard_users++;
     for (int i = 0; i < 2; i++) {
         sigaction(snap_fault_signals[i], 0, &now);
         if (snap_is_ours(&now))
             continue;
-        snap_before[i] = now;
+        snap_put_behind(&snap_chains[i], &now);
         ours = now;
         ours.sa_sigaction = snap_on_fault;
         ours.sa_flags = SA_SIGINFO | SA_ONSTACK | (now.sa_flags & SA_NODEFER);
@@ -171,9 +217,11 @@ static void snap_guard_end(void) {
     struct sigaction now;
     pthread_mutex_lock(&snap_guard_lock);
     if (--snap_guard_users == 0)
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
+            struct snap_chain *chain = &snap_chains[i];
             if (!sigaction(snap_fault_signals[i], 0, &now) && snap_is_ours(&now))
-                sigaction(snap_fault_signals[i], &snap_before[i], 0);
+                sigaction(snap_fault_signals[i], &chain->before[chain->n - 1], 0);
+        }
     pthread_mutex_unlock(&snap_guard_lock);
 }
 

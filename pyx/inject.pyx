@@ -111,7 +111,9 @@ cdef int _call(job_t *job, long call, const uint64_t *args, int64_t *result) noe
 
 
 cdef int _undo(job_t *job, long call, uint64_t a, uint64_t b) noexcept nogil:
-    """Without a limit: what stays open there may block the target for ever."""
+    """Without a limit: what stays open there may block the target for ever. In a cgroup that is frozen in
+    these microseconds it takes until the cgroup is thawed; to leave earlier would leave a thread whose
+    registers are ours."""
     cdef uint64_t *args = [a, b, 0, 0, 0, 0]
     cdef int64_t result = 0
     return remote_call(&job.remote, call, args, 0, &result)
@@ -139,7 +141,7 @@ cdef int _receive(job_t *job, uint64_t page, int socket, int64_t *device) noexce
     cdef int64_t result = 0
     cdef int err = _call(job, SYS_recvmsg, args, &result)
     if err == 0:
-        err = remote_get(&job.remote, page, &passing, sizeof(passing))
+        err = remote_get(&job.remote, page, <uint64_t *>&passing, sizeof(passing) // 8)
     if err == 0:
         device[0] = snap_passing_received(&passing)
     return EMFILE if err == 0 and device[0] < 0 else err
@@ -153,11 +155,11 @@ cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
     cdef int64_t result = 0
     cdef int err, sent
     snap_passing_init(&passing, page)
-    err = remote_put(&job.remote, page, &passing, sizeof(passing))
+    err = remote_put(&job.remote, page, <const uint64_t *>&passing, sizeof(passing) // 8)
     if err == 0:
         err = _call(job, SYS_socketpair, args, &result)
     if err == 0:
-        err = remote_get(&job.remote, page, &passing, sizeof(passing))
+        err = remote_get(&job.remote, page, <uint64_t *>&passing, sizeof(passing) // 8)
     if err:
         return err
     sent = _send_to(job, passing.pair[1])

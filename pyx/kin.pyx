@@ -5,6 +5,11 @@ They are in no list of the process. kcmp(2) compares the memory of two processes
 machine are asked once (0.7 µs each with the listing), before anything is stopped. In the stop only those are
 asked that are younger than that list.
 
+kcmp() is refused (EPERM) for a process that this user may not trace. Whether it may is a matter of the memory
+(PR_GET_DUMPABLE) and of the user: memory that processes of two users share is traceable for neither (to
+change the user makes it so, credentials(7)), unless they ask for it by PR_SET_DUMPABLE. So who is refused
+counts as one who does not share.
+
 Runs on the freezer's thread; allocates with realloc, takes no lock.
 """
 

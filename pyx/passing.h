@@ -28,6 +28,7 @@ struct snap_passing {
 };
 
 _Static_assert(offsetof(struct snap_passing, message) == 8, "PASSING_MESSAGE of inject.pyx");
+_Static_assert(sizeof(struct snap_passing) % 8 == 0, "it is read and written by words");
 
 /* A message with room for one descriptor; `at` is where `passing` lies for whoever uses it. */
 static inline void snap_passing_init(struct snap_passing *passing, uint64_t at) {

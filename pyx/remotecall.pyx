@@ -9,14 +9,14 @@ threads, and come after PTRACE_DETACH; nothing is taken off a queue, so none is 
 TIF_SIGPENDING, which also makes the kernel restart the call that the stop had interrupted.
 """
 
-from libc.errno cimport EFAULT, EOPNOTSUPP, ESRCH, ETIMEDOUT, errno
+from libc.errno cimport EOPNOTSUPP, ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
-from snapengine.processvm cimport iovec, process_vm_readv, process_vm_writev
 from snapengine.ptrace cimport (
     PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
-    PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS, PTRACE_SETSIGMASK, PTRACE_SYSCALL,
+    PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS,
+    PTRACE_SETSIGMASK, PTRACE_SYSCALL,
     snap_await_child, snap_calm_thread, snap_favour_thread, snap_hurry_thread, snap_ptrace,
     snap_sud_config, snap_unfavour_thread, user_regs_struct,
 )
@@ -171,23 +171,23 @@ cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t
     return err
 
 
-cdef int remote_get(remote_t *remote, uint64_t addr, void *data, size_t length) noexcept nogil:
-    cdef iovec local, there
-    local.iov_base = data
-    there.iov_base = <void *>addr
-    local.iov_len = there.iov_len = length
-    if process_vm_readv(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
-        return errno or EFAULT
+cdef int remote_get(remote_t *remote, uint64_t addr, uint64_t *words, size_t n) noexcept nogil:
+    cdef size_t i
+    cdef int err
+    for i in range(n):
+        err = snap_ptrace(PTRACE_PEEKDATA, remote.tid, addr + i * sizeof(uint64_t), &words[i])
+        if err:
+            return err
     return 0
 
 
-cdef int remote_put(remote_t *remote, uint64_t addr, const void *data, size_t length) noexcept nogil:
-    cdef iovec local, there
-    local.iov_base = <void *>data
-    there.iov_base = <void *>addr
-    local.iov_len = there.iov_len = length
-    if process_vm_writev(remote.tid, &local, 1, &there, 1, 0) != <ssize_t>length:
-        return errno or EFAULT
+cdef int remote_put(remote_t *remote, uint64_t addr, const uint64_t *words, size_t n) noexcept nogil:
+    cdef size_t i
+    cdef int err
+    for i in range(n):
+        err = snap_ptrace(PTRACE_POKEDATA, remote.tid, addr + i * sizeof(uint64_t), <void *><size_t>words[i])
+        if err:
+            return err
     return 0
 
 

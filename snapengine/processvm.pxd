@@ -1,4 +1,4 @@
-# extern-only: no matching .pyx. process_vm_readv(2) and process_vm_writev(2).
+# extern-only: no matching .pyx. process_vm_readv(2).
 from posix.types cimport pid_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -7,5 +7,3 @@ cdef extern from "<sys/uio.h>" nogil:
         size_t iov_len
     ssize_t process_vm_readv(pid_t pid, const iovec *local, unsigned long n_local,
                              const iovec *remote, unsigned long n_remote, unsigned long flags)
-    ssize_t process_vm_writev(pid_t pid, const iovec *local, unsigned long n_local,
-                              const iovec *remote, unsigned long n_remote, unsigned long flags)

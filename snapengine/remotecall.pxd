@@ -40,7 +40,8 @@ cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns
 # up, ETIMEDOUT, the call not made.
 cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t limit_ns,
                      int64_t *result) noexcept nogil
-# Read and write memory of the target that is ours: a page mapped by remote_call.
-cdef int remote_get(remote_t *remote, uint64_t addr, void *data, size_t length) noexcept nogil
-cdef int remote_put(remote_t *remote, uint64_t addr, const void *data, size_t length) noexcept nogil
+# Read and write `n` words of a page that remote_call has mapped there. By ptrace(2): process_vm_readv(2)
+# needs memory of the kernel's, and descriptors whose numbers we cannot read stay open there.
+cdef int remote_get(remote_t *remote, uint64_t addr, uint64_t *words, size_t n) noexcept nogil
+cdef int remote_put(remote_t *remote, uint64_t addr, const uint64_t *words, size_t n) noexcept nogil
 cdef int remote_release(remote_t *remote) noexcept nogil

@@ -263,7 +263,7 @@ def test_somebody_waits_for_any_child():
 def test_the_parent_of_a_vfork():
     """It sleeps in the kernel until its child ends: it stands, though it has no registers to show."""
     with Target("odd", "vfork") as target:
-        until(lambda: state_of(target.pid) == "D")
+        until(lambda: target.words[VALUES] and state_of(target.pid) == "D")
         with Freezer(target.pid) as freezer:
             assert freezer.kin == [target.words[VALUES]]
             target.words[MEMORY] = 1

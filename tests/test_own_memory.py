@@ -238,6 +238,13 @@ save(memory, crash)
 PROBE = """
 #include <setjmp.h>
 #include <signal.h>
+static struct sigaction found;
+static void go_on(int number, siginfo_t *info, void *context) { found.sa_sigaction(number, info, context); }
+void chain(void) {
+    struct sigaction action = {.sa_sigaction = go_on, .sa_flags = SA_SIGINFO};
+    sigaction(SIGSEGV, 0, &found);
+    sigaction(SIGSEGV, &action, 0);
+}
 static sigjmp_buf back;
 static void jump(int number) { siglongjmp(back, number); }
 void install(void) { struct sigaction action = {.sa_handler = jump}; sigaction(SIGSEGV, &action, 0); }
@@ -245,8 +252,10 @@ int readable(volatile char *at) { if (sigsetjmp(back, 1)) return 0; (void)*at; r
 """
 
 
-def test_a_handler_that_was_there_may_jump(tmp_path):
-    """It leaves a fault by siglongjmp(), and finds the next one, too."""
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_handler_that_was_there_may_jump(tmp_path, chained):
+    """It leaves a fault by siglongjmp(), and finds the next one, too. Also when the program has set another
+    one during a capture, which goes on with the one that it found: ours."""
     (tmp_path / "probe.c").write_text(PROBE)
     library = tmp_path / "probe.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "probe.c"], check=True)
@@ -254,6 +263,8 @@ def test_a_handler_that_was_there_may_jump(tmp_path):
 probe, memory = ctypes.CDLL({str(library)!r}), filled()
 probe.readable.argtypes = [ctypes.c_void_p]
 probe.install()
+for _ in range({2 * chained}):
+    with snapengine.snapshot(np.ones(9), path): probe.chain()
 def take():
     print([probe.readable(16) for _ in range(3)], probe.readable(address_of(memory)), flush=True)
 save(memory, take)

@@ -169,6 +169,55 @@ def test_a_full_disk(small_disk):
     assert out == "refused\n" * 6
 
 
+@pytest.mark.host_optional
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_a_full_disk_under_shared_memory(small_disk, method, tmp_path):
+    """A store to a hole fails then, as it would without a capture, at any time of one: it does not stand."""
+    out = run(
+        f"""
+        zeros = open("/dev/zero", "rb")
+        file = open(os.path.join(folder, "memory"), "w+b")
+        file.truncate(8 * MIB)
+        buffer = mmap.mmap(file.fileno(), 8 * MIB)
+        buffer[: 2 * MIB] = os.urandom(2 * MIB)
+        kept = buffer[: 2 * MIB]
+        filler = open(os.path.join(folder, "filler"), "wb", buffering=0)
+        with contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        outcomes = []
+
+        def store(page):
+            try:
+                outcomes.append(os.preadv(zeros.fileno(), [memoryview(buffer)[page * 4096 :][:4096]], 0))
+            except OSError as error:
+                outcomes.append(error.errno)
+
+        def store_some():
+            for page in range(600, 640):
+                store(page)
+
+        at_any_time = threading.Thread(target=store_some)
+        image = {str(tmp_path / "image")!r}
+        target = snapengine.BufferTarget(buffer, pause=lambda: store(700), resume=lambda: store(701))
+        at_any_time.start()
+        with snapengine.snapshot(target, image, method={method!r}, rate_limit=8 * MIB):
+            store(702)
+        at_any_time.join()
+        assert set(outcomes) == {{errno.EFAULT}}, outcomes
+        filler.truncate(0)
+        store(703)
+        assert outcomes.pop() == 4096
+        with open_image(image) as image:
+            assert image.read(0, 0, 2 * MIB) == kept
+            assert image.read(0, 2 * MIB, 6 * MIB) == bytes(6 * MIB)
+        print(len(outcomes))
+        """,
+        small_disk,
+    )
+    assert out == "43\n"
+
+
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 @pytest.mark.parametrize("seed", range(2))
 def test_an_interrupt_at_any_moment(method, seed, tmp_path):

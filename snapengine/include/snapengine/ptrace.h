@@ -64,9 +64,9 @@ struct snap_sud_config {
     uint64_t len;
 };
 
-/* ptrace() of glibc is variadic in effect; this is not. Returns 0 or an errno value. */
+/* The system call, not glibc's ptrace(): what is peeked at is stored at `data`. Returns 0 or an errno value. */
 static inline int snap_ptrace(int request, pid_t tid, uintptr_t addr, void *data) {
-    return ptrace((enum __ptrace_request)request, tid, (void *)addr, data) < 0 ? errno : 0;
+    return syscall(SYS_ptrace, (long)request, (long)tid, addr, data) < 0 ? errno : 0;
 }
 
 /* Run fn(arg) in a process of its own that shares our memory and descriptors, and wait for its end: the
