@@ -24,6 +24,7 @@ from snapengine.migration cimport (
 from snapengine.oserror cimport raise_oserror
 
 from snapengine.errors import CaptureCancelled, StreamError
+from snapengine.qemu.otherfiles import what_it_is
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -190,8 +191,10 @@ cdef class StreamParser:
     def read_head(self):
         """Everything up to and including the START section of the RAM; sets `head` and what describes it."""
         self._expect(NEW)
-        if self.take(4) != VM_MAGIC.to_bytes(4, "big"):
-            self.refuse(b"not a migration stream of QEMU", 0)
+        magic = self.take(4)
+        if magic != VM_MAGIC.to_bytes(4, "big"):
+            kind = what_it_is(magic)
+            raise StreamError(f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}", 0)
         version = self._u32()
         if version != VM_VERSION:
             raise StreamError(f"{self.name}: stream version {version}; this program reads {VM_VERSION}", 4)

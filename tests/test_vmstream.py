@@ -1,14 +1,19 @@
 """The parser of migration streams: what it keeps, what it refuses and where, and what it costs."""
 
+import bz2
 import contextlib
+import gzip
+import lzma
 import os
 import threading
 
 import pytest
 import streamkit as kit
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapengine import records
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.qemu.tail import check_tail, device_sections
 from snapengine.vmpages import Census, Spool
@@ -103,7 +108,15 @@ def test_times_sent():
 BIG = 1 << 43
 REFUSED = {
     "nothing": (b"", 0, ["ends early"]),
-    "another file": (b"\x7fELF" + bytes(100), 0, ["not a migration stream"]),
+    "another file": (bytes(100), 0, ["not a migration stream of QEMU"]),
+    "a core": (b"\x7fELF" + bytes(100), 0, ["not a migration stream", "an ELF file"]),
+    "gzip": (gzip.compress(VALID), 0, ["compressed by gzip", "zcat"]),
+    "bzip2": (bz2.compress(VALID), 0, ["compressed by bzip2"]),
+    "xz": (lzma.compress(VALID), 0, ["compressed by xz", "xzcat"]),
+    "zstd": (zstandard.compress(VALID), 0, ["compressed by zstd", "zstdcat"]),
+    "libvirt": (b"LibvirtQemudSave" + bytes(100) + VALID, 0, ["save file of libvirt"]),
+    "qcow2": (b"QFI\xfb" + kit.u32(3) + bytes(100), 0, ["a qcow2 disk image"]),
+    "an image": (records.MAGIC + bytes(100), 0, ["an image of snapengine already"]),
     "version": (b"QEVM" + kit.u32(2) + bytes(50), 4, ["version 2"]),
     "endless machine type": (b"QEVM" + kit.u32(3) + b"\x07" + kit.u32(1 << 31), 9, ["machine type"]),
     "x-ignore-shared": (
