@@ -1,5 +1,6 @@
 """What all tests share: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -169,19 +170,10 @@ def guest(requires_uffd, tmp_path):
 @pytest.fixture
 def hugetlb():
     """``hugetlb(n)``: at least n free 2 MiB hugetlb pages, given back after the test."""
-    knob = Path("/proc/sys/vm/nr_hugepages")
-    before = knob.read_text()
+    import hugekit
 
-    def reserve(pages):
-        try:
-            knob.write_text(str(int(before) + pages))
-        except OSError as error:
-            pytest.skip(f"may not raise nr_hugepages: {error}")
-        if int(knob.read_text()) < pages:
-            pytest.skip(f"only {knob.read_text().strip()} of {pages} hugetlb pages to be had")
-
-    yield reserve
-    knob.write_text(before)
+    with contextlib.ExitStack() as stack:
+        yield lambda pages: stack.enter_context(hugekit.huge_pages(pages))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hugekit
 import pytest
+from hugekit import huge_pages
 from patientkit import PeerTarget
 
 from snapengine.errors import HandoverError, SnapengineError, TargetGoneError
@@ -29,7 +31,6 @@ from waitkit import PATIENCE_S, attempts, until  # noqa: E402
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 PYTHON = {**os.environ, "PYTHONPATH": str(HERE.parent)}
 
 
@@ -162,13 +163,7 @@ def test_guest_keeps_no_copy_of_the_uffd(path: Path, guest: GuestProcess) -> Non
 @pytest.mark.parametrize("backing", ["anon", "memfd"])
 @pytest.mark.parametrize("pages", ["4k", "thp", "2m"])
 def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: str) -> None:
-    before = NR_HUGEPAGES.read_text()
-    if pages == "2m":
-        try:
-            NR_HUGEPAGES.write_text(str(int(before) + SIZE // (2 * MIB)))
-        except OSError as error:
-            pytest.skip(f"may not raise nr_hugepages: {error}")
-    try:
+    with huge_pages(SIZE // (2 * MIB)) if pages == "2m" else contextlib.nullcontext():
         params = GuestParams(
             size=SIZE, backing=backing, pages=pages, threads=3, zero_percent=20, hole_percent=25
         )
@@ -183,8 +178,6 @@ def test_cut_of_a_running_guest_is_consistent(path: Path, backing: str, pages: s
                 assert report.consistent, report.violation
                 assert min(report.writes) > 0
             moves(guest)
-    finally:
-        NR_HUGEPAGES.write_text(before)
 
 
 def test_copy_without_protection_is_not_a_cut(path: Path, guest: GuestProcess) -> None:
@@ -414,10 +407,10 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_guest_that_cannot_start(path: Path) -> None:
-    free = int(NR_HUGEPAGES.read_text())
-    params = GuestParams(size=(free + 8) * 2 * MIB, pages="2m")
-    with pytest.raises(SnapengineError, match="guest: start: it has ended"):
-        GuestProcess(path, params)
+    with huge_pages(0):
+        params = GuestParams(size=(int(hugekit.KNOB.read_text()) + 8) * 2 * MIB, pages="2m")
+        with pytest.raises(SnapengineError, match="guest: start: it has ended"):
+            GuestProcess(path, params)
 
 
 def test_two_engines_at_one_path(path: Path, guest: GuestProcess) -> None:

@@ -9,10 +9,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import hugekit
 import pytest
+from hugekit import huge_pages
 from waitkit import PATIENCE_S, attempts, until
 
 from snapengine.guestcheck import check_cut
@@ -24,24 +25,7 @@ from snapengine.histogram import bucket_floor
 from snapengine.histogram import bucket_number as bucket_of
 
 MIB = 1 << 20
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 PARAMS = GuestParams(size=MIB, threads=3, zero_percent=30, hole_percent=20)
-
-
-@contextlib.contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """Have `count` free 2 MiB pages."""
-    before = NR_HUGEPAGES.read_text()
-    try:
-        NR_HUGEPAGES.write_text(str(int(before) + count))
-    except OSError as error:
-        pytest.skip(f"may not raise nr_hugepages: {error}")
-    try:
-        if int(NR_HUGEPAGES.read_text()) < int(before) + count:
-            pytest.skip("the kernel has no contiguous memory for huge pages")
-        yield
-    finally:
-        NR_HUGEPAGES.write_text(before)
 
 
 @pytest.mark.parametrize("backing", ["anon", "memfd"])
@@ -249,9 +233,10 @@ def test_writers_that_do_not_start_let_go_of_the_memory() -> None:
 
 
 def test_huge_pages_that_are_not_there() -> None:
-    free = int(NR_HUGEPAGES.read_text())
-    with pytest.raises(OSError, match="nr_hugepages"):
-        GuestMemory(GuestParams(size=(free + 8) * HUGE_BYTES, pages="2m"))
+    with huge_pages(0):
+        params = GuestParams(size=(int(hugekit.KNOB.read_text()) + 8) * HUGE_BYTES, pages="2m")
+        with pytest.raises(OSError, match="nr_hugepages"):
+            GuestMemory(params)
 
 
 def test_memfd_cannot_be_shrunk() -> None:

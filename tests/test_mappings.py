@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hugekit import huge_pages
 from patientkit import ProcessTarget
 from targetkit import COUNTERS, Target
 
@@ -98,13 +99,8 @@ def mounted(kind, folder):
 
 @pytest.fixture(scope="module")
 def hugetlb_pages():
-    knob = Path("/proc/sys/vm/nr_hugepages")
-    before = knob.read_text()
-    with contextlib.suppress(OSError):
-        knob.write_text(str(int(before) + 8))
-    yield
-    with contextlib.suppress(OSError):
-        knob.write_text(before)
+    with huge_pages(8, needed=False):
+        yield
 
 
 class Saved:
