@@ -8,37 +8,22 @@ from libc.errno cimport E2BIG, EINTR, ENOENT, errno
 from libc.string cimport memchr, memmove
 from posix.unistd cimport pread
 
+from snapengine.mapline cimport take_number
 from snapengine.mapquery cimport next_vma
 
 cdef enum:
     TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each up to four characters long
 
 
-cdef uint64_t _number(const char **at, const char *end, uint64_t base) noexcept nogil:
-    """Digits up to any other character, which is passed over, too."""
-    cdef uint64_t value = 0
-    cdef char c
-    while at[0] < end:
-        c = at[0][0]
-        at[0] += 1
-        if c >= c"0" and c <= c"9":
-            value = value * base + <uint64_t>(c - c"0")
-        elif base == 16 and c >= c"a" and c <= c"f":
-            value = value * base + <uint64_t>(c - c"a" + 10)
-        else:
-            break
-    return value
-
-
 cdef void _parse(const char *line, const char *end, vma_t *vma) noexcept nogil:
-    vma.start = _number(&line, end, 16)
-    vma.end = _number(&line, end, 16)
+    vma.start = take_number(&line, end, 16)
+    vma.end = take_number(&line, end, 16)
     vma.flags = 0
     line += 5                       # "rwxp "
-    vma.offset = _number(&line, end, 16)
-    vma.device = _number(&line, end, 16) << 32
-    vma.device |= _number(&line, end, 16)
-    vma.inode = _number(&line, end, 10)
+    vma.offset = take_number(&line, end, 16)
+    vma.device = take_number(&line, end, 16) << 32
+    vma.device |= take_number(&line, end, 16)
+    vma.inode = take_number(&line, end, 10)
 
 
 cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint64_t *used) noexcept nogil:

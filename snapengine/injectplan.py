@@ -72,9 +72,7 @@ def syscall_instruction(tid: int) -> int:
 
     Raises AttachError if there is none, OSError if the thread has ended.
     """
-    # Parsed are only those: of 30 000 mappings that takes 5 instead of 80 ms.
-    lines = [line for line in maps_text(tid).split(b"\n") if b" r-x" in line]
-    code = [mapping for mapping in parse_maps(b"\n".join(lines)) if mapping.perms.startswith("r-x")]
+    code = [mapping for mapping in parse_maps(maps_text(tid)) if mapping.perms.startswith("r-x")]
     code.sort(key=lambda mapping: mapping.path != "[vdso]")
     memory = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,0 +1,23 @@
+from dataclasses import dataclass
+from typing import Literal
+
+@dataclass(frozen=True)
+class Mapping:
+    start: int
+    end: int
+    perms: str
+    offset: int
+    device: str
+    inode: int
+    path: str
+    @property
+    def shared(self) -> bool: ...
+    @property
+    def has_file(self) -> bool: ...
+    @property
+    def backing(self) -> Literal["anonymous", "memory file", "file"]: ...
+    def same_file(self, other: Mapping) -> bool: ...
+
+def parse_line(line: bytes) -> Mapping: ...
+def parse_maps(text: bytes, start: int = 0, end: int = ...) -> list[Mapping]: ...
+def without_overlaps(mappings: list[Mapping]) -> list[Mapping]: ...
