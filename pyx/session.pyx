@@ -213,8 +213,8 @@ cdef class Session:
         pthread_cond_init(&capture.changed, NULL)
         pthread_cond_init(&capture.work, NULL)
         pthread_cond_init(&capture.done, NULL)
-        for i, plan in enumerate(plans):
-            self._set_region(&capture.regions[i], plan)
+        for i in range(capture.n_regions):
+            self._set_region(&capture.regions[i], plans[i])
             if rounds:
                 capture.regions[i].check = False    # a page written while it is copied comes again
             if early or forget_hits:
@@ -225,9 +225,7 @@ cdef class Session:
                 capture.regions[i].witness = NULL
                 capture.regions[i].keep_huge = False
             capture.regions[i].holes_wait = _holes_wait(&capture.regions[i], rounds)
-        starts = [plan.region.addr for plan in plans]
-        for i, number in enumerate(sorted(range(len(plans)), key=starts.__getitem__)):
-            capture.by_addr[i] = number
+        self._sort_by_addr()
         capture.attached = attached
         capture.stands = stands
         capture.mem = capture.maps = capture.own_pagemap = -1
@@ -246,7 +244,21 @@ cdef class Session:
             raise
         capture.uffds[0] = uffd         # ours from here on
 
-    cdef int _set_region(self, region_t *region, plan) except -1:
+    cdef int _sort_by_addr(self) except -1:
+        cdef capture_t *capture = self.capture
+        cdef bint ascend = True
+        cdef int i
+        for i in range(capture.n_regions):
+            capture.by_addr[i] = i
+            ascend = ascend and (i == 0 or capture.regions[i - 1].start <= capture.regions[i].start)
+        if ascend:                      # as those of a process do
+            return 0
+        starts = [capture.regions[i].start for i in range(capture.n_regions)]
+        for i, number in enumerate(sorted(range(capture.n_regions), key=starts.__getitem__)):
+            capture.by_addr[i] = number
+        return 0
+
+    cdef int _set_region(self, region_t *region, RegionPlan plan) except -1:
         region.start = plan.region.addr
         region.end = plan.region.addr + plan.region.length
         region.addr = plan.addr
@@ -273,6 +285,7 @@ cdef class Session:
         region.held_end = plan.track_end
         region.alone_before = plan.alone_before
         region.alone_after = plan.alone_after
+        region.follows = plan.follows
         region.keep_huge = plan.keep_huge and self.capture.has_scan
         self.capture.total_pages += region.pages
         self.capture.page_end = max(self.capture.page_end, region.first_page + region.pages)

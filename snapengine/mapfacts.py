@@ -21,13 +21,14 @@ userfaultfd already; it is droppable."""
 class MapFacts:
     """Facts about the mappings of process `pid`, each asked for when it is needed, and once.
 
-    ``refused``: from the start of a mapping to the errno with which the kernel refused to track it.
+    ``refused``: see `refusals`.
     """
 
     def __init__(self, pid: int, refused: Dict[int, int] | None = None) -> None:
         self._pid = pid
         self._backings = Backings(pid)
-        self._refused = dict(refused or {})
+        self.refusals = dict(refused or {})
+        """From the start of a mapping to the errno with which the kernel refuses to track it."""
         self._own: dict[Mapping, int] = {}
 
     def backing(self, mapping: Mapping) -> Backing:
@@ -36,7 +37,7 @@ class MapFacts:
 
     def refused(self, mapping: Mapping) -> int:
         """The errno with which the kernel refuses to track it; 0: it does not, as far as is known."""
-        return self._refused.get(mapping.start, 0)
+        return self.refusals.get(mapping.start, 0)
 
     def own_bytes(self, mapping: Mapping) -> int:
         """Of a private mapping of a file: bytes in pages that are not the file's (any more)."""

@@ -7,48 +7,21 @@ import errno
 import operator
 import os
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 
 from snapengine.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
 from snapengine.features import named
+from snapengine.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.maps import Mapping, covering, has_ended, read_maps, touching
+from snapengine.region import RegionPlan, any_shared
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.uffd import FEATURES, feature_names
 
-HUGE_PAGES = 512
 EVENTS = sum(bit for name, bit in FEATURES.items() if name.startswith("EVENT_"))  # no plan depends on them
 SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB
-
-
-@dataclass(slots=True)
-class RegionPlan:
-    """How one region is tracked and read. See `snapengine.session.region_t` for the fields."""
-
-    region: Region
-    addr: int
-    pages: int
-    first_page: int
-    unit_pages: int
-    track_start: int
-    track_end: int
-    source: int = 0
-    file: int = -1
-    file_offset: int = 0
-    reading: str = "memory"
-    presence: str = "bits"
-    shared: bool = False
-    missing: bool = False
-    sparse: bool = False
-    check: bool = False
-    own: bool = False
-    witness: int = 0
-    alone_before: bool = False
-    alone_after: bool = False
-    keep_huge: bool = False
 
 
 class _Part(NamedTuple):
@@ -85,16 +58,11 @@ class Plan:
             mappings = mappings or self._read_maps(regions)
         except (FileNotFoundError, ProcessLookupError):
             mappings = []
-        self._starts = {mapping.start for mapping in mappings}
-        self._ends = {mapping.end for mapping in mappings}
         if pid and not mappings and has_ended(pid):
             raise TargetGoneError(errno.ESRCH, f"the target process {pid} has ended")
         _refuse_overlap(regions)
-        first_page = 0
         try:
-            for region in regions:
-                self.regions.append(self._plan(region, mappings, first_page))
-                first_page = self.regions[-1].first_page + self.regions[-1].pages
+            self.regions = lay_out(regions, mappings, partial(self._uncovered, mappings), self._decide)
             _refuse_shared_units(self.regions)
             self._look_for_other_mappings(mappings)
         except BaseException:
@@ -126,43 +94,24 @@ class Plan:
 
     def _read_maps(self, regions: list[Region]) -> list[Mapping]:
         pid = self.pid or "self"
-        if any(region.kind in ("shared", "hugetlb-shared") for region in regions):
+        if any_shared(regions):
             return read_maps(pid)  # all: the same memory may be mapped anywhere
         start = min((region.addr for region in regions), default=0)
         end = max((region.addr + region.length for region in regions), default=0)
         return read_maps(pid, start - 1, end + 1)  # the neighbours too
 
-    def _plan(self, region: Region, mappings: list[Mapping], after: int) -> RegionPlan:
-        covered = covering(mappings, region.addr, region.addr + region.length)
-        if not covered and self.attached:
-            covered = self._what_is_left(mappings, region)
-        if not covered:
-            raise RegisterError(
-                errno.ENOMEM,
-                f"region {region.name!r} ({region.addr:#x}, {region.length} bytes) is not mapped",
-            )
-        addr = region.addr & -PAGE_BYTES
-        end = -(-(region.addr + region.length) // PAGE_BYTES) * PAGE_BYTES
-        unit = region.page_size // PAGE_BYTES
-        # Page numbers follow addresses modulo a huge page, so that units begin at whole bitmap words.
-        align = max(unit, HUGE_PAGES)
-        first_page = -(-after // align) * align + addr // PAGE_BYTES % align
-        plan = RegionPlan(
-            region=region,
-            addr=addr,
-            pages=(end - addr) // PAGE_BYTES,
-            first_page=first_page,
-            unit_pages=unit,
-            track_start=addr & -region.page_size,
-            track_end=-(-end // region.page_size) * region.page_size,
-            source=addr,
-            shared=region.kind in ("shared", "hugetlb-shared"),
-            alone_before=region.addr in self._ends,
-            alone_after=region.addr + region.length in self._starts,
+    def _uncovered(self, mappings: list[Mapping], region: Region) -> list[Mapping]:
+        """What to plan with for a region that is not mapped as a whole."""
+        if self.attached:
+            return self._what_is_left(mappings, region)
+        raise RegisterError(
+            errno.ENOMEM,
+            f"region {region.name!r} ({region.addr:#x}, {region.length} bytes) is not mapped",
         )
+
+    def _decide(self, plan: RegionPlan, covered: list[Mapping]) -> None:
         self._how_to_read(plan, covered)
         self._need(plan)
-        return plan
 
     def _what_is_left(self, mappings: list[Mapping], region: Region) -> list[Mapping]:
         """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
@@ -308,6 +257,8 @@ class Plan:
                 ours.add(mapping.start)
                 if mapping.shared and mapping.inode:
                     seen[mapping.device, mapping.inode].append(_Part(start, end, plan.region.name))
+        if not seen:
+            return
         for parts in seen.values():
             parts.sort()
             _refuse_second_mapping(parts)
@@ -362,17 +313,12 @@ def _refuse_second_mapping(parts: list[_Part]) -> None:
 
 
 def _refuse_overlap(regions: list[Region]) -> None:
-    by_addr = sorted(regions, key=lambda region: region.addr)
-    for left, right in pairwise(by_addr):
-        if left.addr + left.length > right.addr:
-            raise ValueError(f"regions {left.name!r} and {right.name!r} overlap")
+    if pair := first_overlap(regions):
+        raise ValueError(f"regions {pair[0].name!r} and {pair[1].name!r} overlap")
 
 
 def _refuse_shared_units(plans: list[RegionPlan]) -> None:
     """Two regions in one huge page would be released together."""
-    by_addr = sorted(plans, key=lambda plan: plan.track_start)
-    for left, right in pairwise(by_addr):
-        if left.track_end > right.track_start and max(left.unit_pages, right.unit_pages) > 1:
-            raise ValueError(
-                f"regions {left.region.name!r} and {right.region.name!r} share a huge page: save them as one"
-            )
+    if pair := first_shared_unit(plans):
+        names = f"{pair[0].region.name!r} and {pair[1].region.name!r}"
+        raise ValueError(f"regions {names} share a huge page: save them as one")

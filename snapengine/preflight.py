@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from snapengine import attach, injectplan, procfs
+from snapengine.fates import Fate
 from snapengine.mapfacts import MapFacts, refused_by_flags
 from snapengine.maps import Mapping, read_maps
 from snapengine.names import escape, printable
 from snapengine.options import COPY_LIMIT
 from snapengine.pagemap import CATEGORIES, populated_runs
 from snapengine.process import SHARED_UNSEEN
-from snapengine.selection import Fate, Selector, select
+from snapengine.selection import Selector, select
 from snapengine.tables import print_table, print_text
 from snapengine.targets import PAGE_BYTES
 from snapengine.uffd import FEATURES, MODE_WP, Uffd

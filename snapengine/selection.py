@@ -13,9 +13,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from snapengine.backing import Backing
+from snapengine.fates import Fate, region_name, sort_mappings, tracked_regions
 from snapengine.frozen import Copy, Way
 from snapengine.mapfacts import MapFacts
 from snapengine.maps import DELETED, Mapping
@@ -85,27 +85,6 @@ def parse_regions(text: str) -> Selector:
 
 
 @dataclass(slots=True)
-class Fate:
-    """What becomes of one mapping. ``reason``: why it is not tracked. ``way``, ``cost`` (bytes that count
-    against the limit) and ``whole`` say how it is copied, ``kind`` and ``page_size`` how it is tracked."""
-
-    mapping: Mapping
-    action: Literal["track", "copy", "leave"]
-    reason: str = ""
-    name: str = ""
-    kind: str = "anon"
-    page_size: int = PAGE_BYTES
-    way: Way = "populated"
-    cost: int = 0
-    whole: bool = False
-    zero_inode: int = 0
-
-    def leave_out(self, reason: str) -> None:
-        """Not captured after all."""
-        self.action, self.reason = "leave", reason
-
-
-@dataclass(slots=True)
 class Selection:
     """What becomes of each mapping, by address. ``warning``: what lengthens the stop."""
 
@@ -143,7 +122,7 @@ def select(
     bytes to copy. ``facts``: what is known of the mappings already, such as those that were refused.
     """
     sorter = _Sorter(facts or MapFacts(pid), selector, stop)
-    fates = [sorter.fate(mapping) for mapping in mappings]
+    fates = sort_mappings(mappings, sorter, sorter.facts.refusals)
     selection = Selection(fates)
     selection.warning = _mapped_twice(fates, sorter)
     _keep_to(fates, limit)
@@ -153,12 +132,14 @@ def select(
 
 
 class _Sorter:
-    """The decision for one mapping alone."""
+    """The decision for one mapping alone. ``asked``: how often something was asked that may be different for
+    another mapping of the same file, rights and name."""
 
     def __init__(self, facts: MapFacts, selector: Selector, stop: bool) -> None:
         self.facts = facts
         self.selector = selector
         self.stop = stop
+        self.asked = 0
 
     def fate(self, mapping: Mapping) -> Fate:
         backing = self.facts.backing(mapping)
@@ -167,6 +148,7 @@ class _Sorter:
             if mapping.path == "[vdso]":
                 return Fate(mapping, "copy", "", "[vdso]", way="all", cost=mapping.end - mapping.start)
             return Fate(mapping, "leave", KERNEL_DATA)
+        self.asked += bool(self.selector.ranges)
         if not self.selector.wants(mapping, _group(mapping, backing)):
             return Fate(mapping, "leave", NOT_SELECTED)
         if self.facts.refused(mapping) == errno.EBUSY:
@@ -202,7 +184,7 @@ class _Sorter:
 
     def _private(self, mapping: Mapping, backing: Backing) -> Fate:
         still = "w" not in mapping.perms
-        if still and not backing.removed and not self.facts.own_bytes(mapping):
+        if still and not backing.removed and not self._own_bytes(mapping):
             return Fate(mapping, "leave", UNCHANGED)
         name = _file_name(mapping)
         if backing.kind in ("shmem", "hugetlb") and not self.facts.refused(mapping):
@@ -211,6 +193,10 @@ class _Sorter:
         # What is read-only by now (relocated data, program text) can be copied at any time.
         return self.copied(mapping, name, "own", REMOVED if backing.removed else NEEDS_STOP, still)
 
+    def _own_bytes(self, mapping: Mapping) -> int:
+        self.asked += 1
+        return self.facts.own_bytes(mapping)
+
     def copied(self, mapping: Mapping, name: str, way: Way, reason: str, still: bool = False) -> Fate:
         """Copied in the stop; at any time if it stands still by itself."""
         if not self.stop and not still:
@@ -218,7 +204,7 @@ class _Sorter:
         fate = Fate(mapping, "copy", reason, name, way=way)
         if way == "own":
             fate.whole = self.facts.backing(mapping).kind != "file" or self.facts.backing(mapping).removed
-            fate.cost = self.facts.own_bytes(mapping)
+            fate.cost = self._own_bytes(mapping)
             if fate.whole:
                 fate.cost = max(fate.cost, self.facts.file_data_bytes(mapping))
         elif way == "file":
@@ -296,15 +282,14 @@ def _file_end(mapping: Mapping) -> int:
 def _keep_to(fates: list[Fate], limit: int) -> None:
     """Leave out what is too much to be copied; use what is left for clean pages of files."""
     left = limit
-    for fate in fates:
-        if fate.action != "copy":
-            continue
+    copied = [fate for fate in fates if fate.action == "copy"]
+    for fate in copied:
         if fate.cost > left:
             most = f"{format_size(fate.cost)} are too much to copy (--copy-limit {format_size(limit)})"
             fate.leave_out(f"{fate.reason}; {most}" if fate.reason else most)
         else:
             left -= fate.cost
-    for fate in fates:
+    for fate in copied:
         size = fate.mapping.end - fate.mapping.start
         wanted = fate.action == "copy" and fate.way == "own" and not fate.whole and size <= WHOLE_BYTES
         if wanted and size - fate.cost <= left:
@@ -313,40 +298,27 @@ def _keep_to(fates: list[Fate], limit: int) -> None:
 
 
 def _fill(selection: Selection) -> None:
+    selection.tracked, selection.private_files = tracked_regions(selection.fates)
     for fate in selection.fates:
+        if fate.action == "track":
+            continue
         mapping = fate.mapping
         if fate.action == "leave":
             selection.not_captured.append(
                 NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, fate.reason)
             )
-        elif fate.action == "copy":
-            region = Region(_region_name(fate), mapping.start, mapping.end - mapping.start)
-            selection.copies.append(Copy(region, mapping, fate.way, fate.whole))
         else:
-            _track(selection, fate)
-
-
-def _track(selection: Selection, fate: Fate) -> None:
-    """A tracked region; anonymous neighbours become one."""
-    start, end, zeros = fate.mapping.start, fate.mapping.end, fate.zero_inode
-    last = selection.tracked[-1] if selection.tracked else None
-    plain = fate.name == "anon" and last is not None and last.name.startswith("anon@")
-    if plain and last is not None and last.addr + last.length == start and last.zero_inode == zeros:
-        selection.tracked[-1] = replace(last, length=end - last.addr)
-        return
-    if fate.kind == "anon" and fate.mapping.has_file and not zeros:
-        selection.private_files = True
-    name = _region_name(fate)
-    selection.tracked.append(Region(name, start, end - start, fate.page_size, fate.kind, zero_inode=zeros))
-
-
-def _region_name(fate: Fate) -> str:
-    return fate.name if fate.name.startswith("[") else f"{fate.name}@{fate.mapping.start:x}"
+            region = Region(region_name(fate), mapping.start, mapping.end - mapping.start)
+            selection.copies.append(Copy(region, mapping, fate.way, fate.whole))
 
 
 def _tell_apart(selection: Selection) -> None:
     """A heap or stack may lie in several mappings: then each part has its address in its name."""
-    counts = Counter(region.name for region in selection.tracked + selection.frozen)
+    # Only a name without an address, which begins with a bracket, can be there twice.
+    names = [region.name for region in selection.tracked + selection.frozen]
+    counts = Counter(name for name in names if name[0] == "[")
+    if not counts or counts.most_common(1)[0][1] == 1:
+        return
     for number, region in enumerate(selection.tracked):
         if counts[region.name] > 1:
             selection.tracked[number] = replace(region, name=f"{region.name}@{region.addr:x}")

@@ -7,6 +7,7 @@ from snapengine.mapquery cimport vma_t
 from snapengine.pagemap cimport scan_t
 from snapengine.pool cimport Pool, lane_slot, pool_t
 from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
+from snapengine.region cimport RegionPlan
 
 cdef enum:
     FAULT_LANES_MAX = 64
@@ -56,6 +57,7 @@ cdef struct region_t:               # fixed before the threads start
     uint64_t held_end               # mapping has grown since it was listed (written before T)
     bint alone_before               # no mapping of its own lay right before it, or after it, in that list
     bint alone_after
+    bint follows                    # nor anything at all between it and the region of the number before
     uint8_t reading
     uint8_t presence
     bint shared
@@ -236,6 +238,7 @@ cdef class Session:
     cdef int _open_files(self) except -1
     cdef int _make_vma_table(self) except -1
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL
-    cdef int _set_region(self, region_t *region, plan) except -1
+    cdef int _set_region(self, region_t *region, RegionPlan plan) except -1
+    cdef int _sort_by_addr(self) except -1
     cdef int _make_bitmaps(self, bint rounds) except -1
     cdef int _make_lanes(self, bint sums) except -1

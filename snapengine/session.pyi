@@ -1,5 +1,5 @@
-from .plan import RegionPlan
 from .pool import Pool
+from .region import RegionPlan
 
 class Session:
     def __init__(

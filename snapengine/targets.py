@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from snapengine.backing import Backings
 from snapengine.buffers import HeldBuffer
 from snapengine.maps import Mapping, covering, read_maps
+from snapengine.region import Region
 
 if TYPE_CHECKING:
     from snapengine.frozen import Copied
@@ -17,28 +17,9 @@ if TYPE_CHECKING:
     from snapengine.uffd import Uffd
 
 PAGE_BYTES = 4096
+__all__ = ["KINDS", "PAGE_BYTES", "AttachedTarget", "BufferTarget", "Region", "Target"]
+
 KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """One run of tracked memory.
-
-    ``addr`` and ``length`` are bytes in the target's address space; a region of this process's own
-    buffers may begin and end inside a page. ``page_size`` is the size of the mapping's pages (4096, or
-    the hugetlb page size). ``kind`` is one of `KINDS`. ``memfd`` is a descriptor of the memory that
-    this process holds, or -1; ``memfd_offset`` is where the region begins in it. ``zero_inode``: of a private
-    mapping of /dev/zero, which the kernel treats as anonymous, the inode that it still shows; else 0.
-    """
-
-    name: str
-    addr: int
-    length: int
-    page_size: int = PAGE_BYTES
-    kind: str = "anon"
-    memfd: int = -1
-    memfd_offset: int = 0
-    zero_inode: int = 0
 
 
 @runtime_checkable

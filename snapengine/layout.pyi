@@ -1,0 +1,13 @@
+from collections.abc import Callable
+
+from .mapline import Mapping
+from .region import Region, RegionPlan
+
+def lay_out(
+    regions: list[Region],
+    mappings: list[Mapping],
+    uncovered: Callable[[Region], list[Mapping]],
+    decide: Callable[[RegionPlan, list[Mapping]], None],
+) -> list[RegionPlan]: ...
+def first_overlap(regions: list[Region]) -> tuple[Region, Region] | None: ...
+def first_shared_unit(plans: list[RegionPlan]) -> tuple[RegionPlan, RegionPlan] | None: ...
