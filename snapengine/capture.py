@@ -36,6 +36,7 @@ from snapengine.latch import Latch
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
+from snapengine.regionpack import numbered
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets import BufferTarget, Target
 from snapengine.tracker import Tracker
@@ -270,7 +271,7 @@ class Capture:
         parts = self._parts
         assert parts.plan is not None
         assert parts.writer is not None
-        parts.writer.begin([(plan.region, plan.first_page) for plan in parts.plan.regions] + parts.frozen)
+        parts.writer.begin(numbered(parts.plan.regions) + parts.frozen)
         self._begun.set()
 
     def _arm(self) -> Tracker:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from snapengine.names import encode as encode_name
+from snapengine.regionpack import numbers_ascend, pack_regions
 from snapengine.targets import KINDS, PAGE_BYTES, Region
 
 PART_BYTES = 1 << 20
@@ -42,11 +43,16 @@ def page_size_fits(kind: str, page_size: int) -> bool:
 
 def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
     """Each region as its bytes in a REGN record. ``ValueError``: malformed, or page numbers overlap."""
+    if not numbers_ascend(regions):
+        _refuse_shared_numbers(regions)
+    return pack_regions(regions, _region_entry)
+
+
+def _refuse_shared_numbers(regions: Sequence[tuple[Region, int]]) -> None:
     taken = sorted((first, first + region_pages(r.addr, r.length), r.name) for r, first in regions)
     for (_, end, name), (first, _, other) in itertools.pairwise(taken):
         if first < end:
             raise ValueError(f"regions {name!r} and {other!r} share page number {first}")
-    return [_region_entry(region, first) for region, first in regions]
 
 
 def _region_entry(region: Region, first_page: int) -> bytes:

@@ -1,0 +1,9 @@
+from collections.abc import Callable, Sequence
+
+from .region import Region, RegionPlan
+
+def pack_regions(
+    regions: Sequence[tuple[Region, int]], pack: Callable[[Region, int], bytes]
+) -> list[bytes]: ...
+def numbers_ascend(regions: Sequence[tuple[Region, int]]) -> bool: ...
+def numbered(plans: list[RegionPlan]) -> list[tuple[Region, int]]: ...
