@@ -32,12 +32,3 @@ cdef int next_vma(int maps, uint64_t addr, vma_t *found) noexcept nogil:
 cdef bint same_vma(const vma_t *left, const vma_t *right) noexcept nogil:
     return left.end == right.start and left.flags == right.flags and left.device == right.device \
         and left.inode == right.inode
-
-
-def mapping_at(int maps, uint64_t addr):
-    """(start, end) of the mapping that holds `addr` now; None if none does, or this kernel cannot tell
-    (before Linux 6.11). ``maps``: an open /proc/PID/maps."""
-    cdef vma_t found
-    if next_vma(maps, addr, &found) or found.start > addr:
-        return None
-    return found.start, found.end

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from . import procfs
 from .cgroups import frozen_by
 from .errors import AttachError, TargetGoneError
+from .maps import maps_text
 
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
@@ -187,8 +188,9 @@ def mergeable_mappings(pid: int) -> int:
     return sum(line.startswith("VmFlags:") and " mg" in line for line in lines)
 
 
-def kernel_writers(pid: int) -> list[str]:
-    """What may write to a process's memory while all of its threads stand, in words. Raises OSError."""
+def kernel_writers(pid: int, maps: bytes = b"") -> list[str]:
+    """What may write to a process's memory while all of its threads stand, in words. ``maps``: its
+    /proc/PID/maps, if that was read. Raises OSError."""
     workers = 0
     for tid in os.listdir(f"/proc/{pid}/task"):
         try:
@@ -201,7 +203,7 @@ def kernel_writers(pid: int) -> list[str]:
             f"{workers} workers of the kernel (io_uring, vhost) cannot be stopped: what they write to memory "
             "that is copied while the threads stand may be of several moments"
         )
-    if any("/[aio]" in line for line in procfs.lines(f"/proc/{pid}/maps")):
+    if b"/[aio]" in (maps or maps_text(pid)):
         found.append(
             "it uses kernel AIO (io_setup): direct reads in flight at T go on writing to its memory unseen"
         )

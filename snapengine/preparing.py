@@ -17,6 +17,7 @@ from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Op
 from snapengine.parts import Parts
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget
+from snapengine.region import any_shared, total_bytes
 from snapengine.session import Session
 from snapengine.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
@@ -52,8 +53,7 @@ def open_target(parts: Parts, sink: Any, options: Options) -> tuple[int, list[Re
         if handed_over:
             raise HandoverError("dirty logging needs a peer that can pause: it announced no pause and resume")
         raise ValueError("dirty logging needs a target that can pause: give pause and resume")
-    shared = any(region.kind in ("shared", "hugetlb-shared") for region in regions)
-    if not (shared and tracking):
+    if not (tracking and any_shared(regions)):
         wanted &= ~FEATURES["EVENT_FORK"]
     if handed_over:  # its owner has negotiated
         wanted = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
@@ -124,13 +124,13 @@ def _stands(parts: Parts, options: Options) -> bool:
 def _two_step(parts: Parts, options: Options, regions: list[Region]) -> bool:
     if options.arming != AUTO:
         return options.arming == TWO_STEP
-    return not _stands(parts, options) and sum(region.length for region in regions) >= TWO_STEP_BYTES
+    return not _stands(parts, options) and total_bytes(regions) >= TWO_STEP_BYTES
 
 
 def _walkers(options: Options, regions: list[Region]) -> int:
     if options.walk_threads:
         return options.walk_threads
-    small = sum(region.length for region in regions) < SMALL_TARGET_BYTES
+    small = total_bytes(regions) < SMALL_TARGET_BYTES
     return 1 if small else min(2, len(os.sched_getaffinity(0)))
 
 

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-from bisect import bisect_left
 from collections.abc import Iterable
 
 from snapengine import attach
@@ -26,13 +25,14 @@ from snapengine.freezer import Freezer
 from snapengine.frozen import Copied, copy_frozen
 from snapengine.inject import inject_userfaultfd
 from snapengine.mapfacts import MapFacts
-from snapengine.mapquery import mapping_at
-from snapengine.maps import Mapping, maps_text, parse_maps, read_maps
+from snapengine.maps import Mapping, maps_text, parse_maps, read_maps, touching
 from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
+from snapengine.region import any_shared
 from snapengine.selection import UNCHANGED, Selection, Selector, parse_regions, select
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.uffd import MODE_WP, Uffd
+from snapengine.tryregister import refusal, refused_regions
+from snapengine.uffd import Uffd
 
 APPEARED = "mapped while the snapshot began"
 PRIVATE_UNSEEN = (
@@ -146,7 +146,9 @@ class ProcessTarget:
                 f"KSM has merged {info.ksm_pages} pages of the process, and may merge more: that drops their "
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
-        self.warnings += kernel_writers(self.pid, self.cut)
+        ahead = bool(self._listed)
+        if ahead:  # not once its threads stand
+            self.warnings += kernel_writers(self.pid, self.cut, self._listed)
         self._claim = Claim(self.pid)
         try:
             injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
@@ -160,7 +162,9 @@ class ProcessTarget:
             if self.cut == "stop" and self.method == WRITE_TRACKING:
                 self._freeze()
             self._list()
-            if any(region.kind in ("shared", "hugetlb-shared") for region in self._tracked):
+            if not ahead:
+                self.warnings += kernel_writers(self.pid, self.cut, self._listed)
+            if any_shared(self._tracked):
                 self.warnings.append(SHARED_UNSEEN)
             if self._selection.private_files:
                 self.warnings.append(PRIVATE_UNSEEN)
@@ -285,21 +289,17 @@ class ProcessTarget:
         self.events = self._events(selection)
 
     def _register(self, uffd: Uffd) -> dict[int, int]:
-        """Register what is to be tracked: from the start of a mapping that the kernel refuses to the errno.
-
-        It stays registered: letting go would walk the page tables, and nothing is protected yet.
-        """
+        """Register what is to be tracked: from the start of a mapping that is refused to the errno."""
         refused: dict[int, int] = {}
-        starts = [mapping.start for mapping in self._mappings]
         stands = self._freezer is not None and self._freezer.frozen
         with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
-            for region in self._tracked:
-                end = region.addr + region.length
-                if not _refusal(uffd, -1 if stands else maps.fileno(), region.addr, end):
-                    continue
-                for mapping in self._mappings[bisect_left(starts, region.addr) : bisect_left(starts, end)]:
-                    if error := _refusal(uffd, maps.fileno(), mapping.start, mapping.end):
+            all_of_it = self._mappings if stands else None
+            for region in refused_regions(uffd, maps.fileno(), self._tracked, all_of_it):
+                for mapping in touching(self._mappings, region.addr, region.addr + region.length):
+                    if error := refusal(uffd, maps.fileno(), mapping.start, mapping.end):
                         refused[mapping.start] = error
+        if not refused:
+            return refused
         tracked_by_others = [m for m in self._mappings if refused.get(m.start) == errno.EBUSY]
         if tracked_by_others and not has_userfaultfd(self.pid):
             raise AlreadyTrackedError(
@@ -319,7 +319,7 @@ class ProcessTarget:
         """Each makes the call wait until we have read of it: only where no check after the copy tells."""
         if self.method != WRITE_TRACKING:
             return frozenset()
-        shared = any(region.kind in ("shared", "hugetlb-shared") for region in selection.tracked)
+        shared = any_shared(selection.tracked)
         return frozenset(["EVENT_REMAP"] * shared + ["EVENT_REMOVE"] * selection.private_files)
 
     def _maps_text(self) -> bytes:
@@ -332,22 +332,27 @@ class ProcessTarget:
         return text
 
     def _read_maps(self) -> list[Mapping]:
-        return parse_maps(self._maps_text())
+        """As they are now; the list that there is already if all is as it was then."""
+        text = self._maps_text()
+        return self._mappings if text == self._listed else parse_maps(text)
 
     def _note(self, mappings: list[Mapping]) -> None:
         self._record = read_process(self.pid, self.cut, mappings=mappings)
-        known = [(region.addr, region.addr + region.length) for region in self._tracked + self.frozen_regions]
-        known += [(item.start, item.end) for item in self.not_captured]
-        new = appeared(self._record.mappings, known)
-        for mapping in new:
-            self.not_captured.append(
-                NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, APPEARED)
-            )
-        if self.cut == "soft":
-            self._distrust_changed(mappings)
+        if mappings is not self._mappings:  # of those, each was tracked, copied or left out
+            self._name_new(mappings)
+            if self.cut == "soft":
+                self._distrust_changed(mappings)
         for region, copied in zip(self.frozen_regions, self._frozen, strict=True):
             for start, end in _unreadable(region, copied):
                 self.not_captured.append(NotCaptured(start, end, "---p", region.name, "not readable"))
+
+    def _name_new(self, mappings: list[Mapping]) -> None:
+        known = [(region.addr, region.addr + region.length) for region in self._tracked + self.frozen_regions]
+        known += [(item.start, item.end) for item in self.not_captured]
+        for mapping in appeared(mappings, known):
+            self.not_captured.append(
+                NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, APPEARED)
+            )
 
     def _distrust_changed(self, mappings: list[Mapping]) -> None:
         """A soft cut copies only what is not writable: one that has become so may have been written."""
@@ -364,11 +369,11 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
     return [(start, start + PAGE_BYTES) for start in starts]
 
 
-def kernel_writers(pid: int, cut: Cut) -> list[str]:
+def kernel_writers(pid: int, cut: Cut, maps: bytes = b"") -> list[str]:
     """`attach.kernel_writers`, of which workers matter only to what is copied in a stop: elsewhere they fault
     like threads."""
     try:
-        found = attach.kernel_writers(pid)
+        found = attach.kernel_writers(pid, maps)
     except (FileNotFoundError, ProcessLookupError):
         return []  # it ends: attaching says so
     return [text for text in found if cut == "stop" or "AIO" in text]
@@ -381,21 +386,6 @@ def ksm_runs() -> bool:
             return file.read().strip() == "1"
     except OSError:
         return False
-
-
-def _refusal(uffd: Uffd, maps: int, start: int, end: int) -> int:
-    """The errno with which the kernel refuses to track what is mapped there; 0 where it does not, or it has
-    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings.
-    ``maps`` is an open /proc/PID/maps; -1: nothing can have grown."""
-    if maps >= 0:
-        first, last = mapping_at(maps, start), mapping_at(maps, end - 1)
-        start = first[0] if first else start
-        end = last[1] if last else end
-    try:
-        uffd.register(start, end - start, MODE_WP)
-    except OSError as error:
-        return error.errno if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM) else 0
-    return 0
 
 
 def has_userfaultfd(pid: int) -> bool:

@@ -1,0 +1,79 @@
+"""Registering what is to be tracked of an attached process, to learn what the kernel refuses.
+
+It stays registered: letting go would walk the page tables, and nothing is protected yet.
+"""
+
+from libc.errno cimport EBUSY, EINVAL, EPERM
+from libc.stdint cimport uint64_t
+
+from snapengine.linux cimport UFFDIO_REGISTER_MODE_WP
+from snapengine.mapline cimport Mapping
+from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.region cimport Region
+from snapengine.uffd cimport Uffd, uffd_register
+
+
+cdef int _refusal(int fd, int maps, uint64_t start, uint64_t end) noexcept nogil:
+    cdef vma_t vma
+    cdef int err = -1
+    if maps >= 0:
+        err = next_vma(maps, start, &vma)
+        if not err and vma.start <= start:
+            start = vma.start
+        if err or vma.end < end:            # it is in several
+            err = next_vma(maps, end - 1, &vma)
+        if not err and vma.start < end:
+            end = vma.end
+    err = uffd_register(fd, start, end - start, UFFDIO_REGISTER_MODE_WP)
+    return err if err in (EBUSY, EINVAL, EPERM) else 0
+
+
+def refusal(Uffd uffd not None, int maps, uint64_t start, uint64_t end):
+    """The errno with which the kernel refuses to track what is mapped there; 0 where it does not, or it has
+    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings.
+    ``maps`` is an open /proc/PID/maps; -1: nothing can have grown."""
+    return _refusal(uffd.fd, maps, start, end)
+
+
+cdef Py_ssize_t _run_end(list regions, Py_ssize_t first, list mappings, Py_ssize_t *at) except -1:
+    """Where the regions end that begin with number `first` and have nothing mapped between them. `at` is a
+    mapping that lies before it."""
+    cdef Py_ssize_t last = first
+    cdef Region region
+    cdef uint64_t end
+    while True:
+        region = regions[last]
+        end = region.addr + region.length
+        last += 1
+        while at[0] < len(mappings) and (<Mapping>mappings[at[0]]).start < end:
+            at[0] += 1
+        if last == len(regions) or not 0 < at[0] < len(mappings):
+            return last
+        if (<Mapping>mappings[at[0] - 1]).end != end \
+                or (<Mapping>mappings[at[0]]).start != <uint64_t>(<Region>regions[last]).addr:
+            return last
+
+
+def refused_regions(Uffd uffd not None, int maps, list regions not None, list mappings=None):
+    """Register the regions; those that the kernel refuses. ``mappings``: all of a process that stands still
+    since they were listed, so that a call can take many regions at once; None: it runs."""
+    cdef Py_ssize_t number = 0
+    cdef Py_ssize_t at = 0
+    cdef Py_ssize_t i, run_end
+    cdef Region region, last
+    cdef uint64_t start, end
+    cdef list refused = []
+    while number < len(regions):
+        run_end = number + 1 if mappings is None else _run_end(regions, number, mappings, &at)
+        region, last = regions[number], regions[run_end - 1]
+        start, end = region.addr, last.addr + last.length
+        # Refused is the whole call, for any part of it.
+        if run_end > number + 1 and uffd_register(uffd.fd, start, end - start, UFFDIO_REGISTER_MODE_WP):
+            for i in range(number, run_end):
+                region = regions[i]
+                if _refusal(uffd.fd, -1, region.addr, region.addr + region.length):
+                    refused.append(region)
+        elif run_end == number + 1 and _refusal(uffd.fd, -1 if mappings is not None else maps, start, end):
+            refused.append(region)
+        number = run_end
+    return refused
