@@ -41,7 +41,7 @@ test: $(VENV)/.test  ## Run the tests
 
 .PHONY: test-real
 test-real: $(VENV)/.test  ## Save servers and runtimes under load, also the large ones, REAL_SNAPSHOTS (20) times
-	REAL_ALL=1 REAL_SNAPSHOTS=$(REAL_SNAPSHOTS) $(BIN)/python -m pytest -q -rs tests/real $(TESTS)
+	REAL_ALL=1 REAL_SNAPSHOTS=$(REAL_SNAPSHOTS) $(BIN)/python -m pytest -q -rs -o faulthandler_timeout=2400 tests/real $(TESTS)
 
 .PHONY: lint
 lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nogil code
