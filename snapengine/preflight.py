@@ -31,7 +31,7 @@ SHOWN_ROWS = 20
 SAMPLE_BYTES = 16 << 20
 INJECTION_NS = 200_000
 """Medians of one-thread injections lie at 0.1 to 0.3 ms (bench/NOTES.md)."""
-MAPPING_NS = 7_000  # found again, registered, protected; what else is to be done for it comes before the stop
+MAPPING_NS = 3_000  # registered, protected, scanned; what else is done for it comes before the stop
 THREAD_NS = 15_000  # stopping one more thread and letting it go
 PREPARE_NS = 10_000_000  # of a stop cut: the mappings are listed, and the capture made ready, in the stop
 
