@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -25,6 +25,7 @@ from snapengine.errors import (
     TruncatedImageError,
 )
 from snapengine.export import export_raw
+from snapengine.jobs import run_jobs
 from snapengine.names import encode, escape, printable
 from snapengine.packing import LOST
 from snapengine.processinfo import process_info
@@ -53,7 +54,6 @@ from snapengine.verify import VerifyReport, verify_image
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
 MEMFD_NAME_BYTES = 249  # memfd_create(2)
-JOBS_PER_THREAD = 4  # a thread takes longer to start than so many chunks to read
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
 
@@ -363,20 +363,6 @@ class Image:
     def source(self) -> FileSource:
         """The file, for `snapengine.verify`."""
         return self._source
-
-
-def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads (0: as `restore_into`)."""
-    threads = min(threads or min(4, len(os.sched_getaffinity(0)), jobs // JOBS_PER_THREAD), jobs)
-    if threads <= 1:
-        work(0, jobs)
-        return
-    from concurrent.futures import ThreadPoolExecutor  # not above: it imports `logging`
-
-    step = max(1, jobs // (threads * 4))
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, start, min(start + step, jobs)) for start in range(0, jobs, step)]:
-            done.result()
 
 
 def region_info(region: ImageRegion) -> dict[str, Any]:

@@ -4,12 +4,16 @@ import contextlib
 import mmap
 import os
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
-from waitkit import PATIENCE_S
+from waitkit import PATIENCE_S, until
 
 import snapengine
+from snapengine import crew as crew_module
 from snapengine.crew import Crew
+from snapengine.latch import Latch
 
 MIB = 1 << 20
 LATE = ["before it is interrupted", "after all is freed"]
@@ -30,30 +34,30 @@ def uncaught(monkeypatch):
 @pytest.fixture
 def interrupted(monkeypatch):
     """``interrupted(name, late)``: the first start of such a thread is; `late`, it waits for let_begin()."""
-    gate, threads = threading.Event(), []
+    gate, ends = threading.Event(), []
+    start = crew_module.start_new_thread
 
     def prepare(name, late):
-        start, run = threading.Thread.start, threading.Thread.run
+        def interrupt(run, arguments):
+            if arguments[0] != name or ends:
+                return start(run, arguments)
+            ended = threading.Event()
 
-        def begin(thread):
-            if thread.name == name and late:
-                assert gate.wait(PATIENCE_S)
-            run(thread)
+            def begin():
+                assert not late or gate.wait(PATIENCE_S)
+                run(*arguments)
+                ended.set()
 
-        def interrupt(thread):
-            start(thread)
-            if thread.name == name and not threads:
-                threads.append(thread)
-                raise Started
+            start(begin, ())
+            ends.append(ended)
+            raise Started
 
-        monkeypatch.setattr(threading.Thread, "run", begin)
-        monkeypatch.setattr(threading.Thread, "start", interrupt)
+        monkeypatch.setattr(crew_module, "start_new_thread", interrupt)
 
     def let_begin():
         gate.set()
-        for thread in threads:
-            thread.join(PATIENCE_S)
-        return len(threads)
+        assert all(ended.wait(PATIENCE_S) for ended in ends)
+        return len(ends)
 
     prepare.let_begin = let_begin
     yield prepare
@@ -62,7 +66,7 @@ def interrupted(monkeypatch):
 
 @pytest.mark.usefixtures("requires_uffd")
 @pytest.mark.parametrize("late", [False, True], ids=LATE)
-@pytest.mark.parametrize("name", ["snapengine-encode-0", "snapengine-encode-1", "snapengine-finish"])
+@pytest.mark.parametrize("name", ["snap-encode-0", "snap-encode-1", "snap-finish"])
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 def test_a_capture_that_is_interrupted_as_it_starts_a_thread(
     tmp_path, interrupted, uncaught, method, name, late
@@ -75,7 +79,7 @@ def test_a_capture_that_is_interrupted_as_it_starts_a_thread(
     with pytest.raises(Started):
         capture.start()
     assert capture.wait(0)
-    if name == "snapengine-finish" and not late and os.listdir(tmp_path):
+    if name == "snap-finish" and not late and os.listdir(tmp_path):
         with snapengine.open_image(tmp_path / "image") as image:  # complete before the interrupt: it stays
             assert image.verify().data_pages == 1024
         os.unlink(tmp_path / "image")
@@ -123,6 +127,51 @@ def test_the_end_of_a_failed_one_is_seen(uncaught):
     crew.start("failing", fail)
     assert crew.wait(PATIENCE_S)
     assert crew.working == 0
+    assert list(map(str, uncaught)) == ["why"]
+
+
+def test_what_was_given_is_let_go_before_the_end_is_told():
+    class Given:
+        pass
+
+    given = Given()
+    gone = weakref.ref(given)
+    crew = Crew()
+    crew.start("holding", id, given)
+    del given
+    assert crew.wait(PATIENCE_S)
+    assert gone() is None
+
+
+def test_a_name_for_the_kernel_and_no_record_for_python():
+    """Python 3.11 keeps a record for ever of each thread that it did not start, and that asked for it."""
+    names, gate = [], Latch()
+
+    def ask():
+        threading.current_thread()
+        names.append(Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text())
+        gate.wait()
+
+    before = threading.enumerate()
+    crew = Crew()
+    crew.start("snap-a-long-name", ask)
+    until(lambda: names)
+    gate.set()
+    assert crew.wait(PATIENCE_S)
+    assert names == ["snap-a-long-nam\n"]
+    assert threading.enumerate() == before
+
+
+def test_a_debugger_sees_what_a_thread_does():
+    seen = []
+    threading.setprofile(lambda frame, event, argument: seen.append(frame.f_code.co_name))
+    try:
+        crew = Crew()
+        crew.start("seen", test_a_dismissed_crew_is_nobody)
+        assert crew.wait(PATIENCE_S)
+    finally:
+        threading.setprofile(None)
+    assert "test_a_dismissed_crew_is_nobody" in seen
 
 
 def test_a_dismissed_crew_is_nobody():

@@ -45,7 +45,7 @@ class Encoding:
         """Begin the image with these regions (and their first page numbers), and start to encode."""
         self.writer.begin(regions)
         for number in range(self._threads_wanted):
-            self._threads.start(f"snapengine-encode-{number}", self._encode, number)
+            self._threads.start(f"snap-encode-{number}", self._encode, number)
 
     def _encode(self, number: int) -> None:
         try:

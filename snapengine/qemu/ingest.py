@@ -140,7 +140,7 @@ class _Ingest:
         enlarge_pipe(self._stream_fd)
         worker = Crew()
         try:
-            worker.start("snapengine-ingest", self._work)
+            worker.start("snap-ingest", self._work)
             until = time.monotonic() + (self._options.timeout or math.inf)
             while not worker.wait(0.1):
                 if watch is not None:

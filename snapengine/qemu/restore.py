@@ -311,7 +311,7 @@ class Feeder:
 
     def start(self) -> None:
         """Begin to write."""
-        self._thread.start("snapengine-feed", self._feed)
+        self._thread.start("snap-feed", self._feed)
 
     def wait(self) -> None:
         """Wait for the end of the stream."""
