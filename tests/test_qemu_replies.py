@@ -33,7 +33,6 @@ class Answering(Monitor):
         return self.answers.get(command)
 
     def _run(self, work, seconds, command=""):
-        work.close()
         return self.told
 
 

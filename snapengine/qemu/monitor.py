@@ -1,6 +1,7 @@
 """A QEMU monitor (QMP), spoken to in plain calls.
 
-The protocol is the package qemu.qmp's, which is asynchronous: its loop runs on a thread of its own here.
+The protocol is the package qemu.qmp's, which is asynchronous: its loop runs on a thread of its own here
+(`snapengine.qemu.loopthread`).
 Source: docs/interop/qmp-spec of QEMU.
 """
 
@@ -12,16 +13,16 @@ import errno
 import logging
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 from snapengine.errors import MachineError, TargetGoneError
+from snapengine.qemu.loopthread import Answer, LoopThread
 from snapengine.qemu.replies import Reply
 
 CONNECT_SECONDS = 5.0
@@ -58,16 +59,16 @@ class Monitor:
         self.address = address
         self.command_seconds = command_seconds
         self._hurried = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="snapengine-qmp", daemon=True)
-        self._thread.start()
         self._client = QMPClient("snapengine")
         self._socket: socket.socket | None = None
         self._events = EventListener()
+        self._client.register_listener(self._events)
+        self._disconnected = False
+        self._loop = LoopThread()
         try:
-            self._socket = self._connect(address, seconds)
-            self._client.register_listener(self._events)
-            self._run(self._greet(seconds), seconds + 1)
+            self._loop.start("snap-qmp")
+            self._connect(address, seconds)
+            self._run(partial(self._greet, seconds), seconds + 1)
         except BaseException:
             self.close()
             raise
@@ -103,15 +104,15 @@ class Monitor:
         self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Any:
         """What the command returns, in JSON types."""
-        return self._run(self._execute(command, arguments), seconds, command)
+        return self._run(partial(self._execute, command, arguments), seconds, command)
 
     def send(
         self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Callable[[], Any]:
         """Send a command and return at once: calling what is returned waits for the answer. QEMU does what it
         was sent in this order, without the way to us and back between two commands."""
-        waiting = asyncio.run_coroutine_threadsafe(self._execute(command, arguments), self._loop)
-        return lambda: self._wait(waiting, seconds, command)
+        answer = self._loop.begin(partial(self._execute, command, arguments))
+        return lambda: self._wait(answer, seconds, command)
 
     def human(self, line: str) -> str:
         """The text that a command of the human monitor prints."""
@@ -119,17 +120,17 @@ class Monitor:
 
     def pass_descriptor(self, fd: int, name: str) -> None:
         """Hand a descriptor over, for QEMU to use as ``fd:NAME`` (its own copy: ours stays ours)."""
-        self._run(self._execute("getfd", {"fdname": name}, fd), None, "getfd")
+        self._run(partial(self._execute, "getfd", {"fdname": name}, fd), None, "getfd")
 
     def pass_file(self, fd: int) -> int:
         """Hand a descriptor over, for QEMU to open as ``/dev/fdset/N``. Returns N."""
-        done = self._run(self._execute("add-fd", {}, fd), None, "add-fd")
+        done = self._run(partial(self._execute, "add-fd", {}, fd), None, "add-fd")
         return Reply(done, "QEMU's answer to add-fd").number("fdset-id", 63)
 
     def events(self) -> list[tuple[str, int]]:
         """The events since the last call: (name, QEMU's clock in nanoseconds)."""
         found = []
-        for event in self._run(self._take_events(), None):
+        for event in self._run(self._take_events, None):
             told = Reply(dict(event), "an event of QEMU's")
             stamp = told.object("timestamp")
             at = stamp.number("seconds", 33) * 10**9 + stamp.number("microseconds", 20) * 1000
@@ -150,17 +151,21 @@ class Monitor:
 
     def close(self) -> None:
         """Disconnect; QEMU goes on. Idempotent."""
-        if self._loop.is_closed():
-            return
-        idle = self._client.runstate.name == "IDLE"
-        # What the connection ended with is not news any more.
-        with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
-            self._run(self._disconnect(), CONNECT_SECONDS)
-        if idle and self._socket is not None:
-            self._socket.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        try:
+            self._close()
+        except BaseException:  # a Ctrl-C: QEMU's monitor serves nobody else until the connection is closed
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if not self._disconnected and self._loop.runs:
+            # What the connection ended with is not news any more.
+            with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
+                self._run(self._disconnect, CONNECT_SECONDS)
+            self._disconnected = True
         self._loop.close()
+        if self._socket is not None:
+            self._socket.close()
 
     # -- on the loop's thread --
 
@@ -170,11 +175,7 @@ class Monitor:
 
     async def _disconnect(self) -> None:
         """After what was begun and is not waited for any more, by an interrupted caller."""
-        begun = asyncio.all_tasks() - {asyncio.current_task()}
-        own = [task for task in begun if getattr(task.get_coro(), "cr_code", None) in _OWN_CODE]
-        for task in own:
-            task.cancel()
-        await asyncio.gather(*own, return_exceptions=True)
+        await self._loop.cancel_others()
         if self._client.runstate.name != "IDLE":
             await self._client.disconnect()
 
@@ -188,45 +189,43 @@ class Monitor:
 
     # -- on the caller's thread --
 
-    def _connect(self, address: str, seconds: float) -> socket.socket:
+    def _connect(self, address: str, seconds: float) -> None:
         target = parse_address(address)
-        made = socket.socket(socket.AF_UNIX if isinstance(target, str) else socket.AF_INET)
+        made = self._socket = socket.socket(socket.AF_UNIX if isinstance(target, str) else socket.AF_INET)
         made.settimeout(seconds)
         try:
             made.connect(target)
         except BlockingIOError:
-            made.close()
             raise MachineError(f"{address}: another client holds the connection, and others wait") from None
         except OSError as error:
-            made.close()
             raise MachineError(f"{address}: no QEMU listens there ({error.strerror or error})") from None
         made.setblocking(False)
-        return made
 
-    def _run(self, work: Coroutine[Any, Any, Value], seconds: float | None, command: str = "") -> Value:
+    def _run(
+        self, work: Callable[[], Coroutine[Any, Any, Value]], seconds: float | None, command: str = ""
+    ) -> Value:
         """Do `work` on the loop and wait for it."""
-        return self._wait(asyncio.run_coroutine_threadsafe(work, self._loop), seconds, command)
+        return self._wait(self._loop.begin(work), seconds, command)
 
-    def _result(self, waiting: Future[Value], limit: float) -> Value:
-        """What `waiting` comes to. TimeoutError after `limit` seconds, or some seconds after `hurry`."""
+    def _result(self, answer: Answer[Value], limit: float) -> Value:
+        """What `answer` comes to. TimeoutError after `limit` seconds, or some seconds after `hurry`."""
         until = time.monotonic() + limit
         hurried = False
         while True:
             if self._hurried and not hurried:
                 hurried, until = True, min(until, time.monotonic() + HURRIED_SECONDS)
-            try:
-                return waiting.result(max(0.0, min(until - time.monotonic(), POLL_SECONDS)))
-            except TimeoutError:
-                if waiting.done() or time.monotonic() >= until:
-                    raise
+            if answer.is_filled(max(0.0, min(until - time.monotonic(), POLL_SECONDS))):
+                return answer.take()
+            if time.monotonic() >= until:
+                raise TimeoutError
 
-    def _wait(self, waiting: Future[Value], seconds: float | None, command: str) -> Value:
+    def _wait(self, answer: Answer[Value], seconds: float | None, command: str) -> Value:
         """The answer; what can go wrong becomes an error of ours."""
         seconds = self.command_seconds if seconds is None else seconds
         try:
-            return self._result(waiting, seconds)
+            return self._result(answer, seconds)
         except TimeoutError:
-            waiting.cancel()
+            self._loop.cancel(answer)
             what = f"{command} took more than {seconds:g} s" if command else "no greeting"
             hint = "" if command else ": it is not QMP, or another client holds the connection"
             raise MachineError(f"{self.address}: {what}{hint}") from None
@@ -234,11 +233,9 @@ class Monitor:
             raise MachineError(f"QEMU refuses {command}: {error}") from None
         except ConnectError as error:
             raise MachineError(f"{self.address}: this is not QMP ({error.exc or error})") from None
-        except (QMPError, EOFError, OSError):
+        except (QMPError, EOFError, OSError, asyncio.CancelledError):  # cancelled: by our own `close`
             raise TargetGoneError(errno.ESRCH, f"{self.address}: QEMU has closed the connection") from None
 
-
-_OWN_CODE = [work.__code__ for work in (Monitor._greet, Monitor._execute, Monitor._take_events)]
 
 
 def parse_address(address: str) -> str | tuple[str, int]:

@@ -1,0 +1,124 @@
+"""An asyncio loop on a thread of its own, for callers whom an interrupt may hit while they wait for it.
+
+The loop is made, run and closed by that thread alone, where no signal's handler raises. Callers use nothing
+of it but `call_soon_threadsafe`. An exception in the middle of that leaves the call in the queue, or not, and
+at worst the loop asleep beside it, until it is called again: `close` does, too.
+
+They wait with a `snapengine.latch`. The futures of `concurrent.futures` have a Condition: an exception in the
+middle of waiting would leave that locked, and the loop, which is to notify it, waiting for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from snapengine.crew import Crew
+from snapengine.latch import Latch
+
+Value = TypeVar("Value")
+
+
+class Answer(Generic[Value]):
+    """What some work comes to; the loop's thread fills it, another one waits for it and takes it, once."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None  # the loop's thread's alone
+        self._filled = Latch()
+        self._values: list[Value] = []
+        self._errors: list[BaseException] = []
+
+    async def fill(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> None:
+        """Do the work."""
+        try:
+            self._values.append(await work())
+        except BaseException as error:
+            self._errors.append(error)
+        finally:
+            self._filled.set()
+
+    def is_filled(self, seconds: float) -> bool:
+        """Whether it is, within so many seconds."""
+        return self._filled.wait(seconds)
+
+    def take(self) -> Value:
+        """The value. Raises what the work raised; `asyncio.CancelledError`."""
+        if self._errors:
+            raise self._errors.pop()  # if it stayed in the list, it would be in a cycle with its traceback
+        return self._values.pop()
+
+
+class LoopThread:
+    """A loop. `start` it, and `close` it even if that failed."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._error: OSError | None = None
+        self._ready = Latch()
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop's thread's alone
+        self._thread = Crew()  # of one
+
+    def start(self, name: str) -> None:
+        """Make it and let it run. OSError: it cannot be made."""
+        self._thread.start(name, self._serve)
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was made."""
+        return self._loop is not None
+
+    def _serve(self) -> None:
+        try:
+            loop = self._loop = asyncio.new_event_loop()
+        except OSError as error:
+            self._error = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    def begin(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> Answer[Value]:
+        """Have it done. RuntimeError: the loop is closed."""
+        assert self._loop is not None
+        answer: Answer[Value] = Answer()
+        self._loop.call_soon_threadsafe(self._begin, self._loop, answer, work)
+        return answer
+
+    def _begin(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        answer: Answer[Value],
+        work: Callable[[], Coroutine[Any, Any, Value]],
+    ) -> None:
+        answer.task = loop.create_task(answer.fill(work))
+        self._tasks.add(answer.task)
+        answer.task.add_done_callback(self._tasks.discard)
+
+    def cancel(self, answer: Answer[Any]) -> None:
+        """Nobody waits for it any more."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: answer.task is not None and answer.task.cancel())
+
+    async def cancel_others(self) -> None:
+        """On the loop: end all that was begun but the caller."""
+        others = self._tasks - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def close(self) -> None:
+        """End the loop and its thread. Idempotent."""
+        if self._thread.dismiss():
+            self._ready.wait()
+            if self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # it is closed
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.wait()
