@@ -171,17 +171,12 @@ class Capture:
             else:
                 engine = DirtyLog(self._parts.session)
             self._begin_image()
-            self._finisher.start("snapengine-finish", self._finish, engine)
+            self._finisher.start("snap-finish", self._finish, engine)
         except BaseException as caught:
-            error = self._in_words(caught)
-            if self._finisher.dismiss():
-                self.cancel()  # interrupted after it had begun: it cleans up
-                self._wait_for_end()
-            else:
-                self._abandon(error)
-            if error is caught:
+            other = self._undo_start(caught)
+            if other is None:
                 raise
-            raise error from None
+            raise other from None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the image is complete or the capture has failed; False if `timeout` seconds passed."""
@@ -249,7 +244,7 @@ class Capture:
 
     def _limit_time(self) -> None:
         if self._options.timeout:
-            self._limiter.start("snapengine-timeout", self._expire)
+            self._limiter.start("snap-timeout", self._expire)
 
     def _expire(self) -> None:
         if not self._done.wait(self._options.timeout):
@@ -262,7 +257,7 @@ class Capture:
         self._began = time.monotonic_ns()  # without the wait for a peer
         make_engine(parts, pid, regions, options, self._session_extra)
         for number in range(options.encoders):
-            self._encoders.start(f"snapengine-encode-{number}", self._encode, number)
+            self._encoders.start(f"snap-encode-{number}", self._encode, number)
         if self._cancelled and parts.session is not None:
             parts.session.fail(errno.ECANCELED)
 
@@ -392,7 +387,24 @@ class Capture:
             return error
         return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
 
-    def _abandon(self, error: BaseException) -> None:
+    def _undo_start(self, caught: BaseException) -> BaseException | None:
+        """start() failed. Returns what to raise instead, if anything.
+
+        An interrupt is neither kept nor named by whoever it is raised through: its traceback has their
+        variables, and together they would keep what those held, such as a file in the middle of being read,
+        until the garbage collector runs.
+        """
+        error = self._in_words(caught)
+        if self._finisher.dismiss():
+            self.cancel()  # interrupted after it had begun: it cleans up
+            self._wait_for_end()
+        elif isinstance(error, Exception):
+            self._abandon(error)
+        else:
+            self._abandon(CaptureCancelled("the capture was interrupted"))
+        return None if error is caught else error
+
+    def _abandon(self, error: Exception) -> None:
         """start() failed: undo all that it made."""
         if self._parts.session is not None:
             self._parts.session.fail(errno.ECANCELED)
@@ -404,6 +416,8 @@ class Capture:
             self._clean_up("cancelled" if self._cancelled else "failed")
         finally:
             self._done.set()
+            self._limiter.dismiss()
+            self._limiter.wait()
 
     def _stop_encoders(self) -> None:
         """The capture has failed: wait for the threads that use the pool and the sink, closed next."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snapengine.capture import Capture
     from snapengine.capture import Progress as CaptureProgress
 
+DRAW_SECONDS = 0.08  # the least between two drawings
 WORDS = {"arming": "protecting", "saving": "saving", "writing": "writing out", "done": "done"}
 
 
@@ -40,6 +41,7 @@ class Bar:
 
     def __init__(self, quiet: bool = False) -> None:
         self._bar = None if quiet or not sys.stderr.isatty() else _make_bar()
+        self._drawn = 0.0
 
     def update(self, now: CaptureProgress) -> None:
         """Draw `now`. Dirty logging may save more pages than there are: the bar then stays full."""
@@ -63,8 +65,10 @@ class Bar:
         return draw
 
     def _draw(self, **what: Any) -> None:
-        if self._bar is not None:
-            self._or_end(lambda bar: bar.update(bar.task_ids[0], **what))
+        now = time.monotonic()
+        if self._bar is not None and now - self._drawn >= DRAW_SECONDS:
+            self._drawn = now
+            self._or_end(lambda bar: bar.update(bar.task_ids[0], refresh=True, **what))
 
     def _or_end(self, act: Callable[[Progress], None]) -> None:
         assert self._bar is not None
@@ -100,6 +104,7 @@ def _make_bar() -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
+        auto_refresh=False,  # by a thread, which an interrupt as it starts would leave behind
     )
     bar.add_task("waiting", total=None, details="")
     return bar

@@ -70,7 +70,22 @@ class Sink:
         pass
 
 
-class FileSink(Sink):
+class _OwnSink(Sink):
+    """One with a descriptor of its own. It aborts when it is dropped before its end: an interrupt may come as
+    the call that made it returns, when nobody has it yet. A forked child's copy does nothing."""
+
+    _owner = 0
+
+    def _own(self) -> None:
+        """It is there from now on."""
+        self._owner = os.getpid()
+
+    def __del__(self) -> None:
+        if self._owner == os.getpid():
+            self.abort()
+
+
+class FileSink(_OwnSink):
     """A file that appears, complete, under its name on commit.
 
     Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by who writes it. A
@@ -95,6 +110,7 @@ class FileSink(Sink):
         try:
             self.fd = os.open(path, flags, 0o600)
             if _lock(self.fd) and os.fstat(self.fd).st_nlink:
+                self._own()
                 return True
             os.close(self.fd)
             return False
@@ -165,7 +181,7 @@ def put(sink: Sink, data: bytes | bytearray | memoryview) -> None:
             raise SinkError(number, f"{sink.name}: {sink.explain(number)}") from None
 
 
-class ExecSink(Sink):
+class ExecSink(_OwnSink):
     """A shell command that reads the image from its standard input."""
 
     def __init__(self, command: str) -> None:
@@ -184,6 +200,7 @@ class ExecSink(Sink):
             raise _sink_error(self.name, error) from None
         finally:
             os.close(read_end)
+        self._own()
 
     def explain(self, err: int) -> str:
         if err != errno.EPIPE:
@@ -232,7 +249,7 @@ class ExecSink(Sink):
             os.killpg(self._process.pid, number)
 
 
-class FdSink(Sink):
+class FdSink(_OwnSink):
     """A descriptor of the caller's: never closed, its flags never changed."""
 
     def __init__(self, fd: int, name: str | None = None) -> None:
@@ -241,6 +258,7 @@ class FdSink(Sink):
             self.fd = _private_writer(fd)
         except OSError as error:
             raise _sink_error(self.name, error) from None
+        self._own()
 
     def _commit(self) -> None:
         try:

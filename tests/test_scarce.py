@@ -1,73 +1,15 @@
-"""Descriptors, address space or disk run out, or a Ctrl-C comes, at any moment of a capture: one clear error,
-the memory is released, and nothing is left behind.
-
-Each runs in a child: a limit that is hit in the test process would hit the test.
+"""Descriptors, address space or disk run out at any moment of a capture: one clear error, the memory is
+released, and nothing is left behind. (A Ctrl-C: test_interrupts.py.)
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
-import textwrap
 
 import pytest
+from scarcekit import run
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
-COMMON = r"""
-    import contextlib, errno, io, mmap, os, random, re, resource, signal, sys, threading, time
-    import snapengine
-    from snapengine.errors import SinkError, SnapengineError
-    from snapengine.image import open_image
-
-    MIB = 1 << 20
-    draw = random.Random(int(sys.argv[2]))
-    folder = sys.argv[1]
-    buffer = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer.write(os.urandom(8 * MIB))
-
-    def capture(method="write-tracking", sink=os.path.join(folder, "image"), **how):
-        target = snapengine.BufferTarget({"ram": buffer}, pause=lambda: None, resume=lambda: None)
-        with snapengine.snapshot(target, sink, method=method, **how):
-            buffer[0] = 1
-
-    def open_files():
-        found = []
-        for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):    # the one of this list
-                found.append((number, os.readlink(f"/proc/self/fd/{number}")))
-        # Python's own tempfile loses its unnamed file if the Ctrl-C comes as open() returns.
-        return sorted(pair for pair in found if not re.fullmatch(r".*/#\d+ \(deleted\)", pair[1]))
-
-    def check(before):
-        for start in range(0, 8 * MIB, 4096):
-            buffer[start] = 7                       # it would stand for ever
-        for _ in range(200):                        # a joined thread has its last instructions
-            if len(os.listdir("/proc/self/task")) == 1:
-                break
-            time.sleep(0.01)
-        assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
-        assert len(os.listdir("/proc/self/task")) == 1
-        assert open_files() == before, (open_files(), before)
-        left = set(os.listdir(folder))
-        if "image" in left:
-            with open_image(os.path.join(folder, "image")) as image:
-                image.verify()
-            os.unlink(os.path.join(folder, "image"))
-        assert left <= {"image"}, left
-
-    capture(sink="null:")                           # all is imported, and it works
-    before = open_files()
-    check(before)
-"""
-
-
-def run(script: str, folder, seed: int = 0, **how) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMMON) + textwrap.dedent(script), str(folder), str(seed)],
-        capture_output=True, text=True, check=False, timeout=100, **how,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-3000:])
-    return done.stdout
 
 
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
@@ -216,32 +158,3 @@ def test_a_full_disk_under_shared_memory(small_disk, method, tmp_path):
         small_disk,
     )
     assert out == "43\n"
-
-
-@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
-@pytest.mark.parametrize("seed", range(2))
-def test_an_interrupt_at_any_moment(method, seed, tmp_path):
-    out = run(
-        f"""
-        outcomes = set()
-        longest = 0.02
-        for _ in range(40):
-            began = time.monotonic()
-            try:
-                signal.signal(signal.SIGALRM, signal.default_int_handler)
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0002, longest))
-                capture({method!r}, rate_limit=draw.choice((0, 200 * MIB)))
-                outcomes.add("saved")
-            except KeyboardInterrupt:
-                outcomes.add("interrupted")
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)
-            longest = max(0.02, min(0.3, 1.2 * (time.monotonic() - began)))
-            check(before)
-        print(sorted(outcomes))
-        """,
-        tmp_path,
-        seed,
-    )
-    assert "interrupted" in out

@@ -226,3 +226,23 @@ def test_an_interrupt_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_sink_that_is_dropped_leaves_nothing(tmp_path):
+    """As if an interrupt had come before anybody had it."""
+    before = os.listdir("/proc/self/fd")
+    FileSink(tmp_path / "image")
+    open_sink("exec:cat >/dev/null")
+    assert os.listdir(tmp_path) == []
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_forked_child_that_drops_a_sink(tmp_path):
+    sink = FileSink(tmp_path / "image")
+    child = os.fork()
+    if not child:
+        del sink
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    sink.commit()
+    assert os.listdir(tmp_path) == ["image"]
