@@ -17,16 +17,8 @@ from libc.errno cimport ENOMEM, ENOSYS, EPERM, errno
 from libc.stdlib cimport atoi, realloc
 from libc.stdint cimport uintptr_t
 
+from snapengine.folder cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.pthreads cimport pthread_join, pthread_t, snap_thread_start
-
-cdef extern from "<dirent.h>" nogil:
-    ctypedef struct DIR:
-        pass
-    struct dirent:
-        char *d_name
-    DIR *opendir(const char *name)
-    dirent *readdir(DIR *folder)
-    int closedir(DIR *folder)
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long number, ...)

@@ -11,15 +11,8 @@ written to. If the process ends, the kernel releases who waits.
 
 from snapengine.atomics cimport snap_load, snap_store
 from snapengine.faults cimport answer_missing
+from snapengine.polling cimport POLLIN, poll, pollfd
 from snapengine.pthreads cimport pthread_join, snap_name_thread, snap_thread_start
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long n, int timeout_ms)
-    const short POLLIN
 
 cdef extern from "<unistd.h>" nogil:
     long write(int fd, const void *data, size_t count)

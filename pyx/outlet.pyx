@@ -17,18 +17,11 @@ from posix.unistd cimport lseek
 
 from snapengine.atomics cimport snap_load
 from snapengine.oserror cimport raise_oserror
+from snapengine.polling cimport POLLOUT, poll, pollfd
 
 cdef extern from "<fcntl.h>" nogil:
     const unsigned SYNC_FILE_RANGE_WRITE
     int sync_file_range(int fd, long offset, long length, unsigned flags)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int POLLOUT
-    int poll(pollfd *fds, unsigned long count, int timeout_ms)
 
 cdef extern from "<stdio.h>" nogil:
     const int SEEK_CUR

@@ -221,6 +221,15 @@ cdef int _load(void *arg) noexcept nogil:
     return 0
 
 
+cdef void _put_one(capture_t *capture, lane_t *lane, uint64_t page) noexcept nogil:
+    """The page that has been read behind what the slot has."""
+    if page_nonzero(lane.slot.data + lane.slot.used):
+        lane.slot.used += PAGE
+        put_pages(capture, lane, page, 1, SNAP_DATA)
+    else:
+        put_pages(capture, lane, page, 1, SNAP_ZERO)
+
+
 cdef void _by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
     """A page of ours where a load may fault: /proc/self/mem reads PROT_NONE and protection keys, too, and
     answers EIO for what is not there."""
@@ -231,11 +240,8 @@ cdef void _by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_
     memset(dst, 0, PAGE)
     if capture.mem < 0 or pread(capture.mem, dst + (begin - addr), length, <long>begin) != <ssize_t>length:
         put_pages(capture, lane, page, 1, SNAP_LOST)
-    elif page_nonzero(dst):
-        lane.slot.used += PAGE
-        put_pages(capture, lane, page, 1, SNAP_DATA)
     else:
-        put_pages(capture, lane, page, 1, SNAP_ZERO)
+        _put_one(capture, lane, page)
 
 
 cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
@@ -286,11 +292,8 @@ cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, ui
         put_pages(capture, lane, page, 1, SNAP_HOLE)        # behind the end of its file: no access at T
     elif capture.mem < 0 or pread(capture.mem, dst, PAGE, <long>page_addr(region, page)) != <ssize_t>PAGE:
         put_pages(capture, lane, page, 1, SNAP_LOST)
-    elif page_nonzero(dst):
-        lane.slot.used += PAGE
-        put_pages(capture, lane, page, 1, SNAP_DATA)
     else:
-        put_pages(capture, lane, page, 1, SNAP_ZERO)
+        _put_one(capture, lane, page)
 
 
 cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,

@@ -15,6 +15,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
+from snapengine.folder cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.kin cimport kin_list, kin_list_new
 from snapengine.processvm cimport iovec
 from snapengine.ptrace cimport (
@@ -30,15 +31,6 @@ from snapengine.tracee cimport (
     CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_in_vfork, tracee_interrupt,
     tracee_look, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
 )
-
-cdef extern from "<dirent.h>" nogil:
-    ctypedef struct DIR:
-        pass
-    struct dirent:
-        char *d_name
-    DIR *opendir(const char *name)
-    dirent *readdir(DIR *folder)
-    int closedir(DIR *folder)
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long number, ...)

@@ -24,15 +24,8 @@ from snapengine.migration cimport (
 from snapengine.oserror cimport raise_oserror
 
 from snapengine.errors import CaptureCancelled, StreamError
+from snapengine.polling cimport POLLIN, poll, pollfd
 from snapengine.qemu.otherfiles import what_it_is
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int POLLIN
-    int poll(pollfd *fds, unsigned long count, int timeout_ms)
 
 HEAD_MAX_BYTES = BUFFER_BYTES
 TAIL_MAX_BYTES = 256 << 20

@@ -15,17 +15,10 @@ from snapengine.events cimport pump
 from snapengine.faults cimport await_arming, fill_missing
 from snapengine.linux cimport UFFD_PAGEFAULT_FLAG_WP
 from snapengine.lookout cimport call_if_overdue
+from snapengine.polling cimport POLLIN, poll, pollfd
 from snapengine.pthreads cimport snap_name_thread, snap_now_ns
 from snapengine.session cimport PRESENCE_BITS, capture_t, lane_t, page_at, region_at, region_t
 from snapengine.uffd cimport uffd_wake
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long n, int timeout_ms)
-    const short POLLIN
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t STUCK_NS = 20000000
