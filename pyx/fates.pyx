@@ -93,13 +93,17 @@ def tracked_regions(list fates not None):
     cdef Region last = None
     cdef bint private_files = False
     cdef bint plain = False             # whether the last one may grow
+    cdef bint alike
     cdef uint64_t last_end = 0
     cdef uint64_t last_zeros = 0
     cdef list regions = []
     for fate in fates:
         if fate.action != "track":
             continue
-        if plain and fate.name == "anon" and last_end == fate.mapping.start and last_zeros == fate.zero_inode:
+        # A file may be named "anon", too: its memory is a region of its own, of its own kind.
+        alike = fate.name == "anon" and fate.kind == "anon" \
+            and (not fate.mapping.has_file or fate.zero_inode != 0)
+        if plain and alike and last_end == fate.mapping.start and last_zeros == fate.zero_inode:
             last_end = fate.mapping.end
             last.length = last_end - <uint64_t>last.addr     # nobody has seen it yet
             continue
@@ -117,5 +121,5 @@ def tracked_regions(list fates not None):
         region.zero_inode = last_zeros
         regions.append(region)
         last = region
-        plain = region.name.startswith("anon@")
+        plain = alike
     return regions, private_files

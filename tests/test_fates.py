@@ -117,6 +117,21 @@ def test_anonymous_neighbours_become_one_region():
     assert not private_files
 
 
+def test_a_file_that_is_named_so_is_a_region_of_its_own():
+    """/dev/shm/anon beside anonymous memory: of another kind, and read and tracked in other ways."""
+    kinds = [("rw-p", 0, "anon"), ("rw-s", 7, "shared"), ("rw-p", 7, "anon"), ("rw-p", 0, "anon")]
+    fates = [
+        Fate(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""), "track",
+             name="anon", kind=kind)
+        for i, (perms, inode, kind) in enumerate(kinds, 1)
+    ]  # fmt: skip
+    regions, private_files = tracked_regions(fates)
+    assert regions == [
+        Region(f"anon@{i}000", i * PAGE, PAGE, PAGE, kind) for i, (_, _, kind) in enumerate(kinds, 1)
+    ]
+    assert private_files
+
+
 def test_memory_of_one_zero_device_only_becomes_one():
     fates = [
         Fate(Mapping(i * PAGE, (i + 1) * PAGE, "rw-p", 0, "00:01", zeros, ""), "track", name="anon",
