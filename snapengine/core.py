@@ -169,6 +169,8 @@ class Layout:
             if one.addr + one.length > two.addr:
                 raise CorruptImageError(f"{self._image.name}: two regions hold address {two.addr:#x}")
         for region in self._regions:
+            if region.addr + region.length == 1 << 64:  # no process has it, and a `Mapping` cannot end there
+                raise CorruptImageError(f"{self._image.name}: a region holds the last page of all addresses")
             runs = self._image.resolve(region, 0, region.length)
             gap = runs.first_gap(region.first_page, region.first_page + region.pages)
             if gap is not None:

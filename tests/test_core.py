@@ -374,6 +374,9 @@ def test_what_is_refused(tmp_path):
     short = image(record([]), [(0x1000, 3 * PAGE, 0)], page)
     with short as found, pytest.raises(ImageError, match="is not in the image"):
         export_core(found, tmp_path / "core")
+    last = [((1 << 64) - PAGE, PAGE, 0)]
+    with image(record([]), last, page) as found, pytest.raises(CorruptImageError, match="last page"):
+        export_core(found, tmp_path / "core")
     huge = [(i << 51, 1 << 51, i << 39) for i in range(2)]
     with image(record([]), huge, *[([(0, 2, HOLE)], b"")]) as found, pytest.raises(ImageError):
         export_core(found, tmp_path / "core")
