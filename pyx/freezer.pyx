@@ -77,6 +77,12 @@ cdef class Freezer:
         return self.running and self.state.phase == FROZEN
 
     @property
+    def kin_known(self):
+        """Whether it could be told, of the last stop, which processes share the memory: if not, one of them
+        may run on."""
+        return not self.state.kin.unknown
+
+    @property
     def stop_ns(self):
         """Nanoseconds from the first PTRACE_INTERRUPT until the last thread was let go, of the last stop.
         A thread that waited for its turn on a CPU stood later than the interrupt."""

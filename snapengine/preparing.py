@@ -82,7 +82,7 @@ def make_engine(
         memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
         encoders=options.encoders, walkers=_walkers(options, regions) if tracking else 1,
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
-        stands=_stands(parts, options),
+        stands=tracking and isinstance(parts.target, ProcessTarget) and parts.target.stands,
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it
@@ -115,8 +115,8 @@ def _plan(parts: Parts, pid: int, regions: list[Region], features: int) -> Plan:
     return Plan(regions, pid, features, attached=parts.attached is not None, mappings=mappings)
 
 
-def _stands(parts: Parts, options: Options) -> bool:
-    """Whether its threads stand from before the memory is listed until T: in a stop cut of a process."""
+def _stopped(parts: Parts, options: Options) -> bool:
+    """Whether its threads are stopped before the memory is listed, until T: a stop cut of a process."""
     tracking = options.method == WRITE_TRACKING
     return tracking and isinstance(parts.target, ProcessTarget) and parts.target.cut == "stop"
 
@@ -124,7 +124,7 @@ def _stands(parts: Parts, options: Options) -> bool:
 def _two_step(parts: Parts, options: Options, regions: list[Region]) -> bool:
     if options.arming != AUTO:
         return options.arming == TWO_STEP
-    return not _stands(parts, options) and total_bytes(regions) >= TWO_STEP_BYTES
+    return not _stopped(parts, options) and total_bytes(regions) >= TWO_STEP_BYTES
 
 
 def _walkers(options: Options, regions: list[Region]) -> int:

@@ -131,6 +131,12 @@ class ProcessTarget:
         return self._tracked
 
     @property
+    def stands(self) -> bool:
+        """Whether all stand by now who could change what is mapped. Not if a process that shares the memory
+        may have been missed."""
+        return self._freezer is not None and self._freezer.frozen and self._freezer.kin_known
+
+    @property
     def mappings(self) -> list[Mapping]:
         """What was mapped when the regions were listed."""
         return self._mappings
@@ -291,9 +297,8 @@ class ProcessTarget:
     def _register(self, uffd: Uffd) -> dict[int, int]:
         """Register what is to be tracked: from the start of a mapping that is refused to the errno."""
         refused: dict[int, int] = {}
-        stands = self._freezer is not None and self._freezer.frozen
         with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
-            all_of_it = self._mappings if stands else None
+            all_of_it = self._mappings if self.stands else None
             for region in refused_regions(uffd, maps.fileno(), self._tracked, all_of_it):
                 for mapping in touching(self._mappings, region.addr, region.addr + region.length):
                     if error := refusal(uffd, maps.fileno(), mapping.start, mapping.end):

@@ -102,3 +102,53 @@ def test_the_doctor_says_that_it_works(repository, kernel):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Write tracking works on this host." in ran.stdout
+
+
+UNSEEN_KIN = """
+import os, sys
+sys.path.insert(0, "tests")
+import snapengine
+from patientkit import ProcessTarget
+from snapengine.errors import LostPagesError
+from snapengine.image import open_image
+from targetkit import MEMORY, Target, until
+
+PAGE = 4096
+replaces = sys.argv[2] == "replaces"
+
+class Met(ProcessTarget):
+    def registered(self, uffd):
+        tracked = super().registered(uffd)
+        other.words[511] = 2 if replaces else 1
+        until(lambda: other.words[511] == 3, "nobody maps")
+        return tracked
+
+    def resume(self):
+        with open(f"/proc/{self.pid}/pagemap", "rb", buffering=0) as pagemap:
+            entries = [os.pread(pagemap.fileno(), 8, start // PAGE * 8 + i * 8) for i in (3, 4, 8)]
+        self.protected = [entry[7] >> 1 & 1 for entry in entries]  # bit 57
+        super().resume()
+
+with Target("kin", "maps") as other:
+    start = other.words[MEMORY]
+    met = Met(other.pid, cut="stop")
+    with snapengine.snapshot(met, sys.argv[1]) as capture:
+        pass
+    assert "cannot be told" in " ".join(capture.result.warnings)
+    assert met.protected == [1, 0, 1], met.protected
+    with open_image(sys.argv[1]) as image:
+        assert [image.read_at(start + i * PAGE, 1)[0] for i in (0, 2, 3, 8, 11)] == [1, 3, 4, 9, 12]
+        try:
+            text = repr(image.read_at(start + PAGE, 1))
+        except LostPagesError:
+            text = "lost"
+        assert text == ("lost" if replaces else repr(bytes([2]))), text
+"""
+
+
+@pytest.mark.parametrize("what", ["adds", "replaces"])
+def test_a_process_that_cannot_be_known_to_share_the_memory(repository, tmp_path, what):
+    """It runs on in a stop cut, which says so, and maps: what comes between two regions is not protected,
+    as nobody would let go of it before the end; what is replaced is lost, no zeros."""
+    ran = run(repository, {"MASK_CALLS": "kcmp"}, "-c", UNSEEN_KIN, str(tmp_path / "image"), what)
+    assert ran.returncode == 0, ran.stderr

@@ -1,14 +1,16 @@
 /* A process whose memory is written to by processes that are none of its threads.
  *
- * usage: kin WORDS share|threads|vfork|churn. COUNTERS: the main thread's, then the others'; VALUES: the process that
- * shares the memory; MEMORY: a page in anonymous memory and PAGES one in .data, which it writes in turn. */
+ * usage: kin WORDS share|threads|vfork|churn|maps. COUNTERS: the main thread's, then the others'; VALUES: the process
+ * that shares the memory; MEMORY: a page in anonymous memory and PAGES one in .data, which it writes in turn.
+ * maps: MEMORY is four pages of data, four of nothing, four of data. When the last word is 1, the other process maps
+ * memory where nothing is; when it is 2, a file over the second page. Then it makes that word 3. */
 #include "target.h"
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/wait.h>
 
-enum { STACK = 65536 };
+enum { STACK = 65536, PAGE = 4096 };
 static struct {
     volatile uint64_t n;
     char rest[4088];
@@ -34,6 +36,21 @@ static int just_count(void *arg) {
     for (;;)
         words[COUNTERS + (int)(intptr_t)arg]++;
     return 0;
+}
+
+static int map_in_between(void *arg) {
+    char *at = (char *)(uintptr_t)words[MEMORY];
+    int fd = open("/proc/self/exe", O_RDONLY);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    while (!words[WORDS - 1])
+        usleep(100);
+    if (words[WORDS - 1] == 1)
+        *(char *)mmap(at + 4 * PAGE, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+                      0) = 1;
+    else if (mmap(at + PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, fd, 0) == MAP_FAILED)
+        _exit(3);
+    words[WORDS - 1] = 3;
+    return just_count(arg);
 }
 
 /* With a thread of its own: raw clone(2), since pthreads belong to one process. */
@@ -84,8 +101,14 @@ int main(int argc, char **argv) {
     const char *mode = argv[argc - 1];
     int threads = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
     open_words(argv[1]);
-    in_anon = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    in_anon[0] = 0;
+    if (!strcmp(mode, "maps")) {
+        char *at = mmap(0, 12 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        for (int i = 0; i < 12; i++)
+            at[i * PAGE] = (char)(i + 1);
+        munmap(at + 4 * PAGE, 4 * PAGE);
+        in_anon = (volatile uint64_t *)at;
+    } else
+        in_anon = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     words[MEMORY] = (uint64_t)in_anon;
     words[PAGES] = (uint64_t)&in_data;
     words[READY] = 1;
@@ -96,6 +119,8 @@ int main(int argc, char **argv) {
             return 3;
     } else {
         int (*body)(void *) = strcmp(mode, "threads") ? write_in_turn : write_with_a_thread;
+        if (!strcmp(mode, "maps"))
+            body = map_in_between;
         int child = clone(body, stacks[1] + STACK - 64, CLONE_VM | CLONE_FILES | SIGCHLD, (void *)1);
         if (child < 0)
             return 3;

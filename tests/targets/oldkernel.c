@@ -1,5 +1,6 @@
 /* LD_PRELOAD: an older kernel, as far as what it lacks goes. Environment:
  *   MASK_IOCTLS    names of ioctls that it does not know: PAGEMAP_SCAN PROCMAP_QUERY
+ *   MASK_CALLS     system calls that it refuses, if made by syscall(3): kcmp
  *   MASK_FEATURES  UFFD_FEATURE bits that it does not offer, a number
  *   MASK_RELEASE   what uname(2) says */
 #define _GNU_SOURCE
@@ -9,14 +10,15 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 
 struct api { uint64_t api, features, ioctls; };
 enum { PAGEMAP_SCAN = 0x6610, PROCMAP_QUERY = 0x6611 };
 #define UFFDIO_API 0xc018aa3fUL
 
-static int masked(const char *name) {
-    const char *names = getenv("MASK_IOCTLS");
+static int masked(const char *list, const char *name) {
+    const char *names = getenv(list);
     return names && strstr(names, name);
 }
 
@@ -34,8 +36,8 @@ int ioctl(int fd, unsigned long request, ...) {
     va_end(list);
     if (!real)
         real = (int (*)(int, unsigned long, void *))dlsym(RTLD_NEXT, "ioctl");
-    if ((type_and_number == PAGEMAP_SCAN && masked("PAGEMAP_SCAN")) ||
-        (type_and_number == PROCMAP_QUERY && masked("PROCMAP_QUERY"))) {
+    if ((type_and_number == PAGEMAP_SCAN && masked("MASK_IOCTLS", "PAGEMAP_SCAN")) ||
+        (type_and_number == PROCMAP_QUERY && masked("MASK_IOCTLS", "PROCMAP_QUERY"))) {
         errno = ENOTTY;
         return -1;
     }
@@ -50,6 +52,23 @@ int ioctl(int fd, unsigned long request, ...) {
     int status = real(fd, request, argument);
     api->features &= ~hidden();
     return status;
+}
+
+long syscall(long number, ...) {
+    static long (*real)(long, ...);
+    long given[6];
+    va_list list;
+    if (!real)
+        real = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    if (number == SYS_kcmp && masked("MASK_CALLS", "kcmp")) {
+        errno = EPERM;
+        return -1;
+    }
+    va_start(list, number);
+    for (int i = 0; i < 6; i++)
+        given[i] = va_arg(list, long);
+    va_end(list);
+    return real(number, given[0], given[1], given[2], given[3], given[4], given[5]);
 }
 
 int uname(struct utsname *names) {
