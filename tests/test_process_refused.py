@@ -235,6 +235,7 @@ def save_while(target, sink, cut, end):
         try:
             if end == "death":
                 os.kill(target.pid, signal.SIGKILL)
+                until(lambda: state_of(target.pid) == "Z", "it lives")  # or all is saved before it gets a CPU
             else:
                 target.words[EXECUTE] = 1
                 until(lambda: os.readlink(f"/proc/{target.pid}/exe").endswith("sleep"), "no exec")
