@@ -33,20 +33,34 @@ class Listener:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._identity: tuple[int, int] | None = None
         if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
             raise UnsupportedError(f"{self.path}: a socket's path has at most {MAX_PATH_BYTES} bytes")
-        self._identity: tuple[int, int] | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.fchmod(self._sock.fileno(), 0o600)  # bind() gives the file the mode of the socket
             with _locked(self.path.parent):
                 _make_room(self.path)
-                self._sock.bind(os.fspath(self.path))
-                status = os.stat(self.path)
-                self._identity = (status.st_dev, status.st_ino)
-                self._sock.listen(1)
+                self._bind()
         except BaseException:
             self.close()
+            raise
+
+    def __del__(self) -> None:
+        # An interrupt may come before the caller has it, or before it has a socket.
+        with contextlib.suppress(AttributeError):
+            self.close()
+
+    def _bind(self) -> None:
+        """With the directory locked, so that the file is ours even if an interrupt comes before we know it."""
+        try:
+            self._sock.bind(os.fspath(self.path))
+            status = os.stat(self.path)
+            self._identity = (status.st_dev, status.st_ino)
+            self._sock.listen(1)
+        except BaseException:
+            if self._identity is None and self._sock.getsockname():
+                os.unlink(self.path)
             raise
 
     def accept(self, deadline: float, wakeup: int = -1) -> socket.socket | None:

@@ -114,6 +114,25 @@ def test_a_talk_with_a_monitor(seed, tmp_path):
         assert "interrupted" in run(work + ROUNDS, folder, seed)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_wait_for_a_peer(seed, tmp_path):
+    """The socket's file goes, also if nobody has been told yet that it is there."""
+    work = """
+    from snapengine.errors import HandoverError
+    from snapengine.listener import Listener
+
+    def work():
+        for _ in range(20):
+            listener = Listener(os.path.join(folder, "peer.sock"))
+            try:
+                with contextlib.suppress(HandoverError):
+                    listener.accept(time.monotonic() + 0.0002)
+            finally:
+                listener.close()
+    """
+    assert "interrupted" in run(work + ROUNDS, tmp_path, seed)
+
+
 @contextlib.contextmanager
 def answering(path):
     """A monitor that serves one client after the other, and answers each command."""
