@@ -52,7 +52,7 @@ class Listener:
             self.close()
 
     def _bind(self) -> None:
-        """With the directory locked, so that the file is ours even if an interrupt comes before we know it."""
+        """With the directory locked: the file is ours even if an interrupt comes before we know of it."""
         try:
             self._sock.bind(os.fspath(self.path))
             status = os.stat(self.path)
