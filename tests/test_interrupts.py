@@ -14,6 +14,9 @@ import threading
 import pytest
 import streamkit
 from scarcekit import run
+from waitkit import until
+
+from snapengine.qemu.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 SEEDS = range(int(os.environ.get("SNAPENGINE_SEEDS", "2")))
@@ -131,6 +134,15 @@ def test_a_wait_for_a_peer(seed, tmp_path):
                 listener.close()
     """
     assert "interrupted" in run(work + ROUNDS, tmp_path, seed)
+
+
+def test_a_monitor_that_is_dropped(tmp_path):
+    """As if the Ctrl-C had come before anybody had it."""
+    path = tmp_path / "qmp"
+    tasks = os.listdir("/proc/self/task")
+    with answering(path):
+        assert Monitor(str(path)).execute("query-status") == {}
+    until(lambda: os.listdir("/proc/self/task") == tasks)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import threading
 
 import pytest
@@ -165,6 +166,18 @@ def test_a_damaged_image_restored_by_several_threads(tmp_path):
 def test_a_monitor_that_is_none(tmp_path):
     with pytest.raises(MachineError):
         Monitor(str(tmp_path / "none"))
+
+
+@pytest.mark.filterwarnings("ignore:.*BaseEventLoop.__del__")  # CPython's, of a loop that is made by half
+@pytest.mark.parametrize("free", range(5))
+def test_a_monitor_without_descriptors(tmp_path, free):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + free, hard))
+    try:
+        with pytest.raises((MachineError, OSError)):
+            Monitor(str(tmp_path / "none"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("requires_uffd")

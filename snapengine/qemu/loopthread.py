@@ -55,7 +55,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._error: OSError | None = None
+        self._errors: list[OSError] = []
         self._ready = Latch()
         self._tasks: set[asyncio.Task[None]] = set()  # the loop's thread's alone
         self._thread = Crew()  # of one
@@ -64,8 +64,8 @@ class LoopThread:
         """Make it and let it run. OSError: it cannot be made."""
         self._thread.start(name, self._serve)
         self._ready.wait()
-        if self._error is not None:
-            raise self._error
+        if self._errors:
+            raise self._errors.pop()  # no cycle: its traceback has a loop that is made by half
 
     @property
     def runs(self) -> bool:
@@ -76,7 +76,7 @@ class LoopThread:
         try:
             loop = self._loop = asyncio.new_event_loop()
         except OSError as error:
-            self._error = error
+            self._errors.append(error)
             return
         finally:
             self._ready.set()
@@ -118,7 +118,11 @@ class LoopThread:
         """End the loop and its thread. Idempotent."""
         if self._thread.dismiss():
             self._ready.wait()
-            if self._loop is not None:
-                with contextlib.suppress(RuntimeError):  # it is closed
-                    self._loop.call_soon_threadsafe(self._loop.stop)
+            self.end()
         self._thread.wait()
+
+    def end(self) -> None:
+        """Let it end, without waiting for that."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._loop.stop)

@@ -81,6 +81,12 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """A Ctrl-C may come before the caller has us in a variable. On any thread, so it does not wait."""
+        if "_loop" in vars(self) and self._loop.runs and not self._disconnected:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.begin(partial(_disconnect, self._client, self._loop, end=True))
+
     @property
     def peer_pid(self) -> int:
         """The process that opened the socket for listening (unix(7), SO_PEERCRED); 0: not a Unix socket."""
@@ -161,7 +167,7 @@ class Monitor:
         if not self._disconnected and self._loop.runs:
             # What the connection ended with is not news any more.
             with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
-                self._run(self._disconnect, CONNECT_SECONDS)
+                self._run(partial(_disconnect, self._client, self._loop), CONNECT_SECONDS)
             self._disconnected = True
         self._loop.close()
         if self._socket is not None:
@@ -172,12 +178,6 @@ class Monitor:
     async def _greet(self, seconds: float) -> None:
         assert self._socket is not None
         await asyncio.wait_for(self._client.connect(self._socket), seconds)
-
-    async def _disconnect(self) -> None:
-        """After what was begun and is not waited for any more, by an interrupted caller."""
-        await self._loop.cancel_others()
-        if self._client.runstate.name != "IDLE":
-            await self._client.disconnect()
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None, fd: int = -1) -> Any:
         if fd >= 0:
@@ -236,6 +236,17 @@ class Monitor:
         except (QMPError, EOFError, OSError, asyncio.CancelledError):  # cancelled: by our own `close`
             raise TargetGoneError(errno.ESRCH, f"{self.address}: QEMU has closed the connection") from None
 
+
+
+async def _disconnect(client: QMPClient, loop: LoopThread, end: bool = False) -> None:
+    """After what was begun and is not waited for any more, by an interrupted caller."""
+    try:
+        await loop.cancel_others()
+        if client.runstate.name != "IDLE":
+            await client.disconnect()
+    finally:
+        if end:
+            loop.end()
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
