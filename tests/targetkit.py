@@ -62,6 +62,15 @@ def state_of(pid, tid=None):
     return text.rpartition(")")[2].split()[0]
 
 
+def thread_names(pid="self"):
+    """As the kernel has them."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(Path(f"/proc/{pid}/task/{task}/comm").read_text().rstrip("\n"))
+    return found
+
+
 def status_line(pid, name):
     """One line of /proc/PID/status."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

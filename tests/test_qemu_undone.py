@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from machinekit import MIB, until
 from qemukit import Setup
 from sweepkit import Sweep
+from targetkit import thread_names
 from waitkit import PATIENCE_S
 
 import snapengine
@@ -39,15 +39,6 @@ def pipes(machine):
     """Those that QEMU has open. (10.0 itself leaves a /dev/userfaultfd open for each background-snapshot.)"""
     folder = f"/proc/{machine.pid}/fd"
     return sorted(link for fd in os.listdir(folder) if (link := os.readlink(f"{folder}/{fd}"))[:5] == "pipe:")
-
-
-def thread_names():
-    """Of this process, as the kernel has them."""
-    found = []
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError):  # it has ended
-            found.append(Path(f"/proc/self/task/{task}/comm").read_text().rstrip("\n"))
-    return found
 
 
 def running(machine):
