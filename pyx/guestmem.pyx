@@ -49,6 +49,7 @@ cdef class GuestMemory:
     cdef readonly uint64_t addr
     cdef readonly uint64_t length
     cdef readonly int memfd
+    cdef bint made                  # False: `memfd` is 0 and means nothing, as an argument was wrong
     cdef Pattern pattern
     cdef void *reserved           # address space; `addr` is its first multiple of 2 MiB
     cdef uint64_t reserved_length
@@ -56,6 +57,7 @@ cdef class GuestMemory:
 
     def __cinit__(self, params not None):
         self.memfd = -1
+        self.made = True
         self.params = params
         self.pattern = pattern_of(params)
         self.length = params.size
@@ -121,7 +123,7 @@ cdef class GuestMemory:
     def __dealloc__(self):
         if self.reserved != NULL:
             munmap(self.reserved, self.reserved_length)
-        if self.memfd >= 0:
+        if self.made and self.memfd >= 0:
             os.close(self.memfd)
 
     def __enter__(self):

@@ -271,6 +271,7 @@ cdef class Uffd:
 
     def __cinit__(self, uint64_t features=0, int fd=-1):
         self.fd = -1
+        self.made = True
         self.features = features
 
     def __init__(self, uint64_t features=0, int fd=-1):
@@ -353,5 +354,5 @@ cdef class Uffd:
         self.close()
 
     def __dealloc__(self):
-        if self.fd >= 0:
+        if self.made and self.fd >= 0:
             close(self.fd)

@@ -20,6 +20,7 @@ from .attach import (
     name_of,
     thread_stat,
 )
+from .descriptor import Descriptor
 from .errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
 from .maps import Mapping, maps_text, parse_maps
 from .uffd import PERMISSION_HELP
@@ -74,14 +75,11 @@ def syscall_instruction(tid: int) -> int:
     """
     code = [mapping for mapping in parse_maps(maps_text(tid)) if mapping.perms.startswith("r-x")]
     code.sort(key=lambda mapping: mapping.path != "[vdso]")
-    memory = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with Descriptor(f"/proc/{tid}/mem", os.O_RDONLY) as memory:
         for mapping in code:
             found = _search(memory, mapping)
             if found is not None:
                 return found
-    finally:
-        os.close(memory)
     if not code:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} has no memory any more")
     text = f"thread {tid} maps no syscall instruction: nothing to call with"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .descriptor import Descriptor
 from .errors import HandoverError, UnsupportedError
 
 MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL
@@ -31,9 +32,11 @@ class Listener:
         The directory does not exist or may not be written to.
     """
 
+    _identity: tuple[int, int] | None = None  # of the file, once it is there
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._identity: tuple[int, int] | None = None
+        self._owner = os.getpid()
         if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
             raise UnsupportedError(f"{self.path}: a socket's path has at most {MAX_PATH_BYTES} bytes")
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -47,8 +50,8 @@ class Listener:
             raise
 
     def __del__(self) -> None:
-        # An interrupt may come before the caller has it, or before it has a socket.
-        with contextlib.suppress(AttributeError):
+        # An interrupt may come before the caller has it. A forked child's copy owns nothing.
+        if self._identity is not None and self._owner == os.getpid():
             self.close()
 
     def _bind(self) -> None:
@@ -95,12 +98,9 @@ class Listener:
 def _locked(directory: Path) -> Iterator[None]:
     """Two engines that both find a stale socket must not replace each other's. A lock of the directory
     leaves no lock file behind."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
 
 
 def _make_room(path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping as Dict
 
 from snapengine.backing import Backing, Backings
+from snapengine.descriptor import Descriptor
 from snapengine.maps import Mapping, read_smaps
 from snapengine.pagemap import CATEGORIES, populated_runs
 
@@ -54,13 +55,11 @@ class MapFacts:
         path = f"/proc/{self._pid}/map_files/{mapping.start:x}-{mapping.end:x}"
         size = mapping.end - mapping.start
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = Descriptor(path, os.O_RDONLY)
         except OSError:
             return size
-        try:
+        with file as fd:
             return sum(end - start for start, end in data_ranges(fd, mapping.offset, mapping.offset + size))
-        finally:
-            os.close(fd)
 
     def _bytes(self, mapping: Mapping, without: int = 0) -> int:
         try:

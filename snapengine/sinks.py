@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from snapengine.descriptor import Descriptor
 from snapengine.errors import SinkError, SnapengineError
 
 DISCARD = -1
@@ -391,17 +392,10 @@ def _remove_stale(directory: str, prefix: str) -> None:
 
 
 def _remove_if_unlocked(path: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # another user's, or gone
-        return
-    try:
+    # Not removed: another user's, gone, or somebody writes to it.
+    with contextlib.suppress(OSError), Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
-    except OSError:
-        return  # somebody writes to it, or it may not be removed
-    finally:
-        os.close(fd)
 
 
 def _check_destination(name: str, path: str, directory: str) -> None:
@@ -444,11 +438,8 @@ def enlarge_pipe(fd: int) -> None:
 
 
 def _fsync_directory(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _exit_text(code: int) -> str:

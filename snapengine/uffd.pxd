@@ -27,4 +27,5 @@ cdef inline uint64_t half_of(uint64_t length, uint64_t unit) noexcept nogil:
 cdef class Uffd:
     # Owns one userfaultfd descriptor. close() releases all that it protects and wakes all waiters.
     cdef readonly int fd
+    cdef bint made                        # False: `fd` is 0 and means nothing, as an argument was wrong
     cdef readonly uint64_t features       # as negotiated by UFFDIO_API

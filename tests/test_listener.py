@@ -43,6 +43,18 @@ def test_socket_is_private_and_goes_away(path: Path) -> None:
     assert not path.exists()
 
 
+def test_one_that_is_dropped_goes_away_but_not_with_a_forked_child(path: Path) -> None:
+    listener = Listener(path)
+    child = os.fork()
+    if child == 0:
+        del listener
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.exists()
+    del listener
+    assert not path.exists()
+
+
 def test_stale_socket_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(os.fspath(path))
