@@ -20,7 +20,7 @@ from _thread import start_new_thread
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.latch import LOOK_SECONDS, Bell
+from snapengine.latch import LOOK_SECONDS, Bell, Latch
 from snapengine.threadname import name_thread
 
 Job = tuple[Callable[..., Any], tuple[object, ...]]
@@ -46,15 +46,20 @@ class Crew:
         return self._working
 
     def start(self, name: str, work: Callable[..., Any], *arguments: object) -> None:
-        """Start a thread that calls ``work(*arguments)``, unless the crew is dismissed by then.
+        """Start a thread that calls ``work(*arguments)``, unless the crew is dismissed by then. It has begun
+        when this returns: the memory that Python maps for a new thread is not mapped later, into a hole that
+        the caller makes in memory of its own.
 
         `name`: what the kernel shows (of its bytes the first 15). RuntimeError: there are too many threads.
         """
-        start_new_thread(self._run, (name, [(work, arguments)]))
+        there = Latch()
+        start_new_thread(self._run, (name, [(work, arguments)], there))
         self._started += 1
+        there.wait()
 
-    def _run(self, name: str, job: list[Job]) -> None:
+    def _run(self, name: str, job: list[Job], there: Latch) -> None:
         """A thread's body. CPython keeps the arguments until the thread has ended: of `job` the list only."""
+        there.set()
         name_thread(name)
         with self._lock:
             if self._dismissed:

@@ -317,7 +317,7 @@ def _tell_apart(selection: Selection) -> None:
     # Only a name without an address, which begins with a bracket, can be there twice.
     names = [region.name for region in selection.tracked + selection.frozen]
     counts = Counter(name for name in names if name[0] == "[")
-    if not counts or counts.most_common(1)[0][1] == 1:
+    if max(counts.values(), default=1) == 1:
         return
     for number, region in enumerate(selection.tracked):
         if counts[region.name] > 1:
