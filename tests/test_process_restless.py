@@ -93,7 +93,8 @@ def test_forks_with_shared_memory(tmp_path, mode, how):
                     snap(target.pid, path, mode)
                     break
                 except UffdError as error:
-                    assert error.errno == errno.EMFILE
+                    if error.errno != errno.EMFILE:
+                        raise
             check_order(path, target, low, target.last_write())
             target.check_others()
         check_untouched(target, before)
