@@ -54,15 +54,19 @@ cdef int FAULT_NICE = -15
 cdef uint64_t FAULT_SLICE_NS = 100000
 
 
-cdef void _leave_to_kernel(capture_t *capture, int fd, uint64_t addr) noexcept nogil:
+cdef void _leave_to_kernel(capture_t *capture, uint64_t uffd, uint64_t addr) noexcept nogil:
     """The file system is full, or a cgroup has reached its limit. Without us the kernel would make room, or
     end who wrote by SIGBUS; with us it would fault again for ever. So the page is registered for writes only
     (and anew, since a smaller mode is not taken: Linux 6.18); what fills it is seen as a write. Dirty logging
     scans under the lock."""
+    cdef int fd = capture.uffds[uffd]
+    cdef int err = 0
     pthread_mutex_lock(&capture.lock)
-    uffd_unregister(fd, addr, PAGE)
-    uffd_register(fd, addr, PAGE, UFFDIO_REGISTER_MODE_WP)
+    if uffd_unregister(fd, addr, PAGE) == 0:
+        err = uffd_register(fd, addr, PAGE, UFFDIO_REGISTER_MODE_WP)
     pthread_mutex_unlock(&capture.lock)
+    if err and uffd == 0:               # what is written there from now on would not be seen
+        capture_fail(capture, err, "UFFDIO_REGISTER", addr)
     uffd_wake(fd, addr, PAGE)
 
 
@@ -81,7 +85,7 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
         if uffd == 0:
             capture_fail(capture, ESRCH, "the target ended", addr)
     elif err == ENOMEM:
-        _leave_to_kernel(capture, capture.uffds[uffd], addr)
+        _leave_to_kernel(capture, uffd, addr)
     elif err:
         # EEXIST: another thread filled it; anything else: let the writer try again.
         uffd_wake(capture.uffds[uffd], addr, PAGE)
