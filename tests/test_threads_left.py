@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import resource
@@ -28,11 +29,16 @@ MIB = 1 << 20
 def nothing_left():
     threads, files = tasks(), open_fds()
     assert len(threading.enumerate()) == 1
-    yield
-    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
-    # A thread that Python has joined may have its last instructions before it.
-    until(lambda: tasks() <= threads, "a native thread is left")
-    assert open_fds() == files
+    gc.collect()
+    gc.disable()  # what it would close is left, too
+    try:
+        yield
+        assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+        # A thread that Python has joined may have its last instructions before it.
+        until(lambda: tasks() <= threads, "a native thread is left")
+        assert open_fds() == files
+    finally:
+        gc.enable()
 
 
 def tasks() -> int:
@@ -168,7 +174,6 @@ def test_a_monitor_that_is_none(tmp_path):
         Monitor(str(tmp_path / "none"))
 
 
-@pytest.mark.filterwarnings("ignore:.*BaseEventLoop.__del__")  # CPython's, of a loop that is made by half
 @pytest.mark.parametrize("free", range(5))
 def test_a_monitor_without_descriptors(tmp_path, free):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

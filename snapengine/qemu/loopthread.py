@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -50,6 +51,23 @@ class Answer(Generic[Value]):
         return self._values.pop()
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """Closed by its thread, so `__del__` has nothing to do: asyncio's raises on a loop that is made by half."""
+
+    def __del__(self) -> None:
+        return
+
+
+def _made() -> _Loop:
+    """A loop. OSError: it has no descriptors left; those that it took are closed."""
+    selector = selectors.DefaultSelector()
+    try:
+        return _Loop(selector)
+    except OSError:
+        selector.close()
+        raise
+
+
 class LoopThread:
     """A loop. `start` it, and `close` it even if that failed."""
 
@@ -74,7 +92,7 @@ class LoopThread:
 
     def _serve(self) -> None:
         try:
-            loop = self._loop = asyncio.new_event_loop()
+            loop = self._loop = _made()
         except OSError as error:
             self._errors.append(error)
             return
