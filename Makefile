@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := $(PIP) install --no-build-isolation --editable
 # What an extra of pyproject.toml asks for, without the package itself: that is compiled once, by .base.
 EXTRAS = @$(BIN)/python .ci/extras pyproject.toml $(1) > $(VENV)/extras.txt && $(PIP) install -r $(VENV)/extras.txt
-SOURCES := setup.py pyproject.toml $(wildcard pyx/* snapengine/*.pxd snapengine/include/snapengine/*.h)
+SOURCES := setup.py pyproject.toml $(shell find pyx snapengine -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
 # Snapshots of attached processes per test case and round: 60 cases, so 1020.
 ATTACH_CUTS ?= 17
@@ -106,8 +106,8 @@ build: $(VENV)/.base  ## Set up .venv with the extension modules built in place
 
 .PHONY: clean
 clean:  ## Remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info snapengine/*.so snapengine/__pycache__ .coverage \
-		.pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find snapengine \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 .PHONY: tools
 tools:

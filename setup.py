@@ -6,7 +6,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = sorted(path.stem for path in Path("pyx").glob("*.pyx"))
+SOURCES = sorted(Path("pyx").rglob("*.pyx"))
 TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
 # Flags of a sanitizer or of coverage: see .ci/instrumented, which builds apart from the sources.
 INSTRUMENT = os.environ.get("SNAPENGINE_INSTRUMENT", "").split()
@@ -17,27 +17,27 @@ C_DIR = Path("build/cython/pyx")
 INTERFACES = [
     *Path("snapengine").rglob("*.pxd"),
     *Path("snapengine").rglob("*.h"),
-    *Path("pyx").glob("*.h"),
+    *Path("pyx").rglob("*.h"),
 ]
 
 
 def interfaces_changed() -> bool:
     """cythonize() looks for a module's own .pxd beside its .pyx; ours is in snapengine/."""
     newest = max(path.stat().st_mtime for path in INTERFACES)
-    return any(path.stat().st_mtime < newest for path in C_DIR.glob("*.c"))
+    return any(path.stat().st_mtime < newest for path in C_DIR.rglob("*.c"))
 
 
 extensions = [
     Extension(
-        f"snapengine.{name}",
-        [f"pyx/{name}.pyx"],
+        ".".join(["snapengine", *source.relative_to("pyx").with_suffix("").parts]),
+        [str(source)],
         include_dirs=["snapengine/include", "pyx"],
         depends=[str(path) for path in INTERFACES],
         define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
         extra_compile_args=[*FLAGS, *SANITIZED],
         extra_link_args=["-pthread", *SANITIZED],
     )
-    for name in MODULES
+    for source in SOURCES
 ]
 
 setup(

@@ -14,10 +14,10 @@ import signal
 import time
 from dataclasses import dataclass
 
-from . import procfs
-from .cgroups import frozen_by
-from .errors import AttachError, TargetGoneError
-from .maps import maps_text
+from snapengine import procfs
+from snapengine.cgroups import frozen_by
+from snapengine.errors import AttachError, TargetGoneError
+from snapengine.maps import maps_text
 
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21

@@ -1,5 +1,5 @@
-from .session import Session
-from .targets import Target
+from snapengine.session import Session
+from snapengine.targets import Target
 
 class DirtyLog:
     def __init__(self, session: Session) -> None: ...

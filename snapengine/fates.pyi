@@ -2,9 +2,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from .frozen import Way
-from .mapline import Mapping
-from .region import Region
+from snapengine.frozen import Way
+from snapengine.mapline import Mapping
+from snapengine.region import Region
 
 @dataclass
 class Fate:

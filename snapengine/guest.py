@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .guestimage import check_image
-from .guestloop import Guest, GuestLoop, write_line
-from .guestparams import BACKINGS, PAGES, PATTERNS, GuestParams
-from .guestprocess import GuestProcess
-from .guestsignals import EndSignals
-from .units import parse_size
+from snapengine.guestimage import check_image
+from snapengine.guestloop import Guest, GuestLoop, write_line
+from snapengine.guestparams import BACKINGS, PAGES, PATTERNS, GuestParams
+from snapengine.guestprocess import GuestProcess
+from snapengine.guestsignals import EndSignals
+from snapengine.units import parse_size
 
 __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
 
@@ -138,7 +138,7 @@ def _rate(text: str) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`snapengine guest` as a program of its own."""
-    from .cli_common import Parser
+    from snapengine.cli_common import Parser
 
     parser = Parser(
         prog="snapengine guest", description="A process that owns RAM, writes it and hands itself over."

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .errors import HandoverError, SnapengineError
-from .guestmem import GuestMemory
-from .guestparams import PAGE_BYTES, GuestParams
-from .guestsignals import EndSignals
-from .guestwriters import GuestWriters
-from .handover import CONTROLS, encode_offer, strict_json
-from .targets import Region
-from .uffd import Uffd, supported_features
+from snapengine.errors import HandoverError, SnapengineError
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import PAGE_BYTES, GuestParams
+from snapengine.guestsignals import EndSignals
+from snapengine.guestwriters import GuestWriters
+from snapengine.handover import CONTROLS, encode_offer, strict_json
+from snapengine.targets import Region
+from snapengine.uffd import Uffd, supported_features
 
 REGION = "ram"
 BLOB = "guest"

@@ -1,6 +1,6 @@
 from types import TracebackType
 
-from .guestparams import GuestParams
+from snapengine.guestparams import GuestParams
 
 class GuestMemory:
     params: GuestParams

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .errors import SnapengineError
-from .guestparams import GuestParams
+from snapengine.errors import SnapengineError
+from snapengine.guestparams import GuestParams
 
 CLOSE_SECONDS = 10.0
 

@@ -1,8 +1,8 @@
 from types import TracebackType
 from typing import Any
 
-from .guestmem import GuestMemory
-from .guestparams import GuestParams
+from snapengine.guestmem import GuestMemory
+from snapengine.guestparams import GuestParams
 
 class GuestWriters:
     params: GuestParams

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .errors import HandoverError
-from .targets import KINDS, Region
+from snapengine.errors import HandoverError
+from snapengine.targets import KINDS, Region
 
 VERSION = 1
 CONTROLS = ("pause", "resume", "vmstate", "stats")

@@ -1,7 +1,7 @@
 import os
 from typing import NamedTuple
 
-from .attach import ProcessInfo
+from snapengine.attach import ProcessInfo
 
 class Injected(NamedTuple):
     fd: int

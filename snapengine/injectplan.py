@@ -10,8 +10,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import procfs
-from .attach import (
+from snapengine import procfs
+from snapengine.attach import (
     CAP_SYS_PTRACE,
     ProcessInfo,
     denied_because,
@@ -20,10 +20,10 @@ from .attach import (
     name_of,
     thread_stat,
 )
-from .descriptor import Descriptor
-from .errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
-from .maps import Mapping, maps_text, parse_maps
-from .uffd import PERMISSION_HELP
+from snapengine.descriptor import Descriptor
+from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
+from snapengine.maps import Mapping, maps_text, parse_maps
+from snapengine.uffd import PERMISSION_HELP
 
 HELP = (
     "one of these allows it: give this user read and write access to /dev/userfaultfd; "

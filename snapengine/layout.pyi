@@ -1,7 +1,7 @@
 from collections.abc import Callable
 
-from .mapline import Mapping
-from .region import Region, RegionPlan
+from snapengine.mapline import Mapping
+from snapengine.region import Region, RegionPlan
 
 def lay_out(
     regions: list[Region],

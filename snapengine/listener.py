@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .descriptor import Descriptor
-from .errors import HandoverError, UnsupportedError
+from snapengine.descriptor import Descriptor
+from snapengine.errors import HandoverError, UnsupportedError
 
 MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL
 

@@ -6,11 +6,11 @@ import os
 from bisect import bisect_right
 from typing import NamedTuple
 
-from .backing import Backings
-from .errors import HandoverError, TargetGoneError
-from .handover import PAGE_SIZES, Mapping
-from .maps import Mapping as MemoryMapping
-from .maps import read_maps
+from snapengine.backing import Backings
+from snapengine.errors import HandoverError, TargetGoneError
+from snapengine.handover import PAGE_SIZES, Mapping
+from snapengine.maps import Mapping as MemoryMapping
+from snapengine.maps import read_maps
 
 
 class Checked(NamedTuple):

@@ -19,13 +19,13 @@ import struct
 import time
 from typing import Any
 
-from .attach import ends
-from .errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
-from .handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
-from .listener import Listener
-from .memorymap import check_mapped
-from .targets import Region
-from .wire import Wire, close_all
+from snapengine.attach import ends
+from snapengine.errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
+from snapengine.handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
+from snapengine.listener import Listener
+from snapengine.memorymap import check_mapped
+from snapengine.targets import Region
+from snapengine.wire import Wire, close_all
 
 MAX_REPLY_BYTES = 64 << 20
 SO_PEERPIDFD = 77  # Linux 6.5

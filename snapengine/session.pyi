@@ -1,5 +1,5 @@
-from .pool import Pool
-from .region import RegionPlan
+from snapengine.pool import Pool
+from snapengine.region import RegionPlan
 
 class Session:
     def __init__(

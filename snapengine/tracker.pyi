@@ -1,4 +1,4 @@
-from .session import Session
+from snapengine.session import Session
 
 class Tracker:
     def __init__(self, session: Session) -> None: ...

@@ -1,6 +1,6 @@
-from .mapline import Mapping
-from .region import Region
-from .uffd import Uffd
+from snapengine.mapline import Mapping
+from snapengine.region import Region
+from snapengine.uffd import Uffd
 
 def refusal(uffd: Uffd, maps: int, start: int, end: int) -> int: ...
 def refused_regions(

@@ -14,8 +14,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from .errors import HandoverError
-from .handover import MAX_FDS, ArrayScanner, Offer, parse_offer
+from snapengine.errors import HandoverError
+from snapengine.handover import MAX_FDS, ArrayScanner, Offer, parse_offer
 
 PIECE_BYTES = 1 << 16
 INT_BYTES = array.array("i").itemsize

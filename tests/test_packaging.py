@@ -18,6 +18,14 @@ def files(wheel):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def modules(repository):
+    """Where each extension lies in the package, without its suffix, and its source."""
+    sources = repository / "pyx"
+    return {
+        f"snapengine/{path.relative_to(sources).with_suffix('')}": path for path in sources.rglob("*.pyx")
+    }
+
+
 def test_every_interface_is_shipped(files, repository):
     package = repository / "snapengine"
     wanted = [path for kind in ("*.py", "*.pyi", "*.pxd", "*.h", "py.typed") for path in package.rglob(kind)]
@@ -26,17 +34,14 @@ def test_every_interface_is_shipped(files, repository):
 
 
 def test_every_extension_is_shipped(files, repository):
-    for source in (repository / "pyx").glob("*.pyx"):
-        built = [
-            name for name in files if name.startswith(f"snapengine/{source.stem}.") and name.endswith(".so")
-        ]
-        assert len(built) == 1, source.stem
+    for name in modules(repository):
+        assert len([file for file in files if file.startswith(f"{name}.") and file.endswith(".so")]) == 1, name
 
 
 def test_every_extension_that_python_sees_is_typed(files, repository):
     visible = re.compile(r"^(def|class|cdef class) [a-zA-Z]", re.MULTILINE)
-    seen = {path.stem for path in (repository / "pyx").glob("*.pyx") if visible.search(path.read_text())}
-    assert not {stem for stem in seen if f"snapengine/{stem}.pyi" not in files}
+    seen = {name for name, source in modules(repository).items() if visible.search(source.read_text())}
+    assert not {name for name in seen if f"{name}.pyi" not in files}
 
 
 def test_no_source_is_shipped(files):
