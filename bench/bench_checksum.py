@@ -3,7 +3,7 @@
 import pytest
 from benchkit import MIB
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 
 pytestmark = pytest.mark.benchmark(group="checksum")
 

@@ -11,8 +11,8 @@ from floorkit import fault_ns, spread_ns
 from writerkit import add_up, after_arming, agreement, spread, stall_quantiles, stalls_between
 
 import snapengine
+from snapengine.base.histogram import bucket_floor, bucket_number
 from snapengine.guestparams import GuestParams
-from snapengine.histogram import bucket_floor, bucket_number
 from snapengine.options import Options
 from snapengine.peer import PeerTarget
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from snapengine.base.units import parse_size
 from snapengine.maps import read_maps
 from snapengine.uffd import FEATURES, Uffd
-from snapengine.units import parse_size
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -9,8 +9,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport read
 
 from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
-from snapengine.oserror cimport raise_oserror
-from snapengine.pthreads cimport snap_now_ns, snap_pin_to
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.pthreads cimport snap_now_ns, snap_pin_to
 from snapengine.uffd cimport uffd_unprotect, uffd_unregister
 
 cdef extern from *:

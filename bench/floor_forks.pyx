@@ -9,8 +9,8 @@ from posix.types cimport pid_t
 from posix.unistd cimport _exit, close, fork, pipe, read
 from posix.wait cimport waitpid
 
-from snapengine.oserror cimport raise_oserror
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.pthreads cimport snap_now_ns
 
 cdef extern from *:
     ctypedef char volatile_char "volatile char"

@@ -3,8 +3,8 @@
 
 from libc.stdint cimport uint64_t
 
-from snapengine.oserror cimport raise_oserror
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.uffd cimport uffd_protect, uffd_unprotect
 
 

@@ -10,10 +10,10 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 from posix.types cimport pid_t
 
-from snapengine.atomics cimport snap_add, snap_load, snap_pause
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.atomics cimport snap_add, snap_load, snap_pause
+from snapengine.base.oserror cimport raise_oserror
 from snapengine.processvm cimport iovec, process_vm_readv
-from snapengine.pthreads cimport pthread_join, pthread_t, snap_now_ns, snap_thread_start
+from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_now_ns, snap_thread_start
 
 cdef extern from * nogil:
     """

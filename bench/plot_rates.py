@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from plotkit import FLOOR, FOURTH, OTHER, OURS, clean, new_figure
 
-from snapengine.units import format_size
+from snapengine.base.units import format_size
 
 LINES = {"capture_ns": ("ours: arming, saving, release", OURS), "memcpy_ns": ("memcpy, one thread", FLOOR)}
 PAGE = 4096

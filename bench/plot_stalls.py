@@ -9,8 +9,8 @@ from typing import Any
 from plotkit import FLOOR, OURS, clean, new_figure
 from writerkit import quantile
 
+from snapengine.base.units import format_ns
 from snapengine.options import MIB
-from snapengine.units import format_ns
 
 LABELS = {
     "ours": ("ours, as the writer measures it", OURS),

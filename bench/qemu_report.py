@@ -18,8 +18,8 @@ from report import GIB, Figure, figure_table, make_table
 from rich.console import Console
 from rich.table import Table
 
+from snapengine.base.units import format_ns, format_size
 from snapengine.options import MIB
-from snapengine.units import format_ns, format_size
 
 MAIN = 127 * MIB
 Run = dict[str, Any]

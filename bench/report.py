@@ -20,8 +20,8 @@ from rich.table import Table
 from rows import GIB, Figure, figure_table, make_table, show, spread, unit_of
 from wanted import image_figures, sample_figures
 
+from snapengine.base.units import format_count, format_ns
 from snapengine.options import DIRTY_LOGGING, MIB, WRITE_TRACKING
-from snapengine.units import format_count, format_ns
 
 __all__ = ["GIB", "Figure", "figure_table", "figures", "make_table", "show"]
 DEFAULTS = (Path("build/bench.json"), Path("build/bench-peers.json"))

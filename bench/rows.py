@@ -8,7 +8,7 @@ from statistics import median
 
 from rich.table import Table
 
-from snapengine.units import format_count, format_ns, format_size
+from snapengine.base.units import format_count, format_ns, format_size
 
 GIB = 1 << 30
 

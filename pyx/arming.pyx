@@ -9,8 +9,8 @@ Run by the first walker. It registers everything; the rest is done in pieces by 
 from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_load, snap_store, snap_store_seq
-from snapengine.bitmap cimport bits_test
+from snapengine.base.atomics cimport snap_load, snap_store, snap_store_seq
+from snapengine.base.bitmap cimport bits_test
 from snapengine.events cimport pump
 from snapengine.faults cimport serve_held
 from snapengine.hits cimport hit_pieces, note_filled_holes, protect_hits, share_edges, stop_noting
@@ -18,7 +18,7 @@ from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.pieces cimport all_pieces, hurry, spans
 from snapengine.presence cimport scan_at_t, scan_before
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
 from snapengine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t

@@ -13,8 +13,8 @@ from libc.string cimport memcpy, memset
 
 import errno
 
-from snapengine.checksum cimport crc32c
-from snapengine.pages cimport copy_page, page_nonzero
+from snapengine.base.checksum cimport crc32c
+from snapengine.base.pages cimport copy_page, page_nonzero
 
 from snapengine.capture import snapshot
 from snapengine.errors import CaptureCancelled, ImageError, UnsupportedError

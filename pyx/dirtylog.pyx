@@ -17,10 +17,10 @@ from libc.errno cimport EPERM, ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 
 from snapengine.arming cimport register_attached, register_region
-from snapengine.atomics cimport snap_ctz, snap_load, snap_store
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
+from snapengine.base.atomics cimport snap_ctz, snap_load, snap_store
+from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport forget_all
-from snapengine.guard cimport guard_thread
+from snapengine.base.nofault cimport guard_thread
 from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.linux cimport (
     ECANCELED,
@@ -30,7 +30,7 @@ from snapengine.linux cimport (
 from snapengine.pagemap cimport scan_step, scan_t
 from snapengine.missing cimport start_missing, stop_missing
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
-from snapengine.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
+from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
 from snapengine.session cimport (
     Session, capture_fail, capture_t, lane_t, note_present, region_t,
 )

@@ -19,14 +19,14 @@ import zstandard
 
 from snapengine.levels import Levels
 
-from snapengine.atomics cimport snap_load
-from snapengine.checksum cimport crc32c
+from snapengine.base.atomics cimport snap_load
+from snapengine.base.checksum cimport crc32c
 from snapengine.image_format cimport SNAP_RAW, SNAP_ZSTD
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, slot_data, slot_entries,
 )
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock, snap_nice_slice, snap_now_ns,
 )

@@ -10,21 +10,21 @@ While the first walker looks for faults itself (`pyx/lookout`) it serves them by
 
 from libc.errno cimport EAGAIN, ENOMEM, ESRCH
 
-from snapengine.atomics cimport (
+from snapengine.base.atomics cimport (
     snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
 )
-from snapengine.bitmap cimport bits_claim, bits_mask, bits_test
+from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.events cimport (
     WATCH_PID, WATCH_STOP, call_fault_threads, handle_event, hold_fault, pump, read_messages,
 )
-from snapengine.histogram cimport histogram_add
+from snapengine.base.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
 from snapengine.image_format cimport SNAP_HOLE, SNAP_LOST
 from snapengine.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
 )
 from snapengine.pool cimport lane_room
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice_slice,
     snap_now_ns,
 )

@@ -23,7 +23,7 @@ from libc.stdlib cimport calloc, free
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from posix.unistd cimport getpid
 
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_t,
     snap_thread_start,
@@ -34,7 +34,8 @@ from snapengine.standstill cimport (
 
 import os
 
-from snapengine import attach, injectplan, names
+from snapengine import attach, injectplan
+from snapengine.base import names
 from snapengine.errors import TargetGoneError
 from snapengine.threadstate import ThreadState
 

@@ -17,7 +17,7 @@ from posix.mman cimport (
 )
 
 from snapengine.guestpattern cimport HOLE, PAGE_WORDS, Pattern, fill_page, page_class, pattern_of
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 
 cdef extern from "Python.h":
     int PyBuffer_FillInfo(Py_buffer *view, object exporter, void *buf, Py_ssize_t len, int readonly,

@@ -16,8 +16,8 @@ sides sleep by futex on the value they have looked at, so no wake-up is lost.
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
-from snapengine.histogram cimport bucket_of
-from snapengine.pthreads cimport pthread_join, snap_thread_start
+from snapengine.base.histogram cimport bucket_of
+from snapengine.base.pthreads cimport pthread_join, snap_thread_start
 from snapengine.guestpattern cimport CLOCK_WORD, LAST_WORD, MAX_THREADS, PAGE_WORDS, page_of_write
 
 cdef extern from "guestsync.h" nogil:

@@ -19,9 +19,9 @@ from snapengine.guestthread cimport (
     BATCH_NS, BIN_NS, BINS, BUCKETS, MODE_MASK, PAUSE, RUN, STALL_NS, STOP, Shared, Writer, give_command,
     join_writer, measure_tick, start_writer, wait_standing,
 )
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 
-from snapengine.histogram import bucket_floor
+from snapengine.base.histogram import bucket_floor
 
 cdef extern from "guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)

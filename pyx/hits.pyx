@@ -22,14 +22,14 @@ both cases.
 from libc.errno cimport EAGAIN, ESRCH
 
 from snapengine.arming cimport protect_range
-from snapengine.atomics cimport (
+from snapengine.base.atomics cimport (
     snap_fetch_or, snap_load, snap_load_seq, snap_pause, snap_peek, snap_store_seq,
 )
-from snapengine.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
+from snapengine.base.bitmap cimport bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport protect_left, pump
 from snapengine.memfile cimport page_exists
 from snapengine.pieces cimport first_region
-from snapengine.pthreads cimport snap_sleep_ns
+from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.readaround cimport run_from
 from snapengine.saver cimport unit_of, unit_range
 from snapengine.session cimport (

@@ -29,7 +29,7 @@ from posix.unistd cimport close
 from snapengine.ptrace cimport (
     PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_hurry, snap_run_apart, snap_stand_apart,
 )
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.remotecall cimport (
     STEP_CALL, STEP_CLOSE, STEP_DONE, STEP_GETFD, STEP_IOCTL, STEP_PAGE, STEP_PASS,
     remote_call, remote_get, remote_put, remote_release, remote_stop, remote_t, step_t,

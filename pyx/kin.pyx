@@ -17,8 +17,8 @@ from libc.errno cimport ENOMEM, ENOSYS, EPERM, errno
 from libc.stdlib cimport atoi, realloc
 from libc.stdint cimport uintptr_t
 
-from snapengine.folder cimport DIR, closedir, dirent, opendir, readdir
-from snapengine.pthreads cimport pthread_join, pthread_t, snap_thread_start
+from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
+from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_thread_start
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long number, ...)

@@ -24,10 +24,10 @@ as long as ten windows.
 
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_store, snap_swap
+from snapengine.base.atomics cimport snap_load, snap_peek, snap_store, snap_swap
 from snapengine.faults cimport serve_held, serve_round
 from snapengine.events cimport call_fault_threads, watch_target
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.session cimport capture_fail
 
 cdef uint64_t OVERDUE_NS = 2000000

@@ -8,7 +8,7 @@ cimport cython
 from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memcmp
 
-from snapengine.names import decode
+from snapengine.base.names import decode
 
 cdef struct line_t:                 # parts of one line, in the text
     const char *perms               # four letters

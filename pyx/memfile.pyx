@@ -10,8 +10,8 @@ from libc.errno cimport ENXIO, errno
 from libc.stdint cimport uint64_t
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_ctz, snap_load
-from snapengine.bitmap cimport bits_mask, bits_run
+from snapengine.base.atomics cimport snap_ctz, snap_load
+from snapengine.base.bitmap cimport bits_mask, bits_run
 from snapengine.session cimport PRESENCE_MINCORE, note_present, page_addr
 
 cdef extern from "<sys/mman.h>" nogil:

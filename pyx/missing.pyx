@@ -9,10 +9,10 @@ It ends when `stopping` is set (release, by the caller of stop_missing; read wit
 written to. If the process ends, the kernel releases who waits.
 """
 
-from snapengine.atomics cimport snap_load, snap_store
+from snapengine.base.atomics cimport snap_load, snap_store
 from snapengine.faults cimport answer_missing
-from snapengine.polling cimport POLLIN, poll, pollfd
-from snapengine.pthreads cimport pthread_join, snap_name_thread, snap_thread_start
+from snapengine.base.poll cimport POLLIN, poll, pollfd
+from snapengine.base.pthreads cimport pthread_join, snap_name_thread, snap_thread_start
 
 cdef extern from "<unistd.h>" nogil:
     long write(int fd, const void *data, size_t count)

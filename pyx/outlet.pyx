@@ -15,9 +15,9 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.uio cimport writev
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_load
-from snapengine.oserror cimport raise_oserror
-from snapengine.polling cimport POLLOUT, poll, pollfd
+from snapengine.base.atomics cimport snap_load
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.poll cimport POLLOUT, poll, pollfd
 
 cdef extern from "<fcntl.h>" nogil:
     const unsigned SYNC_FILE_RANGE_WRITE

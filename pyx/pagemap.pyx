@@ -11,8 +11,8 @@ from posix.unistd cimport pread
 import os
 import re
 
-from snapengine.atomics cimport snap_load
-from snapengine.bitmap cimport bits_mask
+from snapengine.base.atomics cimport snap_load
+from snapengine.base.bitmap cimport bits_mask
 from snapengine.linux cimport (
     ECANCELED,
     IOCTL_PAGEMAP_SCAN, PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT,

@@ -8,8 +8,8 @@ between taking a piece and giving it back keeps T from coming: nobody is served,
 death of the process releases the target.
 """
 
-from snapengine.atomics cimport snap_load, snap_load_seq, snap_pause, snap_peek
-from snapengine.pthreads cimport (
+from snapengine.base.atomics cimport snap_load, snap_load_seq, snap_pause, snap_peek
+from snapengine.base.pthreads cimport (
     cpu_set_t, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t, pthread_cond_wait,
     pthread_mutex_lock, pthread_mutex_unlock, snap_leave_cpu, snap_nice_slice, snap_now_ns, snap_return_to,
 )

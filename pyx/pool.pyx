@@ -13,13 +13,13 @@ from libc.errno cimport ENOBUFS
 
 import tempfile
 
-from snapengine.arena cimport Arena
-from snapengine.atomics cimport snap_add, snap_load, snap_store
-from snapengine.checksum cimport crc32c
+from snapengine.base.arena cimport Arena
+from snapengine.base.atomics cimport snap_add, snap_load, snap_store
+from snapengine.base.checksum cimport crc32c
 from snapengine.image_format cimport (
     SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
 )
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )

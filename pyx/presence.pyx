@@ -22,9 +22,9 @@ from libc.errno cimport ENXIO, errno
 from libc.stdint cimport uint64_t
 from posix.unistd cimport lseek
 
-from snapengine.atomics cimport snap_load
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_next
-from snapengine.fileio cimport file_size
+from snapengine.base.atomics cimport snap_load
+from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_next
+from snapengine.base.fileio cimport file_size
 from snapengine.linux cimport ECANCELED
 from snapengine.mapquery cimport vma_t
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t

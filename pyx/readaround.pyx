@@ -15,9 +15,9 @@ All of it is a hint that the fault threads share, with relaxed loads and stores:
 shorter or longer than it might be.
 """
 
-from snapengine.atomics cimport snap_add, snap_peek, snap_set
+from snapengine.base.atomics cimport snap_add, snap_peek, snap_set
 from snapengine.pool cimport pool_has_any
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.session cimport STREAMS, stream_t
 
 cdef uint64_t RUN_MAX = 64

@@ -20,7 +20,7 @@ from snapengine.ptrace cimport (
     snap_await_child, snap_calm_thread, snap_favour_thread, snap_hurry_thread, snap_ptrace,
     snap_sud_config, snap_unfavour_thread, user_regs_struct,
 )
-from snapengine.pthreads cimport snap_now_ns
+from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.tracee cimport (
     ENDED, IN_SYSCALL, STANDING, stand_t, tracee_detach, tracee_interrupt, tracee_poll, tracee_seize,
     tracee_settle,

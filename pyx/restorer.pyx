@@ -12,16 +12,16 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EFAULT
 from libc.stdlib cimport free, malloc, qsort
 
-from snapengine.checksum cimport crc32c
-from snapengine.fileio cimport pread_all, pwrite_all
-from snapengine.guard cimport (
+from snapengine.base.checksum cimport crc32c
+from snapengine.base.fileio cimport pread_all, pwrite_all
+from snapengine.base.nofault cimport (
     guard_begin, guard_end, guard_thread, guarded_clear, guarded_crc, guarded_store,
 )
 from snapengine.image_format cimport (
     SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_PAGE_BYTES, SNAP_RAW, snap_record,
 )
 from snapengine.reader cimport chunk_t
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 
 from zstandard import ZstdDecompressor, ZstdError
 

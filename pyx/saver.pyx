@@ -8,12 +8,12 @@ thread stops after its claim, the page stays protected and its writers wait; nob
 
 from libc.errno cimport EAGAIN, ENOENT, ESRCH
 
-from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
-from snapengine.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
+from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
+from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
 from snapengine.events cimport call_fault_threads, pump
 from snapengine.image_format cimport SNAP_HOLE
 from snapengine.pool cimport lane_room
-from snapengine.pthreads cimport snap_sleep_ns
+from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
 from snapengine.source cimport copy_run, copy_window, put_pages
 from snapengine.uffd cimport uffd_unprotect, uffd_wake

@@ -6,7 +6,7 @@ as long as a call for each. See `pyx/presence` for what is scanned when. Runs on
 
 from libc.stdint cimport uint64_t
 
-from snapengine.bitmap cimport bits_clear, bits_or
+from snapengine.base.bitmap cimport bits_clear, bits_or
 from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.session cimport clear_pages, next_filled, note_present

@@ -11,17 +11,17 @@ from posix.unistd cimport close
 
 import os
 
-from snapengine.atomics cimport snap_load, snap_peek, snap_swap_if
-from snapengine.bitmap cimport bits_clear, bits_count, bits_fill, bits_next, bits_or, bits_test
-from snapengine.guard cimport guard_begin, guard_end
-from snapengine.histogram cimport (
+from snapengine.base.atomics cimport snap_load, snap_peek, snap_swap_if
+from snapengine.base.bitmap cimport bits_clear, bits_count, bits_fill, bits_next, bits_or, bits_test
+from snapengine.base.nofault cimport guard_begin, guard_end
+from snapengine.base.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
 )
 from snapengine.mapquery cimport next_vma, vma_t
 from snapengine.pagemap cimport guard_category
 from snapengine.pagemap import has_pagemap_scan, has_wp_bits
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock,
 )

@@ -9,12 +9,12 @@ from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
 from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
-from snapengine.atomics cimport snap_bump, snap_ctz, snap_fetch_or
-from snapengine.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
-from snapengine.guard cimport guarded
+from snapengine.base.atomics cimport snap_bump, snap_ctz, snap_fetch_or
+from snapengine.base.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
+from snapengine.base.nofault cimport guarded
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.memfile cimport page_exists, resident
-from snapengine.pages cimport copy_page, copy_page_sum, page_nonzero
+from snapengine.base.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.pagemap cimport pagemap_read
 from snapengine.pool cimport lane_entry, lane_slot
 from snapengine.processvm cimport iovec, process_vm_readv

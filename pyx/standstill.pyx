@@ -15,7 +15,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
-from snapengine.folder cimport DIR, closedir, dirent, opendir, readdir
+from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.kin cimport kin_list, kin_list_new
 from snapengine.processvm cimport iovec
 from snapengine.ptrace cimport (
@@ -23,7 +23,7 @@ from snapengine.ptrace cimport (
     PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_hurry, snap_ptrace, snap_xstate_bytes,
     user_regs_struct,
 )
-from snapengine.pthreads cimport (
+from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread,
     snap_now_ns, snap_sleep_ns,
 )

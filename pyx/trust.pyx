@@ -24,13 +24,13 @@ filled: whoever copies the zeros that it is filled with asks afterwards, and fin
 
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
-from snapengine.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
+from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
+from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.linux cimport MADV_POPULATE_READ
 from snapengine.mapquery cimport vma_t
 from snapengine.memfile cimport add_existing, page_exists
 from snapengine.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
-from snapengine.pthreads cimport snap_sleep_ns
+from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport (
     CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
     note_present, page_addr, page_at, place_of, region_at, region_by_addr,

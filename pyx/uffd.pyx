@@ -11,7 +11,7 @@ from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
 from posix.unistd cimport close
 
-from snapengine.atomics cimport snap_load
+from snapengine.base.atomics cimport snap_load
 from snapengine.linux cimport (
     IOCTL_UFFDIO_API, IOCTL_UFFDIO_REGISTER, IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE,
     IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
@@ -22,7 +22,7 @@ from snapengine.linux cimport (
     snap_uffd_open, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 )
 from snapengine.mapquery cimport next_vma, vma_t
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 
 import os
 

@@ -11,8 +11,8 @@ Runs on the first walker, at the end, and on who reads the fork of one child too
 from libc.errno cimport EINVAL, ENOENT
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_load
-from snapengine.bitmap cimport bits_next
+from snapengine.base.atomics cimport snap_load
+from snapengine.base.bitmap cimport bits_next
 from snapengine.mapquery cimport next_vma, same_vma, vma_t
 from snapengine.session cimport page_addr, place_of, region_by_addr, region_t
 from snapengine.uffd cimport half_of, uffd_unregister

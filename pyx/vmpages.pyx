@@ -12,11 +12,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, ENOSPC, errno
 from posix.uio cimport pwritev
 
-from snapengine.atomics cimport snap_load, snap_store
-from snapengine.fileio cimport pread_all
+from snapengine.base.atomics cimport snap_load, snap_store
+from snapengine.base.fileio cimport pread_all
 from snapengine.image_format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
-from snapengine.oserror cimport raise_oserror
-from snapengine.pages cimport copy_page, page_nonzero
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.pages cimport copy_page, page_nonzero
 from snapengine.pool cimport (
     lane_close, lane_entry, lane_open, lane_pages, lane_room, pool_end, pool_fail,
 )

@@ -11,8 +11,8 @@ from posix.uio cimport writev
 
 from snapengine.image_format cimport SNAP_PAGE_BYTES, SNAP_ZERO
 from snapengine.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
-from snapengine.oserror cimport raise_oserror
-from snapengine.polling cimport POLLOUT, poll, pollfd
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.poll cimport POLLOUT, poll, pollfd
 from snapengine.runs cimport run_t
 
 cdef char[1] ZERO_BYTE = [0]

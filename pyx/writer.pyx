@@ -16,8 +16,8 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
 
-from snapengine.atomics cimport snap_store
-from snapengine.checksum cimport crc32c
+from snapengine.base.atomics cimport snap_store
+from snapengine.base.checksum cimport crc32c
 from snapengine.image_format cimport (
     SNAP_ALIGN_BYTES, SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_FEATURES, SNAP_INDX, SNAP_LAST_PART,
     SNAP_MAGIC, SNAP_MAJOR, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES, SNAP_MINOR, SNAP_NAME_MAX_BYTES, SNAP_PADD,
@@ -26,7 +26,8 @@ from snapengine.image_format cimport (
 )
 from snapengine.outlet cimport ECANCELED
 
-from snapengine import names, packing
+from snapengine import packing
+from snapengine.base import names
 from snapengine.errors import CaptureCancelled, SinkError
 
 # A copy to or from an odd place of a file is slower: restoring 1 GiB takes 93 instead of 112 ms.

@@ -17,7 +17,7 @@ import stat
 from dataclasses import dataclass
 from typing import Literal
 
-from snapengine.fileio import file_system
+from snapengine.base.fileio import file_system
 from snapengine.maps import DELETED, Mapping, read_smaps
 
 PAGE_BYTES = 4096

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from snapengine.attach import ends
-from snapengine.crew import Crew
+from snapengine.base.latch import Latch
+from snapengine.base.workers import Crew
 from snapengine.dirtylog import DirtyLog
 from snapengine.errors import (
     AttachError,
@@ -32,7 +33,6 @@ from snapengine.errors import (
 )
 from snapengine.failures import explain
 from snapengine.finishing import finish_image
-from snapengine.latch import Latch
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from snapengine.base.units import format_size
 from snapengine.features import PAGEMAP_SCAN, PAGEMAP_WP_BIT, UFFD_FEATURES, KernelFeature
 from snapengine.host import Host
 from snapengine.uffd import FEATURES
-from snapengine.units import format_size
 
 CAP_SYS_PTRACE = 19
 MIB = 1 << 20

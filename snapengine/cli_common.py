@@ -12,8 +12,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from snapengine import streams
+from snapengine.base.names import one_line
 from snapengine.cli import SIGNALS
-from snapengine.names import one_line
 
 if TYPE_CHECKING:
     from snapengine.options import Options
@@ -159,7 +159,7 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def add_timeout(parser: argparse.ArgumentParser, what: str = "give up, and release the target,") -> None:
     """Add --timeout, which `limit_time` is given."""
-    from snapengine.units import parse_seconds
+    from snapengine.base.units import parse_seconds
 
     parser.add_argument("--timeout", type=argument(parse_seconds), metavar="SECONDS",
         help=f"{what} when all of it has taken so long (default: no limit); exit code {EXIT_TIMEOUT}",
@@ -168,7 +168,7 @@ def add_timeout(parser: argparse.ArgumentParser, what: str = "give up, and relea
 
 def parse_rate(text: str) -> int:
     """Bytes a second. Raises ValueError: that little is a forgotten unit."""
-    from snapengine.units import parse_size
+    from snapengine.base.units import parse_size
 
     size = parse_size(text)
     if 0 < size < LEAST_RATE:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.names import printable, unescape
+from snapengine.base.units import format_count, format_size
 from snapengine.cli_common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw
 from snapengine.errors import ImageError
-from snapengine.names import printable, unescape
-from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
     from snapengine.image import Image

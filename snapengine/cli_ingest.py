@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from snapengine.base.units import parse_size
 from snapengine.cli_common import (
     EXIT_CODES,
     EXIT_OK,
@@ -23,7 +24,6 @@ from snapengine.cli_common import (
 )
 from snapengine.cli_save import report
 from snapengine.errors import TimeLimitError
-from snapengine.units import parse_size
 
 EXPIRED_DRAIN_SECONDS = 5.0
 

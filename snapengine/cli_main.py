@@ -100,8 +100,8 @@ def _print_version() -> int:
 
 def describe(error: BaseException) -> str:
     """An error as one line that names the thing and the reason."""
+    from snapengine.base.names import one_line
     from snapengine.errors import SnapengineError
-    from snapengine.names import one_line
 
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without Python's "[Errno 2]"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.names import printable
+from snapengine.base.units import format_count, format_size
 from snapengine.cli_common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw, say
 from snapengine.cli_ingest import opened_stream
-from snapengine.names import printable
-from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
     from snapengine.qemu.analyze import Analysis

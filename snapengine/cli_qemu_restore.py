@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.units import format_size, parse_seconds
 from snapengine.cli_common import (
     EXIT_CODES,
     EXIT_OK,
@@ -17,7 +18,6 @@ from snapengine.cli_common import (
     raw,
     say,
 )
-from snapengine.units import format_size, parse_seconds
 
 if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.units import parse_seconds, parse_size
 from snapengine.cli_common import (
     EXIT_CODES,
     add_timeout,
@@ -18,7 +19,6 @@ from snapengine.cli_common import (
 from snapengine.cli_save import exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.options import ARMING, METHODS
-from snapengine.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from snapengine.options import Options

@@ -8,11 +8,11 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.names import from_argument, printable
+from snapengine.base.units import format_count, format_size
 from snapengine.cli_common import EXIT_OK, check_output, say
 from snapengine.cli_image import add_image_command, opened
 from snapengine.errors import LostPagesError, SinkError
-from snapengine.names import from_argument, printable
-from snapengine.units import format_count, format_size
 
 if TYPE_CHECKING:
     from snapengine.core import Lost

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from snapengine.base.names import from_argument
+from snapengine.base.units import parse_seconds, parse_size
 from snapengine.cli_common import (
     EXIT_CODES,
     EXIT_LOST,
@@ -22,10 +24,8 @@ from snapengine.cli_common import (
     raw,
     say,
 )
-from snapengine.names import from_argument
 from snapengine.options import ARMING, METHODS, Options
 from snapengine.result import COMPLETED, Result
-from snapengine.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from snapengine.targets import Target

@@ -7,9 +7,9 @@ import sys
 import uuid
 from typing import Any
 
+from snapengine.base.names import escape
 from snapengine.errors import LostPagesError
 from snapengine.image import region_info
-from snapengine.names import escape
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.qemu.blobs import machine_in

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from snapengine.base.units import parse_size
 from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
 from snapengine.options import COPY_LIMIT
-from snapengine.units import parse_size
 
 DOCTOR = """\
 Say what this host can do, feature by feature; for each "no", why, and what to do. With --pid: what a

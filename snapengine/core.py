@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from snapengine.base.names import encode
 from snapengine.corenotes import (
     EHDR,
     PAGE_BYTES,
@@ -43,7 +44,6 @@ from snapengine.corenotes import (
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.export import pieces
 from snapengine.maps import Mapping
-from snapengine.names import encode
 from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from snapengine.names import encode
+from snapengine.base.names import encode
 from snapengine.processrecord import ProcessRecord
 from snapengine.threadstate import ThreadState
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapengine.base.units import format_count, format_size
 from snapengine.cli_common import EXIT_ERROR, EXIT_OK, print_json, say
 from snapengine.demo_rows import Row, print_rows, summary
 from snapengine.demo_run import measure
@@ -17,7 +18,6 @@ from snapengine.errors import UnsupportedError
 from snapengine.guestparams import GuestParams
 from snapengine.options import METHODS, Options
 from snapengine.plot import check_plot, draw
-from snapengine.units import format_count, format_size
 
 DEFAULT_RATES = "0,2000,10000,40000,max"
 GIVE_UP_FACTOR = 4

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from snapengine.base.units import format_count, format_ns, format_size
 from snapengine.result import COMPLETED, Result
 from snapengine.tables import print_table
-from snapengine.units import format_count, format_ns, format_size
 
 COLUMNS = (
     "method", "writes/s", "status", "image", "÷ non-zero", "time", "rounds", "faults",

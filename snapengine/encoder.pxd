@@ -1,8 +1,8 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from snapengine.arena cimport Arena
+from snapengine.base.arena cimport Arena
 from snapengine.pool cimport Pool, chunk_ref, pool_t
-from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t
+from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 from snapengine.writer cimport Writer
 
 cdef enum:

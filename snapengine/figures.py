@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from snapengine.names import without_controls
+from snapengine.base.names import without_controls
+from snapengine.base.units import format_count, format_ns, format_size
 from snapengine.options import DIRTY_LOGGING
 from snapengine.result import Result, fitted_parts
-from snapengine.units import format_count, format_ns, format_size
 
 
 def figures_rows(result: Result) -> list[tuple[str, str]]:

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from snapengine.base.units import parse_size
 from snapengine.guestimage import check_image
 from snapengine.guestloop import Guest, GuestLoop, write_line
 from snapengine.guestparams import BACKINGS, PAGES, PATTERNS, GuestParams
 from snapengine.guestprocess import GuestProcess
 from snapengine.guestsignals import EndSignals
-from snapengine.units import parse_size
 
 __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
 

@@ -6,11 +6,11 @@ import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from snapengine.base.jsonfields import Fields, parse_object
 from snapengine.errors import ImageError
 from snapengine.guestcheck import CutReport, check_cut
 from snapengine.guestloop import BLOB, REGION
 from snapengine.guestparams import GuestParams
-from snapengine.jsonfields import Fields, parse_object
 
 PIECE_BYTES = 4 << 20
 

@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from snapengine.guestpattern cimport MAX_THREADS, Pattern
-from snapengine.pthreads cimport pthread_t
+from snapengine.base.pthreads cimport pthread_t
 
 cdef enum:
     RUN, PAUSE, STOP                # mode: the low 2 bits of a command

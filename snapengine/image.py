@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from snapengine.buffers import HeldBuffer
+from snapengine.base.buffers import HeldBuffer
+from snapengine.base.jobs import run_jobs
+from snapengine.base.names import encode, escape, printable
 from snapengine.core import CoreFile, Lost, export_core
 from snapengine.errors import (
     CorruptImageError,
@@ -25,8 +27,6 @@ from snapengine.errors import (
     TruncatedImageError,
 )
 from snapengine.export import export_raw
-from snapengine.jobs import run_jobs
-from snapengine.names import encode, escape, printable
 from snapengine.packing import LOST
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord, check_sizes

@@ -20,7 +20,7 @@ from snapengine.attach import (
     name_of,
     thread_stat,
 )
-from snapengine.descriptor import Descriptor
+from snapengine.base.descriptor import Descriptor
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
 from snapengine.maps import Mapping, maps_text, parse_maps
 from snapengine.uffd import PERMISSION_HELP

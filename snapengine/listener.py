@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from snapengine.descriptor import Descriptor
+from snapengine.base.descriptor import Descriptor
 from snapengine.errors import HandoverError, UnsupportedError
 
 MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL

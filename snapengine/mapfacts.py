@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping as Dict
 
 from snapengine.backing import Backing, Backings
-from snapengine.descriptor import Descriptor
+from snapengine.base.descriptor import Descriptor
 from snapengine.maps import Mapping, read_smaps
 from snapengine.pagemap import CATEGORIES, populated_runs
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from snapengine.names import encode as encode_name
+from snapengine.base.names import encode as encode_name
 from snapengine.regionpack import numbers_ascend, pack_regions
 from snapengine.targets import KINDS, PAGE_BYTES, Region
 

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from itertools import pairwise
 from typing import NamedTuple
 
-from snapengine.arena import FileView
+from snapengine.base.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
 from snapengine.features import named
 from snapengine.layout import first_overlap, first_shared_unit, lay_out

@@ -1,8 +1,8 @@
 from libc.stdint cimport uint32_t, uint64_t
 from posix.types cimport clockid_t
 
-from snapengine.arena cimport Arena
-from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t
+from snapengine.base.arena cimport Arena
+from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     ENTRIES_MAX = 2048              # page-map entries in a slot

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
 from snapengine import attach, injectplan, procfs
+from snapengine.base.names import escape, printable
+from snapengine.base.units import format_size
 from snapengine.fates import Fate
 from snapengine.mapfacts import MapFacts, refused_by_flags
 from snapengine.maps import Mapping, read_maps
-from snapengine.names import escape, printable
 from snapengine.options import COPY_LIMIT
 from snapengine.pagemap import CATEGORIES, populated_runs
 from snapengine.process import SHARED_UNSEEN
@@ -24,7 +25,6 @@ from snapengine.selection import Selector, select
 from snapengine.tables import print_table, print_text
 from snapengine.targets import PAGE_BYTES
 from snapengine.uffd import FEATURES, MODE_WP, Uffd
-from snapengine.units import format_size
 
 HUGE_BYTES = 2 << 20
 SHOWN_ROWS = 20
@@ -69,7 +69,7 @@ class Preflight:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types; names are escaped (`snapengine.names`)."""
+        """A dict of JSON types; names are escaped (`snapengine.base.names`)."""
         found = asdict(self) | {"name": escape(self.name)}
         for row in found["rows"]:
             row["path"] = escape(row["path"])

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from snapengine.names import escape, printable, unescape
+from snapengine.base.names import escape, printable, unescape
+from snapengine.base.units import format_count, format_size
 from snapengine.processrecord import ProcessRecord, not_captured_object
 from snapengine.sections import ImageRegion
-from snapengine.units import format_count, format_size
 
 SHOWN_THREADS = 8
 CUTS = {

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from snapengine.base.jsonfields import Fields, parse_object
+from snapengine.base.names import decode, escape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
-from snapengine.jsonfields import Fields, parse_object
 from snapengine.maps import Mapping as MemoryMapping
 from snapengine.maps import read_maps
-from snapengine.names import decode, escape
 from snapengine.threadblob import pack_threads, parse_threads
 from snapengine.threadstate import ThreadState
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from snapengine.names import decode
+from snapengine.base.names import decode
 
 
 def read(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from snapengine.units import format_count, format_size
+from snapengine.base.units import format_count, format_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress

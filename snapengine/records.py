@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import zstandard
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.errors import ImageError, TruncatedImageError
 from snapengine.packing import RAW
 from snapengine.rules import (

@@ -6,7 +6,7 @@ An embedder that writes an image itself may give no figures, and others of its o
 
 from __future__ import annotations
 
-from snapengine.jsonfields import Fields
+from snapengine.base.jsonfields import Fields
 
 TEXTS = ("method", "status", "cut")
 QUANTILES = ("p50", "p99", "max")

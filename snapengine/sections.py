@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from snapengine.jsonfields import parse_object
-from snapengine.names import decode
+from snapengine.base.jsonfields import parse_object
+from snapengine.base.names import decode
 from snapengine.packing import NAME_BYTES, REGION, region_pages
 from snapengine.records import FILE_HEADER, RECORD, FileHeader, Record
 from snapengine.resultfields import check_figures

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from snapengine.backing import Backing
+from snapengine.base.units import format_size
 from snapengine.fates import Fate, region_name, sort_mappings, tracked_regions
 from snapengine.frozen import Copy, Way
 from snapengine.mapfacts import MapFacts
@@ -22,7 +23,6 @@ from snapengine.maps import DELETED, Mapping
 from snapengine.options import COPY_LIMIT
 from snapengine.processrecord import NotCaptured
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.units import format_size
 
 GROUPS = ("anon", "heap", "stack", "shared", "files")
 WHOLE_BYTES = 8 << 20  # of a file that is mapped privately: up to here its clean pages are copied, too

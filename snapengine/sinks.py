@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from snapengine.descriptor import Descriptor
+from snapengine.base.descriptor import Descriptor
 from snapengine.errors import SinkError, SnapengineError
 
 DISCARD = -1

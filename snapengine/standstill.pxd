@@ -1,7 +1,7 @@
 from libc.stdint cimport uint64_t
 
 from snapengine.kin cimport kin_t
-from snapengine.pthreads cimport pthread_cond_t, pthread_mutex_t
+from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     REGS_BYTES = 216                # struct user_regs_struct

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from snapengine.names import without_controls
+from snapengine.base.names import without_controls
 
 GAP = "  "
 LEAST_COLUMNS = 6  # a column is not made narrower than that while another is wider

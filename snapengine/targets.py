@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from snapengine.backing import Backings
-from snapengine.buffers import HeldBuffer
+from snapengine.base.buffers import HeldBuffer
 from snapengine.maps import Mapping, covering, read_maps
 from snapengine.region import Region
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from snapengine.names import decode, encode
+from snapengine.base.names import decode, encode
 from snapengine.threadstate import ThreadState
 
 HEAD = struct.Struct("<II")

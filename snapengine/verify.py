@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snapengine.fileio import crc_of_range
+from snapengine.base.fileio import crc_of_range
 from snapengine.packing import ZSTD
 from snapengine.records import FILE_HEADER, Record, read_payload, read_record
 from snapengine.rules import KNOWN_TYPES, Order

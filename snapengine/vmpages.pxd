@@ -1,7 +1,7 @@
 from libc.stdint cimport uint16_t, uint64_t
 from posix.uio cimport iovec
 
-from snapengine.arena cimport Arena
+from snapengine.base.arena cimport Arena
 from snapengine.pool cimport Pool, lane_slot
 from snapengine.vmstream cimport StreamParser
 

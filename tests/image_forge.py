@@ -11,7 +11,7 @@ import re
 import struct
 from dataclasses import dataclass, field, replace
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.records import read_record
 from snapengine.sources import StreamSource
 

@@ -7,7 +7,7 @@ import random
 import struct
 from dataclasses import dataclass
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.image import Image, open_image
 from snapengine.records import RECORD, Record, read_record
 from snapengine.sinks import MemorySink

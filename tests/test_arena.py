@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from snapengine.arena import Arena, FileView
+from snapengine.base.arena import Arena, FileView
 
 PAGE = 4096
 MIB = 1 << 20

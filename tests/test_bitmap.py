@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapengine.bitmap import Bitmap
+from snapengine.base.bitmap import Bitmap
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1)))))

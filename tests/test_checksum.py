@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from snapengine.checksum import KERNELS, crc32c_of, crc32c_with
+from snapengine.base.checksum import KERNELS, crc32c_of, crc32c_with
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 from image_kit import noise, of_type, opened, read_everything, records, reseal, sample, stream_everything
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.errors import (
     CorruptImageError,
     ImageError,

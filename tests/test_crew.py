@@ -11,9 +11,9 @@ import pytest
 from waitkit import PATIENCE_S, until
 
 import snapengine
-from snapengine import crew as crew_module
-from snapengine.crew import Crew
-from snapengine.latch import Latch
+from snapengine.base import workers as crew_module
+from snapengine.base.latch import Latch
+from snapengine.base.workers import Crew
 
 MIB = 1 << 20
 LATE = ["before it is interrupted", "after all is freed"]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from snapengine.descriptor import Descriptor
+from snapengine.base.descriptor import Descriptor
 from snapengine.freezer import Freezer
 from snapengine.guestmem import GuestMemory
 from snapengine.uffd import Uffd

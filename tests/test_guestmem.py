@@ -16,13 +16,13 @@ import pytest
 from hugekit import huge_pages
 from waitkit import PATIENCE_S, attempts, until
 
+from snapengine.base.histogram import bucket_floor
+from snapengine.base.histogram import bucket_number as bucket_of
 from snapengine.guestcheck import check_cut
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams
 from snapengine.guestpattern import class_of
 from snapengine.guestwriters import GuestWriters
-from snapengine.histogram import bucket_floor
-from snapengine.histogram import bucket_number as bucket_of
 
 MIB = 1 << 20
 PARAMS = GuestParams(size=MIB, threads=3, zero_percent=30, hole_percent=20)

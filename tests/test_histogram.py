@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapengine.histogram import quantiles
+from snapengine.base.histogram import quantiles
 
 LARGEST = 2**64 - 1
 SHARES = (0.01, 0.25, 0.5, 0.9, 0.99, 1.0)

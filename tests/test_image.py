@@ -9,7 +9,7 @@ import threading
 import pytest
 from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, pattern, records, sample
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError, TruncatedImageError
 from snapengine.image import open_image
 from snapengine.packing import pack_entry

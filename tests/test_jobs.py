@@ -7,7 +7,7 @@ import time
 import pytest
 from waitkit import PATIENCE_S
 
-from snapengine.jobs import run_jobs
+from snapengine.base.jobs import run_jobs
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 7])

@@ -6,8 +6,8 @@ import threading
 import pytest
 from waitkit import PATIENCE_S, until
 
-from snapengine.crew import Crew
-from snapengine.latch import Latch
+from snapengine.base.latch import Latch
+from snapengine.base.workers import Crew
 
 
 class Interrupt(KeyboardInterrupt):

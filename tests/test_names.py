@@ -13,11 +13,11 @@ from image_kit import HOLE, opened
 from targetkit import VALUES, Target
 
 import snapengine
+from snapengine.base.names import decode, encode, escape, from_argument, one_line, printable, unescape
 from snapengine.core import export_core
 from snapengine.errors import NoSuchRegionError
 from snapengine.image import open_image
 from snapengine.maps import parse_line, read_maps
-from snapengine.names import decode, encode, escape, from_argument, one_line, printable, unescape
 from snapengine.process import ProcessTarget
 from snapengine.sinks import FileSink, MemorySink
 from snapengine.targets import Region

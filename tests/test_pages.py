@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapengine.checksum import crc32c_of
-from snapengine.pages import KERNEL, KERNELS, SUM_KERNELS, copy_sum_with, copy_with, nonzero_with
+from snapengine.base.checksum import crc32c_of
+from snapengine.base.pages import KERNEL, KERNELS, SUM_KERNELS, copy_sum_with, copy_with, nonzero_with
 
 PAGE = 4096
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapengine.units import format_count, format_ns, format_size, parse_seconds, parse_size
+from snapengine.base.units import format_count, format_ns, format_size, parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from image_kit import DATA, HOLE, ZERO, noise, of_type, opened, pattern, records, sample, stream_everything
 from waitkit import PATIENCE_S
 
-from snapengine.checksum import crc32c_of
+from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CaptureCancelled, SinkError
 from snapengine.sinks import ExecSink, FdSink, MemorySink, NullSink, PyFileSink, Sink, open_sink
 from snapengine.targets import Region

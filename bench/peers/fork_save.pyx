@@ -11,7 +11,7 @@ from posix.types cimport pid_t
 from posix.unistd cimport _exit, fork, pwrite
 from posix.wait cimport WEXITSTATUS, WIFEXITED, waitpid
 
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 
 cdef enum:
     PIECE = 1 << 18             # fits the second-level cache, with its copy

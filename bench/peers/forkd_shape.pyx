@@ -14,9 +14,9 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, pipe
 
 from pagewise cimport PAGE, copy_page, next_fault, write_page
-from snapengine.atomics cimport snap_load, snap_store
-from snapengine.oserror cimport raise_oserror
-from snapengine.pthreads cimport (
+from snapengine.base.atomics cimport snap_load, snap_store
+from snapengine.base.oserror cimport raise_oserror
+from snapengine.base.pthreads cimport (
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, pthread_t, snap_thread_start,
 )

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from pagewise cimport PAGE, copy_page, next_fault, write_page
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.oserror cimport raise_oserror
 from snapengine.uffd cimport uffd_unprotect
 
 cdef struct Scan:

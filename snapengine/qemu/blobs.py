@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from snapengine.base.jsonfields import Fields, parse_object
+from snapengine.base.names import without_controls
 from snapengine.errors import CorruptImageError, ImageError, UnsupportedVersionError
-from snapengine.jsonfields import Fields, parse_object
-from snapengine.names import without_controls
 
 if TYPE_CHECKING:
     from snapengine.image import Image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from snapengine.crew import Crew
+from snapengine.base.workers import Crew
 from snapengine.encoder import Encoder
 from snapengine.options import Options
 from snapengine.pool import Pool

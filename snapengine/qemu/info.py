@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from snapengine.names import printable
-from snapengine.units import format_count, format_size
+from snapengine.base.names import printable
+from snapengine.base.units import format_count, format_size
 
 UNKNOWN = "not recorded"
 

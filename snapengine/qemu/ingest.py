@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.crew import Crew
+from snapengine.base.workers import Crew
 from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
 from snapengine.qemu.assemble import regions_of, write_end

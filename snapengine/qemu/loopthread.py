@@ -4,7 +4,7 @@ The loop is made, run and closed by that thread alone, where no signal's handler
 of it but `call_soon_threadsafe`. An exception in the middle of that leaves the call in the queue, or not, and
 at worst the loop asleep beside it, until it is called again: `close` does, too.
 
-They wait with a `snapengine.latch`. The futures of `concurrent.futures` have a Condition: an exception in the
+They wait with a `snapengine.base.latch`. The futures of `concurrent.futures` have a Condition: an exception in the
 middle of waiting would leave that locked, and the loop, which is to notify it, waiting for ever.
 """
 
@@ -16,8 +16,8 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from snapengine.crew import Crew
-from snapengine.latch import Latch
+from snapengine.base.latch import Latch
+from snapengine.base.workers import Crew
 
 Value = TypeVar("Value")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from snapengine.base.units import format_size
 from snapengine.plot import GREY, MIB, STYLES
-from snapengine.units import format_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

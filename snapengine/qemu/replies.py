@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from snapengine.base.jsonfields import Fields
+from snapengine.base.names import one_line
 from snapengine.errors import MachineError
-from snapengine.jsonfields import Fields
-from snapengine.names import one_line
 
 if TYPE_CHECKING:
     from snapengine.qemu.monitor import Monitor

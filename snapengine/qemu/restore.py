@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from snapengine.crew import Crew
+from snapengine.base.workers import Crew
 from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError, TimeLimitError
 from snapengine.image import Image
 from snapengine.qemu import machine

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from snapengine.bitmap cimport Bitmap, bits_mask
+from snapengine.base.bitmap cimport Bitmap, bits_mask
 
 
 cdef extern from * nogil:

@@ -4,12 +4,12 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
-from snapengine.bitmap cimport Bitmap, bits_mask
+from snapengine.base.bitmap cimport Bitmap, bits_mask
 from snapengine.capi cimport (
     snapengine_api, snapengine_capture, snapengine_import, snapengine_options, snapengine_result,
 )
-from snapengine.checksum cimport crc32c
-from snapengine.pages cimport page_nonzero
+from snapengine.base.checksum cimport crc32c
+from snapengine.base.pages cimport page_nonzero
 from snapengine.uffd cimport Uffd, uffd_protect
 
 

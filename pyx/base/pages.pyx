@@ -5,13 +5,13 @@ Called once a page by capture threads; the source may be written by others meanw
 caller knows that it is not (it is protected).
 """
 
-from snapengine.checksum cimport crc32c
+from snapengine.base.checksum cimport crc32c
 
-cdef extern from "crc_impl.h" nogil:
+cdef extern from "base/crc_impl.h" nogil:
     int snap_have_folding()
     int snap_copy_page_folding(char *dst, const char *src, uint32_t *crc)
 
-cdef extern from "pages_impl.h" nogil:
+cdef extern from "base/pages_impl.h" nogil:
     ctypedef int (*snap_copy_page_t)(char *dst, const char *src) noexcept nogil
     ctypedef int (*snap_page_nonzero_t)(const char *src) noexcept nogil
     int snap_copy_page_scalar(char *dst, const char *src)

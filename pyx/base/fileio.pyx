@@ -4,8 +4,8 @@ from libc.errno cimport EINTR, errno
 from libc.stdlib cimport free, malloc
 from posix.unistd cimport pread, pwrite
 
-from snapengine.checksum cimport crc32c
-from snapengine.oserror cimport raise_oserror
+from snapengine.base.checksum cimport crc32c
+from snapengine.base.oserror cimport raise_oserror
 
 import os
 

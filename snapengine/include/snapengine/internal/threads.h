@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 /* Signals belong to the program's own threads: a handler that ran here could touch protected memory. But
- * those of faults that are made here end the program if they are blocked, before any handler (snapengine.guard). */
+ * those of faults that are made here end the program if they are blocked, before any handler (snapengine.base.nofault). */
 static inline int snap_thread_start(pthread_t *thread, void *(*start)(void *), void *arg) {
     sigset_t all, before;
     sigfillset(&all);

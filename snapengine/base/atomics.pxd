@@ -1,7 +1,7 @@
 # extern-only: no matching .pyx
 from libc.stdint cimport uint64_t
 
-cdef extern from "snapengine/atomics.h" nogil:
+cdef extern from "snapengine/internal/atomics.h" nogil:
     uint64_t snap_fetch_or(uint64_t *word, uint64_t bits)               # acquire + release
     uint64_t snap_load(const uint64_t *word)                            # acquire
     void snap_store(uint64_t *word, uint64_t value)                     # release

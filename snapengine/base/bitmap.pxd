@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.atomics cimport snap_ctz, snap_fetch_or, snap_load
+from snapengine.base.atomics cimport snap_ctz, snap_fetch_or, snap_load
 
 # Bits of pages in words of 64, in memory that no capture can protect (arena.pxd).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from snapengine.crew import Crew
+from snapengine.base.workers import Crew
 
 JOBS_PER_THREAD = 4  # a thread takes longer to start than so many chunks to read
 PIECES_PER_THREAD = 4

@@ -11,9 +11,9 @@ buffer is filled, and pass on every fault that is not of a guarded range.
 from libc.errno cimport EFAULT
 from libc.string cimport memcpy, memset
 
-from snapengine.checksum cimport crc32c
+from snapengine.base.checksum cimport crc32c
 
-cdef extern from "guard_impl.h" nogil:
+cdef extern from "base/nofault_impl.h" nogil:
     int snap_guarded_call(guarded_t fn, void *arg, uintptr_t low, uintptr_t high)
     void snap_guard_begin()
     void snap_guard_end()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, Self
 
-from snapengine.names import unescape
+from snapengine.base.names import unescape
 
 MAX_VALUES = 1 << 22  # values in one document: each costs some 100 bytes once it is parsed
 MAX_DEPTH = 32  # who prints the document again has a stack, too

@@ -31,7 +31,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_signal(pthread_cond_t *cond)
     int pthread_cond_broadcast(pthread_cond_t *cond)
 
-cdef extern from "snapengine/threads.h" nogil:
+cdef extern from "snapengine/internal/threads.h" nogil:
     # pthread_create with every signal blocked in the new thread.
     int snap_thread_start(pthread_t *thread, void *(*start)(void *) noexcept nogil, void *arg)
     # Bind the calling thread to the n-th CPU that the process may use.

@@ -1,6 +1,6 @@
 """Latency histogram: 8 buckets for each power of two of nanoseconds, no allocation, one writer."""
 
-from snapengine.atomics cimport snap_bump, snap_peek
+from snapengine.base.atomics cimport snap_bump, snap_peek
 
 cdef extern from * nogil:
     """

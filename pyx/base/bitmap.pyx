@@ -4,8 +4,8 @@ Every thread of a capture claims here; the memory comes from an arena, so that n
 memory that the capture itself protects.
 """
 
-from snapengine.arena cimport Arena
-from snapengine.atomics cimport snap_ctz, snap_fetch_or, snap_popcount
+from snapengine.base.arena cimport Arena
+from snapengine.base.atomics cimport snap_ctz, snap_fetch_or, snap_popcount
 
 
 cdef void bits_fill(uint64_t *bits, uint64_t first, uint64_t count) noexcept nogil:

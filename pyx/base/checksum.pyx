@@ -11,7 +11,7 @@ import ctypes
 from google_crc32c import _crc32c
 from libc.stdint cimport uint8_t, uintptr_t
 
-cdef extern from "crc_impl.h" nogil:
+cdef extern from "base/crc_impl.h" nogil:
     int snap_have_folding()
     uint32_t snap_crc32c_folding(uint32_t crc, const void *data, size_t length)
 

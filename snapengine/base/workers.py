@@ -8,7 +8,7 @@ Behind the call an exception comes before the caller has counted the thread, so 
 complete. Each signs on by itself instead; once the crew is dismissed none does, and touches nothing.
 
 All fields but `_started`, which is the starter's alone, are written under the lock. That is a lock of C's:
-see `snapengine.latch` for why there is no Condition.
+see `snapengine.base.latch` for why there is no Condition.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from _thread import start_new_thread
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.latch import LOOK_SECONDS, Bell, Latch
-from snapengine.threadname import name_thread
+from snapengine.base.latch import LOOK_SECONDS, Bell, Latch
+from snapengine.base.threadname import name_thread
 
 Job = tuple[Callable[..., Any], tuple[object, ...]]
 

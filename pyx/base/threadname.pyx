@@ -1,6 +1,6 @@
 """The calling thread's name, as the kernel has it."""
 
-from snapengine.pthreads cimport snap_name_thread
+from snapengine.base.pthreads cimport snap_name_thread
 
 
 def name_thread(str name not None):
