@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from snapengine.base.units import parse_size
-from snapengine.maps import read_maps
-from snapengine.uffd import FEATURES, Uffd
+from snapengine.kernel.procmaps import read_maps
+from snapengine.kernel.uffd import FEATURES, Uffd
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -8,7 +8,7 @@ from benchkit import TMPFS, is_tmpfs
 
 from snapengine.errors import SnapengineError
 from snapengine.guestprocess import GuestProcess
-from snapengine.uffd import supported_features
+from snapengine.kernel.uffd import supported_features
 
 APART = ("bench_qemu", "bench_peers")
 

@@ -8,10 +8,10 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy
 from posix.unistd cimport read
 
-from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
+from snapengine.kernel.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pthreads cimport snap_now_ns, snap_pin_to
-from snapengine.uffd cimport uffd_unprotect, uffd_unregister
+from snapengine.kernel.uffd cimport uffd_unprotect, uffd_unregister
 
 cdef extern from *:
     ctypedef char volatile_char "volatile char"

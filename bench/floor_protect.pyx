@@ -5,7 +5,7 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pthreads cimport snap_now_ns
-from snapengine.uffd cimport uffd_protect, uffd_unprotect
+from snapengine.kernel.uffd cimport uffd_protect, uffd_unprotect
 
 
 def write_protect_ns(int fd, uint64_t addr, uint64_t length, uint64_t piece, bint protect):

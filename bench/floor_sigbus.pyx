@@ -15,10 +15,10 @@ from posix.fcntl cimport O_CLOEXEC
 from posix.signal cimport SA_SIGINFO, sigaction, sigaction_t, siginfo_t
 from posix.unistd cimport close
 
-from snapengine.linux cimport UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, snap_uffd_open
+from snapengine.kernel.linux cimport UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, snap_uffd_open
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pthreads cimport snap_now_ns, snap_pin_to
-from snapengine.uffd cimport uffd_api, uffd_protect, uffd_register, uffd_unprotect
+from snapengine.kernel.uffd cimport uffd_api, uffd_protect, uffd_register, uffd_unprotect
 
 cdef extern from "<linux/userfaultfd.h>":
     const uint64_t UFFD_FEATURE_SIGBUS

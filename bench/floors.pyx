@@ -12,7 +12,7 @@ from posix.types cimport pid_t
 
 from snapengine.base.atomics cimport snap_add, snap_load, snap_pause
 from snapengine.base.oserror cimport raise_oserror
-from snapengine.processvm cimport iovec, process_vm_readv
+from snapengine.kernel.processvm cimport iovec, process_vm_readv
 from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_now_ns, snap_thread_start
 
 cdef extern from * nogil:

@@ -29,9 +29,9 @@ from test_rules import byte_changes, field_changes, order_changes, reference_cha
 from snapengine.errors import HandoverError, ImageError, MachineError, StreamError
 from snapengine.handover import ArrayScanner, parse_offer
 from snapengine.image import open_image
-from snapengine.maps import Mapping, read_maps
+from snapengine.kernel.procfs import status
+from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
-from snapengine.procfs import status
 from snapengine.qemu.blobs import check_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy

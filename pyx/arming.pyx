@@ -14,8 +14,8 @@ from snapengine.base.bitmap cimport bits_test
 from snapengine.events cimport pump
 from snapengine.faults cimport serve_held
 from snapengine.hits cimport hit_pieces, note_filled_holes, protect_hits, share_edges, stop_noting
-from snapengine.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
-from snapengine.mapquery cimport next_vma, same_vma, vma_t
+from snapengine.kernel.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
+from snapengine.kernel.procmap_query cimport next_vma, same_vma, vma_t
 from snapengine.pieces cimport all_pieces, hurry, spans
 from snapengine.presence cimport scan_at_t, scan_before
 from snapengine.base.pthreads cimport (
@@ -23,8 +23,8 @@ from snapengine.base.pthreads cimport (
 )
 from snapengine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.trust cimport note_again, note_at_t, note_before
-from snapengine.vmatable cimport note_vmas
-from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
+from snapengine.kernel.vma_table cimport note_vmas
+from snapengine.kernel.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA

@@ -22,12 +22,12 @@ from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next,
 from snapengine.events cimport forget_all
 from snapengine.base.nofault cimport guard_thread
 from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
-from snapengine.linux cimport (
+from snapengine.kernel.linux cimport (
     ECANCELED,
     PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
     PM_SCAN_WP_MATCHING, UFFDIO_REGISTER_MODE_WP,
 )
-from snapengine.pagemap cimport scan_step, scan_t
+from snapengine.kernel.pagemap cimport scan_step, scan_t
 from snapengine.missing cimport start_missing, stop_missing
 from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
@@ -37,7 +37,7 @@ from snapengine.session cimport (
 from snapengine.presence cimport scan_anew
 from snapengine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.trust cimport call_witness, forget_witness
-from snapengine.uffd cimport uffd_protect
+from snapengine.kernel.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256

@@ -18,15 +18,15 @@ from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ENOENT, ESRCH, errno
 from posix.unistd cimport close, read
 
 from snapengine.base.atomics cimport snap_add, snap_leave, snap_load, snap_peek, snap_store, snap_swap
-from snapengine.linux cimport (
+from snapengine.kernel.linux cimport (
     UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
 )
-from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
 from snapengine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
 from snapengine.trust cimport distrust
-from snapengine.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_wake
+from snapengine.kernel.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_wake
 from snapengine.unregister cimport held_until, unregister_all, unregister_range
 
 cdef extern from "<sys/epoll.h>" nogil:

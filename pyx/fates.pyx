@@ -7,7 +7,7 @@ one alone holds for all of its kind, and is decided once.
 cimport cython
 from libc.stdint cimport uint64_t
 
-from snapengine.mapline cimport Mapping
+from snapengine.kernel.procmaps_line cimport Mapping
 from snapengine.region cimport Region
 
 

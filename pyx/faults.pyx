@@ -20,7 +20,7 @@ from snapengine.events cimport (
 from snapengine.base.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
 from snapengine.image_format cimport SNAP_HOLE, SNAP_LOST
-from snapengine.linux cimport (
+from snapengine.kernel.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
 )
 from snapengine.pool cimport lane_room
@@ -33,7 +33,7 @@ from snapengine.saver cimport claim_unit, publish, release, save_unit, save_wind
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
 from snapengine.source cimport populated, put_pages
 from snapengine.trust cimport is_late, note_missing
-from snapengine.uffd cimport uffd_register, uffd_unregister, uffd_wake, uffd_zeropage
+from snapengine.kernel.uffd cimport uffd_register, uffd_unregister, uffd_wake, uffd_zeropage
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:

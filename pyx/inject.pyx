@@ -26,7 +26,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 from posix.unistd cimport close
 
-from snapengine.ptrace cimport (
+from snapengine.kernel.ptrace cimport (
     PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_hurry, snap_run_apart, snap_stand_apart,
 )
 from snapengine.base.pthreads cimport snap_now_ns
@@ -69,7 +69,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_STACK, MAP_NORESERVE
     void *MAP_FAILED
 
-cdef extern from "snapengine/linux_compat.h" nogil:
+cdef extern from "snapengine/internal/linux_compat.h" nogil:
     unsigned long USERFAULTFD_IOC_NEW
 
 cdef enum:

@@ -5,7 +5,7 @@ The loops over all regions of a plan; `snapengine.plan` decides how each is trac
 
 from libc.stdint cimport uint64_t
 
-from snapengine.mapline cimport Mapping
+from snapengine.kernel.procmaps_line cimport Mapping
 from snapengine.region cimport Region, RegionPlan
 
 cdef uint64_t PAGE = 4096

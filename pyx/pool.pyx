@@ -28,7 +28,7 @@ from snapengine.spill cimport spill_put
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
 
-cdef extern from "snapengine/linux_compat.h" nogil:
+cdef extern from "snapengine/internal/linux_compat.h" nogil:
     const int MADV_POPULATE_WRITE
 
 cdef uint64_t PAGE = 4096

@@ -25,16 +25,16 @@ from posix.unistd cimport lseek
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_next
 from snapengine.base.fileio cimport file_size
-from snapengine.linux cimport ECANCELED
-from snapengine.mapquery cimport vma_t
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
+from snapengine.kernel.linux cimport ECANCELED
+from snapengine.kernel.procmap_query cimport vma_t
+from snapengine.kernel.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.pieces cimport first_region, span_of
 from snapengine.scanrun cimport begin_scan, clip, run_t, scan_populated, set_present, take_out_unprotected
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, note_filled,
     note_present, page_addr, page_at, region_t,
 )
-from snapengine.vmatable cimport vma_at
+from snapengine.kernel.vma_table cimport vma_at
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA

@@ -13,7 +13,7 @@ from libc.errno cimport EOPNOTSUPP, ESRCH, ETIMEDOUT
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
-from snapengine.ptrace cimport (
+from snapengine.kernel.ptrace cimport (
     PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
     PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS,
     PTRACE_SETSIGMASK, PTRACE_SYSCALL,

@@ -16,7 +16,7 @@ from snapengine.pool cimport lane_room
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
 from snapengine.source cimport copy_run, copy_window, put_pages
-from snapengine.uffd cimport uffd_unprotect, uffd_wake
+from snapengine.kernel.uffd cimport uffd_unprotect, uffd_wake
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t RUN = 64              # pages copied between two looks at the clock and the pool

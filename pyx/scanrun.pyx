@@ -7,8 +7,8 @@ as long as a call for each. See `pyx/presence` for what is scanned when. Runs on
 from libc.stdint cimport uint64_t
 
 from snapengine.base.bitmap cimport bits_clear, bits_or
-from snapengine.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
-from snapengine.pagemap cimport pagemap_read, scan_step, scan_t
+from snapengine.kernel.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
+from snapengine.kernel.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.session cimport clear_pages, next_filled, note_present
 
 cdef uint64_t PAGE = 4096

@@ -17,9 +17,9 @@ from snapengine.base.nofault cimport guard_begin, guard_end
 from snapengine.base.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
 )
-from snapengine.mapquery cimport next_vma, vma_t
-from snapengine.pagemap cimport guard_category
-from snapengine.pagemap import has_pagemap_scan, has_wp_bits
+from snapengine.kernel.procmap_query cimport next_vma, vma_t
+from snapengine.kernel.pagemap cimport guard_category
+from snapengine.kernel.pagemap import has_pagemap_scan, has_wp_bits
 from snapengine.pool cimport NO_SLOT, Pool, pool_fail
 from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,

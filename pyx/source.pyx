@@ -15,9 +15,9 @@ from snapengine.base.nofault cimport guarded
 from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.memfile cimport page_exists, resident
 from snapengine.base.pages cimport copy_page, copy_page_sum, page_nonzero
-from snapengine.pagemap cimport pagemap_read
+from snapengine.kernel.pagemap cimport pagemap_read
 from snapengine.pool cimport lane_entry, lane_slot
-from snapengine.processvm cimport iovec, process_vm_readv
+from snapengine.kernel.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     clear_pages, page_addr,

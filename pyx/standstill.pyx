@@ -17,8 +17,8 @@ from libc.string cimport memset
 
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.kin cimport kin_list, kin_list_new
-from snapengine.processvm cimport iovec
-from snapengine.ptrace cimport (
+from snapengine.kernel.processvm cimport iovec
+from snapengine.kernel.ptrace cimport (
     NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
     PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_hurry, snap_ptrace, snap_xstate_bytes,
     user_regs_struct,

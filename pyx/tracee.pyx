@@ -18,8 +18,8 @@ from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as c_open
 from posix.types cimport pid_t
 from posix.unistd cimport close, read
 
-from snapengine.processvm cimport iovec, process_vm_readv
-from snapengine.ptrace cimport (
+from snapengine.kernel.processvm cimport iovec, process_vm_readv
+from snapengine.kernel.ptrace cimport (
     PTRACE_CONT, PTRACE_DETACH, PTRACE_EVENT_CLONE, PTRACE_EVENT_STOP, PTRACE_GETEVENTMSG,
     PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_GETSIGINFO, PTRACE_GETSIGMASK, PTRACE_INTERRUPT, PTRACE_SEIZE,
     SNAP_RSEQ_CS_OFFSET, snap_ptrace, snap_rseq_config, snap_rseq_cs, user_regs_struct,
@@ -44,7 +44,7 @@ cdef extern from "<sys/syscall.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     unsigned long CLONE_VFORK
 
-cdef extern from "snapengine/ptrace.h" nogil:
+cdef extern from "snapengine/internal/ptrace.h" nogil:
     long SYS_epoll_pwait2
 
 cdef enum:

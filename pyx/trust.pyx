@@ -26,16 +26,16 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
-from snapengine.linux cimport MADV_POPULATE_READ
-from snapengine.mapquery cimport vma_t
+from snapengine.kernel.linux cimport MADV_POPULATE_READ
+from snapengine.kernel.procmap_query cimport vma_t
 from snapengine.memfile cimport add_existing, page_exists
-from snapengine.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
+from snapengine.kernel.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport (
     CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
     note_present, page_addr, page_at, place_of, region_at, region_by_addr,
 )
-from snapengine.vmatable cimport vma_at
+from snapengine.kernel.vma_table cimport vma_at
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)

@@ -6,11 +6,11 @@ It stays registered: letting go would walk the page tables, and nothing is prote
 from libc.errno cimport EBUSY, EINVAL, EPERM
 from libc.stdint cimport uint64_t
 
-from snapengine.linux cimport UFFDIO_REGISTER_MODE_WP
-from snapengine.mapline cimport Mapping
-from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.kernel.linux cimport UFFDIO_REGISTER_MODE_WP
+from snapengine.kernel.procmaps_line cimport Mapping
+from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.region cimport Region
-from snapengine.uffd cimport Uffd, uffd_register
+from snapengine.kernel.uffd cimport Uffd, uffd_register
 
 
 cdef int _refusal(int fd, int maps, uint64_t start, uint64_t end) noexcept nogil:

@@ -13,9 +13,9 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.bitmap cimport bits_next
-from snapengine.mapquery cimport next_vma, same_vma, vma_t
+from snapengine.kernel.procmap_query cimport next_vma, same_vma, vma_t
 from snapengine.session cimport page_addr, place_of, region_by_addr, region_t
-from snapengine.uffd cimport half_of, uffd_unregister
+from snapengine.kernel.uffd cimport half_of, uffd_unregister
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20

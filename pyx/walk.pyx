@@ -28,7 +28,7 @@ from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, unit_of
 from snapengine.session cimport capture_fail, note_filled, page_addr, region_by_addr, region_t
 from snapengine.source cimport copy_run, populated, put_pages
-from snapengine.uffd cimport uffd_unregister
+from snapengine.kernel.uffd cimport uffd_unregister
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()

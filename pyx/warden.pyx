@@ -13,12 +13,12 @@ from snapengine.base.atomics cimport snap_leave, snap_load
 from snapengine.base.bitmap cimport bits_test
 from snapengine.events cimport pump
 from snapengine.faults cimport await_arming, fill_missing
-from snapengine.linux cimport UFFD_PAGEFAULT_FLAG_WP
+from snapengine.kernel.linux cimport UFFD_PAGEFAULT_FLAG_WP
 from snapengine.lookout cimport call_if_overdue
 from snapengine.base.poll cimport POLLIN, poll, pollfd
 from snapengine.base.pthreads cimport snap_name_thread, snap_now_ns
 from snapengine.session cimport PRESENCE_BITS, capture_t, lane_t, page_at, region_at, region_t
-from snapengine.uffd cimport uffd_wake
+from snapengine.kernel.uffd cimport uffd_wake
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t STUCK_NS = 20000000

@@ -14,10 +14,10 @@ import signal
 import time
 from dataclasses import dataclass
 
-from snapengine import procfs
-from snapengine.cgroups import frozen_by
 from snapengine.errors import AttachError, TargetGoneError
-from snapengine.maps import maps_text
+from snapengine.kernel import procfs
+from snapengine.kernel.cgroups import frozen_by
+from snapengine.kernel.procmaps import maps_text
 
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21

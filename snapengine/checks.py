@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snapengine.base.units import format_size
-from snapengine.features import PAGEMAP_SCAN, PAGEMAP_WP_BIT, UFFD_FEATURES, KernelFeature
 from snapengine.host import Host
-from snapengine.uffd import FEATURES
+from snapengine.kernel.features import PAGEMAP_SCAN, PAGEMAP_WP_BIT, UFFD_FEATURES, KernelFeature
+from snapengine.kernel.uffd import FEATURES
 
 CAP_SYS_PTRACE = 19
 MIB = 1 << 20

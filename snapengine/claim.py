@@ -12,8 +12,8 @@ import os
 import socket
 import weakref
 
-from snapengine import procfs
 from snapengine.errors import AlreadyTrackedError, TargetGoneError
+from snapengine.kernel import procfs
 
 _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 

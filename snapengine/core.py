@@ -43,7 +43,7 @@ from snapengine.corenotes import (
 )
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.export import pieces
-from snapengine.maps import Mapping
+from snapengine.kernel.procmaps import Mapping
 from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer

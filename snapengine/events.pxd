@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.linux cimport uffd_msg
+from snapengine.kernel.linux cimport uffd_msg
 from snapengine.session cimport capture_t, lane_t
 
 # epoll data words; uffds use their index in capture.uffds.

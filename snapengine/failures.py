@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 
-from snapengine import procfs
 from snapengine.errors import (
     AlreadyTrackedError,
     RegisterError,
@@ -16,7 +15,8 @@ from snapengine.errors import (
     TargetGoneError,
     UffdError,
 )
-from snapengine.maps import covering, has_ended, read_maps
+from snapengine.kernel import procfs
+from snapengine.kernel.procmaps import covering, has_ended, read_maps
 from snapengine.plan import Plan
 from snapengine.targets import Region
 

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.mapline cimport Mapping
+from snapengine.kernel.procmaps_line cimport Mapping
 
 
 cdef class Fate:                    # what becomes of one mapping

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from snapengine.frozen import Way
-from snapengine.mapline import Mapping
+from snapengine.kernel.procmaps_line import Mapping
 from snapengine.region import Region
 
 @dataclass

@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from snapengine.kernel.pagemap import CATEGORIES, populated_runs
+from snapengine.kernel.procmaps import Mapping
 from snapengine.mapfacts import data_ranges
-from snapengine.maps import Mapping
 from snapengine.packing import DATA, HOLE, LOST, ZERO
-from snapengine.pagemap import CATEGORIES, populated_runs
 from snapengine.tally import Extra
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.writer import Writer

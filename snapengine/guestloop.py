@@ -23,8 +23,8 @@ from snapengine.guestparams import PAGE_BYTES, GuestParams
 from snapengine.guestsignals import EndSignals
 from snapengine.guestwriters import GuestWriters
 from snapengine.handover import CONTROLS, encode_offer, strict_json
+from snapengine.kernel.uffd import Uffd, supported_features
 from snapengine.targets import Region
-from snapengine.uffd import Uffd, supported_features
 
 REGION = "ram"
 BLOB = "guest"

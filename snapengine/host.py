@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from snapengine.errors import UffdPermissionError
-from snapengine.pagemap import has_wp_bits
+from snapengine.kernel.pagemap import has_wp_bits
 
 # linux/fs.h, since 6.7: _IOWR('f', 16, struct pm_scan_arg), which is twelve 64-bit words.
 PAGEMAP_SCAN = 0xC0606610
@@ -129,7 +129,7 @@ def try_device(path: str = "/dev/userfaultfd") -> str:
 
 def try_features() -> tuple[int | None, str, bool]:
     """`Host.features`, `uffd_error` and `uffd_denied`."""
-    from snapengine import uffd
+    from snapengine.kernel import uffd
 
     try:
         return uffd.supported_features(), "", False

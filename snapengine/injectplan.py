@@ -10,7 +10,6 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from snapengine import procfs
 from snapengine.attach import (
     CAP_SYS_PTRACE,
     ProcessInfo,
@@ -22,8 +21,9 @@ from snapengine.attach import (
 )
 from snapengine.base.descriptor import Descriptor
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
-from snapengine.maps import Mapping, maps_text, parse_maps
-from snapengine.uffd import PERMISSION_HELP
+from snapengine.kernel import procfs
+from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps
+from snapengine.kernel.uffd import PERMISSION_HELP
 
 HELP = (
     "one of these allows it: give this user read and write access to /dev/userfaultfd; "

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 
-from snapengine.mapline import Mapping
+from snapengine.kernel.procmaps_line import Mapping
 from snapengine.region import Region, RegionPlan
 
 def lay_out(

@@ -9,10 +9,10 @@ import errno
 import os
 from collections.abc import Mapping as Dict
 
-from snapengine.backing import Backing, Backings
 from snapengine.base.descriptor import Descriptor
-from snapengine.maps import Mapping, read_smaps
-from snapengine.pagemap import CATEGORIES, populated_runs
+from snapengine.kernel.backing import Backing, Backings
+from snapengine.kernel.pagemap import CATEGORIES, populated_runs
+from snapengine.kernel.procmaps import Mapping, read_smaps
 
 REFUSED_FLAGS = {b"um": errno.EBUSY, b"uw": errno.EBUSY, b"ui": errno.EBUSY, b"dp": errno.EINVAL}
 """VmFlags of /proc/PID/smaps with which the kernel refuses to register a mapping, and the error: it has a

@@ -6,11 +6,11 @@ import os
 from bisect import bisect_right
 from typing import NamedTuple
 
-from snapengine.backing import Backings
 from snapengine.errors import HandoverError, TargetGoneError
 from snapengine.handover import PAGE_SIZES, Mapping
-from snapengine.maps import Mapping as MemoryMapping
-from snapengine.maps import read_maps
+from snapengine.kernel.backing import Backings
+from snapengine.kernel.procmaps import Mapping as MemoryMapping
+from snapengine.kernel.procmaps import read_maps
 
 
 class Checked(NamedTuple):

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from snapengine.base.arena import FileView
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
-from snapengine.features import named
+from snapengine.kernel.features import named
+from snapengine.kernel.procmaps import Mapping, covering, has_ended, read_maps, touching
+from snapengine.kernel.uffd import FEATURES, feature_names
 from snapengine.layout import first_overlap, first_shared_unit, lay_out
-from snapengine.maps import Mapping, covering, has_ended, read_maps, touching
 from snapengine.region import RegionPlan, any_shared
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.uffd import FEATURES, feature_names
 
 EVENTS = sum(bit for name, bit in FEATURES.items() if name.startswith("EVENT_"))  # no plan depends on them
 SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB

@@ -12,19 +12,20 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from snapengine import attach, injectplan, procfs
+from snapengine import attach, injectplan
 from snapengine.base.names import escape, printable
 from snapengine.base.units import format_size
 from snapengine.fates import Fate
+from snapengine.kernel import procfs
+from snapengine.kernel.pagemap import CATEGORIES, populated_runs
+from snapengine.kernel.procmaps import Mapping, read_maps
+from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.mapfacts import MapFacts, refused_by_flags
-from snapengine.maps import Mapping, read_maps
 from snapengine.options import COPY_LIMIT
-from snapengine.pagemap import CATEGORIES, populated_runs
 from snapengine.process import SHARED_UNSEEN
 from snapengine.selection import Selector, select
 from snapengine.tables import print_table, print_text
 from snapengine.targets import PAGE_BYTES
-from snapengine.uffd import FEATURES, MODE_WP, Uffd
 
 HUGE_BYTES = 2 << 20
 SHOWN_ROWS = 20

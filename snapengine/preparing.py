@@ -9,10 +9,11 @@ import errno
 import os
 from typing import Any
 
-from snapengine import procfs
 from snapengine.encoder import Encoder
 from snapengine.errors import HandoverError, UnsupportedError
-from snapengine.features import PAGEMAP_WP_BIT, UNCHECKED
+from snapengine.kernel import procfs
+from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
+from snapengine.kernel.uffd import FEATURES, Uffd, supported_features
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.plan import Plan
@@ -21,7 +22,6 @@ from snapengine.region import any_shared, total_bytes
 from snapengine.session import Session
 from snapengine.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
-from snapengine.uffd import FEATURES, Uffd, supported_features
 from snapengine.writer import Writer
 
 TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond

@@ -24,15 +24,15 @@ from snapengine.errors import AlreadyTrackedError, AttachError, TargetGoneError
 from snapengine.freezer import Freezer
 from snapengine.frozen import Copied, copy_frozen
 from snapengine.inject import inject_userfaultfd
+from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps, read_maps, touching
+from snapengine.kernel.uffd import Uffd
 from snapengine.mapfacts import MapFacts
-from snapengine.maps import Mapping, maps_text, parse_maps, read_maps, touching
 from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
 from snapengine.region import any_shared
 from snapengine.selection import UNCHANGED, Selection, Selector, parse_regions, select
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.tryregister import refusal, refused_regions
-from snapengine.uffd import Uffd
 
 APPEARED = "mapped while the snapshot began"
 PRIVATE_UNSEEN = (

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from snapengine.base.jsonfields import Fields, parse_object
 from snapengine.base.names import decode, escape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
-from snapengine.maps import Mapping as MemoryMapping
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import Mapping as MemoryMapping
+from snapengine.kernel.procmaps import read_maps
 from snapengine.threadblob import pack_threads, parse_threads
 from snapengine.threadstate import ThreadState
 

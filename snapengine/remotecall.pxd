@@ -1,7 +1,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint64_t
 
-from snapengine.ptrace cimport snap_sud_config, user_regs_struct
+from snapengine.kernel.ptrace cimport snap_sud_config, user_regs_struct
 
 # System calls made by a stopped thread of another process. Functions return 0 or an errno value. Between
 # remote_stop and remote_release the target's thread stands with registers that are not its own.

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.pagemap cimport scan_t
+from snapengine.kernel.pagemap cimport scan_t
 from snapengine.session cimport capture_t, lane_t, region_t
 
 

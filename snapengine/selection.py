@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from snapengine.backing import Backing
 from snapengine.base.units import format_size
 from snapengine.fates import Fate, region_name, sort_mappings, tracked_regions
 from snapengine.frozen import Copy, Way
+from snapengine.kernel.backing import Backing
+from snapengine.kernel.procmaps import DELETED, Mapping
 from snapengine.mapfacts import MapFacts
-from snapengine.maps import DELETED, Mapping
 from snapengine.options import COPY_LIMIT
 from snapengine.processrecord import NotCaptured
 from snapengine.targets import PAGE_BYTES, Region

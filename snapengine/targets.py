@@ -6,15 +6,15 @@ import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from snapengine.backing import Backings
 from snapengine.base.buffers import HeldBuffer
-from snapengine.maps import Mapping, covering, read_maps
+from snapengine.kernel.backing import Backings
+from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.region import Region
 
 if TYPE_CHECKING:
     from snapengine.frozen import Copied
+    from snapengine.kernel.uffd import Uffd
     from snapengine.processrecord import NotCaptured
-    from snapengine.uffd import Uffd
 
 PAGE_BYTES = 4096
 __all__ = ["KINDS", "PAGE_BYTES", "AttachedTarget", "BufferTarget", "Region", "Target"]

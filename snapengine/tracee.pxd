@@ -1,4 +1,4 @@
-from snapengine.ptrace cimport user_regs_struct
+from snapengine.kernel.ptrace cimport user_regs_struct
 
 # One thread of another process under ptrace(2). All calls for a thread must come from the OS thread that
 # seized it. Functions return 0 or an errno value unless they say otherwise.

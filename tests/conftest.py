@@ -28,8 +28,8 @@ _ran_on: set[str] = set()
 @pytest.fixture(scope="session")
 def requires_uffd():
     """Skip (CI: fail) the test where this user may not use userfaultfd; the reason says why."""
-    from snapengine import uffd
     from snapengine.errors import SnapengineError
+    from snapengine.kernel import uffd
 
     try:
         uffd.supported_features()

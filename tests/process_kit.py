@@ -13,7 +13,7 @@ import subprocess
 import pytest
 from waitkit import PATIENCE_S, until
 
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
 from snapengine.processrecord import NotCaptured, read_process
 from snapengine.sinks import MemorySink
 from snapengine.targets import PAGE_BYTES, Region

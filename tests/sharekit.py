@@ -177,7 +177,7 @@ class Child:
 
 def _hand_over(share, kind, path):
     """As a peer: pause and resume need nothing, since nobody but the test makes this process do anything."""
-    from snapengine.uffd import FEATURES, Uffd
+    from snapengine.kernel.uffd import FEATURES, Uffd
 
     with socket.socket(socket.AF_UNIX) as connection:
         while connection.connect_ex(path):

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 from targetkit import VALUES, Target, state_of, status_line, until
 
-from snapengine import attach, injectplan, procfs
+from snapengine import attach, injectplan
 from snapengine.attach import describe, mergeable_mappings, refuse_reason, threads_to_stop
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
+from snapengine.kernel import procfs
 
 pytestmark = pytest.mark.usefixtures("programs")
 

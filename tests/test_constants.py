@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import snapengine
-from snapengine.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING
-from snapengine.uffd import FEATURES, MODE_MISSING, MODE_WP
+from snapengine.kernel.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING
+from snapengine.kernel.uffd import FEATURES, MODE_MISSING, MODE_WP
 
 # include/uapi/linux/userfaultfd.h and fs.h of Linux 6.12; the version says when each appeared.
 KERNEL = {
@@ -109,7 +109,7 @@ def test_the_headers_of_this_host_agree(values):
 
 
 def test_our_header_has_them_all(values):
-    assert values(["snapengine/linux_compat.h"], False) == {**KERNEL, **SIZES}
+    assert values(["snapengine/internal/linux_compat.h"], False) == {**KERNEL, **SIZES}
 
 
 def test_what_python_sees():

@@ -15,7 +15,7 @@ from snapengine.cli import main
 from snapengine.core import export_core, file_ranges, holes_are_zero, with_unmapped
 from snapengine.corenotes import EHDR, PRPSINFO, PRSTATUS, elf_header, prpsinfo, prstatus, section_headers
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError
-from snapengine.maps import Mapping, read_maps
+from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
 from snapengine.sections import ImageRegion
 from snapengine.sinks import MemorySink

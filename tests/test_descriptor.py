@@ -8,7 +8,7 @@ import pytest
 from snapengine.base.descriptor import Descriptor
 from snapengine.freezer import Freezer
 from snapengine.guestmem import GuestMemory
-from snapengine.uffd import Uffd
+from snapengine.kernel.uffd import Uffd
 
 WRONG = {
     "type": lambda cls: cls(object()),

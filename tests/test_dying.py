@@ -24,10 +24,10 @@ import snapengine
 from snapengine import attach
 from snapengine.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
+from snapengine.kernel.uffd import Uffd
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.peer import PeerTarget
 from snapengine.process import ProcessTarget
-from snapengine.uffd import Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 KILLS = int(os.environ.get("KILLS", "12"))

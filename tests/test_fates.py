@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 
-from snapengine.backing import Backing
 from snapengine.fates import Fate, sort_mappings, tracked_regions
+from snapengine.kernel.backing import Backing
+from snapengine.kernel.procmaps import Mapping
 from snapengine.mapfacts import MapFacts
-from snapengine.maps import Mapping
 from snapengine.selection import Selector, select
 from snapengine.targets import Region
 

@@ -31,7 +31,7 @@ from waitkit import PATIENCE_S
 import snapengine
 from snapengine.errors import AttachError, TargetGoneError
 from snapengine.inject import inject_userfaultfd
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
 from snapengine.threadstate import ThreadState
 
 pytestmark = pytest.mark.usefixtures("programs")

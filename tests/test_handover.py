@@ -22,9 +22,9 @@ from waitkit import PATIENCE_S, until
 from snapengine.errors import CaptureCancelled, HandoverError, TargetGoneError
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
+from snapengine.kernel.uffd import Uffd
 from snapengine.peer import PeerTarget
 from snapengine.targets import Region, Target
-from snapengine.uffd import Uffd
 
 MIB = 1 << 20
 FEATURES = 1  # PAGEFAULT_FLAG_WP

@@ -18,7 +18,7 @@ from snapengine.capture import Capture
 from snapengine.errors import CaptureCancelled
 from snapengine.guestparams import GuestParams
 from snapengine.image import open_image
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
 from snapengine.options import Options
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")

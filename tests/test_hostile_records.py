@@ -17,7 +17,7 @@ from snapengine import cli, cli_image
 from snapengine.cli_stream import stream_info
 from snapengine.errors import ImageError
 from snapengine.image import open_image
-from snapengine.maps import Mapping
+from snapengine.kernel.procmaps import Mapping
 from snapengine.processrecord import NotCaptured, ProcessRecord
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.machine import differences

@@ -35,7 +35,7 @@ from waitkit import PATIENCE_S, attempts
 import snapengine
 from snapengine import attach
 from snapengine.inject import inject_userfaultfd
-from snapengine.uffd import FEATURES, Uffd
+from snapengine.kernel.uffd import FEATURES, Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -14,9 +14,9 @@ import snapengine
 from snapengine import attach, injectplan
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.inject import inject_userfaultfd
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
+from snapengine.kernel.uffd import FEATURES, Uffd
 from snapengine.preflight import examine_process
-from snapengine.uffd import FEATURES, Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

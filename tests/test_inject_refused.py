@@ -31,7 +31,7 @@ import snapengine
 from snapengine import attach
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError
 from snapengine.inject import inject_userfaultfd
-from snapengine.uffd import FEATURES, Uffd
+from snapengine.kernel.uffd import FEATURES, Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

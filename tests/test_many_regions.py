@@ -12,12 +12,12 @@ from targetkit import COUNTERS, MEMORY, Target, until
 import snapengine
 from snapengine import targets
 from snapengine.image import open_image
-from snapengine.maps import Mapping, covering, read_maps
+from snapengine.kernel.procmaps import Mapping, covering, read_maps
+from snapengine.kernel.uffd import FEATURES
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget, appeared
 from snapengine.session import Session
 from snapengine.targets import BufferTarget, Region
-from snapengine.uffd import FEATURES
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

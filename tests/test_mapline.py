@@ -2,7 +2,7 @@
 
 import pytest
 
-from snapengine.maps import Mapping, maps_text, parse_line, parse_maps
+from snapengine.kernel.procmaps import Mapping, maps_text, parse_line, parse_maps
 
 LINES = [
     b"55d0c8a00000-55d0c8a02000 r-xp 00001000 fd:01 1234567                    /usr/bin/two words",

@@ -17,13 +17,13 @@ from targetkit import COUNTERS, Target
 
 import snapengine
 from snapengine import handover
-from snapengine.backing import KERNEL, Backing, Backings, internal_device
 from snapengine.errors import AlreadyTrackedError, HandoverError, ImageError
 from snapengine.image import open_image
+from snapengine.kernel.backing import KERNEL, Backing, Backings, internal_device
+from snapengine.kernel.pagemap import CATEGORIES, is_guard, populated_runs
+from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.mapfacts import MapFacts
-from snapengine.maps import Mapping, read_maps
 from snapengine.memorymap import check_mapped
-from snapengine.pagemap import CATEGORIES, is_guard, populated_runs
 from snapengine.preflight import examine_process
 from snapengine.qemu.ramblocks import RamBlock
 from snapengine.qemu.target import QemuTarget

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from snapengine.backing import page_size_of
-from snapengine.maps import Mapping, covering, read_maps, without_overlaps
+from snapengine.kernel.backing import page_size_of
+from snapengine.kernel.procmaps import Mapping, covering, read_maps, without_overlaps
 
 MIB = 1 << 20
 MAP_HUGETLB = 0x40000

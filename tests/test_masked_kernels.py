@@ -12,7 +12,7 @@ from capturekit import anonymous, snap
 from targetkit import program
 
 import snapengine
-from snapengine.uffd import FEATURES
+from snapengine.kernel.uffd import FEATURES
 
 pytestmark = [pytest.mark.usefixtures("requires_uffd", "programs"), pytest.mark.timeout(600)]
 

@@ -17,7 +17,7 @@ from snapengine.base.names import decode, encode, escape, from_argument, one_lin
 from snapengine.core import export_core
 from snapengine.errors import NoSuchRegionError
 from snapengine.image import open_image
-from snapengine.maps import parse_line, read_maps
+from snapengine.kernel.procmaps import parse_line, read_maps
 from snapengine.process import ProcessTarget
 from snapengine.sinks import FileSink, MemorySink
 from snapengine.targets import Region

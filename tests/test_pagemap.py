@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from snapengine.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING, has_pagemap_scan, scan
-from snapengine.uffd import FEATURES, Uffd
+from snapengine.kernel.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING, has_pagemap_scan, scan
+from snapengine.kernel.uffd import FEATURES, Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

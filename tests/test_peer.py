@@ -14,7 +14,7 @@ from snapengine.image import open_image
 MIB = 1 << 20
 PEER = """
 import ctypes, json, mmap, os, socket, sys, time
-from snapengine.uffd import FEATURES, MODE_MISSING, MODE_WP, Uffd
+from snapengine.kernel.uffd import FEATURES, MODE_MISSING, MODE_WP, Uffd
 how = json.loads(sys.argv[2])
 size = 8 << 20
 flags = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if how.get("shared") else mmap.MAP_PRIVATE)

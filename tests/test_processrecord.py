@@ -17,7 +17,7 @@ from image_kit import opened
 
 from snapengine.base.names import escape, printable, unescape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
-from snapengine.maps import Mapping, read_maps
+from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processinfo import process_info, process_rows
 from snapengine.processrecord import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
 from snapengine.sections import ImageRegion

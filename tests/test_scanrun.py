@@ -7,10 +7,10 @@ import pytest
 
 import snapengine
 from snapengine.image import open_image
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
+from snapengine.kernel.uffd import FEATURES
 from snapengine.plan import Plan
 from snapengine.targets import BufferTarget
-from snapengine.uffd import FEATURES
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

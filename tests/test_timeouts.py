@@ -19,8 +19,9 @@ from targetkit import Target, descriptors, refusal, state_of, status_line
 from waitkit import PATIENCE_S, until
 
 import snapengine
-from snapengine import attach, cgroups, injectplan, procfs
+from snapengine import attach, injectplan
 from snapengine.errors import CaptureCancelled, SinkError, TimeLimitError
+from snapengine.kernel import cgroups, procfs
 from snapengine.process import ProcessTarget
 from snapengine.qemu.ingest import ingest
 from snapengine.sinks import ExecSink, FileSink, open_sink

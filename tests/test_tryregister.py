@@ -6,10 +6,10 @@ import mmap
 
 import pytest
 
-from snapengine.maps import read_maps
+from snapengine.kernel.procmaps import read_maps
+from snapengine.kernel.uffd import FEATURES, Uffd
 from snapengine.targets import Region
 from snapengine.tryregister import refusal, refused_regions
-from snapengine.uffd import FEATURES, Uffd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

@@ -17,7 +17,7 @@ import pytest
 from waitkit import PATIENCE_S, until
 
 from snapengine.errors import UffdPermissionError
-from snapengine.uffd import (
+from snapengine.kernel.uffd import (
     FEATURES,
     MODE_MISSING,
     MODE_WP,

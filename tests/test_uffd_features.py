@@ -10,7 +10,7 @@ import tempfile
 import pytest
 
 from snapengine.errors import UnsupportedError
-from snapengine.uffd import (
+from snapengine.kernel.uffd import (
     FEATURES,
     Uffd,
     feature_names,

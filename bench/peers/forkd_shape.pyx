@@ -20,7 +20,7 @@ from snapengine.base.pthreads cimport (
     pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, pthread_t, snap_thread_start,
 )
-from snapengine.uffd cimport uffd_unprotect, uffd_unregister
+from snapengine.kernel.uffd cimport uffd_unprotect, uffd_unregister
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:

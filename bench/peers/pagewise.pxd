@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 from posix.unistd cimport pwrite, read
 
-from snapengine.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
+from snapengine.kernel.linux cimport UFFD_EVENT_PAGEFAULT, uffd_msg
 
 cdef enum:
     PAGE = 4096

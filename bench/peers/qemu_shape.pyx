@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 
 from pagewise cimport PAGE, copy_page, next_fault, write_page
 from snapengine.base.oserror cimport raise_oserror
-from snapengine.uffd cimport uffd_unprotect
+from snapengine.kernel.uffd cimport uffd_unprotect
 
 cdef struct Scan:
     int uffd

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from snapengine.guestmem import GuestMemory
-from snapengine.uffd import FEATURES, Uffd
+from snapengine.kernel.uffd import FEATURES, Uffd
 
 Way = Callable[[GuestMemory, Path | None, Callable[[], Any]], dict[str, int]]
 

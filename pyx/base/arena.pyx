@@ -20,7 +20,7 @@ cdef extern from "<sys/mman.h>" nogil:
     const int MADV_HUGEPAGE
     const int MADV_WIPEONFORK
 
-cdef extern from "snapengine/linux_compat.h" nogil:
+cdef extern from "snapengine/internal/linux_compat.h" nogil:
     const int MADV_POPULATE_WRITE
 
 cdef uint64_t HUGE = 2 << 20

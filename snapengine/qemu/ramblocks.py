@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from snapengine.errors import MachineError
-from snapengine.maps import Mapping, covering, read_maps
+from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.replies import ask
 from snapengine.targets import PAGE_BYTES

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from snapengine import attach
-from snapengine.backing import Backings
 from snapengine.errors import MachineError, RegisterError, SnapengineError, TargetGoneError
 from snapengine.frozen import Copied, Copy, copy_frozen
 from snapengine.inject import inject_userfaultfd
-from snapengine.maps import Mapping as MemoryMapping
-from snapengine.maps import covering, read_maps
+from snapengine.kernel.backing import Backings
+from snapengine.kernel.procmaps import Mapping as MemoryMapping
+from snapengine.kernel.procmaps import covering, read_maps
+from snapengine.kernel.uffd import Uffd
 from snapengine.processrecord import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
@@ -32,7 +33,6 @@ from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
 from snapengine.qemu.replies import ask
 from snapengine.result import fitted_parts
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.uffd import Uffd
 
 ROM_BYTES = 8 << 20  # of one block that is copied while the guest stands
 TRACKED = ("anonymous", "shmem", "hugetlb")

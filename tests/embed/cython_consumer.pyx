@@ -10,7 +10,7 @@ from snapengine.capi cimport (
 )
 from snapengine.base.checksum cimport crc32c
 from snapengine.base.pages cimport page_nonzero
-from snapengine.uffd cimport Uffd, uffd_protect
+from snapengine.kernel.uffd cimport Uffd, uffd_protect
 
 
 def checksum(const unsigned char[::1] data not None):

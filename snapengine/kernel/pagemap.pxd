@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.linux cimport page_region
+from snapengine.kernel.linux cimport page_region
 
 cdef enum:
     SCAN_VECTOR = 512

@@ -12,7 +12,7 @@ from posix.ioctl cimport ioctl
 from posix.unistd cimport close
 
 from snapengine.base.atomics cimport snap_load
-from snapengine.linux cimport (
+from snapengine.kernel.linux cimport (
     IOCTL_UFFDIO_API, IOCTL_UFFDIO_REGISTER, IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE,
     IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
@@ -21,13 +21,13 @@ from snapengine.linux cimport (
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP,
     snap_uffd_open, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 )
-from snapengine.mapquery cimport next_vma, vma_t
+from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.base.oserror cimport raise_oserror
 
 import os
 
 from snapengine.errors import UffdError, UffdPermissionError, UnsupportedError
-from snapengine.features import named
+from snapengine.kernel.features import named
 
 FEATURES = {
     "PAGEFAULT_FLAG_WP": UFFD_FEATURE_PAGEFAULT_FLAG_WP,

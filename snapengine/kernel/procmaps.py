@@ -1,8 +1,8 @@
 """/proc/PID/maps: which mapping holds an address, and what it is, in words that a message can use.
 
-`snapengine.mapline` takes its lines apart. Names are bytes: in a `Mapping` they are decoded with
+`snapengine.kernel.procmaps_line` takes its lines apart. Names are bytes: in a `Mapping` they are decoded with
 surrogateescape, so that every byte stays. What a name says of the memory is a word for messages;
-`snapengine.backing` asks the kernel.
+`snapengine.kernel.backing` asks the kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import bisect
 import operator
 from collections.abc import Iterator
 
-from snapengine.mapline import Mapping, parse_line, parse_maps, without_overlaps
+from snapengine.kernel.procmaps_line import Mapping, parse_line, parse_maps, without_overlaps
 
 __all__ = [
     "DELETED", "Mapping", "covering", "has_ended", "maps_text", "parse_line", "parse_maps", "read_maps",

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from snapengine import procfs
+from snapengine.kernel import procfs
 
 
 def frozen_by(pid: int) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""The lines of /proc/PID/maps (proc_pid_maps(5)), taken apart. See `snapengine.maps`, which reads them.
+"""The lines of /proc/PID/maps (proc_pid_maps(5)), taken apart. See `snapengine.kernel.procmaps`, which reads them.
 
 Compiled, because a process may have 65 000 of them: 0.1 µs a line instead of 3. Neighbours are mostly of one
 kind, so a line takes over the texts of the one before where its bytes are the same.
@@ -41,7 +41,7 @@ cdef class Mapping:
     @property
     def backing(self):
         """What its name says of it, for messages: nothing but this mapping holds the pages, a memory file
-        (memfd, /dev/shm), or a file. (`snapengine.backing` knows.)"""
+        (memfd, /dev/shm), or a file. (`snapengine.kernel.backing` knows.)"""
         if not self.shared and (not self.path or self.path.startswith("[")):
             return "anonymous"
         if self.path.startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage", "[anon_")):

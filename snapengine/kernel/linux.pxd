@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 cdef extern from "<errno.h>" nogil:
     const int ECANCELED             # not in libc.errno
 
-cdef extern from "snapengine/linux_compat.h" nogil:
+cdef extern from "snapengine/internal/linux_compat.h" nogil:
     int snap_uffd_open(int flags)
 
     const uint64_t UFFD_API

@@ -8,8 +8,8 @@ from libc.errno cimport E2BIG, EINTR, ENOENT, errno
 from libc.string cimport memchr, memmove
 from posix.unistd cimport pread
 
-from snapengine.mapline cimport take_number
-from snapengine.mapquery cimport next_vma
+from snapengine.kernel.procmaps_line cimport take_number
+from snapengine.kernel.procmap_query cimport next_vma
 
 cdef enum:
     TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each up to four characters long

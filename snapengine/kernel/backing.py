@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from snapengine.base.fileio import file_system
-from snapengine.maps import DELETED, Mapping, read_smaps
+from snapengine.kernel.procmaps import DELETED, Mapping, read_smaps
 
 PAGE_BYTES = 4096
 

@@ -13,7 +13,7 @@ import re
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.bitmap cimport bits_mask
-from snapengine.linux cimport (
+from snapengine.kernel.linux cimport (
     ECANCELED,
     IOCTL_PAGEMAP_SCAN, PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT,
     PAGE_IS_SWAPPED, PAGE_IS_WRITTEN,

@@ -2,7 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-cdef extern from "snapengine/ptrace.h" nogil:
+cdef extern from "snapengine/internal/ptrace.h" nogil:
     int PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_CONT, PTRACE_SYSCALL, PTRACE_DETACH
     int PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_GETREGSET, PTRACE_GETSIGMASK, PTRACE_SETSIGMASK
     int PTRACE_GETSIGINFO, PTRACE_GETEVENTMSG, PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_PEEKDATA, PTRACE_POKEDATA

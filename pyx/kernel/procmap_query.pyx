@@ -8,7 +8,7 @@ from libc.errno cimport EINTR, errno
 from libc.string cimport memset
 from posix.ioctl cimport ioctl
 
-from snapengine.linux cimport IOCTL_PROCMAP_QUERY, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, procmap_query
+from snapengine.kernel.linux cimport IOCTL_PROCMAP_QUERY, PROCMAP_QUERY_COVERING_OR_NEXT_VMA, procmap_query
 
 
 cdef int next_vma(int maps, uint64_t addr, vma_t *found) noexcept nogil:
