@@ -38,7 +38,7 @@ from snapengine.qemu.machine import VERSION, describe, differences, disks, refus
 from snapengine.qemu.ramblocks import RamBlock, parse_table, ram_blocks
 from snapengine.qemu.regenerate import write_stream
 from snapengine.sections import ImageRegion
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.stream import restore_stream
 from snapengine.threadblob import pack_threads, parse_threads
 

@@ -24,7 +24,7 @@ from snapengine.image_format cimport (
     SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_PART_MAX_BYTES, SNAP_RAW, SNAP_REGN, SNAP_STAT, SNAP_TRLR,
     SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page, snap_entry_pages, snap_file_header, snap_trailer,
 )
-from snapengine.outlet cimport ECANCELED
+from snapengine.storage.fd_writer cimport ECANCELED
 
 from snapengine import packing
 from snapengine.base import names
@@ -77,7 +77,7 @@ cdef const char *check_chunk(
 
 
 cdef class Writer:
-    """An image into `sink` (see `snapengine.sinks`), at most `rate_limit` bytes a second (0: any).
+    """An image into `sink` (see `snapengine.storage.sinks`), at most `rate_limit` bytes a second (0: any).
 
     `image_id` and `parent_id` are 16 bytes (default: a new UUID; zeros). Call `begin`, then `chunk` and
     `vmstate` in any order, then `finish`. The sink's `commit` and `abort` remain the caller's.

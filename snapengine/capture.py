@@ -74,7 +74,7 @@ def snapshot(
         A writable buffer of this process, a dict of them, or a `Target`.
     sink:
         A path, ``"file:PATH"``, ``"exec:COMMAND"``, ``"fd:N"``, ``"-"``, a writable binary file, or a
-        `snapengine.sinks.Sink`.
+        `snapengine.storage.sinks.Sink`.
     options, fields:
         `Options`, or its fields by name.
     vmstate:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from snapengine.core import Lost
     from snapengine.image import Image
     from snapengine.sections import ImageRegion
-    from snapengine.sinks import Sink
+    from snapengine.storage.sinks import Sink
 
 RESTORE = """\
 Write the memory of one region, as it was at T, into a file or to standard output: raw bytes from the
@@ -87,7 +87,7 @@ def run_restore(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _output(spec: str) -> Iterator[Sink]:
     """The output of the command line, as the library takes it."""
-    from snapengine.sinks import open_sink
+    from snapengine.storage.sinks import open_sink
 
     check_output(spec)
     sink = open_sink(spec)

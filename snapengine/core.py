@@ -48,7 +48,7 @@ from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
 from snapengine.restorer import Restorer
 from snapengine.sections import ImageRegion, page_text
-from snapengine.sinks import FileSink, Sink, put, whole
+from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:
     from snapengine.image import Image

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from snapengine.packing import ZERO
 from snapengine.restorer import Restorer
 from snapengine.sections import ImageRegion
-from snapengine.sinks import FileSink, Sink, put, whole
+from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:
     from snapengine.image import Image

@@ -46,8 +46,8 @@ from snapengine.sections import (
     parse_stats,
     parse_trailer,
 )
-from snapengine.sinks import Sink
-from snapengine.sources import FileSource, corrupt
+from snapengine.storage.sinks import Sink
+from snapengine.storage.sources import FileSource, corrupt
 from snapengine.targets import PAGE_BYTES
 from snapengine.verify import VerifyReport, verify_image
 
@@ -342,7 +342,7 @@ class Image:
     ) -> int:
         """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
 
-        ``path`` may be a `snapengine.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
+        ``path`` may be a `snapengine.storage.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
         bytes in their order.
 
         Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so

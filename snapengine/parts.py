@@ -10,7 +10,7 @@ from snapengine.encoder import Encoder
 from snapengine.kernel.uffd import Uffd
 from snapengine.plan import Plan
 from snapengine.session import Session
-from snapengine.sinks import Sink
+from snapengine.storage.sinks import Sink
 from snapengine.targets import AttachedTarget, Region, Target
 from snapengine.tracker import Tracker
 from snapengine.writer import Writer

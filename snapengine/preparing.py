@@ -20,7 +20,7 @@ from snapengine.plan import Plan
 from snapengine.process import ProcessTarget
 from snapengine.region import any_shared, total_bytes
 from snapengine.session import Session
-from snapengine.sinks import open_sink
+from snapengine.storage.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
 from snapengine.writer import Writer
 

@@ -21,7 +21,7 @@ from snapengine.rules import (
     check_file_header,
     check_record,
 )
-from snapengine.sources import FileSource, Named, Source, corrupt, truncated
+from snapengine.storage.sources import FileSource, Named, Source, corrupt, truncated
 
 MAGIC = b"\x89SNPE\r\n\x1a"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snapengine.errors import UnsupportedVersionError
 from snapengine.packing import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
-from snapengine.sources import Named, corrupt
+from snapengine.storage.sources import Named, corrupt
 from snapengine.targets import KINDS
 
 if TYPE_CHECKING:

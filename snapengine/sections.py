@@ -14,7 +14,7 @@ from snapengine.packing import NAME_BYTES, REGION, region_pages
 from snapengine.records import FILE_HEADER, RECORD, FileHeader, Record
 from snapengine.resultfields import check_figures
 from snapengine.rules import INDEX_ENTRY_BYTES, check_region
-from snapengine.sources import Source, corrupt
+from snapengine.storage.sources import Source, corrupt
 from snapengine.targets import KINDS, PAGE_BYTES
 
 TRAILER = struct.Struct("<QQQQQQQ16s")

@@ -29,7 +29,7 @@ from snapengine.sections import (
     parse_stats,
     parse_trailer,
 )
-from snapengine.sources import StreamSource, corrupt
+from snapengine.storage.sources import StreamSource, corrupt
 from snapengine.targets import PAGE_BYTES
 
 __all__ = ["ImageStream", "Pages", "restore_stream", "stream_image"]

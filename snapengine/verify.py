@@ -10,7 +10,7 @@ from snapengine.packing import ZSTD
 from snapengine.records import FILE_HEADER, Record, read_payload, read_record
 from snapengine.rules import KNOWN_TYPES, Order
 from snapengine.sections import ImageRegion, page_text
-from snapengine.sources import FileSource, corrupt, truncated
+from snapengine.storage.sources import FileSource, corrupt, truncated
 
 if TYPE_CHECKING:
     from snapengine.image import Image

@@ -2,7 +2,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from snapengine.image_format cimport snap_index, snap_record
-from snapengine.outlet cimport Outlet
+from snapengine.storage.fd_writer cimport Outlet
 
 
 cdef class Writer:

@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from snapengine.sinks import Sink
+from snapengine.storage.sinks import Sink
 from snapengine.targets import Region
 
 class Writer:

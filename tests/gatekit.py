@@ -5,7 +5,7 @@ import threading
 
 from waitkit import PATIENCE_S
 
-from snapengine.sinks import PYTHON_LEVEL, FileSink
+from snapengine.storage.sinks import PYTHON_LEVEL, FileSink
 
 MIB = 1 << 20
 

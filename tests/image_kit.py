@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from snapengine.base.checksum import crc32c_of
 from snapengine.image import Image, open_image
 from snapengine.records import RECORD, Record, read_record
-from snapengine.sinks import MemorySink
-from snapengine.sources import StreamSource
+from snapengine.storage.sinks import MemorySink
+from snapengine.storage.sources import StreamSource
 from snapengine.stream import stream_image
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.writer import Writer

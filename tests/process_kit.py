@@ -15,7 +15,7 @@ from waitkit import PATIENCE_S, until
 
 from snapengine.kernel.procmaps import read_maps
 from snapengine.processrecord import NotCaptured, read_process
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.threadstate import ThreadState
 from snapengine.writer import Writer

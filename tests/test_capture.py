@@ -21,7 +21,7 @@ from waitkit import PATIENCE_S, until
 
 import snapengine
 from snapengine.image import open_image
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 
 MIB = 1 << 20
 PAGE = 4096

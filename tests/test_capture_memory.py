@@ -12,7 +12,7 @@ from gatekit import GatedFile
 
 import snapengine
 from snapengine.image import open_image
-from snapengine.sinks import NullSink
+from snapengine.storage.sinks import NullSink
 
 MIB = 1 << 20
 PAGE = 4096

@@ -24,7 +24,7 @@ from snapengine.kernel.procmaps import Mapping
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.processrecord import ProcessRecord
 from snapengine.result import Result, fitted_parts
-from snapengine.sinks import FileSink
+from snapengine.storage.sinks import FileSink
 from snapengine.tables import columns, fitted, table_lines, wrapped
 from snapengine.targets import BufferTarget, Region
 from snapengine.writer import Writer

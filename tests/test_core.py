@@ -18,7 +18,7 @@ from snapengine.errors import CorruptImageError, ImageError, LostPagesError, Sin
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
 from snapengine.sections import ImageRegion
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
 from snapengine.threadstate import ThreadState
 from snapengine.writer import Writer

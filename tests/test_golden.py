@@ -6,7 +6,7 @@ from pathlib import Path
 from image_kit import DATA, HOLE, LOST, ZERO, pattern, stream_everything
 
 from snapengine.image import open_image
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
 from snapengine.writer import Writer
 

@@ -14,7 +14,7 @@ from snapengine.errors import CorruptImageError, ImageError, LostPagesError, Sin
 from snapengine.image import open_image
 from snapengine.packing import pack_entry
 from snapengine.records import RECORD
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.stream import restore_stream, stream_image
 from snapengine.targets import Region
 from snapengine.writer import Writer

@@ -28,7 +28,7 @@ from snapengine.packing import DATA, HOLE, LOST, ZERO
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.regenerate import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
 from snapengine.writer import Writer
 

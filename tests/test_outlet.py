@@ -6,7 +6,7 @@ import os
 import pytest
 from image_kit import DATA
 
-from snapengine.sinks import FdSink, MemorySink, open_sink
+from snapengine.storage.sinks import FdSink, MemorySink, open_sink
 from snapengine.targets import Region
 from snapengine.writer import Writer
 

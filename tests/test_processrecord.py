@@ -21,7 +21,7 @@ from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processinfo import process_info, process_rows
 from snapengine.processrecord import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
 from snapengine.sections import ImageRegion
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.threadstate import ThreadState
 from snapengine.writer import Writer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, reseal, sample
 
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
-from snapengine.sinks import MemorySink
+from snapengine.storage.sinks import MemorySink
 from snapengine.stream import restore_stream
 from snapengine.targets import Region
 from snapengine.writer import Writer

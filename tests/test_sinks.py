@@ -9,7 +9,16 @@ import stat
 import pytest
 
 from snapengine.errors import SinkError
-from snapengine.sinks import ExecSink, FdSink, FileSink, MemorySink, NullSink, PyFileSink, Sink, open_sink
+from snapengine.storage.sinks import (
+    ExecSink,
+    FdSink,
+    FileSink,
+    MemorySink,
+    NullSink,
+    PyFileSink,
+    Sink,
+    open_sink,
+)
 
 
 def put(sink: Sink, data: bytes) -> None:

@@ -20,7 +20,7 @@ from snapengine.image import open_image
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.monitor import Monitor
-from snapengine.sinks import Sink
+from snapengine.storage.sinks import Sink
 
 MIB = 1 << 20
 

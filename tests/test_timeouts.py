@@ -24,7 +24,7 @@ from snapengine.errors import CaptureCancelled, SinkError, TimeLimitError
 from snapengine.kernel import cgroups, procfs
 from snapengine.process import ProcessTarget
 from snapengine.qemu.ingest import ingest
-from snapengine.sinks import ExecSink, FileSink, open_sink
+from snapengine.storage.sinks import ExecSink, FileSink, open_sink
 from snapengine.targets import Region
 from snapengine.writer import Writer
 

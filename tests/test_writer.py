@@ -14,7 +14,7 @@ from waitkit import PATIENCE_S
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CaptureCancelled, SinkError
-from snapengine.sinks import ExecSink, FdSink, MemorySink, NullSink, PyFileSink, Sink, open_sink
+from snapengine.storage.sinks import ExecSink, FdSink, MemorySink, NullSink, PyFileSink, Sink, open_sink
 from snapengine.targets import Region
 from snapengine.writer import Writer
 

@@ -10,7 +10,7 @@ from snapengine.options import Options
 from snapengine.qemu.assemble import regions_of, write_end
 from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
-from snapengine.sinks import NullSink
+from snapengine.storage.sinks import NullSink
 from snapengine.targets import PAGE_BYTES
 from snapengine.vmpages import Census
 

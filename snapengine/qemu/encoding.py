@@ -8,7 +8,7 @@ from snapengine.base.workers import Crew
 from snapengine.encoder import Encoder
 from snapengine.options import Options
 from snapengine.pool import Pool
-from snapengine.sinks import Sink
+from snapengine.storage.sinks import Sink
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.writer import Writer
 

@@ -21,7 +21,7 @@ from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
 from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
-from snapengine.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink
+from snapengine.storage.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink
 from snapengine.vmpages import DirectIntake, Spool
 
 __all__ = ["drain", "ingest"]

@@ -22,7 +22,7 @@ from snapengine.errors import CorruptImageError, ImageError, StreamError
 from snapengine.image import Image
 from snapengine.qemu.blobs import HEAD, NAME_MAX_BYTES, TAIL
 from snapengine.sections import ImageRegion
-from snapengine.sinks import enlarge_pipe
+from snapengine.storage.sinks import enlarge_pipe
 from snapengine.vmsend import PageSender
 from snapengine.vmstream import HEAD_MAX_BYTES, RAM_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
 
