@@ -29,6 +29,8 @@ from test_rules import byte_changes, field_changes, order_changes, reference_cha
 from snapengine.errors import HandoverError, ImageError, MachineError, StreamError
 from snapengine.handover import ArrayScanner, parse_offer
 from snapengine.image import open_image
+from snapengine.image.sections import ImageRegion
+from snapengine.image.stream import restore_stream
 from snapengine.kernel.procfs import status
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
@@ -37,9 +39,7 @@ from snapengine.qemu.ingest import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy
 from snapengine.qemu.ramblocks import RamBlock, parse_table, ram_blocks
 from snapengine.qemu.regenerate import write_stream
-from snapengine.sections import ImageRegion
 from snapengine.storage.sinks import MemorySink
-from snapengine.stream import restore_stream
 from snapengine.threadblob import pack_threads, parse_threads
 
 

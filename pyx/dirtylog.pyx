@@ -21,7 +21,7 @@ from snapengine.base.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
 from snapengine.events cimport forget_all
 from snapengine.base.nofault cimport guard_thread
-from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
+from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.kernel.linux cimport (
     ECANCELED,
     PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,

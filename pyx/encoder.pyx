@@ -21,7 +21,7 @@ from snapengine.levels import Levels
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.checksum cimport crc32c
-from snapengine.image_format cimport SNAP_RAW, SNAP_ZSTD
+from snapengine.image.format cimport SNAP_RAW, SNAP_ZSTD
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, slot_data, slot_entries,

@@ -19,7 +19,7 @@ from snapengine.events cimport (
 )
 from snapengine.base.histogram cimport histogram_add
 from snapengine.hits cimport may_serve, note_hit
-from snapengine.image_format cimport SNAP_HOLE, SNAP_LOST
+from snapengine.image.format cimport SNAP_HOLE, SNAP_LOST
 from snapengine.kernel.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
 )

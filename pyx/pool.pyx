@@ -16,7 +16,7 @@ import tempfile
 from snapengine.base.arena cimport Arena
 from snapengine.base.atomics cimport snap_add, snap_load, snap_store
 from snapengine.base.checksum cimport crc32c
-from snapengine.image_format cimport (
+from snapengine.image.format cimport (
     SNAP_ENTRY_MAX_PAGES, snap_entry, snap_entry_kind, snap_entry_page, snap_entry_pages,
 )
 from snapengine.base.pthreads cimport (

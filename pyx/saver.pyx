@@ -11,7 +11,7 @@ from libc.errno cimport EAGAIN, ENOENT, ESRCH
 from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
 from snapengine.events cimport call_fault_threads, pump
-from snapengine.image_format cimport SNAP_HOLE
+from snapengine.image.format cimport SNAP_HOLE
 from snapengine.pool cimport lane_room
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr

@@ -12,7 +12,7 @@ from posix.unistd cimport lseek, pread
 from snapengine.base.atomics cimport snap_bump, snap_ctz, snap_fetch_or
 from snapengine.base.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
 from snapengine.base.nofault cimport guarded
-from snapengine.image_format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
+from snapengine.image.format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.memfile cimport page_exists, resident
 from snapengine.base.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.kernel.pagemap cimport pagemap_read

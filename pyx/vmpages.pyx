@@ -14,7 +14,7 @@ from posix.uio cimport pwritev
 
 from snapengine.base.atomics cimport snap_load, snap_store
 from snapengine.base.fileio cimport pread_all
-from snapengine.image_format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
+from snapengine.image.format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pages cimport copy_page, page_nonzero
 from snapengine.pool cimport (

@@ -9,11 +9,11 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.string cimport memcpy
 from posix.uio cimport writev
 
-from snapengine.image_format cimport SNAP_PAGE_BYTES, SNAP_ZERO
+from snapengine.image.format cimport SNAP_PAGE_BYTES, SNAP_ZERO
 from snapengine.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.poll cimport POLLOUT, poll, pollfd
-from snapengine.runs cimport run_t
+from snapengine.image.runs cimport run_t
 
 cdef char[1] ZERO_BYTE = [0]
 

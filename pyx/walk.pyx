@@ -20,7 +20,7 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_next, bits_test
-from snapengine.image_format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
+from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.lookout cimport look, stop_looking
 from snapengine.pieces cimport first_region
 from snapengine.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room

@@ -52,7 +52,7 @@ _PLACES = {
     "CaptureCancelled": "errors",
     "CorruptImageError": "errors",
     "HandoverError": "errors",
-    "Image": "image",
+    "Image": "image.image",
     "ImageError": "errors",
     "LostPagesError": "errors",
     "NoSuchRegionError": "errors",
@@ -74,7 +74,7 @@ _PLACES = {
     "UnsupportedError": "errors",
     "UnsupportedVersionError": "errors",
     "_C_API": "capi",
-    "open_image": "image",
+    "open_image": "image.image",
     "snapshot": "capture",
 }
 """Name and module: each is imported when it is first asked for, as submodules are, so that `import

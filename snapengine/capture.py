@@ -33,10 +33,10 @@ from snapengine.errors import (
 )
 from snapengine.failures import explain
 from snapengine.finishing import finish_image
+from snapengine.image.region_pack import numbered
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
-from snapengine.regionpack import numbered
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets import BufferTarget, Target
 from snapengine.tracker import Tracker

@@ -17,7 +17,7 @@ from snapengine.errors import LostPagesError, SinkError
 if TYPE_CHECKING:
     from snapengine.core import Lost
     from snapengine.image import Image
-    from snapengine.sections import ImageRegion
+    from snapengine.image.sections import ImageRegion
     from snapengine.storage.sinks import Sink
 
 RESTORE = """\

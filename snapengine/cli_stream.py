@@ -9,11 +9,11 @@ from typing import Any
 
 from snapengine.base.names import escape
 from snapengine.errors import LostPagesError
-from snapengine.image import region_info
+from snapengine.image.image import region_info
+from snapengine.image.stream import ImageStream, stream_image
 from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.qemu.blobs import machine_in
-from snapengine.stream import ImageStream, stream_image
 
 
 def read_stream() -> ImageStream:

@@ -43,11 +43,11 @@ from snapengine.corenotes import (
 )
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.export import pieces
+from snapengine.image.encode import HOLE, LOST
+from snapengine.image.restorer import Restorer
+from snapengine.image.sections import ImageRegion, page_text
 from snapengine.kernel.procmaps import Mapping
-from snapengine.packing import HOLE, LOST
 from snapengine.processrecord import ProcessRecord
-from snapengine.restorer import Restorer
-from snapengine.sections import ImageRegion, page_text
 from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:

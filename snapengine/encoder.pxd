@@ -3,7 +3,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from snapengine.base.arena cimport Arena
 from snapengine.pool cimport Pool, chunk_ref, pool_t
 from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
-from snapengine.writer cimport Writer
+from snapengine.image.writer cimport Writer
 
 cdef enum:
     ENCODERS_MAX = 64

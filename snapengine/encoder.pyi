@@ -1,5 +1,5 @@
+from snapengine.image.writer import Writer
 from snapengine.pool import Pool
-from snapengine.writer import Writer
 
 class Encoder:
     def __init__(

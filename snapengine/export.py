@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from snapengine.packing import ZERO
-from snapengine.restorer import Restorer
-from snapengine.sections import ImageRegion
+from snapengine.image.encode import ZERO
+from snapengine.image.restorer import Restorer
+from snapengine.image.sections import ImageRegion
 from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:

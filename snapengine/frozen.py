@@ -10,13 +10,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from snapengine.image.encode import DATA, HOLE, LOST, ZERO
+from snapengine.image.writer import Writer
 from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping
 from snapengine.mapfacts import data_ranges
-from snapengine.packing import DATA, HOLE, LOST, ZERO
 from snapengine.tally import Extra
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.writer import Writer
 
 CHUNK_PAGES = 256
 PIECE_BYTES = 4 << 20

@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass, field
 
 from snapengine.encoder import Encoder
+from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
 from snapengine.plan import Plan
 from snapengine.session import Session
 from snapengine.storage.sinks import Sink
 from snapengine.targets import AttachedTarget, Region, Target
 from snapengine.tracker import Tracker
-from snapengine.writer import Writer
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from snapengine.encoder import Encoder
 from snapengine.errors import HandoverError, UnsupportedError
+from snapengine.image.writer import Writer
 from snapengine.kernel import procfs
 from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
 from snapengine.kernel.uffd import FEATURES, Uffd, supported_features
@@ -22,7 +23,6 @@ from snapengine.region import any_shared, total_bytes
 from snapengine.session import Session
 from snapengine.storage.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
-from snapengine.writer import Writer
 
 TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
 SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started

@@ -9,8 +9,8 @@ from typing import Any
 
 from snapengine.base.names import escape, printable, unescape
 from snapengine.base.units import format_count, format_size
+from snapengine.image.sections import ImageRegion
 from snapengine.processrecord import ProcessRecord, not_captured_object
-from snapengine.sections import ImageRegion
 
 SHOWN_THREADS = 8
 CUTS = {

@@ -2,7 +2,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 from posix.uio cimport iovec
 
-from snapengine.restorer cimport Restorer, destination_t
+from snapengine.image.restorer cimport Restorer, destination_t
 
 cdef enum:
     BATCH = 256                        # pages a writev

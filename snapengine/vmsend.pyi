@@ -1,6 +1,6 @@
-from snapengine.reader import PageIndex
-from snapengine.restorer import Restorer
-from snapengine.runs import Runs
+from snapengine.image.index import PageIndex
+from snapengine.image.restorer import Restorer
+from snapengine.image.runs import Runs
 
 class PageSender(Restorer):
     data_pages: int

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass, field, replace
 
 from snapengine.base.checksum import crc32c_of
-from snapengine.records import read_record
+from snapengine.image.records import read_record
 from snapengine.storage.sources import StreamSource
 
 HEADER = struct.Struct("<8sHHIQ16s16sI")

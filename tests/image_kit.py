@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.image import Image, open_image
-from snapengine.records import RECORD, Record, read_record
+from snapengine.image.records import RECORD, Record, read_record
+from snapengine.image.stream import stream_image
+from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
 from snapengine.storage.sources import StreamSource
-from snapengine.stream import stream_image
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.writer import Writer
 
 DATA, ZERO, HOLE, LOST = range(4)
 FIELDS = {

@@ -13,12 +13,12 @@ import subprocess
 import pytest
 from waitkit import PATIENCE_S, until
 
+from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import read_maps
 from snapengine.processrecord import NotCaptured, read_process
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets import PAGE_BYTES, Region
 from snapengine.threadstate import ThreadState
-from snapengine.writer import Writer
 
 DATA, ZERO, HOLE, LOST = range(4)
 PTRACE_CONT, PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_GETSIGMASK = (

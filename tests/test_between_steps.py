@@ -24,7 +24,7 @@ from test_process_lost import FIRST, MAP_A_FILE, MIB, N_PAGES, PAGE, REMOVE, UNM
 import snapengine
 from snapengine.errors import TargetGoneError
 from snapengine.image import open_image
-from snapengine.packing import DATA, HOLE, LOST
+from snapengine.image.encode import DATA, HOLE, LOST
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

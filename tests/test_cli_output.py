@@ -20,6 +20,7 @@ from waitkit import PATIENCE_S
 from snapengine import AlreadyTrackedError, ProcessTarget, snapshot
 from snapengine.figures import figures_rows
 from snapengine.image import open_image
+from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.processrecord import ProcessRecord
@@ -27,7 +28,6 @@ from snapengine.result import Result, fitted_parts
 from snapengine.storage.sinks import FileSink
 from snapengine.tables import columns, fitted, table_lines, wrapped
 from snapengine.targets import BufferTarget, Region
-from snapengine.writer import Writer
 
 LOCALES = [
     {"PYTHONIOENCODING": "ascii"},

@@ -15,13 +15,13 @@ from snapengine.cli import main
 from snapengine.core import export_core, file_ranges, holes_are_zero, with_unmapped
 from snapengine.corenotes import EHDR, PRPSINFO, PRSTATUS, elf_header, prpsinfo, prstatus, section_headers
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError
+from snapengine.image.sections import ImageRegion
+from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
-from snapengine.sections import ImageRegion
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
 from snapengine.threadstate import ThreadState
-from snapengine.writer import Writer
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb")
 PAGE = 4096

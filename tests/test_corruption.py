@@ -15,7 +15,7 @@ from snapengine.errors import (
     TruncatedImageError,
     UnsupportedVersionError,
 )
-from snapengine.records import RECORD
+from snapengine.image.records import RECORD
 
 SAMPLE = sample()
 RECORDS = records(SAMPLE.data)

@@ -6,9 +6,9 @@ from pathlib import Path
 from image_kit import DATA, HOLE, LOST, ZERO, pattern, stream_everything
 
 from snapengine.image import open_image
+from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
-from snapengine.writer import Writer
 
 GOLDEN = Path(__file__).with_name("golden") / "v1.snap"
 

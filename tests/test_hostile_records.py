@@ -17,13 +17,13 @@ from snapengine import cli, cli_image
 from snapengine.cli_stream import stream_info
 from snapengine.errors import ImageError
 from snapengine.image import open_image
+from snapengine.image.stream import stream_image
 from snapengine.kernel.procmaps import Mapping
 from snapengine.processrecord import NotCaptured, ProcessRecord
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.machine import differences
 from snapengine.qemu.restore import stream_ends
 from snapengine.result import Result
-from snapengine.stream import stream_image
 
 WRONG = [None, True, False, -1, 1.5, 1 << 64, 10**400, "", "text", "\ud800", "\x1b[2J\n", [], [1], ["x"],
          [[1]], [[1, "x"]], [None], {}, {"a": 1}, {"p50": 1}, [{}], [{"name": 5}]]  # fmt: skip

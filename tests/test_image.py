@@ -12,12 +12,12 @@ from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, pattern, r
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError, TruncatedImageError
 from snapengine.image import open_image
-from snapengine.packing import pack_entry
-from snapengine.records import RECORD
+from snapengine.image.encode import pack_entry
+from snapengine.image.records import RECORD
+from snapengine.image.stream import restore_stream, stream_image
+from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
-from snapengine.stream import restore_stream, stream_image
 from snapengine.targets import Region
-from snapengine.writer import Writer
 
 SAMPLE = sample()
 

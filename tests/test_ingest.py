@@ -23,14 +23,14 @@ from snapengine.errors import (
     StreamError,
     UnsupportedVersionError,
 )
+from snapengine.image.encode import DATA, HOLE, LOST, ZERO
+from snapengine.image.writer import Writer
 from snapengine.options import Options
-from snapengine.packing import DATA, HOLE, LOST, ZERO
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.regenerate import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets import Region
-from snapengine.writer import Writer
 
 NAMES = {name: used // 4096 for name, used in kit.BLOCKS}
 

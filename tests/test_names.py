@@ -17,11 +17,11 @@ from snapengine.base.names import decode, encode, escape, from_argument, one_lin
 from snapengine.core import export_core
 from snapengine.errors import NoSuchRegionError
 from snapengine.image import open_image
+from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import parse_line, read_maps
 from snapengine.process import ProcessTarget
 from snapengine.storage.sinks import FileSink, MemorySink
 from snapengine.targets import Region
-from snapengine.writer import Writer
 
 COMMAND = [sys.executable, "-m", "snapengine.cli"]
 NOT_TEXT = b"caf\xe9 \xff"

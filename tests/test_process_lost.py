@@ -14,7 +14,7 @@ from targetkit import COUNTERS, MEMORY, PAGES, VALUES, Target, until
 import snapengine
 from snapengine.errors import LostPagesError
 from snapengine.image import open_image
-from snapengine.packing import LOST
+from snapengine.image.encode import LOST
 from snapengine.process import APPEARED
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")

@@ -17,13 +17,13 @@ from image_kit import opened
 
 from snapengine.base.names import escape, printable, unescape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
+from snapengine.image.sections import ImageRegion
+from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processinfo import process_info, process_rows
 from snapengine.processrecord import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
-from snapengine.sections import ImageRegion
 from snapengine.storage.sinks import MemorySink
 from snapengine.threadstate import ThreadState
-from snapengine.writer import Writer
 
 STRANGE = "/a b\n\\x41\t\udcff\x1b[2Jé\u202e\\\\"
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from snapengine.packing import _region_entry, region_entries
-from snapengine.regionpack import numbers_ascend, pack_regions
+from snapengine.image.encode import _region_entry, region_entries
+from snapengine.image.region_pack import numbers_ascend, pack_regions
 from snapengine.targets import Region
 
 PAGE = 4096

@@ -14,10 +14,10 @@ from image_forge import IGNORE, LAST, Forge, Piece, copy_of, put_together, take_
 from image_kit import noise, opened, read_everything, sample, stream_everything
 
 from snapengine.errors import ImageError, UnsupportedVersionError
+from snapengine.image.stream import stream_image
+from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
-from snapengine.stream import stream_image
 from snapengine.targets import KINDS, Region
-from snapengine.writer import Writer
 
 SOUND = take_apart(sample().data)
 

@@ -21,12 +21,12 @@ from waitkit import PATIENCE_S, until
 import snapengine
 from snapengine import attach, injectplan
 from snapengine.errors import CaptureCancelled, SinkError, TimeLimitError
+from snapengine.image.writer import Writer
 from snapengine.kernel import cgroups, procfs
 from snapengine.process import ProcessTarget
 from snapengine.qemu.ingest import ingest
 from snapengine.storage.sinks import ExecSink, FileSink, open_sink
 from snapengine.targets import Region
-from snapengine.writer import Writer
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 LIMIT = "not done within 0.5 s (--timeout)"

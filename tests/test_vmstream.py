@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapengine import records
 from snapengine.errors import CaptureCancelled, StreamError
+from snapengine.image import records
 from snapengine.qemu.tail import check_tail, device_sections
 from snapengine.vmpages import Census, Spool
 from snapengine.vmstream import HEAD_MAX_BYTES, RAM_MAX_BYTES, StreamParser

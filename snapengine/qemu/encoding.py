@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from snapengine.base.workers import Crew
 from snapengine.encoder import Encoder
+from snapengine.image.writer import Writer
 from snapengine.options import Options
 from snapengine.pool import Pool
 from snapengine.storage.sinks import Sink
 from snapengine.targets import PAGE_BYTES, Region
-from snapengine.writer import Writer
 
 
 class Encoding:

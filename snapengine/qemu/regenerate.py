@@ -20,8 +20,8 @@ from typing import Literal
 
 from snapengine.errors import CorruptImageError, ImageError, StreamError
 from snapengine.image import Image
+from snapengine.image.sections import ImageRegion
 from snapengine.qemu.blobs import HEAD, NAME_MAX_BYTES, TAIL
-from snapengine.sections import ImageRegion
 from snapengine.storage.sinks import enlarge_pipe
 from snapengine.vmsend import PageSender
 from snapengine.vmstream import HEAD_MAX_BYTES, RAM_MAX_BYTES, TAIL_MAX_BYTES, StreamParser

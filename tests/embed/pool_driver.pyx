@@ -4,7 +4,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from snapengine.base.checksum cimport crc32c
-from snapengine.image_format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
+from snapengine.image.format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
 from snapengine.pool cimport (
     NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
     pool_give_back, pool_take, slot_data, slot_entries,

@@ -1,6 +1,6 @@
 """Regions as their bytes in a REGN record, where there are many: ordinary ones. FORMAT.md has the fields.
 
-`snapengine.packing` has the rules, and is asked about every region that is not plainly within them.
+`snapengine.image.encode` has the rules, and is asked about every region that is not plainly within them.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize

@@ -17,16 +17,16 @@ from snapengine.base.fileio cimport pread_all, pwrite_all
 from snapengine.base.nofault cimport (
     guard_begin, guard_end, guard_thread, guarded_clear, guarded_crc, guarded_store,
 )
-from snapengine.image_format cimport (
+from snapengine.image.format cimport (
     SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_PAGE_BYTES, SNAP_RAW, snap_record,
 )
-from snapengine.reader cimport chunk_t
+from snapengine.image.index cimport chunk_t
 from snapengine.base.oserror cimport raise_oserror
 
 from zstandard import ZstdDecompressor, ZstdError
 
 from snapengine.errors import CorruptImageError, TruncatedImageError
-from snapengine.records import decompress
+from snapengine.image.records import decompress
 
 
 # Fits a second-level cache: pread and crc32c of 1 GiB on two threads take 100 to 108 ms with 64 to 256 KiB,

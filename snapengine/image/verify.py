@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapengine.base.fileio import crc_of_range
-from snapengine.packing import ZSTD
-from snapengine.records import FILE_HEADER, Record, read_payload, read_record
-from snapengine.rules import KNOWN_TYPES, Order
-from snapengine.sections import ImageRegion, page_text
+from snapengine.image.encode import ZSTD
+from snapengine.image.records import FILE_HEADER, Record, read_payload, read_record
+from snapengine.image.rules import KNOWN_TYPES, Order
+from snapengine.image.sections import ImageRegion, page_text
 from snapengine.storage.sources import FileSource, corrupt, truncated
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memset
 
-from snapengine.image_format cimport SNAP_DATA
+from snapengine.image.format cimport SNAP_DATA
 
 
 cdef bint newer(const run_t *a, const run_t *b) noexcept nogil:

@@ -13,8 +13,8 @@ import zstandard
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import ImageError, TruncatedImageError
-from snapengine.packing import RAW
-from snapengine.rules import (
+from snapengine.image.encode import RAW
+from snapengine.image.rules import (
     CHUNK_MAX_BYTES,
     LAST_PART,
     META_MAX_BYTES,

@@ -1,7 +1,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from snapengine.image_format cimport snap_index, snap_record
+from snapengine.image.format cimport snap_index, snap_record
 from snapengine.storage.fd_writer cimport Outlet
 
 

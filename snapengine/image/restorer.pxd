@@ -1,8 +1,8 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from snapengine.reader cimport PageIndex
-from snapengine.runs cimport Runs, run_t
+from snapengine.image.index cimport PageIndex
+from snapengine.image.runs cimport Runs, run_t
 
 
 cdef struct destination_t:

@@ -1,4 +1,4 @@
-"""Bytes in: an image as its users see it. `open_image` for a file, `snapengine.stream` for a pipe.
+"""Bytes in: an image as its users see it. `open_image` for a file, `snapengine.image.stream` for a pipe.
 
 Opening reads the file header, the trailer, the regions and the index; page maps and payloads are read
 when they are asked for, and nothing is used before its checksum has been verified.
@@ -27,15 +27,13 @@ from snapengine.errors import (
     TruncatedImageError,
 )
 from snapengine.export import export_raw
-from snapengine.packing import LOST
-from snapengine.processinfo import process_info
-from snapengine.processrecord import ProcessRecord, check_sizes
-from snapengine.reader import PageIndex
-from snapengine.records import Record, diagnose, read_file_header, read_payload, read_record
-from snapengine.restorer import Restorer
-from snapengine.rules import Listed, check_listed
-from snapengine.runs import Runs
-from snapengine.sections import (
+from snapengine.image.encode import LOST
+from snapengine.image.index import PageIndex
+from snapengine.image.records import Record, diagnose, read_file_header, read_payload, read_record
+from snapengine.image.restorer import Restorer
+from snapengine.image.rules import Listed, check_listed
+from snapengine.image.runs import Runs
+from snapengine.image.sections import (
     TRAILER_RECORD_BYTES,
     ImageRegion,
     VmStateParts,
@@ -46,10 +44,12 @@ from snapengine.sections import (
     parse_stats,
     parse_trailer,
 )
+from snapengine.image.verify import VerifyReport, verify_image
+from snapengine.processinfo import process_info
+from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.storage.sinks import Sink
 from snapengine.storage.sources import FileSource, corrupt
 from snapengine.targets import PAGE_BYTES
-from snapengine.verify import VerifyReport, verify_image
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
@@ -361,7 +361,7 @@ class Image:
 
     @property
     def source(self) -> FileSource:
-        """The file, for `snapengine.verify`."""
+        """The file, for `snapengine.image.verify`."""
         return self._source
 
 

@@ -1,6 +1,6 @@
 from typing import Any
 
-from snapengine.runs import Runs
+from snapengine.image.runs import Runs
 
 class PageIndex:
     name: str

@@ -18,7 +18,7 @@ from posix.uio cimport iovec
 
 from snapengine.base.atomics cimport snap_store
 from snapengine.base.checksum cimport crc32c
-from snapengine.image_format cimport (
+from snapengine.image.format cimport (
     SNAP_ALIGN_BYTES, SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_FEATURES, SNAP_INDX, SNAP_LAST_PART,
     SNAP_MAGIC, SNAP_MAJOR, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES, SNAP_MINOR, SNAP_NAME_MAX_BYTES, SNAP_PADD,
     SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_PART_MAX_BYTES, SNAP_RAW, SNAP_REGN, SNAP_STAT, SNAP_TRLR,
@@ -26,7 +26,7 @@ from snapengine.image_format cimport (
 )
 from snapengine.storage.fd_writer cimport ECANCELED
 
-from snapengine import packing
+from snapengine.image import encode
 from snapengine.base import names
 from snapengine.errors import CaptureCancelled, SinkError
 
@@ -102,7 +102,7 @@ cdef class Writer:
 
         `ValueError`: a region is malformed, or two share a page number.
         """
-        entries = packing.region_entries(regions)
+        entries = encode.region_entries(regions)
         self._expect(NEW)
         self.state = OPEN
         cdef snap_file_header header
@@ -120,7 +120,7 @@ cdef class Writer:
         with nogil:
             self.send(&header, sizeof(header), NULL, 0, NULL, 0)
         self.regn_offset = self.image_bytes
-        for part, count, last in packing.region_parts(entries):
+        for part, count, last in encode.region_parts(entries):
             self._write(SNAP_REGN, part, arg=count, flags=SNAP_LAST_PART if last else 0)
 
     cdef int chunk(self, const uint64_t *entries, uint32_t n_entries,
@@ -173,8 +173,8 @@ cdef class Writer:
         """
         if not entries:
             raise ValueError("chunk: the page map is empty")
-        cdef uint64_t[::1] page_map = array("Q", [packing.pack_entry(*entry) for entry in entries])
-        payload, encoding = packing.encode(data, level)
+        cdef uint64_t[::1] page_map = array("Q", [encode.pack_entry(*entry) for entry in entries])
+        payload, encoding = encode.encode(data, level)
         cdef const unsigned char[::1] stored = payload
         cdef uint64_t length = stored.shape[0]
         cdef uint64_t raw_bytes = len(data)
@@ -199,8 +199,8 @@ cdef class Writer:
         self._expect(OPEN)
         self.vmstate_names.add(name)
         cdef snap_index item
-        for number, (part, last) in enumerate(packing.blob_parts(blob_or_file)):
-            payload, encoding = packing.encode(part, level)
+        for number, (part, last) in enumerate(encode.blob_parts(blob_or_file)):
+            payload, encoding = encode.encode(part, level)
             item.type = SNAP_VMST
             item.entries = 0
             item.offset = self.image_bytes
@@ -222,7 +222,7 @@ cdef class Writer:
         index_parts = max(1, (self.index_count + per_part - 1) // per_part)
         tail = (1 + index_parts + 1) * sizeof(snap_record) + sizeof(trailer)
         tail += self.index_count * sizeof(snap_index)
-        text = packing.stats_text(stats, self.image_bytes + tail)
+        text = encode.stats_text(stats, self.image_bytes + tail)
         total = stats["image_bytes"]
         trailer.regn_offset = self.regn_offset
         trailer.stat_offset = self.image_bytes

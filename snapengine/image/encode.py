@@ -1,6 +1,6 @@
 """The cold parts of writing an image, in Python: packing regions, cutting parts, fitting the stats.
 
-`pyx/writer` calls these a few times per image; nothing here runs per chunk.
+`pyx/image/writer` calls these a few times per image; nothing here runs per chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from snapengine.base.names import encode as encode_name
-from snapengine.regionpack import numbers_ascend, pack_regions
+from snapengine.image.region_pack import numbers_ascend, pack_regions
 from snapengine.targets import KINDS, PAGE_BYTES, Region
 
 PART_BYTES = 1 << 20

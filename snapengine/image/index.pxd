@@ -1,8 +1,8 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t
 
-from snapengine.image_format cimport snap_record
-from snapengine.runs cimport Runs
+from snapengine.image.format cimport snap_record
+from snapengine.image.runs cimport Runs
 
 
 cdef struct chunk_t:

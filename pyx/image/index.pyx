@@ -9,13 +9,13 @@ from libc.string cimport memcpy, memset
 
 from snapengine.base.checksum cimport crc32c
 from snapengine.base.fileio cimport pread_all
-from snapengine.image_format cimport (
+from snapengine.image.format cimport (
     SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_LAST_PART, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES,
     SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page,
     snap_entry_pages, snap_index,
 )
 from snapengine.base.oserror cimport raise_oserror
-from snapengine.runs cimport newest, run_t
+from snapengine.image.runs cimport newest, run_t
 
 from snapengine.errors import CorruptImageError, TruncatedImageError, UnsupportedVersionError
 

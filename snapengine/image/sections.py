@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from snapengine.base.jsonfields import parse_object
 from snapengine.base.names import decode
-from snapengine.packing import NAME_BYTES, REGION, region_pages
-from snapengine.records import FILE_HEADER, RECORD, FileHeader, Record
-from snapengine.resultfields import check_figures
-from snapengine.rules import INDEX_ENTRY_BYTES, check_region
+from snapengine.image.encode import NAME_BYTES, REGION, region_pages
+from snapengine.image.records import FILE_HEADER, RECORD, FileHeader, Record
+from snapengine.image.result_fields import check_figures
+from snapengine.image.rules import INDEX_ENTRY_BYTES, check_region
 from snapengine.storage.sources import Source, corrupt
 from snapengine.targets import KINDS, PAGE_BYTES
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snapengine.errors import UnsupportedVersionError
-from snapengine.packing import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
+from snapengine.image.encode import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
 from snapengine.storage.sources import Named, corrupt
 from snapengine.targets import KINDS
 
 if TYPE_CHECKING:
-    from snapengine.records import Record
-    from snapengine.sections import Trailer
+    from snapengine.image.records import Record
+    from snapengine.image.sections import Trailer
 
 MAJOR = 1
 FEATURES = 0

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from snapengine.reader import PageIndex
-from snapengine.runs import Runs
+from snapengine.image.index import PageIndex
+from snapengine.image.runs import Runs
 
 class Restorer:
     jobs: int

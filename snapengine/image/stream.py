@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from snapengine.errors import ImageError, LostPagesError
-from snapengine.packing import DATA, LOST
-from snapengine.reader import PageIndex
-from snapengine.records import (
+from snapengine.image.encode import DATA, LOST
+from snapengine.image.index import PageIndex
+from snapengine.image.records import (
     FILE_HEADER,
     Record,
     decoded,
@@ -18,8 +18,8 @@ from snapengine.records import (
     skip_payload,
     take_payload,
 )
-from snapengine.rules import KNOWN_TYPES, Listed, Order, check_listed
-from snapengine.sections import (
+from snapengine.image.rules import KNOWN_TYPES, Listed, Order, check_listed
+from snapengine.image.sections import (
     ImageRegion,
     VmStateParts,
     check_regions,
