@@ -29,7 +29,7 @@ from snapengine.kernel.linux cimport (
 )
 from snapengine.kernel.pagemap cimport scan_step, scan_t
 from snapengine.missing cimport start_missing, stop_missing
-from snapengine.pool cimport lane_close, lane_open, lane_room, pool_end
+from snapengine.pipeline.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
 from snapengine.session cimport (
     Session, capture_fail, capture_t, lane_t, note_present, region_t,

@@ -23,7 +23,7 @@ from snapengine.image.format cimport SNAP_HOLE, SNAP_LOST
 from snapengine.kernel.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
 )
-from snapengine.pool cimport lane_room
+from snapengine.pipeline.pool cimport lane_room
 from snapengine.base.pthreads cimport (
     pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice_slice,
     snap_now_ns,

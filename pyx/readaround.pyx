@@ -16,7 +16,7 @@ shorter or longer than it might be.
 """
 
 from snapengine.base.atomics cimport snap_add, snap_peek, snap_set
-from snapengine.pool cimport pool_has_any
+from snapengine.pipeline.pool cimport pool_has_any
 from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.session cimport STREAMS, stream_t
 

@@ -12,7 +12,7 @@ from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_loa
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
 from snapengine.events cimport call_fault_threads, pump
 from snapengine.image.format cimport SNAP_HOLE
-from snapengine.pool cimport lane_room
+from snapengine.pipeline.pool cimport lane_room
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.session cimport PRESENCE_BITS, capture_fail, page_addr
 from snapengine.source cimport copy_run, copy_window, put_pages

@@ -20,7 +20,7 @@ from snapengine.base.histogram cimport (
 from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.kernel.pagemap cimport guard_category
 from snapengine.kernel.pagemap import has_pagemap_scan, has_wp_bits
-from snapengine.pool cimport NO_SLOT, Pool, pool_fail
+from snapengine.pipeline.pool cimport NO_SLOT, Pool, pool_fail
 from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock,

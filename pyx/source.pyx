@@ -16,7 +16,7 @@ from snapengine.image.format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
 from snapengine.memfile cimport page_exists, resident
 from snapengine.base.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.kernel.pagemap cimport pagemap_read
-from snapengine.pool cimport lane_entry, lane_slot
+from snapengine.pipeline.pool cimport lane_entry, lane_slot
 from snapengine.kernel.processvm cimport iovec, process_vm_readv
 from snapengine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,

@@ -26,7 +26,7 @@ from snapengine.base.atomics cimport snap_leave, snap_load, snap_store
 from snapengine.events cimport WATCH_PID, WATCH_STOP, forget_all, watch
 from snapengine.faults cimport answer_missing, fault_thread, serve_held
 from snapengine.pieces cimport help_pieces
-from snapengine.pool cimport lane_close, lane_open, pool_end
+from snapengine.pipeline.pool cimport lane_close, lane_open, pool_end
 from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_wait, pthread_join, pthread_mutex_lock,
     pthread_mutex_unlock, snap_name_thread, snap_nice_slice, snap_now_ns, snap_sleep_ns, snap_thread_start,

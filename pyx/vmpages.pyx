@@ -17,7 +17,7 @@ from snapengine.base.fileio cimport pread_all
 from snapengine.image.format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pages cimport copy_page, page_nonzero
-from snapengine.pool cimport (
+from snapengine.pipeline.pool cimport (
     lane_close, lane_entry, lane_open, lane_pages, lane_room, pool_end, pool_fail,
 )
 

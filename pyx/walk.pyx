@@ -23,7 +23,7 @@ from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_next, bits_test
 from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.lookout cimport look, stop_looking
 from snapengine.pieces cimport first_region
-from snapengine.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
+from snapengine.pipeline.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.saver cimport claim_unit, copy_claimed, publish, release, save_unit, unit_of
 from snapengine.session cimport capture_fail, note_filled, page_addr, region_by_addr, region_t

@@ -6,9 +6,9 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 
-from snapengine.encoder import Encoder
 from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
+from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
 from snapengine.session import Session
 from snapengine.storage.sinks import Sink

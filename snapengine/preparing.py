@@ -9,7 +9,6 @@ import errno
 import os
 from typing import Any
 
-from snapengine.encoder import Encoder
 from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.image.writer import Writer
 from snapengine.kernel import procfs
@@ -17,6 +16,7 @@ from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
 from snapengine.kernel.uffd import FEATURES, Uffd, supported_features
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
 from snapengine.parts import Parts
+from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget
 from snapengine.region import any_shared, total_bytes

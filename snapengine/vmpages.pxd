@@ -2,7 +2,7 @@ from libc.stdint cimport uint16_t, uint64_t
 from posix.uio cimport iovec
 
 from snapengine.base.arena cimport Arena
-from snapengine.pool cimport Pool, lane_slot
+from snapengine.pipeline.pool cimport Pool, lane_slot
 from snapengine.vmstream cimport StreamParser
 
 cdef enum:

@@ -1,4 +1,4 @@
-from snapengine.pool import Pool
+from snapengine.pipeline.pool import Pool
 from snapengine.vmstream import StreamParser
 
 class Intake(StreamParser):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import snapengine
-from snapengine.levels import LEVELS, START, STEP_CHUNKS, Levels
 from snapengine.options import Options
+from snapengine.pipeline.zstd_auto import LEVELS, START, STEP_CHUNKS, Levels
 
 MIB = 1 << 20
 # Made up, so that each level has its turn: ns of one thread per byte, stored bytes per byte.

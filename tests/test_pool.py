@@ -8,7 +8,7 @@ import threading
 import pytest
 from waitkit import PATIENCE_S, until
 
-from snapengine.pool import SLOT_BYTES, SMALL_SLOT_BYTES, Pool
+from snapengine.pipeline.pool import SLOT_BYTES, SMALL_SLOT_BYTES, Pool
 
 pytestmark = [pytest.mark.slow_build]
 

@@ -242,7 +242,7 @@ def test_exit_of_the_interpreter_during_a_capture(tmp_path):
 
 def test_an_encoder_without_memory_fails_the_capture(monkeypatch):
     """The other encoder must not wait for the turn of the one that failed."""
-    from snapengine import encoder
+    from snapengine.pipeline import encoder
 
     class Broken:
         def __init__(self, **_):

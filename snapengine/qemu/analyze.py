@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from snapengine.options import Options
+from snapengine.pipeline.pipeline import Encoding
 from snapengine.qemu.assemble import regions_of, write_end
-from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
 from snapengine.storage.sinks import NullSink
 from snapengine.targets import PAGE_BYTES

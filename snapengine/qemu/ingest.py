@@ -16,9 +16,9 @@ from typing import Any
 from snapengine.base.workers import Crew
 from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
+from snapengine.pipeline.pipeline import Encoding
 from snapengine.qemu.assemble import regions_of, write_end
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
-from snapengine.qemu.encoding import Encoding
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
 from snapengine.storage.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink

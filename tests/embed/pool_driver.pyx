@@ -5,11 +5,11 @@ from libc.stdlib cimport calloc, free
 
 from snapengine.base.checksum cimport crc32c
 from snapengine.image.format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
-from snapengine.pool cimport (
+from snapengine.pipeline.pool cimport (
     NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
     pool_give_back, pool_take, slot_data, slot_entries,
 )
-from snapengine.spill cimport spill_take
+from snapengine.pipeline.spill cimport spill_take
 
 cdef enum:
     LANES = 8

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from snapengine.base.arena cimport Arena
-from snapengine.pool cimport Pool, chunk_ref, pool_t
+from snapengine.pipeline.pool cimport Pool, chunk_ref, pool_t
 from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 from snapengine.image.writer cimport Writer
 

@@ -23,7 +23,7 @@ from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from snapengine.spill cimport spill_put
+from snapengine.pipeline.spill cimport spill_put
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)

@@ -17,20 +17,20 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 import zstandard
 
-from snapengine.levels import Levels
+from snapengine.pipeline.zstd_auto import Levels
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.checksum cimport crc32c
 from snapengine.image.format cimport SNAP_RAW, SNAP_ZSTD
 from snapengine.base.oserror cimport raise_oserror
-from snapengine.pool cimport (
+from snapengine.pipeline.pool cimport (
     NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, slot_data, slot_entries,
 )
 from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock, snap_nice_slice, snap_now_ns,
 )
-from snapengine.spill cimport spill_take
+from snapengine.pipeline.spill cimport spill_take
 
 cdef double KEEP = 0.9              # of the old estimate, for each new chunk
 # A thread that only writes sleeps most of the time, and whoever waits for its slot waits for the sink: it

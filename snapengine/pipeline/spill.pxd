@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.pool cimport chunk_ref, lane_slot, pool_t
+from snapengine.pipeline.pool cimport chunk_ref, lane_slot, pool_t
 
 # Write what the slot holds to that place of the spill file. 0 or errno.
 cdef int spill_put(pool_t *pool, const lane_slot *lane, uint64_t offset) noexcept nogil

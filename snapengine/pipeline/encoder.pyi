@@ -1,5 +1,5 @@
 from snapengine.image.writer import Writer
-from snapengine.pool import Pool
+from snapengine.pipeline.pool import Pool
 
 class Encoder:
     def __init__(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from snapengine.base.workers import Crew
-from snapengine.encoder import Encoder
 from snapengine.image.writer import Writer
 from snapengine.options import Options
-from snapengine.pool import Pool
+from snapengine.pipeline.encoder import Encoder
+from snapengine.pipeline.pool import Pool
 from snapengine.storage.sinks import Sink
 from snapengine.targets import PAGE_BYTES, Region
 
