@@ -33,7 +33,7 @@ cdef class Region:
 @cython.no_gc
 @cython.dataclasses.dataclass
 cdef class RegionPlan:
-    """How one region is tracked and read. See `snapengine.session.region_t` for the fields."""
+    """How one region is tracked and read. See `snapengine.engine.session.region_t` for the fields."""
 
     region: Region
     addr: uint64_t

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 from snapengine.attach import ends
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
-from snapengine.dirtylog import DirtyLog
+from snapengine.engine.dirtylog import DirtyLog
+from snapengine.engine.tracker import Tracker
 from snapengine.errors import (
     AttachError,
     CaptureCancelled,
@@ -39,7 +40,6 @@ from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets import BufferTarget, Target
-from snapengine.tracker import Tracker
 
 CANCEL_SECONDS = 10.0
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()

@@ -6,14 +6,14 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 
+from snapengine.engine.session import Session
+from snapengine.engine.tracker import Tracker
 from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
 from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
-from snapengine.session import Session
 from snapengine.storage.sinks import Sink
 from snapengine.targets import AttachedTarget, Region, Target
-from snapengine.tracker import Tracker
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import errno
 import os
 from typing import Any
 
+from snapengine.engine.session import Session
 from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.image.writer import Writer
 from snapengine.kernel import procfs
@@ -20,7 +21,6 @@ from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget
 from snapengine.region import any_shared, total_bytes
-from snapengine.session import Session
 from snapengine.storage.sinks import open_sink
 from snapengine.targets import AttachedTarget, Region
 

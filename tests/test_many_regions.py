@@ -11,12 +11,12 @@ from targetkit import COUNTERS, MEMORY, Target, until
 
 import snapengine
 from snapengine import targets
+from snapengine.engine.session import Session
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.kernel.uffd import FEATURES
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget, appeared
-from snapengine.session import Session
 from snapengine.targets import BufferTarget, Region
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")

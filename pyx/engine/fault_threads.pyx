@@ -1,0 +1,315 @@
+"""Fault threads: a write to a page not yet saved is saved first, out of order.
+
+Before T nothing is saved: with two-step arming a fault is noted and let go (`pyx/engine/prearm`), until the walk
+fixes T; otherwise, and from then on, faults wait for T. (A writer that is let go once its page is saved
+could write to memory not yet protected, and the image would hold the later write without the earlier one.)
+Fault threads never wait for the sink, the encoders or the GIL.
+
+While the first walker looks for faults itself (`pyx/engine/polling`) it serves them by the same functions.
+"""
+
+from libc.errno cimport EAGAIN, ENOMEM, ESRCH
+
+from snapengine.base.atomics cimport (
+    snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
+)
+from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
+from snapengine.engine.events cimport (
+    WATCH_PID, WATCH_STOP, call_fault_threads, handle_event, hold_fault, pump, read_messages,
+)
+from snapengine.base.histogram cimport histogram_add
+from snapengine.engine.prearm cimport may_serve, note_hit
+from snapengine.image.format cimport SNAP_HOLE, SNAP_LOST
+from snapengine.kernel.linux cimport (
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
+)
+from snapengine.pipeline.pool cimport lane_room
+from snapengine.base.pthreads cimport (
+    pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread, snap_nice_slice,
+    snap_now_ns,
+)
+from snapengine.engine.readaround cimport run_around
+from snapengine.engine.save cimport claim_unit, publish, release, save_unit, save_window, unit_of, unit_range
+from snapengine.engine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
+from snapengine.engine.source cimport populated, put_pages
+from snapengine.engine.recheck cimport is_late, note_missing
+from snapengine.kernel.uffd cimport uffd_register, uffd_unregister, uffd_wake, uffd_zeropage
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        uint64_t u64
+    struct epoll_event:
+        unsigned int events
+        epoll_data_t data
+    int epoll_wait(int epfd, epoll_event *events, int n, int timeout_ms)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    const int EPOLL_CTL_DEL
+
+cdef uint64_t PAGE = 4096
+cdef int SPINS = 10000
+cdef uint64_t LATE_MOST = 1024      # where the file is not what is mapped they would fault again for ever
+# A fault thread runs for microseconds at a time while a writer waits for it: it should not queue behind the
+# walk or an encoder.
+cdef int FAULT_NICE = -15
+cdef uint64_t FAULT_SLICE_NS = 100000
+
+
+cdef void _leave_to_kernel(capture_t *capture, uint64_t uffd, uint64_t addr) noexcept nogil:
+    """The file system is full, or a cgroup has reached its limit. Without us the kernel would make room, or
+    end who wrote by SIGBUS; with us it would fault again for ever. So the page is registered for writes only
+    (and anew, since a smaller mode is not taken: Linux 6.18); what fills it is seen as a write. Dirty logging
+    scans under the lock."""
+    cdef int fd = capture.uffds[uffd]
+    cdef int err = 0
+    pthread_mutex_lock(&capture.lock)
+    if uffd_unregister(fd, addr, PAGE) == 0:
+        err = uffd_register(fd, addr, PAGE, UFFDIO_REGISTER_MODE_WP)
+    pthread_mutex_unlock(&capture.lock)
+    if err and uffd == 0:               # what is written there from now on would not be seen
+        capture_fail(capture, err, "UFFDIO_REGISTER", addr)
+    uffd_wake(fd, addr, PAGE)
+
+
+cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr) noexcept nogil:
+    cdef int err
+    note_missing(capture, addr)
+    while True:
+        err = uffd_zeropage(capture.uffds[uffd], addr, PAGE)
+        if err != EAGAIN:
+            break
+        if snap_load(&capture.failed):
+            uffd_wake(capture.uffds[uffd], addr, PAGE)
+            return
+        pump(capture, lane)
+    if err == ESRCH:
+        if uffd == 0:
+            capture_fail(capture, ESRCH, "the target ended", addr)
+    elif err == ENOMEM:
+        _leave_to_kernel(capture, uffd, addr)
+    elif err:
+        # EEXIST: another thread filled it; anything else: let the writer try again.
+        uffd_wake(capture.uffds[uffd], addr, PAGE)
+
+
+cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
+                         uint64_t addr) noexcept nogil:
+    cdef uint64_t bit = <uint64_t>1 << (page & 63)
+    cdef int err
+    # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
+    # file will tell no more once the page exists, so the hole is claimed and put down here. A page that
+    # exists in the file does not fault as missing: so it is a hole of T, or has been punched out since.
+    # Where the whole unit was a hole, the walk knows that, too.
+    if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
+            and not bits_test(capture.claimed, page):
+        if snap_peek(&capture.late) < LATE_MOST and is_late(region, page):
+            snap_add(&capture.late, 1)
+            uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if it has to
+            return
+        err = lane_room(capture.pool, &lane.slot, 1, False)
+        if err:
+            capture_fail(capture, err, "spill file", 0)
+        elif bits_claim(capture.claimed, page >> 6, bit):
+            put_pages(capture, lane, page, 1, SNAP_LOST if bits_test(capture.present, page) else SNAP_HOLE)
+            publish(capture, lane, region, page & ~<uint64_t>63, bit, 0)
+    fill_missing(capture, lane, uffd, addr)
+
+
+cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
+                uint64_t addr, bint missing) noexcept nogil:
+    """A fault before T. Noted first: once the page is let go it may be written to."""
+    cdef uint64_t first, n, start, length
+    note_hit(capture, region, page, &first, &n)
+    snap_bump(&lane.arming_faults, 1)
+    if missing:
+        fill_missing(capture, lane, uffd, addr)
+        return
+    unit_range(region, first, n, &start, &length)
+    release(capture, lane, uffd, start, length)
+
+
+cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """The page of a fault, and what read-around takes along. True if the capture has failed."""
+    cdef uint64_t window = page & ~<uint64_t>63
+    cdef uint64_t first, n, mask, data, won
+    cdef int err
+    run_around(capture, lane, region, page, &first, &n)
+    err = lane_room(capture.pool, &lane.slot, n, False)
+    if err:
+        capture_fail(capture, err, "spill file", 0)
+        return True
+    mask = bits_mask(first & 63, n)
+    data = populated(capture, lane, region, window, mask & ~snap_load(&capture.claimed[page >> 6]))
+    won = bits_claim(capture.claimed, page >> 6, mask)
+    if won:
+        save_window(capture, lane, region, window, won, data & won)
+    return False
+
+
+cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
+                       uint64_t page) noexcept nogil:
+    cdef uint64_t first, n, addr, length
+    cdef int spins = SPINS if lane.serving else 0   # it may be this thread that copies the page
+    unit_of(capture, region, page, &first, &n)
+    unit_range(region, first, n, &addr, &length)
+    # Where nothing was at T nothing has to be saved: a child's marker, or a page that has moved there.
+    if snap_load(&capture.failed) or not bits_test(capture.filled, first >> 9):
+        release(capture, lane, uffd, addr, length)
+        return
+    if not bits_test(capture.claimed, first):
+        if n > 1 and lane.serving:
+            # That takes 2 MiB or more, and this walker may hold claimed pages: not its business.
+            call_fault_threads(capture)
+            uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
+            return
+        if n == 1 and _save_run(capture, lane, region, first):
+            return
+        if n > 1 and claim_unit(capture, first, n):
+            save_unit(capture, lane, region, first, n)
+    if uffd:
+        # A child's page is released by nobody else. Who claimed it is copying and waits for nothing.
+        # Not for ever, though: the answer that it needs may be in this thread's own list.
+        while not bits_test(capture.saved, first) and not snap_load(&capture.failed) and spins < SPINS:
+            snap_pause()
+            spins += 1
+        if spins < SPINS:
+            release(capture, lane, uffd, addr, length)
+        else:
+            uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
+    elif bits_test(capture.saved, first):
+        # Saved by another thread, perhaps before this message was read: releasing again is harmless.
+        release(capture, lane, 0, addr, length)
+    # else: the thread that copies it releases it, and wakes all that wait.
+
+
+cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    cdef uint64_t addr = message.arg.pagefault.address & ~(PAGE - 1)
+    cdef bint missing = not message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP
+    cdef region_t *region = region_at(capture, addr)
+    cdef uint64_t page
+    if region == NULL:
+        # Registered by the target's own doing, not part of this capture: let it go on.
+        if missing:
+            fill_missing(capture, lane, uffd, addr)
+        elif capture.attached:
+            # It has moved here: who read of that unregisters it, and not before it is known to be lost.
+            uffd_wake(capture.uffds[uffd], addr, PAGE)
+        else:
+            release(capture, lane, uffd, addr, PAGE)
+        return
+    page = page_at(region, addr)
+    snap_add(&capture.pool.urgent, 1)
+    if not snap_load(&capture.armed) and not capture.early:
+        _note(capture, lane, uffd, region, page, addr, missing)
+    elif missing:
+        _serve_missing(capture, lane, uffd, region, page, addr)
+    else:
+        _serve_write(capture, lane, uffd, region, page)
+
+
+cdef void serve_held(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef uffd_msg message
+    while lane.n_held and may_serve(capture):
+        lane.n_held -= 1
+        message = lane.held[lane.n_held]
+        _serve(capture, lane, lane.held_uffd[lane.n_held], &message)
+
+
+cdef void _serve_or_hold(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message,
+                         uint64_t seen) noexcept nogil:
+    if not may_serve(capture):
+        hold_fault(capture, lane, uffd, message)
+        return
+    _serve(capture, lane, uffd, message)
+    if snap_load(&capture.armed) or capture.early:
+        snap_bump(&lane.faults, 1)
+        histogram_add(&lane.histogram, snap_now_ns() - seen)
+
+
+cdef bint serve_round(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
+    cdef uffd_msg messages[64]
+    cdef int i
+    cdef int n = read_messages(capture, capture.uffds[uffd], messages)
+    # Events first: while one waits, nothing can be released.
+    for i in range(n):
+        if messages[i].event != UFFD_EVENT_PAGEFAULT:
+            handle_event(capture, uffd, &messages[i])
+    lane.waiting = n
+    for i in range(n):
+        if messages[i].event == UFFD_EVENT_PAGEFAULT:
+            _serve_or_hold(capture, lane, uffd, &messages[i], seen)
+    return n > 0
+
+
+cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t seen) noexcept nogil:
+    while serve_round(capture, lane, uffd, seen):
+        seen = snap_now_ns()
+        snap_store(&lane.busy_since, seen)
+
+
+cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
+    pump(capture, lane)
+    while lane.n_held:
+        lane.n_held -= 1
+        if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP:
+            fill_missing(capture, lane, lane.held_uffd[lane.n_held],
+                         lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
+
+
+cdef bint await_arming(capture_t *capture, bint noting) noexcept nogil:
+    """Wait for T, or (`noting`) for the time when faults are noted. False if the capture ended before."""
+    pthread_mutex_lock(&capture.lock)
+    while not snap_load(&capture.armed) and not snap_load(&capture.stopping) \
+            and not (noting and snap_load(&capture.noting)):
+        pthread_cond_wait(&capture.changed, &capture.lock)
+    pthread_mutex_unlock(&capture.lock)
+    return not snap_load(&capture.stopping) or snap_load(&capture.armed)
+
+
+cdef bint _begin_serving(capture_t *capture, lane_t *lane, uint64_t *seen) noexcept nogil:
+    """Busy from here on, which T waits for; not before T if it is being fixed. False: the capture has
+    ended."""
+    while True:
+        seen[0] = snap_now_ns()
+        snap_store_seq(&lane.busy_since, seen[0])
+        if may_serve(capture):
+            return True
+        snap_store_seq(&lane.busy_since, 0)
+        if not await_arming(capture, False):
+            return False
+
+
+cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef epoll_event ready[8]
+    cdef uint64_t seen, word
+    cdef int i, n
+    snap_name_thread("snap-fault")
+    snap_nice_slice(FAULT_NICE, FAULT_SLICE_NS)
+    # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
+    # encoder was using (p99 300 µs; 60 µs like this).
+    if not capture.early and not await_arming(capture, True):
+        return
+    while not snap_load(&capture.stopping):
+        n = epoll_wait(capture.epoll, ready, 8, -1)
+        if not _begin_serving(capture, lane, &seen):
+            return
+        for i in range(max(n, 0)):
+            word = ready[i].data.u64
+            if word == WATCH_PID:
+                epoll_ctl(capture.epoll, EPOLL_CTL_DEL, capture.pidfd, NULL)
+                capture_fail(capture, ESRCH, "the target ended", 0)
+            elif word != WATCH_STOP:
+                _serve_uffd(capture, lane, word, seen)
+        serve_held(capture, lane)
+        snap_store_seq(&lane.busy_since, 0)
+        if lane.n_held:             # T was being fixed; nobody else knows of these
+            if not _begin_serving(capture, lane, &seen):
+                return
+            serve_held(capture, lane)
+            snap_store_seq(&lane.busy_since, 0)
+
+
+cdef void *fault_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    _serve_until_stopped(lane.capture, lane)
+    snap_leave(&lane.capture.running)   # the last that the walk waits for
+    return NULL

@@ -1,0 +1,254 @@
+"""Which copies may be believed: what is noted before T, and what is asked after each copy.
+
+A target goes on discarding, replacing and moving its memory. Nothing of that faults before it is done, so
+each copy is followed by questions; a page that fails one is lost, never wrong.
+
+| memory | what may have happened | how it is seen |
+| --- | --- | --- |
+| all | discarded, unmapped, mapped over, merged | it is not protected any more (PAGEMAP_SCAN) |
+| private mapping of a memory file | discarded: the file shows through, protected like before | EVENT_REMOVE |
+| shared | moved by mremap(), and written to at its new place | EVENT_REMAP |
+| shared memory | punched out or cut off, and touched again | it faults as missing, before it is filled |
+| shared memory | punched out or cut off, not touched since | SEEK_DATA (or mincore) finds a hole |
+| hugetlb file | both, and it cannot be registered so | a mapping of it here, the witness, has lost the page |
+
+No time of a file is asked for: the first write through a mapping after each release changes it (Linux 6.18).
+What is filled again through the file itself (write, fallocate), or by another process, is a write that write
+tracking does not see; a warning says so.
+
+Runs on capture threads. What is noted is written by the first walker before `armed`; `distrusted` by who
+reads an event, with atomic or. Of a REMOVE event the read itself lets the target go on: `reading` counts who
+is between that and the bits, and a copy is believed only when nobody is. A missing page is noted before it is
+filled: whoever copies the zeros that it is filled with asks afterwards, and finds it distrusted.
+"""
+
+from libc.stdint cimport uint64_t
+
+from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
+from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
+from snapengine.kernel.linux cimport MADV_POPULATE_READ
+from snapengine.kernel.procmap_query cimport vma_t
+from snapengine.engine.memfile cimport add_existing, page_exists
+from snapengine.kernel.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
+from snapengine.base.pthreads cimport snap_sleep_ns
+from snapengine.engine.session cimport (
+    CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
+    note_present, page_addr, page_at, place_of, region_at, region_by_addr,
+)
+from snapengine.kernel.vma_table cimport vma_at
+
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *addr, size_t length, int advice)
+
+cdef uint64_t PAGE = 4096
+cdef uint64_t UNIT = 2 << 20
+
+
+cdef bint _by_file(region_t *region) noexcept nogil:
+    """Shared memory whose pages can be asked for without touching them."""
+    return region.presence in (PRESENCE_FILE, PRESENCE_SEEK, PRESENCE_MINCORE)
+
+
+cdef int call_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    """The target has mapped it, so nothing is allocated. (Unless it is punched out right now: then a huge
+    page of zeros comes back, as it would by a read of the target's.)"""
+    cdef uint64_t entry
+    cdef int err
+    if bits_test(capture.witnessed, page >> 9):
+        return 0
+    err = pagemap_read(capture.pagemap, page_addr(region, page), &entry, 1)
+    if not err and entry & 1 and madvise(region.witness + (page - region.first_page) * PAGE,
+                                         region.unit_pages * PAGE, MADV_POPULATE_READ) == 0:
+        bits_fill(capture.witnessed, page >> 9, region.unit_pages >> 9)
+    return err
+
+
+cdef int _call_witnesses(capture_t *capture, region_t *region) noexcept nogil:
+    cdef uint64_t page = region.first_page
+    cdef int err = 0
+    while page < region.first_page + region.pages and not err:
+        err = call_witness(capture, region, page)
+        page += region.unit_pages
+    return err
+
+
+cdef int note_before(capture_t *capture) noexcept nogil:
+    cdef int i
+    cdef int err = 0
+    for i in range(capture.n_regions):
+        if _by_file(&capture.regions[i]) and not capture.two_step:      # else by note_again
+            add_existing(capture, &capture.regions[i])
+        if capture.regions[i].witness != NULL:
+            err = err or _call_witnesses(capture, &capture.regions[i])
+    return err
+
+
+cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    cdef uint64_t entry, here
+    cdef uint64_t at = page
+    while at < page + n:
+        if bits_test(capture.witnessed, at >> 9):
+            here = <uint64_t>region.witness + page_addr(region, at) - region.addr
+            if pagemap_read(capture.own_pagemap, here, &entry, 1) or not entry:
+                return True
+        at = (at | 511) + 1
+    return False
+
+
+cdef bint forget_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    """True if the unit at `page` has been punched out since its witness was called."""
+    if not _witness_gone(capture, region, page, 1):
+        return False
+    bits_clear(capture.witnessed, page >> 9, region.unit_pages >> 9)
+    return True
+
+
+cdef void note_again(capture_t *capture) noexcept nogil:
+    """Two-step: what was punched out before the caller wanted T is a hole of T, not lost."""
+    cdef int i
+    cdef uint64_t page
+    cdef region_t *region
+    for i in range(capture.n_regions):
+        region = &capture.regions[i]
+        if _by_file(region):
+            add_existing(capture, region)
+        page = region.first_page
+        while region.witness != NULL and page < region.first_page + region.pages:
+            forget_witness(capture, region, page)
+            page += region.unit_pages
+
+
+cdef void _distrust_replaced(capture_t *capture, region_t *region) noexcept nogil:
+    """Where the target has mapped something else since it was listed, the file holds other bytes: that counts
+    as data, and is found lost."""
+    cdef uint64_t at = region.addr
+    cdef uint64_t end = region.addr + region.pages * PAGE
+    cdef uint64_t first, last
+    cdef vma_t vma
+    while at < end and not vma_at(capture, at, &vma) and vma.start < end:
+        first = max(vma.start, at)
+        last = min(vma.end, end)
+        if vma.inode != region.inode or vma.offset - vma.start != region.file_offset - region.addr:
+            note_present(capture, region.first_page + (first - region.addr) // PAGE, (last - first) // PAGE)
+            distrust(capture, first, last - first, False)
+        at = vma.end
+
+
+cdef int note_at_t(capture_t *capture) noexcept nogil:
+    """What is a hole only now was punched out since the look before: it counts as data, and is found lost."""
+    cdef int i
+    cdef int err = 0
+    for i in range(capture.n_regions):
+        if capture.attached and capture.regions[i].shared and capture.regions[i].reading == READ_FILE:
+            _distrust_replaced(capture, &capture.regions[i])
+        if capture.regions[i].presence == PRESENCE_FILE:
+            add_existing(capture, &capture.regions[i])
+        if capture.regions[i].witness != NULL:
+            err = err or _call_witnesses(capture, &capture.regions[i])
+    return err
+
+
+cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+    return _by_file(region) and capture.data == NULL and not page_exists(region, page)
+
+
+cdef bint is_late(region_t *region, uint64_t page) noexcept nogil:
+    """Several threads, also of a child, may wait for one page, which fills for the first of them, or through
+    its file: that may have been before T, though the others are answered after it."""
+    return _by_file(region) and page_exists(region, page)
+
+
+cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
+    """Of memory that existed at T: the target has punched it out since, and touches it again."""
+    cdef region_t *region = region_at(capture, addr)
+    cdef uint64_t page
+    if region == NULL or not _by_file(region) or not snap_load(&capture.armed) or capture.data != NULL:
+        return
+    page = page_at(region, addr)
+    if bits_test(capture.present, page) and not bits_test(capture.saved, page) and not is_late(region, page):
+        snap_fetch_or(&capture.distrusted[page >> 6], <uint64_t>1 << (page & 63))
+
+
+cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept nogil:
+    """Whether any of n pages is not protected any more, or it cannot be told."""
+    cdef uint64_t pages = 0
+    cdef uint64_t count
+    if capture.check_by == CHECK_SCAN:
+        return scan_written(capture.pagemap, addr, addr + n * PAGE) != 0
+    while n and capture.check_by == CHECK_BITS:
+        count = min(n, <uint64_t>64)
+        if wp_bits(capture.pagemap, addr, count, &pages) or ~pages & bits_mask(0, count):
+            return True
+        addr += count * PAGE
+        n -= count
+    return False
+
+
+cdef bint _unprotected_pages(capture_t *capture, uint64_t addr, uint64_t n, uint64_t mask) noexcept nogil:
+    """The same of those in `mask`, of n ≤ 64 pages from addr on."""
+    cdef uint64_t pages = 0
+    if capture.check_by == CHECK_SCAN:
+        return scan_written_pages(capture.pagemap, addr, n, &pages) != 0 or pages & mask
+    if capture.check_by == CHECK_BITS:
+        return wp_bits(capture.pagemap, addr, n, &pages) != 0 or ~pages & mask
+    return False
+
+
+cdef bint _still_there(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    """In rounds the last one tells: what is punched out is copied again."""
+    return region.witness == NULL or capture.data != NULL or not _witness_gone(capture, region, page, n)
+
+
+cdef void _await_readers(capture_t *capture, region_t *region) noexcept nogil:
+    while region.own and snap_load(&capture.reading):
+        snap_sleep_ns(2000)
+
+
+cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    cdef uint64_t addr = page_addr(region, page)
+    if region.check and _unprotected(capture, addr, n):
+        return False
+    if not _still_there(capture, region, page, n):
+        return False
+    _await_readers(capture, region)
+    return bits_next(capture.distrusted, page, page + n) == page + n
+
+
+cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
+    """Between these pages others may have been saved and released: so which ones, not whether any."""
+    cdef uint64_t first = snap_ctz(mask)
+    cdef uint64_t n = 64 - snap_clz(mask) - first
+    if region.check and _unprotected_pages(capture, page_addr(region, page + first), n, mask >> first):
+        return False
+    if not _still_there(capture, region, page + first, n):
+        return False
+    _await_readers(capture, region)
+    return not snap_load(&capture.distrusted[page >> 6]) & mask
+
+
+cdef void _distrust_pages(capture_t *capture, uint64_t page, uint64_t last) noexcept nogil:
+    cdef uint64_t count
+    while page < last:
+        count = min(64 - (page & 63), last - page)
+        snap_fetch_or(&capture.distrusted[page >> 6], bits_mask(page & 63, count))
+        page += count
+
+
+cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil:
+    cdef int place = place_of(capture, start)
+    cdef uint64_t page, last
+    cdef uint64_t run_end = 0
+    cdef region_t *region
+    while place < capture.n_regions and region_by_addr(capture, place).track_start < start + length:
+        region = region_by_addr(capture, place)
+        place += 1
+        if own and not region.own:
+            continue
+        page = region.first_page + (max(start, region.addr) - region.addr) // PAGE
+        last = region.first_page + min((start + length - region.addr) // PAGE, region.pages)
+        if not snap_load(&capture.armed):   # what holds something is not known yet
+            _distrust_pages(capture, page, last)
+            continue
+        while next_filled(capture, &page, last, &run_end):
+            _distrust_pages(capture, page, run_end)
+            page = run_end

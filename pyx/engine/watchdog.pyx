@@ -1,0 +1,74 @@
+"""The warden: a thread that waits for nothing of the target's, and helps those that do.
+
+- A fault thread that reads a page which the target has just discarded faults itself, as missing. Another
+  fault thread answers it; if all of them read such pages at one time, the warden does, so that no target can
+  hang us, nor itself.
+- While the first walker looks for faults itself (`pyx/engine/polling`), the fault threads sleep. If it has not
+  looked for long, since it reads such a page or got no CPU, they are called.
+"""
+
+from libc.stdint cimport uint64_t
+
+from snapengine.base.atomics cimport snap_leave, snap_load
+from snapengine.base.bitmap cimport bits_test
+from snapengine.engine.events cimport pump
+from snapengine.engine.fault_threads cimport await_arming, fill_missing
+from snapengine.kernel.linux cimport UFFD_PAGEFAULT_FLAG_WP
+from snapengine.engine.polling cimport call_if_overdue
+from snapengine.base.poll cimport POLLIN, poll, pollfd
+from snapengine.base.pthreads cimport snap_name_thread, snap_now_ns
+from snapengine.engine.session cimport PRESENCE_BITS, capture_t, lane_t, page_at, region_at, region_t
+from snapengine.kernel.uffd cimport uffd_wake
+
+cdef uint64_t PAGE = 4096
+cdef uint64_t STUCK_NS = 20000000
+cdef int TICK_MS = 10
+cdef int LOOK_TICK_MS = 2           # where the first walker may look for faults itself
+
+
+cdef bint _all_stuck(capture_t *capture) noexcept nogil:
+    cdef int i
+    cdef uint64_t since
+    cdef uint64_t now = snap_now_ns()
+    for i in range(1, capture.n_fault_lanes + 1):
+        since = snap_load(&capture.lanes[i].busy_since)
+        if since == 0 or now - since < STUCK_NS:
+            return False
+    return True
+
+
+cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
+    cdef region_t *region
+    cdef pollfd stop
+    cdef uint64_t addr, uffd, page
+    cdef int tick = LOOK_TICK_MS if capture.look_pages else TICK_MS
+    snap_name_thread("snap-warden")
+    if not await_arming(capture, False):
+        return
+    stop.fd = capture.stop_event
+    stop.events = POLLIN
+    while not snap_load(&capture.stopping):
+        if poll(&stop, 1, tick) != 0:
+            continue
+        call_if_overdue(capture)
+        if not _all_stuck(capture):
+            continue
+        pump(capture, lane)
+        while lane.n_held:
+            lane.n_held -= 1
+            addr = lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1)
+            uffd = lane.held_uffd[lane.n_held]
+            region = region_at(capture, addr)
+            page = page_at(region, addr) if region != NULL else 0
+            if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
+                    region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
+                fill_missing(capture, lane, uffd, addr)
+            else:
+                uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
+
+
+cdef void *warden_thread(void *arg) noexcept nogil:
+    cdef lane_t *lane = <lane_t *>arg
+    _watch_until_stopped(lane.capture, lane)
+    snap_leave(&lane.capture.running)
+    return NULL

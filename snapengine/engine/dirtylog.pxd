@@ -1,0 +1,17 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from snapengine.engine.session cimport Session
+
+
+cdef class DirtyLog:
+    # Dirty logging of one session: rounds, driven by one Python thread that gives the GIL up.
+    cdef readonly Session session
+    cdef bint registered
+    cdef bint answering                   # missing faults, by a thread of its own
+    cdef uint64_t deadline
+    cdef double rate                      # pages a second, as measured
+    cdef uint64_t round_pages
+    cdef int _first_round(self) except -1
+    cdef int _round(self, bint wait) except -1
+    cdef int64_t _dirty_pages(self) except -1
+    cdef int _last_pages(self) except -1

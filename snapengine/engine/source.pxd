@@ -1,0 +1,18 @@
+from libc.stdint cimport uint64_t
+
+from snapengine.engine.session cimport capture_t, lane_t, region_t
+
+# Which pages of the 64-page window at `page` (a multiple of 64), of those in `mask`, hold data.
+cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                        uint64_t mask) noexcept nogil
+# The first page from `page` on that may hold data, by the region's file if that is sparse; else `page`.
+cdef uint64_t data_from(region_t *region, uint64_t page) noexcept nogil
+# Append pages page .. page + n - 1 (n ≤ 64; the lane has room) to the lane: data, zero or lost.
+# Returns 0 or an errno that ends the capture.
+cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                  uint64_t n) noexcept nogil
+# The same for the pages in `mask`, not 0, of the 64-page window at `page`.
+cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                     uint64_t mask) noexcept nogil
+# Append pages that need no copy (hole, zero, lost).
+cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n, unsigned kind) noexcept nogil

@@ -1,8 +1,0 @@
-from snapengine.session cimport capture_t, lane_t
-
-# Claim the pages in which one region ends and another begins. Before any fault is served.
-cdef void claim_shared_pages(capture_t *capture) noexcept nogil
-# Save and release them. 0, or an errno: the capture has failed.
-cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil
-# Save units until none is left or the capture has failed. Any number of walkers at a time.
-cdef void walk(capture_t *capture, lane_t *lane) noexcept nogil
