@@ -14,7 +14,7 @@ cdef class Region:
 
     ``addr`` and ``length`` are bytes in the target's address space; a region of this process's own
     buffers may begin and end inside a page. ``page_size`` is the size of the mapping's pages (4096, or
-    the hugetlb page size). ``kind`` is one of `snapengine.targets.KINDS`. ``memfd`` is a descriptor of the
+    the hugetlb page size). ``kind`` is one of `snapengine.targets.targets.KINDS`. ``memfd`` is a descriptor of the
     memory that this process holds, or -1; ``memfd_offset`` is where the region begins in it. ``zero_inode``:
     of a private mapping of /dev/zero, which the kernel treats as anonymous, the inode that it still shows;
     else 0.

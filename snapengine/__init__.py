@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from snapengine.peer import PeerTarget
     from snapengine.process import ProcessTarget
     from snapengine.result import Result
-    from snapengine.targets import BufferTarget, Region, Target
+    from snapengine.targets.targets import BufferTarget, Region, Target
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "AlreadyTrackedError": "errors",
     "AttachError": "errors",
-    "BufferTarget": "targets",
+    "BufferTarget": "targets.targets",
     "Capture": "capture",
     "CaptureCancelled": "errors",
     "CorruptImageError": "errors",
@@ -60,12 +60,12 @@ _PLACES = {
     "PeerTarget": "peer",
     "ProcessTarget": "process",
     "Progress": "capture",
-    "Region": "targets",
+    "Region": "targets.targets",
     "RegisterError": "errors",
     "Result": "result",
     "SinkError": "errors",
     "SnapengineError": "errors",
-    "Target": "targets",
+    "Target": "targets.targets",
     "TargetGoneError": "errors",
     "TimeLimitError": "errors",
     "TruncatedImageError": "errors",

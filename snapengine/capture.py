@@ -39,7 +39,7 @@ from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
-from snapengine.targets import BufferTarget, Target
+from snapengine.targets.targets import BufferTarget, Target
 
 CANCEL_SECONDS = 10.0
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from snapengine.image import open_image
     from snapengine.progress import Bar
     from snapengine.qemu.restore import restore_machine
-    from snapengine.targets import PAGE_BYTES
+    from snapengine.targets.targets import PAGE_BYTES
 
     with open_image(args.image) as image, Bar(args.foreground) as bar:
         saved_bytes = image.index.data_pages() * PAGE_BYTES

@@ -28,7 +28,7 @@ from snapengine.options import ARMING, METHODS, Options
 from snapengine.result import COMPLETED, Result
 
 if TYPE_CHECKING:
-    from snapengine.targets import Target
+    from snapengine.targets.targets import Target
 
 DESCRIPTION = """\
 Save the memory of a running program, which goes on running while its pages are saved. The image holds

@@ -16,7 +16,7 @@ from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping
 from snapengine.mapfacts import data_ranges
 from snapengine.tally import Extra
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 CHUNK_PAGES = 256
 PIECE_BYTES = 4 << 20

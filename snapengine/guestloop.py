@@ -24,7 +24,7 @@ from snapengine.guestsignals import EndSignals
 from snapengine.guestwriters import GuestWriters
 from snapengine.handover import CONTROLS, encode_offer, strict_json
 from snapengine.kernel.uffd import Uffd, supported_features
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 REGION = "ram"
 BLOB = "guest"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from snapengine.errors import HandoverError
-from snapengine.targets import KINDS, Region
+from snapengine.targets.targets import KINDS, Region
 
 VERSION = 1
 CONTROLS = ("pause", "resume", "vmstate", "stats")

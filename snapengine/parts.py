@@ -13,7 +13,7 @@ from snapengine.kernel.uffd import Uffd
 from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
 from snapengine.storage.sinks import Sink
-from snapengine.targets import AttachedTarget, Region, Target
+from snapengine.targets.targets import AttachedTarget, Region, Target
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from snapengine.errors import CaptureCancelled, HandoverError, SnapengineError, 
 from snapengine.handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
 from snapengine.listener import Listener
 from snapengine.memorymap import check_mapped
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 from snapengine.wire import Wire, close_all
 
 MAX_REPLY_BYTES = 64 << 20

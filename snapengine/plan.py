@@ -18,7 +18,7 @@ from snapengine.kernel.procmaps import Mapping, covering, has_ended, read_maps, 
 from snapengine.kernel.uffd import FEATURES, feature_names
 from snapengine.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.region import RegionPlan, any_shared
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 EVENTS = sum(bit for name, bit in FEATURES.items() if name.startswith("EVENT_"))  # no plan depends on them
 SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB

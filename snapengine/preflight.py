@@ -25,7 +25,7 @@ from snapengine.options import COPY_LIMIT
 from snapengine.process import SHARED_UNSEEN
 from snapengine.selection import Selector, select
 from snapengine.tables import print_table, print_text
-from snapengine.targets import PAGE_BYTES
+from snapengine.targets.targets import PAGE_BYTES
 
 HUGE_BYTES = 2 << 20
 SHOWN_ROWS = 20

@@ -22,7 +22,7 @@ from snapengine.plan import Plan
 from snapengine.process import ProcessTarget
 from snapengine.region import any_shared, total_bytes
 from snapengine.storage.sinks import open_sink
-from snapengine.targets import AttachedTarget, Region
+from snapengine.targets.targets import AttachedTarget, Region
 
 TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
 SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started

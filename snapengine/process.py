@@ -31,7 +31,7 @@ from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
 from snapengine.region import any_shared
 from snapengine.selection import UNCHANGED, Selection, Selector, parse_regions, select
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 from snapengine.tryregister import refusal, refused_regions
 
 APPEARED = "mapped while the snapshot began"

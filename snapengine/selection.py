@@ -22,7 +22,7 @@ from snapengine.kernel.procmaps import DELETED, Mapping
 from snapengine.mapfacts import MapFacts
 from snapengine.options import COPY_LIMIT
 from snapengine.processrecord import NotCaptured
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 GROUPS = ("anon", "heap", "stack", "shared", "files")
 WHOLE_BYTES = 8 << 20  # of a file that is mapped privately: up to here its clean pages are copied, too

@@ -14,7 +14,7 @@ from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
 from snapengine.storage.sources import StreamSource
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 DATA, ZERO, HOLE, LOST = range(4)
 FIELDS = {

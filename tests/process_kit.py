@@ -17,7 +17,7 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import read_maps
 from snapengine.processrecord import NotCaptured, read_process
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 from snapengine.threadstate import ThreadState
 
 DATA, ZERO, HOLE, LOST = range(4)

@@ -27,7 +27,7 @@ from snapengine.processrecord import ProcessRecord
 from snapengine.result import Result, fitted_parts
 from snapengine.storage.sinks import FileSink
 from snapengine.tables import columns, fitted, table_lines, wrapped
-from snapengine.targets import BufferTarget, Region
+from snapengine.targets.targets import BufferTarget, Region
 
 LOCALES = [
     {"PYTHONIOENCODING": "ascii"},

@@ -20,7 +20,7 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.processrecord import ProcessRecord
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 from snapengine.threadstate import ThreadState
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb")

@@ -10,7 +10,7 @@ from snapengine.kernel.backing import Backing
 from snapengine.kernel.procmaps import Mapping
 from snapengine.mapfacts import MapFacts
 from snapengine.selection import Selector, select
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 PAGE = 4096
 KINDS = [  # perms, device, inode, path

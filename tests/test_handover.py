@@ -24,7 +24,7 @@ from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
 from snapengine.kernel.uffd import Uffd
 from snapengine.peer import PeerTarget
-from snapengine.targets import Region, Target
+from snapengine.targets.targets import Region, Target
 
 MIB = 1 << 20
 FEATURES = 1  # PAGEFAULT_FLAG_WP

@@ -17,7 +17,7 @@ from snapengine.image.records import RECORD
 from snapengine.image.stream import restore_stream, stream_image
 from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 SAMPLE = sample()
 

@@ -30,7 +30,7 @@ from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.regenerate import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 NAMES = {name: used // 4096 for name, used in kit.BLOCKS}
 

@@ -4,7 +4,7 @@ import pytest
 
 from snapengine.kernel.procmaps import Mapping, covering
 from snapengine.layout import first_overlap, first_shared_unit, lay_out
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 PAGE, MIB = 4096, 1 << 20
 

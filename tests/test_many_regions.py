@@ -10,14 +10,14 @@ import pytest
 from targetkit import COUNTERS, MEMORY, Target, until
 
 import snapengine
-from snapengine import targets
 from snapengine.engine.session import Session
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.kernel.uffd import FEATURES
 from snapengine.plan import Plan
 from snapengine.process import ProcessTarget, appeared
-from snapengine.targets import BufferTarget, Region
+from snapengine.targets import targets
+from snapengine.targets.targets import BufferTarget, Region
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -21,7 +21,7 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import parse_line, read_maps
 from snapengine.process import ProcessTarget
 from snapengine.storage.sinks import FileSink, MemorySink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 COMMAND = [sys.executable, "-m", "snapengine.cli"]
 NOT_TEXT = b"caf\xe9 \xff"

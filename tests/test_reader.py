@@ -11,7 +11,7 @@ from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.image.stream import restore_stream
 from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 PAGES = 48
 entry = st.tuples(st.integers(0, PAGES - 1), st.integers(1, 12), st.sampled_from([DATA, ZERO, HOLE, LOST]))

@@ -17,7 +17,7 @@ from snapengine.errors import ImageError, UnsupportedVersionError
 from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets import KINDS, Region
+from snapengine.targets.targets import KINDS, Region
 
 SOUND = take_apart(sample().data)
 

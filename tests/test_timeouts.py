@@ -26,7 +26,7 @@ from snapengine.kernel import cgroups, procfs
 from snapengine.process import ProcessTarget
 from snapengine.qemu.ingest import ingest
 from snapengine.storage.sinks import ExecSink, FileSink, open_sink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 LIMIT = "not done within 0.5 s (--timeout)"

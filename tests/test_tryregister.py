@@ -8,7 +8,7 @@ import pytest
 
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES, Uffd
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 from snapengine.tryregister import refusal, refused_regions
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")

@@ -49,7 +49,7 @@ from snapengine.processinfo import process_info
 from snapengine.processrecord import ProcessRecord, check_sizes
 from snapengine.storage.sinks import Sink
 from snapengine.storage.sources import FileSource, corrupt
-from snapengine.targets import PAGE_BYTES
+from snapengine.targets.targets import PAGE_BYTES
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 

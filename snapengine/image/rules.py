@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from snapengine.errors import UnsupportedVersionError
 from snapengine.image.encode import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
 from snapengine.storage.sources import Named, corrupt
-from snapengine.targets import KINDS
+from snapengine.targets.targets import KINDS
 
 if TYPE_CHECKING:
     from snapengine.image.records import Record

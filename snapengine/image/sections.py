@@ -15,7 +15,7 @@ from snapengine.image.records import FILE_HEADER, RECORD, FileHeader, Record
 from snapengine.image.result_fields import check_figures
 from snapengine.image.rules import INDEX_ENTRY_BYTES, check_region
 from snapengine.storage.sources import Source, corrupt
-from snapengine.targets import KINDS, PAGE_BYTES
+from snapengine.targets.targets import KINDS, PAGE_BYTES
 
 TRAILER = struct.Struct("<QQQQQQQ16s")
 TRAILER_RECORD_BYTES = RECORD.size + TRAILER.size

@@ -30,7 +30,7 @@ from snapengine.image.sections import (
     parse_trailer,
 )
 from snapengine.storage.sources import StreamSource, corrupt
-from snapengine.targets import PAGE_BYTES
+from snapengine.targets.targets import PAGE_BYTES
 
 __all__ = ["ImageStream", "Pages", "restore_stream", "stream_image"]
 

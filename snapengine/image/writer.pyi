@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapengine.storage.sinks import Sink
-from snapengine.targets import Region
+from snapengine.targets.targets import Region
 
 class Writer:
     sink: Sink

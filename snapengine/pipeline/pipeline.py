@@ -10,7 +10,7 @@ from snapengine.options import Options
 from snapengine.pipeline.encoder import Encoder
 from snapengine.pipeline.pool import Pool
 from snapengine.storage.sinks import Sink
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 
 class Encoding:

@@ -11,7 +11,7 @@ from snapengine.pipeline.pipeline import Encoding
 from snapengine.qemu.assemble import regions_of, write_end
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
 from snapengine.storage.sinks import NullSink
-from snapengine.targets import PAGE_BYTES
+from snapengine.targets.targets import PAGE_BYTES
 from snapengine.vmpages import Census
 
 __all__ = ["Analysis", "analyze"]

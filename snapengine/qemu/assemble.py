@@ -10,7 +10,7 @@ from snapengine.image.writer import Writer
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob
 from snapengine.result import COMPLETED, Result
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 from snapengine.vmpages import DirectIntake, Spool
 
 

@@ -32,7 +32,7 @@ from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
 from snapengine.qemu.replies import ask
 from snapengine.result import fitted_parts
-from snapengine.targets import PAGE_BYTES, Region
+from snapengine.targets.targets import PAGE_BYTES, Region
 
 ROM_BYTES = 8 << 20  # of one block that is copied while the guest stands
 TRACKED = ("anonymous", "shmem", "hugetlb")
