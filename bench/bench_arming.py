@@ -5,8 +5,8 @@ from benchkit import ROUNDS, Samples, size
 
 import snapengine
 from snapengine.guestparams import GuestParams
+from snapengine.handover.peer import PeerTarget
 from snapengine.options import MIB, Options
-from snapengine.peer import PeerTarget
 
 SIZE = size("ARMING_SIZE", "4G")
 HOT = 32 * MIB

@@ -7,7 +7,7 @@ from benchkit import PIECE, ROUNDS, Samples, guest_ram, huge_pages, protect_floo
 
 import snapengine
 from snapengine.guestparams import GuestParams
-from snapengine.peer import PeerTarget
+from snapengine.handover.peer import PeerTarget
 
 SIZE = size("COPY_SIZE", "1G")
 LEAST = ("ioctl_protect_ns", "memcpy_ns", "ioctl_unprotect_64_ns")

@@ -6,8 +6,8 @@ from benchkit import MIB, size
 import snapengine
 from snapengine.guestparams import GuestParams
 from snapengine.guestprocess import GuestProcess
+from snapengine.handover.peer import PeerTarget
 from snapengine.options import METHODS, WRITE_TRACKING
-from snapengine.peer import PeerTarget
 
 SIZE = size("SIZE", "128M")
 FIGURES = (

@@ -13,8 +13,8 @@ from writerkit import add_up, after_arming, agreement, spread, stall_quantiles, 
 import snapengine
 from snapengine.base.histogram import bucket_floor, bucket_number
 from snapengine.guestparams import GuestParams
+from snapengine.handover.peer import PeerTarget
 from snapengine.options import Options
-from snapengine.peer import PeerTarget
 
 SIZE = size("STALL_SIZE", "256M")
 LARGE = size("STALL_LARGE_SIZE", "1G")

@@ -8,7 +8,7 @@ from hugepages import huge_share
 
 import snapengine
 from snapengine.guestparams import GuestParams
-from snapengine.peer import PeerTarget
+from snapengine.handover.peer import PeerTarget
 from snapengine.process import ProcessTarget
 
 SIZE = size("THP_SIZE", "256M")

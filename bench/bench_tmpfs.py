@@ -9,8 +9,8 @@ from benchkit import MIB, ROUNDS, Samples, process_status, reset_peak, size, sma
 
 import snapengine
 from snapengine.guestparams import GuestParams
+from snapengine.handover.peer import PeerTarget
 from snapengine.options import MIN_MEMORY_LIMIT, Options
-from snapengine.peer import PeerTarget
 
 SIZE = size("COPY_SIZE", "1G")
 ZSTD_SIZE = size("ZSTD_SIZE", "256M")

@@ -27,7 +27,7 @@ from test_hostile_records import FIGURES, MACHINE_OF_ALL, PROCESS, WRONG
 from test_rules import byte_changes, field_changes, order_changes, reference_changes
 
 from snapengine.errors import HandoverError, ImageError, MachineError, StreamError
-from snapengine.handover import ArrayScanner, parse_offer
+from snapengine.handover.message import ArrayScanner, parse_offer
 from snapengine.image import open_image
 from snapengine.image.sections import ImageRegion
 from snapengine.image.stream import restore_stream

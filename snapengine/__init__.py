@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         UnsupportedVersionError,
     )
+    from snapengine.handover.peer import PeerTarget
     from snapengine.image import Image, open_image
     from snapengine.options import Options
-    from snapengine.peer import PeerTarget
     from snapengine.process import ProcessTarget
     from snapengine.result import Result
     from snapengine.targets.targets import BufferTarget, Region, Target
@@ -57,7 +57,7 @@ _PLACES = {
     "LostPagesError": "errors",
     "NoSuchRegionError": "errors",
     "Options": "options",
-    "PeerTarget": "peer",
+    "PeerTarget": "handover.peer",
     "ProcessTarget": "process",
     "Progress": "capture",
     "Region": "targets.targets",

@@ -187,7 +187,7 @@ def make_target(args: argparse.Namespace, options: Options) -> Target:
             args.pid, args.regions or "all", cut=args.cut or "soft", method=options.method,
             deadline=args.stop_timeout,
         )  # fmt: skip
-    from snapengine.peer import PeerTarget
+    from snapengine.handover.peer import PeerTarget
 
     if args.regions is not None or args.cut is not None:
         args.parser.error("--regions and --cut go with --pid")

@@ -13,9 +13,9 @@ from snapengine.demo_rows import Row
 from snapengine.guestimage import check_image
 from snapengine.guestparams import GuestParams
 from snapengine.guestprocess import GuestProcess
+from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
 from snapengine.options import Options
-from snapengine.peer import PeerTarget
 from snapengine.progress import follow
 from snapengine.result import COMPLETED, Result
 

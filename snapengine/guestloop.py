@@ -22,7 +22,7 @@ from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import PAGE_BYTES, GuestParams
 from snapengine.guestsignals import EndSignals
 from snapengine.guestwriters import GuestWriters
-from snapengine.handover import CONTROLS, encode_offer, strict_json
+from snapengine.handover.message import CONTROLS, encode_offer, strict_json
 from snapengine.kernel.uffd import Uffd, supported_features
 from snapengine.targets.targets import Region
 

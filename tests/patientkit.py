@@ -2,7 +2,8 @@
 
 from waitkit import PATIENCE_S
 
-from snapengine import freezer, peer, process
+from snapengine import freezer, process
+from snapengine.handover import peer
 
 
 class PeerTarget(peer.PeerTarget):

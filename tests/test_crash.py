@@ -21,7 +21,7 @@ from snapengine.image import open_image
 MIB = 1 << 20
 ENGINE = """
 import sys, snapengine
-from snapengine.peer import PeerTarget
+from snapengine.handover.peer import PeerTarget
 socket, path, method = sys.argv[1:]
 target = PeerTarget(socket, timeout=100, step_timeout=100, method=method)
 print("ready", flush=True)

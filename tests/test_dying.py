@@ -24,9 +24,9 @@ import snapengine
 from snapengine import attach
 from snapengine.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
+from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.peer import PeerTarget
 from snapengine.process import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")

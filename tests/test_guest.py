@@ -22,7 +22,7 @@ from patientkit import PeerTarget
 from snapengine.errors import HandoverError, SnapengineError, TargetGoneError
 from snapengine.guest import GuestProcess, check_image, main
 from snapengine.guestparams import GuestParams
-from snapengine.listener import Listener
+from snapengine.handover.listener import Listener
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -22,8 +22,8 @@ from waitkit import PATIENCE_S, until
 from snapengine.errors import CaptureCancelled, HandoverError, TargetGoneError
 from snapengine.guestmem import GuestMemory
 from snapengine.guestparams import GuestParams
+from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd
-from snapengine.peer import PeerTarget
 from snapengine.targets.targets import Region, Target
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapengine.errors import HandoverError
-from snapengine.handover import MAX_MAPPINGS, ArrayScanner, encode_offer, parse_offer, strict_json
+from snapengine.handover.message import MAX_MAPPINGS, ArrayScanner, encode_offer, parse_offer, strict_json
 from snapengine.targets.targets import Region
 
 MIB = 1 << 20

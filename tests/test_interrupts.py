@@ -127,7 +127,7 @@ def test_a_wait_for_a_peer(seed, tmp_path):
     """The socket's file goes, also if nobody has been told yet that it is there."""
     work = """
     from snapengine.errors import HandoverError
-    from snapengine.listener import Listener
+    from snapengine.handover.listener import Listener
 
     def work():
         for _ in range(20):

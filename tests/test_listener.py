@@ -13,7 +13,7 @@ import pytest
 from handoverkit import connect, open_fds
 
 from snapengine.errors import HandoverError, UnsupportedError
-from snapengine.listener import Listener
+from snapengine.handover.listener import Listener
 
 
 @pytest.fixture(autouse=True)

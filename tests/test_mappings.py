@@ -16,14 +16,14 @@ from patientkit import ProcessTarget
 from targetkit import COUNTERS, Target
 
 import snapengine
-from snapengine import handover
 from snapengine.errors import AlreadyTrackedError, HandoverError, ImageError
+from snapengine.handover import message
+from snapengine.handover.check_offer import check_mapped
 from snapengine.image import open_image
 from snapengine.kernel.backing import KERNEL, Backing, Backings, internal_device
 from snapengine.kernel.pagemap import CATEGORIES, is_guard, populated_runs
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.mapfacts import MapFacts
-from snapengine.memorymap import check_mapped
 from snapengine.preflight import examine_process
 from snapengine.qemu.ramblocks import RamBlock
 from snapengine.qemu.target import QemuTarget
@@ -403,7 +403,7 @@ def test_mappings_of_a_peer(saved, kind):
     if not saved.addresses[kind]:
         pytest.skip(f"this host cannot make {kind}")
     page = HUGE if kind == "hugetlb-file" else PAGE
-    claimed = handover.Mapping("ram", saved.addresses[kind], size_of(kind), 0, page)
+    claimed = message.Mapping("ram", saved.addresses[kind], size_of(kind), 0, page)
     (found,) = check_mapped(saved.target.pid, (claimed,), {})
     assert found.kind == {"tmpfs": "shared", "hugetlb-file": "hugetlb-shared"}.get(kind, "anon")
     assert (found.zero_inode != 0) == (kind == "devzero-private")

@@ -34,8 +34,8 @@ from test_process_lost import GatedFile
 
 import snapengine
 from snapengine.errors import LostPagesError
+from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
-from snapengine.peer import PeerTarget
 from snapengine.process import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")

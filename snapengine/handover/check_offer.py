@@ -7,7 +7,7 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 from snapengine.errors import HandoverError, TargetGoneError
-from snapengine.handover import PAGE_SIZES, Mapping
+from snapengine.handover.message import PAGE_SIZES, Mapping
 from snapengine.kernel.backing import Backings
 from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import read_maps

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from snapengine.errors import HandoverError
-from snapengine.handover import MAX_FDS, ArrayScanner, Offer, parse_offer
+from snapengine.handover.message import MAX_FDS, ArrayScanner, Offer, parse_offer
 
 PIECE_BYTES = 1 << 16
 INT_BYTES = array.array("i").itemsize

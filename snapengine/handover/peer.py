@@ -21,11 +21,11 @@ from typing import Any
 
 from snapengine.attach import ends
 from snapengine.errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
-from snapengine.handover import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
-from snapengine.listener import Listener
-from snapengine.memorymap import check_mapped
+from snapengine.handover.check_offer import check_mapped
+from snapengine.handover.connection import Wire, close_all
+from snapengine.handover.listener import Listener
+from snapengine.handover.message import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
 from snapengine.targets.targets import Region
-from snapengine.wire import Wire, close_all
 
 MAX_REPLY_BYTES = 64 << 20
 SO_PEERPIDFD = 77  # Linux 6.5
