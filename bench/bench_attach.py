@@ -9,10 +9,10 @@ from writerkit import bins_around, lost_work_ms, undisturbed
 
 import snapengine
 from snapengine.guestparams import GuestParams
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.options import MIB, Options
-from snapengine.process import ProcessTarget
+from snapengine.process.inject import inject_userfaultfd
+from snapengine.process.target import ProcessTarget
 
 SIZE = size("ATTACH_SIZE", "1G")
 LIMIT = 64 * MIB

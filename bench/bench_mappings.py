@@ -13,7 +13,7 @@ import pytest
 from benchkit import KIB, MIB, ROUNDS, Samples, size
 
 import snapengine
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 
 MAPPINGS = int(os.environ.get("SNAPENGINE_BENCH_MAPPINGS", "30000"))
 EACH = size("MAPPING_SIZE", "16K")

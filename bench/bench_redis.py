@@ -12,7 +12,7 @@ from benchkit import Samples, size, warm_file
 
 import snapengine
 from snapengine.options import Options
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 
 SIZE = size("REDIS_SIZE", "512M")
 VALUE_BYTES = 4000

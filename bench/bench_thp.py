@@ -9,7 +9,7 @@ from hugepages import huge_share
 import snapengine
 from snapengine.guestparams import GuestParams
 from snapengine.handover.peer import PeerTarget
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 
 SIZE = size("THP_SIZE", "256M")
 ENOUGH = 0.9

@@ -33,14 +33,14 @@ from snapengine.image.sections import ImageRegion
 from snapengine.image.stream import restore_stream
 from snapengine.kernel.procfs import status
 from snapengine.kernel.procmaps import Mapping, read_maps
-from snapengine.processrecord import ProcessRecord
+from snapengine.process.record import ProcessRecord
+from snapengine.process.threads_blob import pack_threads, parse_threads
 from snapengine.qemu.blobs import check_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy
 from snapengine.qemu.ramblocks import RamBlock, parse_table, ram_blocks
 from snapengine.qemu.regenerate import write_stream
 from snapengine.storage.sinks import MemorySink
-from snapengine.threadblob import pack_threads, parse_threads
 
 
 @cache

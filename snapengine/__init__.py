@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from snapengine.handover.peer import PeerTarget
     from snapengine.image import Image, open_image
     from snapengine.options import Options
-    from snapengine.process import ProcessTarget
+    from snapengine.process.target import ProcessTarget
     from snapengine.result import Result
     from snapengine.targets.targets import BufferTarget, Region, Target
 
@@ -58,7 +58,7 @@ _PLACES = {
     "NoSuchRegionError": "errors",
     "Options": "options",
     "PeerTarget": "handover.peer",
-    "ProcessTarget": "process",
+    "ProcessTarget": "process.target",
     "Progress": "capture",
     "Region": "targets.targets",
     "RegisterError": "errors",

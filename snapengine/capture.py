@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
-from snapengine.attach import ends
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
 from snapengine.engine.dirtylog import DirtyLog
@@ -38,6 +37,7 @@ from snapengine.image.region_pack import numbered
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.parts import Parts
 from snapengine.preparing import make_engine, open_target
+from snapengine.process.permissions import ends
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets.targets import BufferTarget, Target
 

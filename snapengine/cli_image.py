@@ -114,7 +114,7 @@ def run_info(args: argparse.Namespace) -> int:
 def print_info(info: dict[str, Any]) -> None:
     """Figures, the process, regions, blobs."""
     from snapengine.figures import figures_rows
-    from snapengine.processinfo import process_rows
+    from snapengine.process.describe import process_rows
     from snapengine.qemu.info import machine_rows
     from snapengine.result import Result
     from snapengine.tables import print_table, print_text

@@ -121,7 +121,7 @@ def parse_vmstate(text: str) -> tuple[str, Path]:
 
 
 def _regions(text: str) -> Any:
-    from snapengine.selection import parse_regions
+    from snapengine.process.selection import parse_regions
 
     return parse_regions(text)
 
@@ -140,7 +140,7 @@ def exit_code(result: Result) -> int:
 
 def missing_text(result: Result) -> str:
     """One line on the mappings that an image of a process lacks and no file holds; "" if there are none."""
-    from snapengine.selection import ELSEWHERE, NEEDS_STOP
+    from snapengine.process.selection import ELSEWHERE, NEEDS_STOP
 
     lacking = [item for item in result.not_captured if item["reason"] not in ELSEWHERE]
     if not lacking:
@@ -179,7 +179,7 @@ def _print_figures(result: Result, args: argparse.Namespace, wanted: bool) -> No
 def make_target(args: argparse.Namespace, options: Options) -> Target:
     """The target that --socket or --pid names."""
     if args.pid is not None:
-        from snapengine.process import ProcessTarget
+        from snapengine.process.target import ProcessTarget
 
         if args.cut == "soft" and options.method != METHODS[0]:
             args.parser.error("--cut soft: dirty logging ends with a stop")

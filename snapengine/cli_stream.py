@@ -11,8 +11,8 @@ from snapengine.base.names import escape
 from snapengine.errors import LostPagesError
 from snapengine.image.image import region_info
 from snapengine.image.stream import ImageStream, stream_image
-from snapengine.processinfo import process_info
-from snapengine.processrecord import ProcessRecord, check_sizes
+from snapengine.process.describe import process_info
+from snapengine.process.record import ProcessRecord, check_sizes
 from snapengine.qemu.blobs import machine_in
 
 

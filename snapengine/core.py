@@ -47,7 +47,7 @@ from snapengine.image.encode import HOLE, LOST
 from snapengine.image.restorer import Restorer
 from snapengine.image.sections import ImageRegion, page_text
 from snapengine.kernel.procmaps import Mapping
-from snapengine.processrecord import ProcessRecord
+from snapengine.process.record import ProcessRecord
 from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:

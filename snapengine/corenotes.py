@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from snapengine.base.names import encode
-from snapengine.processrecord import ProcessRecord
-from snapengine.threadstate import ThreadState
+from snapengine.process.record import ProcessRecord
+from snapengine.process.thread_state import ThreadState
 
 PAGE_BYTES = 4096
 PN_XNUM = 0xFFFF  # so many segments or more: the count is in section header 0

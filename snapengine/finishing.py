@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 from snapengine.errors import LostPagesError
-from snapengine.frozen import write_frozen
 from snapengine.options import Options
 from snapengine.parts import Parts
-from snapengine.processrecord import not_captured_object
+from snapengine.process.copied import write_frozen
+from snapengine.process.record import not_captured_object
 from snapengine.result import COMPLETED, Result
 from snapengine.tally import Extra, figures
 

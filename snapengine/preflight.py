@@ -12,18 +12,18 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-from snapengine import attach, injectplan
 from snapengine.base.names import escape, printable
 from snapengine.base.units import format_size
-from snapengine.fates import Fate
 from snapengine.kernel import procfs
 from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
-from snapengine.mapfacts import MapFacts, refused_by_flags
 from snapengine.options import COPY_LIMIT
-from snapengine.process import SHARED_UNSEEN
-from snapengine.selection import Selector, select
+from snapengine.process import inject_policy, permissions
+from snapengine.process.fates import Fate
+from snapengine.process.mapping_facts import MapFacts, refused_by_flags
+from snapengine.process.selection import Selector, select
+from snapengine.process.target import SHARED_UNSEEN
 from snapengine.tables import print_table, print_text
 from snapengine.targets.targets import PAGE_BYTES
 
@@ -81,8 +81,8 @@ def examine_process(
     pid: int, selector: Selector | None = None, copy_limit: int = COPY_LIMIT
 ) -> Preflight:
     """Look at a process. Raises `AttachError` where it cannot be attached to, `TargetGoneError`, OSError."""
-    info = attach.check_to_save(pid)
-    refusal = injectplan.foresee(info)
+    info = permissions.check_to_save(pid)
+    refusal = inject_policy.foresee(info)
     if refusal is not None:
         raise refusal
     selector = selector or Selector()
@@ -172,9 +172,9 @@ def _address(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def _warnings(pid: int, info: attach.ProcessInfo, tracked: list[Row]) -> list[str]:
+def _warnings(pid: int, info: permissions.ProcessInfo, tracked: list[Row]) -> list[str]:
     found = []
-    mergeable = attach.mergeable_mappings(pid)
+    mergeable = permissions.mergeable_mappings(pid)
     if mergeable:
         found.append(
             f"KSM may merge pages of {mergeable} mappings, which drops their protection: such pages are lost "

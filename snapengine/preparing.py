@@ -19,7 +19,7 @@ from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Op
 from snapengine.parts import Parts
 from snapengine.pipeline.encoder import Encoder
 from snapengine.plan import Plan
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 from snapengine.region import any_shared, total_bytes
 from snapengine.storage.sinks import open_sink
 from snapengine.targets.targets import AttachedTarget, Region

@@ -2,8 +2,9 @@
 
 from waitkit import PATIENCE_S
 
-from snapengine import freezer, process
 from snapengine.handover import peer
+from snapengine.process import freezer
+from snapengine.process import target as process
 
 
 class PeerTarget(peer.PeerTarget):

@@ -15,10 +15,10 @@ from waitkit import PATIENCE_S, until
 
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import read_maps
-from snapengine.processrecord import NotCaptured, read_process
+from snapengine.process.record import NotCaptured, read_process
+from snapengine.process.thread_state import ThreadState
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets.targets import PAGE_BYTES, Region
-from snapengine.threadstate import ThreadState
 
 DATA, ZERO, HOLE, LOST = range(4)
 PTRACE_CONT, PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_GETSIGMASK = (

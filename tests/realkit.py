@@ -20,7 +20,7 @@ from waitkit import PATIENCE_S, attempts, until
 import snapengine
 from snapengine.image import open_image
 from snapengine.options import Options
-from snapengine.process import APPEARED
+from snapengine.process.target import APPEARED
 
 SNAPSHOTS = int(os.environ.get("REAL_SNAPSHOTS", "1"))  # per program and mode; `make test-real` takes more
 ALL = bool(os.environ.get("REAL_ALL"))

@@ -15,7 +15,7 @@ import pytest
 from waitkit import PATIENCE_S, until
 
 from snapengine.errors import AttachError
-from snapengine.inject import inject_userfaultfd
+from snapengine.process.inject import inject_userfaultfd
 
 SOURCES = Path(__file__).parent / "targets"
 READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h

@@ -9,10 +9,10 @@ import subprocess
 import pytest
 from targetkit import VALUES, Target, state_of, status_line, until
 
-from snapengine import attach, injectplan
-from snapengine.attach import describe, mergeable_mappings, refuse_reason, threads_to_stop
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
 from snapengine.kernel import procfs
+from snapengine.process import inject_policy, permissions
+from snapengine.process.permissions import describe, mergeable_mappings, refuse_reason, threads_to_stop
 
 pytestmark = pytest.mark.usefixtures("programs")
 
@@ -48,7 +48,7 @@ def test_a_name_with_parentheses(name, tmp_path):
     path = shutil.copy(shutil.which("sleep"), tmp_path / name)
     with subprocess.Popen([path, "60"]) as process:
         until(lambda: state_of(process.pid) == "S")
-        stat = attach.thread_stat(process.pid, process.pid)
+        stat = permissions.thread_stat(process.pid, process.pid)
         process.kill()
     assert (stat.name, stat.state, stat.alive) == (name, "S", True)
 
@@ -99,22 +99,22 @@ def test_a_zombie():
 
 def test_seccomp_that_cannot_be_suspended(info, monkeypatch):
     filtered = dataclasses.replace(info, seccomp=2)
-    monkeypatch.setattr(attach, "has_capability", lambda bit: bit != attach.CAP_SYS_ADMIN)
+    monkeypatch.setattr(permissions, "has_capability", lambda bit: bit != permissions.CAP_SYS_ADMIN)
     assert "CAP_SYS_ADMIN" in str(refuse_reason(filtered))
-    monkeypatch.setattr(attach, "has_capability", lambda bit: True)
+    monkeypatch.setattr(permissions, "has_capability", lambda bit: True)
     assert refuse_reason(filtered) is None
 
 
 def test_why_it_is_denied(info, monkeypatch):
     other = dataclasses.replace(info, uid=os.geteuid() + 1)
-    assert f"belongs to uid {other.uid}" in attach.denied_because(other)
+    assert f"belongs to uid {other.uid}" in permissions.denied_because(other)
     apart = dataclasses.replace(info, same_user_namespace=False)
-    assert "another user namespace" in attach.denied_because(apart)
+    assert "another user namespace" in permissions.denied_because(apart)
     read = procfs.read
     for scope, words in (("1", "ptrace_scope is 1"), ("3", "until the next boot"), ("0", "not dumpable")):
         fake = {"/proc/sys/kernel/yama/ptrace_scope": scope}
         monkeypatch.setattr(procfs, "read", lambda path, fake=fake: fake.get(path) or read(path))
-        assert words in attach.denied_because(info)
+        assert words in permissions.denied_because(info)
 
 
 def test_not_a_process():
@@ -126,7 +126,7 @@ def test_not_a_process():
 
 
 def test_the_syscall_instruction(info):
-    address = injectplan.syscall_instruction(info.pid)
+    address = inject_policy.syscall_instruction(info.pid)
     with open(f"/proc/{info.pid}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
         assert memory.read(2) == b"\x0f\x05"
@@ -148,7 +148,7 @@ def test_the_syscall_instruction(info):
     ],
 )
 def test_failed_steps(info, step, number, kind, words):
-    error = injectplan.explain(info, info.pid, step, number, None)
+    error = inject_policy.explain(info, info.pid, step, number, None)
     assert type(error) is kind
     assert words in str(error)
     assert "\n" not in str(error)

@@ -23,7 +23,7 @@ from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
-from snapengine.processrecord import ProcessRecord
+from snapengine.process.record import ProcessRecord
 from snapengine.result import Result, fitted_parts
 from snapengine.storage.sinks import FileSink
 from snapengine.tables import columns, fitted, table_lines, wrapped

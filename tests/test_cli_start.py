@@ -76,7 +76,7 @@ def test_help_and_usage_errors_import_no_engine(arguments, most):
     code, names = imported(*arguments)
     assert code == (2 if arguments == ["save"] else 0)
     assert not top(names) & SLOW
-    assert not names & {"snapengine.capture", "snapengine.engine.session", "snapengine.image.image", "snapengine.process"}
+    assert not names & {"snapengine.capture", "snapengine.engine.session", "snapengine.image.image", "snapengine.process.target"}
     assert len(names) <= most, len(names)
 
 

@@ -18,10 +18,10 @@ from snapengine.errors import CorruptImageError, ImageError, LostPagesError, Sin
 from snapengine.image.sections import ImageRegion
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
-from snapengine.processrecord import ProcessRecord
+from snapengine.process.record import ProcessRecord
+from snapengine.process.thread_state import ThreadState
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets.targets import Region
-from snapengine.threadstate import ThreadState
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb")
 PAGE = 4096

@@ -6,9 +6,9 @@ import os
 import pytest
 
 from snapengine.base.descriptor import Descriptor
-from snapengine.freezer import Freezer
 from snapengine.guestmem import GuestMemory
 from snapengine.kernel.uffd import Uffd
+from snapengine.process.freezer import Freezer
 
 WRONG = {
     "type": lambda cls: cls(object()),

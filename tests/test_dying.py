@@ -21,13 +21,13 @@ from targetkit import Target, until
 from waitkit import PATIENCE_S
 
 import snapengine
-from snapengine import attach
 from snapengine.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
 from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.process import ProcessTarget
+from snapengine.process import permissions
+from snapengine.process.target import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 KILLS = int(os.environ.get("KILLS", "12"))
@@ -119,7 +119,7 @@ def test_a_process_that_ended_before_it_is_attached_to(reaped):
             target.process.wait()
         assert outcome(attached, WRITE_TRACKING) == "TargetGoneError"
         if not reaped:
-            assert attach.ends(target.pid)
+            assert permissions.ends(target.pid)
 
 
 class KilledBeforeItIsArmed(Capture):
@@ -160,12 +160,12 @@ def test_a_process_that_never_was():
 
 def test_a_first_thread_that_ended_is_no_end():
     with Target("compute", 3, "leave") as target:
-        until(lambda: attach.describe(target.pid).state == "Z")
-        assert not attach.ends(target.pid)
+        until(lambda: permissions.describe(target.pid).state == "Z")
+        assert not permissions.ends(target.pid)
         with pytest.raises(AttachError, match="first thread has ended"):
             ProcessTarget(target.pid).check()
         target.process.kill()
-        assert attach.ends(target.pid)
+        assert permissions.ends(target.pid)
 
 
 def test_dirty_logging_of_a_peer_that_cannot_pause(tmp_path):

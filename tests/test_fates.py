@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
-from snapengine.fates import Fate, sort_mappings, tracked_regions
 from snapengine.kernel.backing import Backing
 from snapengine.kernel.procmaps import Mapping
-from snapengine.mapfacts import MapFacts
-from snapengine.selection import Selector, select
+from snapengine.process.fates import Fate, sort_mappings, tracked_regions
+from snapengine.process.mapping_facts import MapFacts
+from snapengine.process.selection import Selector, select
 from snapengine.targets.targets import Region
 
 PAGE = 4096

@@ -30,9 +30,9 @@ from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.errors import AttachError, TargetGoneError
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.procmaps import read_maps
-from snapengine.threadstate import ThreadState
+from snapengine.process.inject import inject_userfaultfd
+from snapengine.process.thread_state import ThreadState
 
 pytestmark = pytest.mark.usefixtures("programs")
 
@@ -302,7 +302,7 @@ def test_two_engines():
 
 FREEZE_FOR_EVER = """
 import sys, time
-from snapengine.freezer import Freezer
+from snapengine.process.freezer import Freezer
 while True:
     with Freezer(int(sys.argv[1]), deadline=100):
         print(flush=True)

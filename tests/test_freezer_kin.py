@@ -10,10 +10,10 @@ from patientkit import Freezer
 from targetkit import MEMORY, PAGES, VALUES, Target, refuse_in, state_of, status_line, traced, until
 
 import snapengine
-from snapengine import attach
 from snapengine.errors import AttachError
 from snapengine.image import open_image
-from snapengine.process import ProcessTarget, kernel_writers
+from snapengine.process import permissions
+from snapengine.process.target import ProcessTarget, kernel_writers
 
 pytestmark = pytest.mark.usefixtures("programs")
 
@@ -149,13 +149,13 @@ def test_kernel_aio_is_named():
 def test_workers_of_the_kernel_are_named(monkeypatch):
     with Target("compute", 3) as target:
         assert kernel_writers(target.pid, "stop") == []
-        plain = attach.thread_stat
+        plain = permissions.thread_stat
 
         def as_worker(pid, tid):
             stat = plain(pid, tid)
-            flags = stat.flags | attach.PF_IO_WORKER if tid == target.tids[-1] else stat.flags
-            return attach.ThreadStat(tid, stat.name, stat.state, flags)
+            flags = stat.flags | permissions.PF_IO_WORKER if tid == target.tids[-1] else stat.flags
+            return permissions.ThreadStat(tid, stat.name, stat.state, flags)
 
-        monkeypatch.setattr(attach, "thread_stat", as_worker)
+        monkeypatch.setattr(permissions, "thread_stat", as_worker)
         assert "1 workers of the kernel" in kernel_writers(target.pid, "stop")[0]
         assert kernel_writers(target.pid, "soft") == []

@@ -19,7 +19,7 @@ from snapengine.errors import ImageError
 from snapengine.image import open_image
 from snapengine.image.stream import stream_image
 from snapengine.kernel.procmaps import Mapping
-from snapengine.processrecord import NotCaptured, ProcessRecord
+from snapengine.process.record import NotCaptured, ProcessRecord
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.machine import differences
 from snapengine.qemu.restore import stream_ends

@@ -33,9 +33,9 @@ from targetkit import (
 from waitkit import PATIENCE_S, attempts
 
 import snapengine
-from snapengine import attach
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.uffd import FEATURES, Uffd
+from snapengine.process import permissions
+from snapengine.process.inject import inject_userfaultfd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -100,7 +100,7 @@ def test_registers_are_kept(arguments):
 @pytest.mark.parametrize("threads", [1, 12])
 def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
     """The process lives on, and so it is not called gone."""
-    listed = attach.threads_to_stop
+    listed = permissions.threads_to_stop
 
     def leave(pid):
         tids = sorted(listed(pid))
@@ -109,7 +109,7 @@ def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
         return tids
 
     with Target("compute", threads, "leave", "linger") as target:
-        monkeypatch.setattr(attach, "threads_to_stop", leave)
+        monkeypatch.setattr(permissions, "threads_to_stop", leave)
         assert inject(target.pid).tid != target.pid
         target.check_running(threads)
 
@@ -117,7 +117,7 @@ def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
 def test_threads_that_all_end_before_they_are_stopped(monkeypatch):
     """Not for ever, and the text does not say that the process ended."""
     gone = itertools.count(1 << 22)  # above every tid (proc_pid_max(5))
-    monkeypatch.setattr(attach, "threads_to_stop", lambda pid: [next(gone)])
+    monkeypatch.setattr(permissions, "threads_to_stop", lambda pid: [next(gone)])
     with Target("compute", 1) as target:
         assert "threads end before" in str(refusal(target.pid))
         target.check_running()
@@ -241,7 +241,7 @@ def test_churn():
 
 INJECT_FOR_EVER = """
 import os, sys
-from snapengine.inject import inject_userfaultfd
+from snapengine.process.inject import inject_userfaultfd
 print(flush=True)
 while True:
     os.close(inject_userfaultfd(int(sys.argv[1]), deadline=100).fd)
@@ -274,7 +274,7 @@ def test_the_engine_is_killed_at_any_moment(group):
 
 INJECT_SOME = """
 import os, sys
-from snapengine.inject import inject_userfaultfd
+from snapengine.process.inject import inject_userfaultfd
 for _ in range(40):
     os.close(inject_userfaultfd(int(sys.argv[1]), deadline=100).fd)
 """

@@ -11,12 +11,12 @@ import pytest
 from targetkit import MEMORY, PAGES, VALUES, Target, descriptors, inject, refusal, status_line
 
 import snapengine
-from snapengine import attach, injectplan
 from snapengine.errors import AttachError, UffdPermissionError
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES, Uffd
 from snapengine.preflight import examine_process
+from snapengine.process import inject_policy, permissions
+from snapengine.process.inject import inject_userfaultfd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -110,7 +110,7 @@ def test_a_target_that_sees_no_device():
 ENGINE = """
 import ctypes, os, sys
 from snapengine.errors import UffdPermissionError
-from snapengine.inject import inject_userfaultfd
+from snapengine.process.inject import inject_userfaultfd
 from snapengine.preflight import examine_process
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as if it had been this user's from the start
@@ -159,8 +159,8 @@ def test_a_plain_user_without(monkeypatch):
         assert [line.split()[0] for line in said] == ["refused", "refused"]
         assert all("/dev/userfaultfd" in line and "vm.unprivileged_userfaultfd" in line for line in said)
         target.check_running()
-        monkeypatch.setattr(injectplan, "open_device", lambda path=None: os.open("/nowhere", 0))
-        monkeypatch.setattr(injectplan, "_may_call", lambda info: False)
+        monkeypatch.setattr(inject_policy, "open_device", lambda path=None: os.open("/nowhere", 0))
+        monkeypatch.setattr(inject_policy, "_may_call", lambda info: False)
         with pytest.raises(UffdPermissionError):
             examine_process(target.pid)
-        assert injectplan.foresee(attach.check(target.pid)) is not None
+        assert inject_policy.foresee(permissions.check(target.pid)) is not None

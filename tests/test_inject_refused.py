@@ -28,10 +28,10 @@ from targetkit import (
 from waitkit import PATIENCE_S
 
 import snapengine
-from snapengine import attach
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.uffd import FEATURES, Uffd
+from snapengine.process import permissions
+from snapengine.process.inject import inject_userfaultfd
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -99,7 +99,7 @@ def test_a_traced_process():
 
 def test_a_traced_process_found_too_late(monkeypatch):
     """It was not traced when it was looked at: the kernel's EPERM is explained."""
-    monkeypatch.setattr(attach, "refuse_reason", lambda info: None)
+    monkeypatch.setattr(permissions, "refuse_reason", lambda info: None)
     with Target("compute", 1) as target, traced(target.pid) as tracer:
         assert f"traced by {tracer}" in str(refusal(target.pid))
 
@@ -141,7 +141,7 @@ def test_a_seccomp_filter_is_suspended():
 
 
 def test_a_seccomp_filter_that_may_not_be_suspended(monkeypatch):
-    monkeypatch.setattr(attach, "has_capability", lambda bit: False)
+    monkeypatch.setattr(permissions, "has_capability", lambda bit: False)
     with Target("odd", "seccomp") as target:
         assert "seccomp filter" in str(refusal(target.pid))
         target.check_running()
@@ -185,7 +185,7 @@ def test_we_may_not_trace_another_users_process():
     script = (
         "import os, sys\n"
         "from snapengine.errors import AttachError\n"
-        "from snapengine.inject import inject_userfaultfd\n"
+        "from snapengine.process.inject import inject_userfaultfd\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: inject_userfaultfd(int(sys.argv[1]))\n"
         "except AttachError as error: print(error.errno, error)\n"

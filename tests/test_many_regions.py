@@ -15,7 +15,7 @@ from snapengine.image import open_image
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.kernel.uffd import FEATURES
 from snapengine.plan import Plan
-from snapengine.process import ProcessTarget, appeared
+from snapengine.process.target import ProcessTarget, appeared
 from snapengine.targets import targets
 from snapengine.targets.targets import BufferTarget, Region
 

@@ -23,11 +23,11 @@ from snapengine.image import open_image
 from snapengine.kernel.backing import KERNEL, Backing, Backings, internal_device
 from snapengine.kernel.pagemap import CATEGORIES, is_guard, populated_runs
 from snapengine.kernel.procmaps import Mapping, read_maps
-from snapengine.mapfacts import MapFacts
 from snapengine.preflight import examine_process
+from snapengine.process.mapping_facts import MapFacts
+from snapengine.process.selection import ELSEWHERE, MAPPED_TWICE, Selector, parse_regions, select
 from snapengine.qemu.ramblocks import RamBlock
 from snapengine.qemu.target import QemuTarget
-from snapengine.selection import ELSEWHERE, MAPPED_TWICE, Selector, parse_regions, select
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -19,7 +19,7 @@ from snapengine.errors import NoSuchRegionError
 from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import parse_line, read_maps
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 from snapengine.storage.sinks import FileSink, MemorySink
 from snapengine.targets.targets import Region
 

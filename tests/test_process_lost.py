@@ -15,7 +15,7 @@ import snapengine
 from snapengine.errors import LostPagesError
 from snapengine.image import open_image
 from snapengine.image.encode import LOST
-from snapengine.process import APPEARED
+from snapengine.process.target import APPEARED
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

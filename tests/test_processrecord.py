@@ -20,10 +20,10 @@ from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, Un
 from snapengine.image.sections import ImageRegion
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
-from snapengine.processinfo import process_info, process_rows
-from snapengine.processrecord import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
+from snapengine.process.describe import process_info, process_rows
+from snapengine.process.record import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
+from snapengine.process.thread_state import ThreadState
 from snapengine.storage.sinks import MemorySink
-from snapengine.threadstate import ThreadState
 
 STRANGE = "/a b\n\\x41\t\udcff\x1b[2Jé\u202e\\\\"
 

@@ -19,7 +19,7 @@ from snapengine.capture import Capture
 from snapengine.errors import CaptureCancelled
 from snapengine.image import open_image
 from snapengine.options import Options
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -36,7 +36,7 @@ import snapengine
 from snapengine.errors import LostPagesError
 from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
-from snapengine.process import ProcessTarget
+from snapengine.process.target import ProcessTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

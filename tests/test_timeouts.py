@@ -19,11 +19,11 @@ from targetkit import Target, descriptors, refusal, state_of, status_line
 from waitkit import PATIENCE_S, until
 
 import snapengine
-from snapengine import attach, injectplan
 from snapengine.errors import CaptureCancelled, SinkError, TimeLimitError
 from snapengine.image.writer import Writer
 from snapengine.kernel import cgroups, procfs
-from snapengine.process import ProcessTarget
+from snapengine.process import inject_policy, permissions
+from snapengine.process.target import ProcessTarget
 from snapengine.qemu.ingest import ingest
 from snapengine.storage.sinks import ExecSink, FileSink, open_sink
 from snapengine.targets.targets import Region
@@ -296,7 +296,7 @@ def test_how_long_threads_may_take_to_stop(room):
 
 def test_a_thread_that_does_not_run_is_tried_once():
     for step in ("call", "open"):
-        assert not injectplan.is_for_another_way(step, errno.ETIMEDOUT)
+        assert not inject_policy.is_for_another_way(step, errno.ETIMEDOUT)
 
 
 CGROUPS = {
@@ -366,7 +366,7 @@ def test_a_frozen_cgroup_is_the_reason(busy, room, kind):
 def test_a_process_that_is_frozen_unseen_is_tried_once(busy, kind, monkeypatch):
     """Frozen after it was looked at, or where its cgroup cannot be seen: one limit for all ways."""
     with frozen(kind, busy.pid):
-        monkeypatch.setattr(attach, "frozen_by", lambda pid: None)
+        monkeypatch.setattr(permissions, "frozen_by", lambda pid: None)
         began = time.monotonic()
         error = refusal(busy.pid, deadline=1.0)
         assert time.monotonic() - began < 7  # one call's 2 s, or one stop's 1 s, on a loaded machine

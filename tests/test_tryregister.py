@@ -8,8 +8,8 @@ import pytest
 
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES, Uffd
+from snapengine.process.try_register import refusal, refused_regions
 from snapengine.targets.targets import Region
-from snapengine.tryregister import refusal, refused_regions
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

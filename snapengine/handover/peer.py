@@ -19,12 +19,12 @@ import struct
 import time
 from typing import Any
 
-from snapengine.attach import ends
 from snapengine.errors import CaptureCancelled, HandoverError, SnapengineError, TargetGoneError
 from snapengine.handover.check_offer import check_mapped
 from snapengine.handover.connection import Wire, close_all
 from snapengine.handover.listener import Listener
 from snapengine.handover.message import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
+from snapengine.process.permissions import ends
 from snapengine.targets.targets import Region
 
 MAX_REPLY_BYTES = 64 << 20

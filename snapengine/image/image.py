@@ -45,8 +45,8 @@ from snapengine.image.sections import (
     parse_trailer,
 )
 from snapengine.image.verify import VerifyReport, verify_image
-from snapengine.processinfo import process_info
-from snapengine.processrecord import ProcessRecord, check_sizes
+from snapengine.process.describe import process_info
+from snapengine.process.record import ProcessRecord, check_sizes
 from snapengine.storage.sinks import Sink
 from snapengine.storage.sources import FileSource, corrupt
 from snapengine.targets.targets import PAGE_BYTES

@@ -1,6 +1,6 @@
 """QemuTarget: a machine that stock QEMU runs, attached to from outside.
 
-QEMU's process is attached to as any other (`snapengine.process`); what is tracked are its RAM blocks. T lies
+QEMU's process is attached to as any other (`snapengine.process.target`); what is tracked are its RAM blocks. T lies
 between `stop` and `cont`: the devices' state is taken by QMP meanwhile, so it is of the same instant as the
 memory. Tried on QEMU 7.2 and 10.0.
 """
@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snapengine import attach
 from snapengine.errors import MachineError, RegisterError, SnapengineError, TargetGoneError
-from snapengine.frozen import Copied, Copy, copy_frozen
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.backing import Backings
 from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import covering, read_maps
 from snapengine.kernel.uffd import Uffd
-from snapengine.processrecord import NotCaptured
+from snapengine.process import permissions
+from snapengine.process.copied import Copied, Copy, copy_frozen
+from snapengine.process.inject import inject_userfaultfd
+from snapengine.process.record import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
@@ -96,7 +96,7 @@ class QemuTarget:
         """One line for each disk that goes on in another file since T, whatever becomes of the image."""
         self._disks = dict(block_snapshots or {})
         self._deadline = deadline
-        self._info: attach.ProcessInfo | None = None
+        self._info: permissions.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
         self._tracked: list[Region] = []
         self._copies: list[Copy] = []
@@ -113,7 +113,7 @@ class QemuTarget:
 
     def check(self) -> None:
         """Raise what speaks against attaching to QEMU: AttachError, TargetGoneError."""
-        self._info = attach.check_to_save(self.pid)
+        self._info = permissions.check_to_save(self.pid)
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """Attach, while the machine runs."""

@@ -12,9 +12,9 @@ from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.region import Region
 
 if TYPE_CHECKING:
-    from snapengine.frozen import Copied
     from snapengine.kernel.uffd import Uffd
-    from snapengine.processrecord import NotCaptured
+    from snapengine.process.copied import Copied
+    from snapengine.process.record import NotCaptured
 
 PAGE_BYTES = 4096
 __all__ = ["KINDS", "PAGE_BYTES", "AttachedTarget", "BufferTarget", "Region", "Target"]

@@ -21,7 +21,7 @@ from snapengine.kernel.ptrace cimport (
     snap_sud_config, snap_unfavour_thread, user_regs_struct,
 )
 from snapengine.base.pthreads cimport snap_now_ns
-from snapengine.tracee cimport (
+from snapengine.process.tracee cimport (
     ENDED, IN_SYSCALL, STANDING, stand_t, tracee_detach, tracee_interrupt, tracee_poll, tracee_seize,
     tracee_settle,
 )

@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from snapengine.base.units import format_size
-from snapengine.fates import Fate, region_name, sort_mappings, tracked_regions
-from snapengine.frozen import Copy, Way
 from snapengine.kernel.backing import Backing
 from snapengine.kernel.procmaps import DELETED, Mapping
-from snapengine.mapfacts import MapFacts
 from snapengine.options import COPY_LIMIT
-from snapengine.processrecord import NotCaptured
+from snapengine.process.copied import Copy, Way
+from snapengine.process.fates import Fate, region_name, sort_mappings, tracked_regions
+from snapengine.process.mapping_facts import MapFacts
+from snapengine.process.record import NotCaptured
 from snapengine.targets.targets import PAGE_BYTES, Region
 
 GROUPS = ("anon", "heap", "stack", "shared", "files")

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 
 from snapengine.base.names import decode, encode
-from snapengine.threadstate import ThreadState
+from snapengine.process.thread_state import ThreadState
 
 HEAD = struct.Struct("<II")
 THREAD = struct.Struct("<IIQ16s216s512s")

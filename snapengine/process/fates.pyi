@@ -2,8 +2,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from snapengine.frozen import Way
 from snapengine.kernel.procmaps_line import Mapping
+from snapengine.process.copied import Way
 from snapengine.region import Region
 
 @dataclass

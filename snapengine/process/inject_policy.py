@@ -10,7 +10,12 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from snapengine.attach import (
+from snapengine.base.descriptor import Descriptor
+from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
+from snapengine.kernel import procfs
+from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps
+from snapengine.kernel.uffd import PERMISSION_HELP
+from snapengine.process.permissions import (
     CAP_SYS_PTRACE,
     ProcessInfo,
     denied_because,
@@ -19,11 +24,6 @@ from snapengine.attach import (
     name_of,
     thread_stat,
 )
-from snapengine.base.descriptor import Descriptor
-from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
-from snapengine.kernel import procfs
-from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps
-from snapengine.kernel.uffd import PERMISSION_HELP
 
 HELP = (
     "one of these allows it: give this user read and write access to /dev/userfaultfd; "

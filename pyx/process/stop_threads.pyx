@@ -1,9 +1,9 @@
 """The thread that stops all threads of a process and holds them: seize, wait, take registers, let go.
 
 ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
-while it works, and its end lets go of everything. `pyx/freezer` makes it and waits for it.
+while it works, and its end lets go of everything. `pyx/process/freezer` makes it and waits for it.
 
-Who writes to the memory is stopped, not only who is a thread of the process: `pyx/kin` finds the processes
+Who writes to the memory is stopped, not only who is a thread of the process: `pyx/process/shared_mm` finds the processes
 that share it. The parent of a vfork sleeps in the kernel, where no stop reaches it, until its child has
 executed or ended; it is asked to stop all the same, and so cannot come back to its own code: it counts as
 standing.
@@ -16,7 +16,7 @@ from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
-from snapengine.kin cimport kin_list, kin_list_new
+from snapengine.process.shared_mm cimport kin_list, kin_list_new
 from snapengine.kernel.processvm cimport iovec
 from snapengine.kernel.ptrace cimport (
     NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
@@ -27,7 +27,7 @@ from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread,
     snap_now_ns, snap_sleep_ns,
 )
-from snapengine.tracee cimport (
+from snapengine.process.tracee cimport (
     CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_in_vfork, tracee_interrupt,
     tracee_look, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
 )

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.kin cimport kin_t
+from snapengine.process.shared_mm cimport kin_t
 from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:

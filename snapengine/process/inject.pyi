@@ -1,7 +1,7 @@
 import os
 from typing import NamedTuple
 
-from snapengine.attach import ProcessInfo
+from snapengine.process.permissions import ProcessInfo
 
 class Injected(NamedTuple):
     fd: int

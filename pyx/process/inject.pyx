@@ -30,7 +30,7 @@ from snapengine.kernel.ptrace cimport (
     PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_hurry, snap_run_apart, snap_stand_apart,
 )
 from snapengine.base.pthreads cimport snap_now_ns
-from snapengine.remotecall cimport (
+from snapengine.process.remotecall cimport (
     STEP_CALL, STEP_CLOSE, STEP_DONE, STEP_GETFD, STEP_IOCTL, STEP_PAGE, STEP_PASS,
     remote_call, remote_get, remote_put, remote_release, remote_stop, remote_t, step_t,
 )
@@ -39,7 +39,8 @@ import errno as errno_codes
 import os
 from collections import namedtuple
 
-from snapengine import attach, injectplan
+from snapengine.process import permissions
+from snapengine.process import inject_policy
 from snapengine.errors import TargetGoneError
 
 cdef extern from "<sys/syscall.h>" nogil:
@@ -55,7 +56,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<sys/socket.h>" nogil:
     int AF_UNIX, SOCK_DGRAM, SOCK_CLOEXEC, MSG_CMSG_CLOEXEC, MSG_DONTWAIT
 
-cdef extern from "passing.h" nogil:
+cdef extern from "process/fd_passing.h" nogil:
     struct snap_passing:
         int pair[2]
     void snap_passing_init(snap_passing *passing, uint64_t at)
@@ -291,13 +292,13 @@ def _stop_and_open(info, ways, double deadline, bint repair):
     way = ways.pop(0)
     tried = set()
     while True:
-        tids = [tid for tid in attach.threads_to_stop(info.pid) if tid not in tried]
+        tids = [tid for tid in permissions.threads_to_stop(info.pid) if tid not in tried]
         if not tids or len(tried) == MAX_THREADS_TRIED:
-            raise injectplan.nobody_stopped(info, tried, deadline)
+            raise inject_policy.nobody_stopped(info, tried, deadline)
         tid = tids[0]
         try:
-            insn = injectplan.syscall_instruction(tid)
-            pidfd = injectplan.open_pidfd(info.pid, tid)
+            insn = inject_policy.syscall_instruction(tid)
+            pidfd = inject_policy.open_pidfd(info.pid, tid)
         except (FileNotFoundError, ProcessLookupError):
             tried.add(tid)                  # a thread ends, the leader too, and its process lives on
             continue
@@ -311,14 +312,14 @@ def _stop_and_open(info, ways, double deadline, bint repair):
         stopped_ns += stop_ns
         if step == "done":
             return fd, stopped_ns, tid
-        if injectplan.is_for_another_thread(info.pid, tid, step, err):
+        if inject_policy.is_for_another_thread(info.pid, tid, step, err):
             tried.add(tid)
             if err == ETIMEDOUT:
                 left -= seconds
-        elif injectplan.is_for_another_way(step, err) and ways:
+        elif inject_policy.is_for_another_way(step, err) and ways:
             way = ways.pop(0)
         else:
-            raise injectplan.explain(info, tid, step, err, way)
+            raise inject_policy.explain(info, tid, step, err, way)
 
 
 def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint _repair=True):
@@ -338,7 +339,7 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint
     deadline:
         Seconds for a thread to stop. One in uninterruptible sleep, such as the parent of a vfork, does not.
     info:
-        What `snapengine.attach.check` has said of it just now; None: it is asked here.
+        What `snapengine.process.permissions.check` has said of it just now; None: it is asked here.
 
     Returns
     -------
@@ -355,9 +356,9 @@ def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint
     TargetGoneError
         It ended.
     """
-    info = attach.check(pid) if info is None else info
+    info = permissions.check(pid) if info is None else info
     try:
-        with injectplan.ways(info, device) as ways:
+        with inject_policy.ways(info, device) as ways:
             return Injected(*_stop_and_open(info, ways, deadline, _repair))
     except (FileNotFoundError, ProcessLookupError) as error:
         if isinstance(error, TargetGoneError):

@@ -5,13 +5,13 @@ seized it: callers may be any. It holds no lock while it works, and its end lets
 also the only way to let go of a thread that did not stop. If the whole process ends, by SIGKILL too, the
 kernel does the same: the target runs on.
 
-Processes that share its memory stand, too (`pyx/kin`); their registers are not taken. Nor are those of a
+Processes that share its memory stand, too (`pyx/process/shared_mm`); their registers are not taken. Nor are those of a
 thread that waits for the child of its vfork: it stands in the kernel.
 
 What it cannot stop: a thread in another uninterruptible sleep (a fault inside a system call on memory under
 somebody's userfaultfd, until that is answered): the deadline ends the attempt. Workers of io_uring are the
 kernel's own and cannot be traced, nor can requests of kernel AIO be held; they may go on writing to
-buffers that the target gave to the kernel: `snapengine.attach.kernel_writers` names them.
+buffers that the target gave to the kernel: `snapengine.process.permissions.kernel_writers` names them.
 
 While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of another thread of this
 process may take a report away; the stop is then found by asking.
@@ -28,16 +28,17 @@ from snapengine.base.pthreads cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_t,
     snap_thread_start,
 )
-from snapengine.standstill cimport (
+from snapengine.process.stop_threads cimport (
     FPREGS_BYTES, FROZEN, REGS_BYTES, STOPPING, THAWED, freezer_t, hold_still, thread_t,
 )
 
 import os
 
-from snapengine import attach, injectplan
+from snapengine.process import permissions
+from snapengine.process import inject_policy
 from snapengine.base import names
 from snapengine.errors import TargetGoneError
-from snapengine.threadstate import ThreadState
+from snapengine.process.thread_state import ThreadState
 
 
 cdef class Freezer:
@@ -97,7 +98,7 @@ cdef class Freezer:
         cdef int err
         if self.running:
             raise RuntimeError(f"process {self.pid} is stopped already")
-        info = attach.check(self.pid)
+        info = permissions.check(self.pid)
         self.state.pid = self.pid
         self.state.limit_ns = <uint64_t>(max(self.deadline, 0.0) * 1e9)
         self.state.registers = registers
@@ -122,12 +123,12 @@ cdef class Freezer:
         if err == ENOMEM:
             return MemoryError()
         if self.state.at_process not in (0, info.pid):
-            return injectplan.kin_not_stopped(info, self.state.at_process, tid, err)
+            return inject_policy.kin_not_stopped(info, self.state.at_process, tid, err)
         if err == ETIMEDOUT:
-            return injectplan.nobody_stopped(info, {tid}, self.deadline)
+            return inject_policy.nobody_stopped(info, {tid}, self.deadline)
         if err == ESRCH:
             return TargetGoneError(err, f"process {info.pid} ({info.name}) has ended")
-        return injectplan.explain(info, tid, "seize", err, None)
+        return inject_policy.explain(info, tid, "seize", err, None)
 
     def resume(self):
         """Let the process run on. Idempotent."""

@@ -19,8 +19,8 @@ from snapengine.base.names import decode, escape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
 from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import read_maps
-from snapengine.threadblob import pack_threads, parse_threads
-from snapengine.threadstate import ThreadState
+from snapengine.process.thread_state import ThreadState
+from snapengine.process.threads_blob import pack_threads, parse_threads
 
 __all__ = ["PROCESS_BLOBS", "Cut", "NotCaptured", "ProcessRecord", "check_sizes", "read_process"]
 

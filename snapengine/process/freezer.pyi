@@ -1,7 +1,7 @@
 from types import TracebackType
 from typing import Self
 
-from snapengine.threadstate import ThreadState
+from snapengine.process.thread_state import ThreadState
 
 class Freezer:
     def __init__(self, pid: int, *, deadline: float = 1.0) -> None: ...

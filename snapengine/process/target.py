@@ -1,7 +1,7 @@
 """ProcessTarget: any running process, without its cooperation.
 
 One thread is stopped for a fraction of a millisecond and made to open a userfaultfd, which is taken out
-and closed there at once (`snapengine.inject`). Everything else is done from outside.
+and closed there at once (`snapengine.process.inject`). Everything else is done from outside.
 
 Two cuts. *Soft*: the threads run on while their memory is protected. No fault is served before the
 last protect call has returned, so a write that is in the image was complete before T, and so was all
@@ -18,21 +18,21 @@ import errno
 import os
 from collections.abc import Iterable
 
-from snapengine import attach
-from snapengine.claim import Claim
 from snapengine.errors import AlreadyTrackedError, AttachError, TargetGoneError
-from snapengine.freezer import Freezer
-from snapengine.frozen import Copied, copy_frozen
-from snapengine.inject import inject_userfaultfd
 from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps, read_maps, touching
 from snapengine.kernel.uffd import Uffd
-from snapengine.mapfacts import MapFacts
 from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
-from snapengine.processrecord import Cut, NotCaptured, ProcessRecord, read_process
+from snapengine.process import permissions
+from snapengine.process.claim import Claim
+from snapengine.process.copied import Copied, copy_frozen
+from snapengine.process.freezer import Freezer
+from snapengine.process.inject import inject_userfaultfd
+from snapengine.process.mapping_facts import MapFacts
+from snapengine.process.record import Cut, NotCaptured, ProcessRecord, read_process
+from snapengine.process.selection import UNCHANGED, Selection, Selector, parse_regions, select
+from snapengine.process.try_register import refusal, refused_regions
 from snapengine.region import any_shared
-from snapengine.selection import UNCHANGED, Selection, Selector, parse_regions, select
 from snapengine.targets.targets import PAGE_BYTES, Region
-from snapengine.tryregister import refusal, refused_regions
 
 APPEARED = "mapped while the snapshot began"
 PRIVATE_UNSEEN = (
@@ -103,7 +103,7 @@ class ProcessTarget:
         """What to be told of, beside forks (userfaultfd's EVENT_...): set when the process is opened."""
         self._selector = parse_regions(regions) if isinstance(regions, str) else regions
         self._deadline = deadline
-        self._info: attach.ProcessInfo | None = None
+        self._info: permissions.ProcessInfo | None = None
         self._freezer: Freezer | None = None
         self._claim: Claim | None = None
         self._selection = Selection()
@@ -118,9 +118,9 @@ class ProcessTarget:
     def check(self) -> None:
         """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
         try:
-            self._info = attach.check_to_save(self.pid)
+            self._info = permissions.check_to_save(self.pid)
         except AttachError as error:
-            if self.found and error.errno == errno.ESRCH and attach.ends(self.pid):
+            if self.found and error.errno == errno.ESRCH and permissions.ends(self.pid):
                 raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
             raise
 
@@ -375,10 +375,10 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
 
 
 def kernel_writers(pid: int, cut: Cut, maps: bytes = b"") -> list[str]:
-    """`attach.kernel_writers`, of which workers matter only to what is copied in a stop: elsewhere they fault
+    """`permissions.kernel_writers`, of which workers matter only to what is copied in a stop: elsewhere they fault
     like threads."""
     try:
-        found = attach.kernel_writers(pid, maps)
+        found = permissions.kernel_writers(pid, maps)
     except (FileNotFoundError, ProcessLookupError):
         return []  # it ends: attaching says so
     return [text for text in found if cut == "stop" or "AIO" in text]

@@ -10,7 +10,7 @@ from typing import Any
 from snapengine.base.names import escape, printable, unescape
 from snapengine.base.units import format_count, format_size
 from snapengine.image.sections import ImageRegion
-from snapengine.processrecord import ProcessRecord, not_captured_object
+from snapengine.process.record import ProcessRecord, not_captured_object
 
 SHOWN_THREADS = 8
 CUTS = {

@@ -1,4 +1,4 @@
-"""What becomes of each mapping: the loops over all of them. `snapengine.selection` decides.
+"""What becomes of each mapping: the loops over all of them. `snapengine.process.selection` decides.
 
 A process may have 65 000 mappings of a handful of kinds. What was decided for one without asking about that
 one alone holds for all of its kind, and is decided once.

@@ -1,0 +1,1 @@
+"""How another process is attached to, described and stopped."""
