@@ -16,7 +16,7 @@ import errno
 from snapengine.base.checksum cimport crc32c
 from snapengine.base.pages cimport copy_page, page_nonzero
 
-from snapengine.capture import snapshot
+from snapengine.capture.capture import snapshot
 from snapengine.errors import CaptureCancelled, ImageError, UnsupportedError
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.result import COMPLETED

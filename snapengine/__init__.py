@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers know the name; to import `typing` would t
 
 if TYPE_CHECKING:
     from snapengine.capi import _C_API as _C_API
-    from snapengine.capture import Capture, Progress, snapshot
+    from snapengine.capture.capture import Capture, Progress, snapshot
     from snapengine.errors import (
         AlreadyTrackedError,
         AttachError,
@@ -48,7 +48,7 @@ _PLACES = {
     "AlreadyTrackedError": "errors",
     "AttachError": "errors",
     "BufferTarget": "targets.targets",
-    "Capture": "capture",
+    "Capture": "capture.capture",
     "CaptureCancelled": "errors",
     "CorruptImageError": "errors",
     "HandoverError": "errors",
@@ -59,7 +59,7 @@ _PLACES = {
     "Options": "options",
     "PeerTarget": "handover.peer",
     "ProcessTarget": "process.target",
-    "Progress": "capture",
+    "Progress": "capture.capture",
     "Region": "targets.targets",
     "RegisterError": "errors",
     "Result": "result",
@@ -75,7 +75,7 @@ _PLACES = {
     "UnsupportedVersionError": "errors",
     "_C_API": "capi",
     "open_image": "image.image",
-    "snapshot": "capture",
+    "snapshot": "capture.capture",
 }
 """Name and module: each is imported when it is first asked for, as submodules are, so that `import
 snapengine` costs next to nothing. The capsule `_C_API` is importable only by this name."""

@@ -121,7 +121,7 @@ def _save_by_migration(monitor: Any, args: argparse.Namespace, options: Options)
 
 
 def _save(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
-    from snapengine.capture import snapshot
+    from snapengine.capture.capture import snapshot
     from snapengine.progress import follow
     from snapengine.qemu.target import QemuTarget
 

@@ -198,7 +198,7 @@ def make_target(args: argparse.Namespace, options: Options) -> Target:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine.capture import snapshot
+    from snapengine.capture.capture import snapshot
     from snapengine.progress import follow
 
     options = make_options(args)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapengine.capture import snapshot
+from snapengine.capture.capture import snapshot
 from snapengine.cli_common import say
 from snapengine.demo_rows import Row
 from snapengine.guestimage import check_image

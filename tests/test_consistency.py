@@ -11,7 +11,7 @@ from patientkit import PeerTarget
 from waitkit import PATIENCE_S, attempts, until
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.guestimage import check_image
 from snapengine.guestparams import GuestParams
 from snapengine.image import open_image

@@ -115,13 +115,13 @@ def test_target_that_dies(tmp_path, backing, method):
 def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step):
     """UFFDIO_REGISTER answers ENOMEM, not ESRCH, once the memory of the target is gone."""
     with GuestProcess(tmp_path / "socket", GuestParams(size=8 * MIB)) as guest:
-        real = getattr(snapengine.preparing, step)
+        real = getattr(snapengine.capture.setup, step)
 
         def dies_first(*args, **fields):
             guest.kill()
             return real(*args, **fields)
 
-        monkeypatch.setattr(snapengine.preparing, step, dies_first)
+        monkeypatch.setattr(snapengine.capture.setup, step, dies_first)
         target = PeerTarget(tmp_path / "socket", method=method)
         with (
             pytest.raises(snapengine.TargetGoneError, match=str(guest.pid)),

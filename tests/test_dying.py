@@ -21,7 +21,7 @@ from targetkit import Target, until
 from waitkit import PATIENCE_S
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
 from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd

@@ -14,7 +14,7 @@ from test_consistency import snap as snap_guest
 from waitkit import PATIENCE_S, attempts
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.errors import CaptureCancelled
 from snapengine.guestparams import GuestParams
 from snapengine.image import open_image

@@ -2,8 +2,8 @@
 
 import pytest
 
+from snapengine.capture.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.kernel.procmaps import Mapping, covering
-from snapengine.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.targets.targets import Region
 
 PAGE, MIB = 4096, 1 << 20

@@ -11,7 +11,7 @@ from test_consistency import SoftTarget
 from waitkit import attempts, until
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.guestcheck import check_cut
 from snapengine.guestimage import check_image
 from snapengine.guestmem import GuestMemory

@@ -10,11 +10,11 @@ import pytest
 from targetkit import COUNTERS, MEMORY, Target, until
 
 import snapengine
+from snapengine.capture.region_plan import Plan
 from snapengine.engine.session import Session
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.kernel.uffd import FEATURES
-from snapengine.plan import Plan
 from snapengine.process.target import ProcessTarget, appeared
 from snapengine.targets import targets
 from snapengine.targets.targets import BufferTarget, Region

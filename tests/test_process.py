@@ -16,7 +16,7 @@ from targetkit import COUNTERS, MEMORY, PAGES, Target, descriptors, status_line,
 from waitkit import PATIENCE_S, attempts
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.image import open_image
 from snapengine.options import Options
 

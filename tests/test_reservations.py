@@ -15,7 +15,7 @@ import pytest
 from targetkit import COUNTERS, MEMORY, VALUES, Target, until
 
 import snapengine
-from snapengine.capture import Capture
+from snapengine.capture.capture import Capture
 from snapengine.errors import CaptureCancelled
 from snapengine.image import open_image
 from snapengine.options import Options

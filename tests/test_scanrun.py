@@ -6,10 +6,10 @@ import mmap
 import pytest
 
 import snapengine
+from snapengine.capture.region_plan import Plan
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES
-from snapengine.plan import Plan
 from snapengine.targets.targets import BufferTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")

@@ -137,7 +137,7 @@ cdef class Session:
     Parameters
     ----------
     plans:
-        `snapengine.plan.RegionPlan` objects: how each region is tracked and read.
+        `snapengine.capture.region_plan.RegionPlan` objects: how each region is tracked and read.
     uffd:
         Descriptor of the target's userfaultfd; the session owns it once it is made.
     pid, pidfd:

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from snapengine.capture.counts import Extra
 from snapengine.image.encode import DATA, HOLE, LOST, ZERO
 from snapengine.image.writer import Writer
 from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping
 from snapengine.process.mapping_facts import data_ranges
-from snapengine.tally import Extra
 from snapengine.targets.targets import PAGE_BYTES, Region
 
 CHUNK_PAGES = 256

@@ -9,6 +9,8 @@ import errno
 import os
 from typing import Any
 
+from snapengine.capture.region_plan import Plan
+from snapengine.capture.resources import Parts
 from snapengine.engine.session import Session
 from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.image.writer import Writer
@@ -16,9 +18,7 @@ from snapengine.kernel import procfs
 from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
 from snapengine.kernel.uffd import FEATURES, Uffd, supported_features
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
-from snapengine.parts import Parts
 from snapengine.pipeline.encoder import Encoder
-from snapengine.plan import Plan
 from snapengine.process.target import ProcessTarget
 from snapengine.region import any_shared, total_bytes
 from snapengine.storage.sinks import open_sink

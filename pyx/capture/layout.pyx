@@ -1,6 +1,6 @@
 """Where each region lies: among the mappings, in the numbering of pages, beside other regions.
 
-The loops over all regions of a plan; `snapengine.plan` decides how each is tracked and read.
+The loops over all regions of a plan; `snapengine.capture.region_plan` decides how each is tracked and read.
 """
 
 from libc.stdint cimport uint64_t

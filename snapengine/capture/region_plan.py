@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from snapengine.base.arena import FileView
+from snapengine.capture.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
 from snapengine.kernel.features import named
 from snapengine.kernel.procmaps import Mapping, covering, has_ended, read_maps, touching
 from snapengine.kernel.uffd import FEATURES, feature_names
-from snapengine.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.region import RegionPlan, any_shared
 from snapengine.targets.targets import PAGE_BYTES, Region
 

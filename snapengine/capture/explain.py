@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from snapengine.capture.region_plan import Plan
 from snapengine.errors import (
     AlreadyTrackedError,
     RegisterError,
@@ -17,7 +18,6 @@ from snapengine.errors import (
 )
 from snapengine.kernel import procfs
 from snapengine.kernel.procmaps import covering, has_ended, read_maps
-from snapengine.plan import Plan
 from snapengine.targets.targets import Region
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")

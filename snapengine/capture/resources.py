@@ -6,12 +6,12 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 
+from snapengine.capture.region_plan import Plan
 from snapengine.engine.session import Session
 from snapengine.engine.tracker import Tracker
 from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
 from snapengine.pipeline.encoder import Encoder
-from snapengine.plan import Plan
 from snapengine.storage.sinks import Sink
 from snapengine.targets.targets import AttachedTarget, Region, Target
 

@@ -19,6 +19,10 @@ from typing import Any, ClassVar
 
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
+from snapengine.capture.explain import explain
+from snapengine.capture.finalize import finish_image
+from snapengine.capture.resources import Parts
+from snapengine.capture.setup import make_engine, open_target
 from snapengine.engine.dirtylog import DirtyLog
 from snapengine.engine.tracker import Tracker
 from snapengine.errors import (
@@ -31,12 +35,8 @@ from snapengine.errors import (
     TimeLimitError,
     UnsupportedError,
 )
-from snapengine.failures import explain
-from snapengine.finishing import finish_image
 from snapengine.image.region_pack import numbered
 from snapengine.options import WRITE_TRACKING, Options
-from snapengine.parts import Parts
-from snapengine.preparing import make_engine, open_target
 from snapengine.process.permissions import ends
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 from snapengine.targets.targets import BufferTarget, Target

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from snapengine.capture.region_plan import Plan
 from snapengine.engine.session import Session
 from snapengine.options import DIRTY_LOGGING
-from snapengine.plan import Plan
 
 
 @dataclass(slots=True)

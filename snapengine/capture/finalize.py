@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from snapengine.capture.counts import Extra, figures
+from snapengine.capture.resources import Parts
 from snapengine.errors import LostPagesError
 from snapengine.options import Options
-from snapengine.parts import Parts
 from snapengine.process.copied import write_frozen
 from snapengine.process.record import not_captured_object
 from snapengine.result import COMPLETED, Result
-from snapengine.tally import Extra, figures
 
 
 def finish_image(

@@ -1,0 +1,1 @@
+"""One snapshot from arming to its result."""
