@@ -15,7 +15,7 @@ from snapengine.cli_image import add_image_command, opened
 from snapengine.errors import LostPagesError, SinkError
 
 if TYPE_CHECKING:
-    from snapengine.core import Lost
+    from snapengine.export.elf_core import Lost
     from snapengine.image import Image
     from snapengine.image.sections import ImageRegion
     from snapengine.storage.sinks import Sink

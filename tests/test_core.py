@@ -12,9 +12,17 @@ from image_kit import noise, opened
 from process_kit import BIG_BYTES, DATA, HOLE, LOST, ZERO, build_program, gdb, image_of, running, stopped
 
 from snapengine.cli import main
-from snapengine.core import export_core, file_ranges, holes_are_zero, with_unmapped
-from snapengine.corenotes import EHDR, PRPSINFO, PRSTATUS, elf_header, prpsinfo, prstatus, section_headers
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError
+from snapengine.export.elf_core import export_core, file_ranges, holes_are_zero, with_unmapped
+from snapengine.export.elf_notes import (
+    EHDR,
+    PRPSINFO,
+    PRSTATUS,
+    elf_header,
+    prpsinfo,
+    prstatus,
+    section_headers,
+)
 from snapengine.image.sections import ImageRegion
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
@@ -386,7 +394,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_names_of_files_are_not_repeated_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("snapengine.core.MAX_FILE_NOTE_BYTES", 32 * (4000 + 26))
+    monkeypatch.setattr("snapengine.export.elf_core.MAX_FILE_NOTE_BYTES", 32 * (4000 + 26))
     mapping = memory(0x10000, 64, "r--p", "/" + "x" * 4000)
     for count, limit in ((32, False), (33, True)):
         chunk = [(page, 1, (LOST, ZERO)[page % 2]) for page in range(2 * count)]

@@ -14,8 +14,8 @@ from targetkit import VALUES, Target
 
 import snapengine
 from snapengine.base.names import decode, encode, escape, from_argument, one_line, printable, unescape
-from snapengine.core import export_core
 from snapengine.errors import NoSuchRegionError
+from snapengine.export.elf_core import export_core
 from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import parse_line, read_maps

@@ -18,7 +18,6 @@ from typing import Any, Literal, Self
 from snapengine.base.buffers import HeldBuffer
 from snapengine.base.jobs import run_jobs
 from snapengine.base.names import encode, escape, printable
-from snapengine.core import CoreFile, Lost, export_core
 from snapengine.errors import (
     CorruptImageError,
     ImageError,
@@ -26,7 +25,8 @@ from snapengine.errors import (
     NoSuchRegionError,
     TruncatedImageError,
 )
-from snapengine.export import export_raw
+from snapengine.export.elf_core import CoreFile, Lost, export_core
+from snapengine.export.raw import export_raw
 from snapengine.image.encode import LOST
 from snapengine.image.index import PageIndex
 from snapengine.image.records import Record, diagnose, read_file_header, read_payload, read_record
@@ -352,7 +352,7 @@ class Image:
         return export_raw(self, chosen, path, zeros == "write")
 
     def export_core(self, path: str | os.PathLike[str] | Sink, *, lost: Lost = "refuse") -> CoreFile:
-        """Write an attached process as an ELF core for a debugger; see `snapengine.core.export_core`."""
+        """Write an attached process as an ELF core for a debugger; see `snapengine.export.elf_core.export_core`."""
         return export_core(self, path, lost=lost)
 
     def verify(self) -> VerifyReport:

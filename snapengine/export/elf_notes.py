@@ -1,4 +1,4 @@
-"""ELF to the byte, for x86-64 cores: headers and notes. Where things go in the file is `snapengine.core`'s.
+"""ELF to the byte, for x86-64 cores: headers and notes. Where things go in the file is `snapengine.export.elf_core`'s.
 
 Layouts: elf(5), core(5); <linux/elfcore.h>, which glibc shows as <sys/procfs.h>, for NT_PRSTATUS and
 NT_PRPSINFO; the kernel's fs/binfmt_elf.c (6.1) for NT_FILE. Debuggers rely on the order of the notes.

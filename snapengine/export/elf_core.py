@@ -1,4 +1,4 @@
-"""The image of a process as an ELF core, which a debugger opens. `snapengine.corenotes` packs the bytes.
+"""The image of a process as an ELF core, which a debugger opens. `snapengine.export.elf_notes` packs the bytes.
 
 Memory is in one of three states in the core:
 
@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from snapengine.base.names import encode
-from snapengine.corenotes import (
+from snapengine.errors import CorruptImageError, ImageError, LostPagesError
+from snapengine.export.elf_notes import (
     EHDR,
     PAGE_BYTES,
     PHDR,
@@ -41,8 +42,7 @@ from snapengine.corenotes import (
     program_headers,
     section_headers,
 )
-from snapengine.errors import CorruptImageError, ImageError, LostPagesError
-from snapengine.export import pieces
+from snapengine.export.raw import pieces
 from snapengine.image.encode import HOLE, LOST
 from snapengine.image.restorer import Restorer
 from snapengine.image.sections import ImageRegion, page_text
