@@ -17,7 +17,7 @@ import snapengine
 from snapengine.options import DIRTY_LOGGING, Options
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.target import QemuTarget
-from snapengine.qemu.viamigration import save_by_migration
+from snapengine.qemu.via_migration import save_by_migration
 from snapengine.result import COMPLETED
 
 NATIVE = {

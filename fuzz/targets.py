@@ -38,8 +38,8 @@ from snapengine.process.threads_blob import pack_threads, parse_threads
 from snapengine.qemu.blobs import check_machine
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy
-from snapengine.qemu.ramblocks import RamBlock, parse_table, ram_blocks
-from snapengine.qemu.regenerate import write_stream
+from snapengine.qemu.ram_blocks import RamBlock, parse_table, ram_blocks
+from snapengine.qemu.to_stream import write_stream
 from snapengine.storage.sinks import MemorySink
 
 

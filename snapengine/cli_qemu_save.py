@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _save_by_migration(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
     from snapengine.progress import Bar
-    from snapengine.qemu.viamigration import save_by_migration
+    from snapengine.qemu.via_migration import save_by_migration
 
     with Bar(args.quiet) as bar:
         return save_by_migration(monitor, args.sink, options, progress=bar.of_bytes("saving"))

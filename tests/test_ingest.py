@@ -28,7 +28,7 @@ from snapengine.image.writer import Writer
 from snapengine.options import Options
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
-from snapengine.qemu.regenerate import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
+from snapengine.qemu.to_stream import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.storage.sinks import MemorySink
 from snapengine.targets.targets import Region
 

@@ -26,7 +26,7 @@ from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.preflight import examine_process
 from snapengine.process.mapping_facts import MapFacts
 from snapengine.process.selection import ELSEWHERE, MAPPED_TWICE, Selector, parse_regions, select
-from snapengine.qemu.ramblocks import RamBlock
+from snapengine.qemu.ram_blocks import RamBlock
 from snapengine.qemu.target import QemuTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")

@@ -10,7 +10,7 @@ from waitkit import PATIENCE_S
 from snapengine.errors import MachineError
 from snapengine.qemu.machine import differences
 from snapengine.qemu.monitor import Monitor, parse_address
-from snapengine.qemu.ramblocks import RamBlock, parse_table
+from snapengine.qemu.ram_blocks import RamBlock, parse_table
 
 OLD = """\
               Block Name    PSize              Offset               Used              Total

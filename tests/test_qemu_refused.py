@@ -22,7 +22,7 @@ from snapengine.qemu.machine import refuse_devices
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.restore import restore_machine
 from snapengine.qemu.target import QemuTarget
-from snapengine.qemu.viamigration import save_by_migration
+from snapengine.qemu.via_migration import save_by_migration
 
 NOBODY = 65534
 

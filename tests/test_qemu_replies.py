@@ -10,7 +10,7 @@ from snapengine.errors import CaptureCancelled, MachineError
 from snapengine.options import Options
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.replies import ask_migration
-from snapengine.qemu.viamigration import _Migration, _settings
+from snapengine.qemu.via_migration import _Migration, _settings
 
 ANSWERS = {
     "query-migrate-capabilities": [{"capability": "background-snapshot", "state": False},

@@ -16,7 +16,7 @@ from snapengine.errors import MachineError
 from snapengine.options import Options
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.target import QemuTarget
-from snapengine.qemu.viamigration import save_by_migration
+from snapengine.qemu.via_migration import save_by_migration
 
 ROUNDS = int(os.environ.get("QEMU_ROUNDS", "1"))
 WAYS = ("attached", "attached-rounds", "migration", "migration-rounds")

@@ -14,7 +14,7 @@ from waitkit import PATIENCE_S
 import snapengine
 from snapengine.qemu.blobs import read_machine
 from snapengine.qemu.ingest import ingest
-from snapengine.qemu.regenerate import make_head, stream_blobs, write_stream
+from snapengine.qemu.to_stream import make_head, stream_blobs, write_stream
 
 GUEST = Sweep(memory=32 * MIB, hot=12 * MIB)
 

@@ -24,7 +24,7 @@ from snapengine.qemu.machine import OWN_DMA_FILES
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.restore import restore_machine
 from snapengine.qemu.target import QemuTarget
-from snapengine.qemu.viamigration import save_by_migration
+from snapengine.qemu.via_migration import save_by_migration
 
 SLOW = Sweep(memory=32 * MIB, hot=6 * MIB, noise=1.0, delay=5000)
 ODD = ["pause-before-switchover", "auto-converge", "late-block-activate"]

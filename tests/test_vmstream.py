@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.image import records
+from snapengine.qemu.stream_pages import Census, Spool
+from snapengine.qemu.stream_parser import HEAD_MAX_BYTES, RAM_MAX_BYTES, StreamParser
 from snapengine.qemu.tail import check_tail, device_sections
-from snapengine.vmpages import Census, Spool
-from snapengine.vmstream import HEAD_MAX_BYTES, RAM_MAX_BYTES, StreamParser
 
 VALID = kit.stream(kit.SOME_PAGES)
 RAM_OFFSET = len(b"QEVM") + 4 + len(kit.configuration())

@@ -14,7 +14,7 @@ from snapengine.targets.targets import PAGE_BYTES, Region
 
 
 class Encoding:
-    """Takes filled slots from `pool` into `sink`. One thread fills them (`snapengine.vmpages`).
+    """Takes filled slots from `pool` into `sink`. One thread fills them (`snapengine.qemu.stream_pages`).
 
     `on_failure` is called, once or more and from any thread, when an encoder fails: it must make whoever
     fills slots stop. The sink's `commit` and `abort` remain the caller's.

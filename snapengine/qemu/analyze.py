@@ -8,11 +8,11 @@ from typing import Any
 
 from snapengine.options import Options
 from snapengine.pipeline.pipeline import Encoding
-from snapengine.qemu.assemble import regions_of, write_end
+from snapengine.qemu.image_end import regions_of, write_end
+from snapengine.qemu.stream_pages import Census
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
 from snapengine.storage.sinks import NullSink
 from snapengine.targets.targets import PAGE_BYTES
-from snapengine.vmpages import Census
 
 __all__ = ["Analysis", "analyze"]
 

@@ -23,7 +23,7 @@ VIA_STREAM = "migration-stream"
 LISTED = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
 VIA_DEVICES = "device-state"
 NAME_MAX_BYTES = 255  # a stream has one byte for a name's length
-RAM_BITS = 45  # more RAM no stream can have, see `snapengine.vmstream`
+RAM_BITS = 45  # more RAM no stream can have, see `snapengine.qemu.stream_parser`
 
 
 class SizedBlobs(Protocol):

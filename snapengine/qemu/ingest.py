@@ -17,12 +17,12 @@ from snapengine.base.workers import Crew
 from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
 from snapengine.pipeline.pipeline import Encoding
-from snapengine.qemu.assemble import regions_of, write_end
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
+from snapengine.qemu.image_end import regions_of, write_end
+from snapengine.qemu.stream_pages import DirectIntake, Spool
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
 from snapengine.storage.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink
-from snapengine.vmpages import DirectIntake, Spool
 
 __all__ = ["drain", "ingest"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from snapengine.errors import MachineError
 from snapengine.qemu.blobs import VERSION
 from snapengine.qemu.monitor import Monitor
-from snapengine.qemu.ramblocks import RamBlock
+from snapengine.qemu.ram_blocks import RamBlock
 from snapengine.qemu.replies import ask, ask_list, ask_migration, ask_text
 
 OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")

@@ -1,7 +1,7 @@
 """A QEMU monitor (QMP), spoken to in plain calls.
 
 The protocol is the package qemu.qmp's, which is asynchronous: its loop runs on a thread of its own here
-(`snapengine.qemu.loopthread`).
+(`snapengine.qemu.loop_thread`).
 Source: docs/interop/qmp-spec of QEMU.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 from snapengine.errors import MachineError, TargetGoneError
-from snapengine.qemu.loopthread import Answer, LoopThread
+from snapengine.qemu.loop_thread import Answer, LoopThread
 from snapengine.qemu.replies import Reply
 
 CONNECT_SECONDS = 5.0

@@ -26,10 +26,10 @@ from snapengine.image import Image
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
 from snapengine.qemu.monitor import COMMAND_SECONDS, Monitor
-from snapengine.qemu.ramblocks import ram_blocks
-from snapengine.qemu.regenerate import Meter, make_head, stream_blobs, write_stream
+from snapengine.qemu.ram_blocks import ram_blocks
 from snapengine.qemu.replies import ask, ask_migration
-from snapengine.vmstream import TAIL_MAX_BYTES
+from snapengine.qemu.stream_parser import TAIL_MAX_BYTES
+from snapengine.qemu.to_stream import Meter, make_head, stream_blobs, write_stream
 
 START_SECONDS = 30.0
 END_SECONDS = 2.0

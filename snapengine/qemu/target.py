@@ -29,7 +29,7 @@ from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
-from snapengine.qemu.ramblocks import RamBlock, locate, ram_blocks
+from snapengine.qemu.ram_blocks import RamBlock, locate, ram_blocks
 from snapengine.qemu.replies import ask
 from snapengine.result import fitted_parts
 from snapengine.targets.targets import PAGE_BYTES, Region

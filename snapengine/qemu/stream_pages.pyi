@@ -1,5 +1,5 @@
 from snapengine.pipeline.pool import Pool
-from snapengine.vmstream import StreamParser
+from snapengine.qemu.stream_parser import StreamParser
 
 class Intake(StreamParser):
     data_pages: int

@@ -3,7 +3,7 @@ from posix.uio cimport iovec
 
 from snapengine.base.arena cimport Arena
 from snapengine.pipeline.pool cimport Pool, lane_slot
-from snapengine.vmstream cimport StreamParser
+from snapengine.qemu.stream_parser cimport StreamParser
 
 cdef enum:
     RUN_PAGES = 256

@@ -10,7 +10,7 @@ from libc.string cimport memcpy
 from posix.uio cimport writev
 
 from snapengine.image.format cimport SNAP_PAGE_BYTES, SNAP_ZERO
-from snapengine.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
+from snapengine.qemu.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.poll cimport POLLOUT, poll, pollfd
 from snapengine.image.runs cimport run_t

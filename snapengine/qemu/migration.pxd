@@ -1,6 +1,6 @@
 # extern-only: no matching .pyx. The constants of QEMU's migration stream.
 
-cdef extern from "snapengine/migration.h" nogil:
+cdef extern from "snapengine/internal/migration.h" nogil:
     const unsigned int VM_MAGIC
     const int VM_VERSION
     const int VM_EOF

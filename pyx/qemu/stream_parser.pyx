@@ -16,7 +16,7 @@ from libc.string cimport memcmp, memcpy, memmove
 from posix.unistd cimport read
 
 from snapengine.base.atomics cimport snap_load, snap_store
-from snapengine.migration cimport (
+from snapengine.qemu.migration cimport (
     RAM_COMPRESS_PAGE, RAM_CONTINUE, RAM_EOS, RAM_HOOK, RAM_MEM_SIZE, RAM_MULTIFD_FLUSH, RAM_PAGE,
     RAM_XBZRLE, RAM_ZERO, VM_CMD_SWITCHOVER_START, VM_COMMAND, VM_CONFIGURATION, VM_END, VM_EOF, VM_FOOTER,
     VM_FULL, VM_MAGIC, VM_PART, VM_RAM_VERSION, VM_START, VM_SUBSECTION, VM_VERSION, vm_load64,
@@ -25,7 +25,7 @@ from snapengine.base.oserror cimport raise_oserror
 
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.base.poll cimport POLLIN, poll, pollfd
-from snapengine.qemu.otherfiles import what_it_is
+from snapengine.qemu.other_files import what_it_is
 
 HEAD_MAX_BYTES = BUFFER_BYTES
 TAIL_MAX_BYTES = 256 << 20

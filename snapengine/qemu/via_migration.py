@@ -21,7 +21,7 @@ from snapengine.qemu.blobs import MACHINE, VIA_STREAM
 from snapengine.qemu.guard import Command, Guard
 from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
-from snapengine.qemu.ramblocks import ram_blocks
+from snapengine.qemu.ram_blocks import ram_blocks
 from snapengine.qemu.replies import Migration, ask, ask_list, ask_migration
 from snapengine.result import Result
 
