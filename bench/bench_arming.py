@@ -4,7 +4,7 @@ import pytest
 from benchkit import ROUNDS, Samples, size
 
 import snapengine
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.options import MIB, Options
 

@@ -8,7 +8,7 @@ from benchkit import ROUNDS, Samples, guest_ram, size, warm_file
 from writerkit import bins_around, lost_work_ms, undisturbed
 
 import snapengine
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.options import MIB, Options
 from snapengine.process.inject import inject_userfaultfd

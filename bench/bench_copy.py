@@ -6,7 +6,7 @@ import pytest
 from benchkit import PIECE, ROUNDS, Samples, guest_ram, huge_pages, protect_floor, size, small_pages
 
 import snapengine
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 
 SIZE = size("COPY_SIZE", "1G")

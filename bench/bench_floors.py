@@ -7,9 +7,9 @@ from benchkit import KIB, MIB, ROUNDS, Samples, guest_ram, huge_pages, protected
 from floorkit import fault_ns, in_thread, spread_ns
 from hugepages import HUGE, huge_share
 
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
+from snapengine.guest.writers import GuestWriters
 
 SIZE = size("FLOOR_SIZE", "256M")
 GIB = 1 << 30

@@ -4,8 +4,8 @@ import pytest
 from benchkit import MIB, size
 
 import snapengine
-from snapengine.guestparams import GuestParams
-from snapengine.guestprocess import GuestProcess
+from snapengine.guest.params import GuestParams
+from snapengine.guest.process import GuestProcess
 from snapengine.handover.peer import PeerTarget
 from snapengine.options import METHODS, WRITE_TRACKING
 

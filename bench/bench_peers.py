@@ -15,9 +15,9 @@ from peers import shapes
 from writerkit import lost_work_ms, spread, stalls_between, written
 
 import snapengine
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
+from snapengine.guest.writers import GuestWriters
 from snapengine.options import MIB, Options
 
 SIZE = size("PEER_SIZE", "1G")

@@ -12,7 +12,7 @@ from writerkit import add_up, after_arming, agreement, spread, stall_quantiles, 
 
 import snapengine
 from snapengine.base.histogram import bucket_floor, bucket_number
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.options import Options
 

@@ -7,7 +7,7 @@ from benchkit import ROUNDS, Samples, guest_ram, huge_pages, size
 from hugepages import huge_share
 
 import snapengine
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.process.target import ProcessTarget
 

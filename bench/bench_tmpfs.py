@@ -8,7 +8,7 @@ import pytest
 from benchkit import MIB, ROUNDS, Samples, process_status, reset_peak, size, small_pages, warm_file
 
 import snapengine
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.options import MIN_MEMORY_LIMIT, Options
 

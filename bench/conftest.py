@@ -7,7 +7,7 @@ import pytest
 from benchkit import TMPFS, is_tmpfs
 
 from snapengine.errors import SnapengineError
-from snapengine.guestprocess import GuestProcess
+from snapengine.guest.process import GuestProcess
 from snapengine.kernel.uffd import supported_features
 
 APART = ("bench_qemu", "bench_peers")

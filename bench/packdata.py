@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchkit import MIB, small_pages
 
-from snapengine.guestparams import GuestParams
-from snapengine.guestpattern import initial_page
+from snapengine.guest.params import GuestParams
+from snapengine.guest.pattern import initial_page
 
 PAGE = 4096
 KINDS = ("guest", "files")

@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> int:
     from snapengine.cli_common import limit_time
 
     if arguments[:1] == ["guest"]:  # has a parser of its own
-        from snapengine import guest
+        from snapengine.guest import main as guest
 
         return guest.main(arguments[1:])
     known = arguments[0] if arguments and arguments[0] in COMMANDS else ""

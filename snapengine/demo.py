@@ -15,7 +15,7 @@ from snapengine.cli_common import EXIT_ERROR, EXIT_OK, print_json, say
 from snapengine.demo_rows import Row, print_rows, summary
 from snapengine.demo_run import measure
 from snapengine.errors import UnsupportedError
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.options import METHODS, Options
 from snapengine.plot import check_plot, draw
 

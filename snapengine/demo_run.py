@@ -10,9 +10,9 @@ from typing import Any
 from snapengine.capture.capture import snapshot
 from snapengine.cli_common import say
 from snapengine.demo_rows import Row
-from snapengine.guestimage import check_image
-from snapengine.guestparams import GuestParams
-from snapengine.guestprocess import GuestProcess
+from snapengine.guest.image import check_image
+from snapengine.guest.params import GuestParams
+from snapengine.guest.process import GuestProcess
 from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
 from snapengine.options import Options

@@ -156,7 +156,7 @@ def guest(requires_uffd, tmp_path):
     """``with guest(params, rate=None) as socket``: an embedded guest that hands itself over there."""
     import contextlib
 
-    from snapengine.guestprocess import GuestProcess
+    from snapengine.guest.process import GuestProcess
 
     @contextlib.contextmanager
     def start(params, rate=None):

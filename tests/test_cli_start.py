@@ -87,7 +87,7 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
         code, names = imported("save", "--pid", target.pid, path)
         assert code == 0
         assert not top(names) & SLOW
-        assert not [name for name in names if name.startswith(("snapengine.qemu", "snapengine.guest"))]
+        assert not [name for name in names if name.startswith(("snapengine.qemu", "snapengine.guest.main"))]
         code, names = imported("doctor", "--pid", target.pid)
         assert code == 0
         assert not top(names) & SLOW

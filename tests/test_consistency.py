@@ -12,8 +12,8 @@ from waitkit import PATIENCE_S, attempts, until
 
 import snapengine
 from snapengine.capture.capture import Capture
-from snapengine.guestimage import check_image
-from snapengine.guestparams import GuestParams
+from snapengine.guest.image import check_image
+from snapengine.guest.params import GuestParams
 from snapengine.image import open_image
 from snapengine.options import Options
 

@@ -13,9 +13,9 @@ from patientkit import PeerTarget
 from waitkit import until
 
 import snapengine
-from snapengine.guestimage import check_image
-from snapengine.guestparams import GuestParams
-from snapengine.guestprocess import GuestProcess
+from snapengine.guest.image import check_image
+from snapengine.guest.params import GuestParams
+from snapengine.guest.process import GuestProcess
 from snapengine.image import open_image
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from snapengine.base.descriptor import Descriptor
-from snapengine.guestmem import GuestMemory
+from snapengine.guest.memory import GuestMemory
 from snapengine.kernel.uffd import Uffd
 from snapengine.process.freezer import Freezer
 

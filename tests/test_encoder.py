@@ -4,8 +4,8 @@ import pytest
 from patientkit import PeerTarget
 
 import snapengine
-from snapengine.guestimage import check_image
-from snapengine.guestparams import GuestParams
+from snapengine.guest.image import check_image
+from snapengine.guest.params import GuestParams
 from snapengine.image import open_image
 
 MIB = 1 << 20

@@ -20,8 +20,8 @@ from hugekit import huge_pages
 from patientkit import PeerTarget
 
 from snapengine.errors import HandoverError, SnapengineError, TargetGoneError
-from snapengine.guest import GuestProcess, check_image, main
-from snapengine.guestparams import GuestParams
+from snapengine.guest.main import GuestProcess, check_image, main
+from snapengine.guest.params import GuestParams
 from snapengine.handover.listener import Listener
 
 HERE = Path(__file__).parent

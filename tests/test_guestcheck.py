@@ -7,9 +7,9 @@ import struct
 
 import pytest
 
-from snapengine.guestcheck import check_cut
-from snapengine.guestparams import PAGE_BYTES, GuestParams
-from snapengine.guestpattern import class_of, initial_page, write_page
+from snapengine.guest.check import check_cut
+from snapengine.guest.params import PAGE_BYTES, GuestParams
+from snapengine.guest.pattern import class_of, initial_page, write_page
 
 MIB = 1 << 20
 LAST = 511

@@ -18,11 +18,11 @@ from waitkit import PATIENCE_S, attempts, until
 
 from snapengine.base.histogram import bucket_floor
 from snapengine.base.histogram import bucket_number as bucket_of
-from snapengine.guestcheck import check_cut
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import HUGE_BYTES, PAGE_BYTES, GuestParams
-from snapengine.guestpattern import class_of
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.check import check_cut
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import HUGE_BYTES, PAGE_BYTES, GuestParams
+from snapengine.guest.pattern import class_of
+from snapengine.guest.writers import GuestWriters
 
 MIB = 1 << 20
 PARAMS = GuestParams(size=MIB, threads=3, zero_percent=30, hole_percent=20)
@@ -194,9 +194,9 @@ def test_life_cycle() -> None:
 
 FORGOTTEN = """
 import gc
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
+from snapengine.guest.writers import GuestWriters
 memory = GuestMemory(GuestParams(size=1 << 20))
 writers = GuestWriters(memory)
 writers.resume()

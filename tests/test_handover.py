@@ -20,8 +20,8 @@ from handoverkit import connect, open_fds
 from waitkit import PATIENCE_S, until
 
 from snapengine.errors import CaptureCancelled, HandoverError, TargetGoneError
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd
 from snapengine.targets.targets import Region, Target

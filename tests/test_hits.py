@@ -16,7 +16,7 @@ from waitkit import PATIENCE_S, attempts
 import snapengine
 from snapengine.capture.capture import Capture
 from snapengine.errors import CaptureCancelled
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import read_maps
 from snapengine.options import Options

@@ -12,11 +12,11 @@ from waitkit import attempts, until
 
 import snapengine
 from snapengine.capture.capture import Capture
-from snapengine.guestcheck import check_cut
-from snapengine.guestimage import check_image
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.check import check_cut
+from snapengine.guest.image import check_image
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
+from snapengine.guest.writers import GuestWriters
 from snapengine.image import open_image
 from snapengine.options import Options
 

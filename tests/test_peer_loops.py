@@ -7,10 +7,10 @@ import pytest
 from peers import shapes
 from waitkit import attempts
 
-from snapengine.guestcheck import check_cut
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.check import check_cut
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
+from snapengine.guest.writers import GuestWriters
 
 MIB = 1 << 20
 PARAMS = GuestParams(size=16 * MIB, threads=2)

@@ -7,8 +7,8 @@ from waitkit import attempts
 from writerkit import BIN_NS
 
 import snapengine
-from snapengine.guestparams import GuestParams
-from snapengine.guestprocess import GuestProcess
+from snapengine.guest.params import GuestParams
+from snapengine.guest.process import GuestProcess
 
 MS = 1_000_000
 

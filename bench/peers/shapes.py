@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from snapengine.guestmem import GuestMemory
+from snapengine.guest.memory import GuestMemory
 from snapengine.kernel.uffd import FEATURES, Uffd
 
 Way = Callable[[GuestMemory, Path | None, Callable[[], Any]], dict[str, int]]

@@ -1,6 +1,6 @@
 from types import TracebackType
 
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 
 class GuestMemory:
     params: GuestParams

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from snapengine.errors import HandoverError, SnapengineError
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import PAGE_BYTES, GuestParams
-from snapengine.guestsignals import EndSignals
-from snapengine.guestwriters import GuestWriters
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import PAGE_BYTES, GuestParams
+from snapengine.guest.signals import EndSignals
+from snapengine.guest.writers import GuestWriters
 from snapengine.handover.message import CONTROLS, encode_offer, strict_json
 from snapengine.kernel.uffd import Uffd, supported_features
 from snapengine.targets.targets import Region

@@ -1,8 +1,8 @@
 from types import TracebackType
 from typing import Any
 
-from snapengine.guestmem import GuestMemory
-from snapengine.guestparams import GuestParams
+from snapengine.guest.memory import GuestMemory
+from snapengine.guest.params import GuestParams
 
 class GuestWriters:
     params: GuestParams

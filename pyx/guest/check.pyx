@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 
-from snapengine.guestpattern cimport (
+from snapengine.guest.pattern cimport (
     BODY_WORD, CLOCK_WORD, HOLE, HOT, LAST_WORD, MAX_THREADS, PAGE_WORDS, Pattern, body_mismatch,
     owned_pages, page_class, page_of_write, pattern_of,
 )

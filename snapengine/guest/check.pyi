@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from _typeshed import ReadableBuffer
 
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 
 @dataclass(frozen=True)
 class CutReport:

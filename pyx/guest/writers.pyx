@@ -14,8 +14,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
-from snapengine.guestpattern cimport pattern_of
-from snapengine.guestthread cimport (
+from snapengine.guest.pattern cimport pattern_of
+from snapengine.guest.thread cimport (
     BATCH_NS, BIN_NS, BINS, BUCKETS, MODE_MASK, PAUSE, RUN, STALL_NS, STOP, Shared, Writer, give_command,
     join_writer, measure_tick, start_writer, wait_standing,
 )
@@ -23,7 +23,7 @@ from snapengine.base.oserror cimport raise_oserror
 
 from snapengine.base.histogram import bucket_floor
 
-cdef extern from "guestsync.h" nogil:
+cdef extern from "guest/guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)
 
 

@@ -1,7 +1,7 @@
 # The native threads of GuestWriters, and the words that they share with its control thread.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from snapengine.guestpattern cimport MAX_THREADS, Pattern
+from snapengine.guest.pattern cimport MAX_THREADS, Pattern
 from snapengine.base.pthreads cimport pthread_t
 
 cdef enum:

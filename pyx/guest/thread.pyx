@@ -18,9 +18,9 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 
 from snapengine.base.histogram cimport bucket_of
 from snapengine.base.pthreads cimport pthread_join, snap_thread_start
-from snapengine.guestpattern cimport CLOCK_WORD, LAST_WORD, MAX_THREADS, PAGE_WORDS, page_of_write
+from snapengine.guest.pattern cimport CLOCK_WORD, LAST_WORD, MAX_THREADS, PAGE_WORDS, page_of_write
 
-cdef extern from "guestsync.h" nogil:
+cdef extern from "guest/guestsync.h" nogil:
     uint64_t guest_load(const uint64_t *p)
     void guest_store(uint64_t *p, uint64_t v)
     uint32_t guest_load32(const uint32_t *p)

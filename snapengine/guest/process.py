@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from snapengine.errors import SnapengineError
-from snapengine.guestparams import GuestParams
+from snapengine.guest.params import GuestParams
 
 CLOSE_SECONDS = 10.0
 

@@ -16,7 +16,7 @@ from posix.mman cimport (
     MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE, madvise, mmap, munmap,
 )
 
-from snapengine.guestpattern cimport HOLE, PAGE_WORDS, Pattern, fill_page, page_class, pattern_of
+from snapengine.guest.pattern cimport HOLE, PAGE_WORDS, Pattern, fill_page, page_class, pattern_of
 from snapengine.base.oserror cimport raise_oserror
 
 cdef extern from "Python.h":

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from snapengine.base.jsonfields import Fields, parse_object
 from snapengine.errors import ImageError
-from snapengine.guestcheck import CutReport, check_cut
-from snapengine.guestloop import BLOB, REGION
-from snapengine.guestparams import GuestParams
+from snapengine.guest.check import CutReport, check_cut
+from snapengine.guest.loop import BLOB, REGION
+from snapengine.guest.params import GuestParams
 
 PIECE_BYTES = 4 << 20
 

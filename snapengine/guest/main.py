@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapengine.base.units import parse_size
-from snapengine.guestimage import check_image
-from snapengine.guestloop import Guest, GuestLoop, write_line
-from snapengine.guestparams import BACKINGS, PAGES, PATTERNS, GuestParams
-from snapengine.guestprocess import GuestProcess
-from snapengine.guestsignals import EndSignals
+from snapengine.guest.image import check_image
+from snapengine.guest.loop import Guest, GuestLoop, write_line
+from snapengine.guest.params import BACKINGS, PAGES, PATTERNS, GuestParams
+from snapengine.guest.process import GuestProcess
+from snapengine.guest.signals import EndSignals
 
 __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
 
@@ -145,7 +145,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
