@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from plotkit import clean, new_figure
 
 from snapengine.options import METHODS, MIB, WRITE_TRACKING
-from snapengine.plot import STYLES
+from snapengine.report.plots import STYLES
 from snapengine.result import COMPLETED
 
 

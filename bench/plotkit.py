@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from snapengine.plot import GREY
+from snapengine.report.plots import GREY
 
 # Okabe and Ito's palette: told apart with any colour vision.
 OURS, FLOOR, OTHER, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from snapengine import streams
 from snapengine.base.names import one_line
 from snapengine.cli import SIGNALS
+from snapengine.report import streams
 
 if TYPE_CHECKING:
     from snapengine.options import Options

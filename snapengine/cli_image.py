@@ -113,11 +113,11 @@ def run_info(args: argparse.Namespace) -> int:
 
 def print_info(info: dict[str, Any]) -> None:
     """Figures, the process, regions, blobs."""
-    from snapengine.figures import figures_rows
     from snapengine.process.describe import process_rows
-    from snapengine.qemu.info import machine_rows
+    from snapengine.report.machine_rows import machine_rows
+    from snapengine.report.result_table import figures_rows
+    from snapengine.report.tables import print_table, print_text
     from snapengine.result import Result
-    from snapengine.tables import print_table, print_text
 
     print_text(f"image {info['id']}, format {info['format']}, {format_size(info['file_bytes'])}")
     print()

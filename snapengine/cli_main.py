@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from snapengine import __version__, streams
+from snapengine import __version__
+from snapengine.report import streams
 
 if TYPE_CHECKING:
     from snapengine.cli_common import Parser

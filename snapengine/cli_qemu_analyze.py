@@ -47,8 +47,8 @@ def add_analyze(group: argparse._SubParsersAction[Any]) -> None:
 def run_analyze(args: argparse.Namespace) -> int:
     """`qemu analyze`."""
     from snapengine.options import Options
-    from snapengine.plot import check_plot
     from snapengine.qemu.analyze import analyze
+    from snapengine.report.plots import check_plot
 
     try:
         Options(compress=args.compress)
@@ -64,7 +64,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     else:
         print_analysis(found, name)
     if args.plot:
-        from snapengine.qemu.plot import draw
+        from snapengine.report.stream_plot import draw
 
         draw(found, args.plot)
         say(f"wrote {args.plot}")
@@ -73,7 +73,7 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def print_analysis(found: Analysis, name: str) -> None:
     """The figures, the blocks, how often pages came, the sections."""
-    from snapengine.tables import print_table
+    from snapengine.report.tables import print_table
 
     print(f"{printable(name)}: {format_size(found.stream_bytes)}\n")
     print_table(_figures(found))

@@ -66,8 +66,8 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.image import open_image
-    from snapengine.progress import Bar
     from snapengine.qemu.restore import restore_machine
+    from snapengine.report.progress import Bar
     from snapengine.targets.targets import PAGE_BYTES
 
     with open_image(args.image) as image, Bar(args.foreground) as bar:

@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _save_by_migration(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
-    from snapengine.progress import Bar
     from snapengine.qemu.via_migration import save_by_migration
+    from snapengine.report.progress import Bar
 
     with Bar(args.quiet) as bar:
         return save_by_migration(monitor, args.sink, options, progress=bar.of_bytes("saving"))
@@ -122,8 +122,8 @@ def _save_by_migration(monitor: Any, args: argparse.Namespace, options: Options)
 
 def _save(monitor: Any, args: argparse.Namespace, options: Options) -> Result:
     from snapengine.capture.capture import snapshot
-    from snapengine.progress import follow
     from snapengine.qemu.target import QemuTarget
+    from snapengine.report.progress import follow
 
     target = QemuTarget(
         monitor, args.pid, block_snapshots=dict(args.block_snapshot), deadline=args.stop_timeout

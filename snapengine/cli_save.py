@@ -170,8 +170,8 @@ def _print_figures(result: Result, args: argparse.Namespace, wanted: bool) -> No
     if args.json:
         print_json(result.to_json(), out)
     elif wanted:
-        from snapengine.figures import figures_rows
-        from snapengine.tables import print_table
+        from snapengine.report.result_table import figures_rows
+        from snapengine.report.tables import print_table
 
         print_table(figures_rows(result), out=out)
 
@@ -199,7 +199,7 @@ def make_target(args: argparse.Namespace, options: Options) -> Target:
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.capture.capture import snapshot
-    from snapengine.progress import follow
+    from snapengine.report.progress import follow
 
     options = make_options(args)
     check_output(args.sink)

@@ -17,7 +17,7 @@ from snapengine.demo_run import measure
 from snapengine.errors import UnsupportedError
 from snapengine.guest.params import GuestParams
 from snapengine.options import METHODS, Options
-from snapengine.plot import check_plot, draw
+from snapengine.report.plots import check_plot, draw
 
 DEFAULT_RATES = "0,2000,10000,40000,max"
 GIVE_UP_FACTOR = 4

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from snapengine.base.units import format_count, format_ns, format_size
+from snapengine.report.tables import print_table
 from snapengine.result import COMPLETED, Result
-from snapengine.tables import print_table
 
 COLUMNS = (
     "method", "writes/s", "status", "image", "÷ non-zero", "time", "rounds", "faults",

@@ -16,7 +16,7 @@ from snapengine.guest.process import GuestProcess
 from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
 from snapengine.options import Options
-from snapengine.progress import follow
+from snapengine.report.progress import follow
 from snapengine.result import COMPLETED, Result
 
 SETTLE_SECONDS = 0.3

@@ -7,7 +7,7 @@ from typing import TextIO
 from snapengine import checks
 from snapengine.checks import Check
 from snapengine.host import Host, read_host
-from snapengine.tables import print_table, print_text
+from snapengine.report.tables import print_table, print_text
 
 
 def examine(host: Host | None = None) -> list[Check]:

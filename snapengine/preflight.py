@@ -24,7 +24,7 @@ from snapengine.process.fates import Fate
 from snapengine.process.mapping_facts import MapFacts, refused_by_flags
 from snapengine.process.selection import Selector, select
 from snapengine.process.target import SHARED_UNSEEN
-from snapengine.tables import print_table, print_text
+from snapengine.report.tables import print_table, print_text
 from snapengine.targets.targets import PAGE_BYTES
 
 HUGE_BYTES = 2 << 20

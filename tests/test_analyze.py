@@ -14,7 +14,7 @@ from snapengine.errors import StreamError
 from snapengine.options import Options
 from snapengine.qemu.analyze import analyze
 from snapengine.qemu.ingest import ingest
-from snapengine.qemu.plot import bins
+from snapengine.report.stream_plot import bins
 
 DATA = kit.stream(kit.SOME_PAGES)
 

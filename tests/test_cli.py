@@ -15,8 +15,8 @@ from snapengine.cli_common import make_options
 from snapengine.cli_main import describe, make_parser
 from snapengine.cli_save import exit_code
 from snapengine.errors import SinkError
-from snapengine.figures import figures_rows
 from snapengine.options import Options
+from snapengine.report.result_table import figures_rows
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 
 COMMAND = [sys.executable, "-m", "snapengine.cli"]

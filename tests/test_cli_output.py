@@ -18,15 +18,15 @@ from targetkit import Target
 from waitkit import PATIENCE_S
 
 from snapengine import AlreadyTrackedError, ProcessTarget, snapshot
-from snapengine.figures import figures_rows
 from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.process.record import ProcessRecord
+from snapengine.report.result_table import figures_rows
+from snapengine.report.tables import columns, fitted, table_lines, wrapped
 from snapengine.result import Result, fitted_parts
 from snapengine.storage.sinks import FileSink
-from snapengine.tables import columns, fitted, table_lines, wrapped
 from snapengine.targets.targets import BufferTarget, Region
 
 LOCALES = [

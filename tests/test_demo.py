@@ -130,7 +130,7 @@ def test_stalls_of_a_span_are_those_between_its_ends():
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_picture_is_drawn(rows, tmp_path, suffix):
-    plot = pytest.importorskip("snapengine.plot")
+    plot = pytest.importorskip("snapengine.report.plots")
     path = tmp_path / f"demo.{suffix}"
     plot.check_plot(str(path))
     plot.draw(rows, str(path), "256 MiB, sink 128 MiB/s")
@@ -143,7 +143,7 @@ def test_the_picture_is_drawn(rows, tmp_path, suffix):
 
 
 def test_a_picture_without_a_directory_fails_before_the_work(tmp_path):
-    from snapengine.plot import check_plot
+    from snapengine.report.plots import check_plot
 
     with pytest.raises(FileNotFoundError):
         check_plot(str(tmp_path / "absent" / "demo.png"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapengine.base.units import format_size
-from snapengine.plot import GREY, MIB, STYLES
+from snapengine.report.plots import GREY, MIB, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
