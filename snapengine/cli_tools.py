@@ -84,7 +84,7 @@ def add_demo(commands: argparse._SubParsersAction[Any], line: str) -> None:
 def run_doctor(args: argparse.Namespace) -> int:
     """Check and report; 0 if write tracking can work."""
     if args.pid is not None:
-        from snapengine import preflight
+        from snapengine.doctor import preflight
 
         found = preflight.examine_process(args.pid, copy_limit=args.copy_limit)
         if args.json:
@@ -92,7 +92,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         else:
             preflight.print_preflight(found, everything=args.all)
         return EXIT_OK
-    from snapengine import doctor
+    from snapengine.doctor import main as doctor
 
     checks = doctor.examine()
     if args.json:

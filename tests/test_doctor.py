@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from snapengine import checks, doctor
-from snapengine.host import Host, read_host, read_texts, try_pagemap_scan, try_pidfd
+from snapengine.doctor import checks
+from snapengine.doctor import main as doctor
+from snapengine.doctor.facts import Host, read_host, read_texts, try_pagemap_scan, try_pidfd
 
 ALL_FEATURES = (1 << 17) - 1
 ROOT = "Name:\tpython\nCapEff:\t000001ffffffffff\n"

@@ -11,10 +11,10 @@ import pytest
 from targetkit import MEMORY, PAGES, VALUES, Target, descriptors, inject, refusal, status_line
 
 import snapengine
+from snapengine.doctor.preflight import examine_process
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES, Uffd
-from snapengine.preflight import examine_process
 from snapengine.process import inject_policy, permissions
 from snapengine.process.inject import inject_userfaultfd
 
@@ -111,7 +111,7 @@ ENGINE = """
 import ctypes, os, sys
 from snapengine.errors import UffdPermissionError
 from snapengine.process.inject import inject_userfaultfd
-from snapengine.preflight import examine_process
+from snapengine.doctor.preflight import examine_process
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: as if it had been this user's from the start
 for ask in (inject_userfaultfd, examine_process):

@@ -16,6 +16,7 @@ from patientkit import ProcessTarget
 from targetkit import COUNTERS, Target
 
 import snapengine
+from snapengine.doctor.preflight import examine_process
 from snapengine.errors import AlreadyTrackedError, HandoverError, ImageError
 from snapengine.handover import message
 from snapengine.handover.check_offer import check_mapped
@@ -23,7 +24,6 @@ from snapengine.image import open_image
 from snapengine.kernel.backing import KERNEL, Backing, Backings, internal_device
 from snapengine.kernel.pagemap import CATEGORIES, is_guard, populated_runs
 from snapengine.kernel.procmaps import Mapping, read_maps
-from snapengine.preflight import examine_process
 from snapengine.process.mapping_facts import MapFacts
 from snapengine.process.selection import ELSEWHERE, MAPPED_TWICE, Selector, parse_regions, select
 from snapengine.qemu.ram_blocks import RamBlock

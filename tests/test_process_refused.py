@@ -20,13 +20,13 @@ from test_process import check_untouched
 from waitkit import PATIENCE_S
 
 import snapengine
+from snapengine.doctor.preflight import examine_process
 from snapengine.errors import (
     AlreadyTrackedError,
     AttachError,
     SnapengineError,
     TargetGoneError,
 )
-from snapengine.preflight import examine_process
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snapengine.base.units import format_size
-from snapengine.host import Host
+from snapengine.doctor.facts import Host
 from snapengine.kernel.features import PAGEMAP_SCAN, PAGEMAP_WP_BIT, UFFD_FEATURES, KernelFeature
 from snapengine.kernel.uffd import FEATURES
 

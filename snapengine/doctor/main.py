@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from snapengine import checks
-from snapengine.checks import Check
-from snapengine.host import Host, read_host
+from snapengine.doctor import checks
+from snapengine.doctor.checks import Check
+from snapengine.doctor.facts import Host, read_host
 from snapengine.report.tables import print_table, print_text
 
 

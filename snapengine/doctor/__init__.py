@@ -1,0 +1,1 @@
+"""What this host can do, and what a capture of a process would meet."""
