@@ -63,7 +63,7 @@ def add_doctor(commands: argparse._SubParsersAction[Any], line: str) -> None:
 
 def add_demo(commands: argparse._SubParsersAction[Any], line: str) -> None:
     """Add `demo` to the command line."""
-    from snapengine.demo import DEFAULT_RATES, parse_rates
+    from snapengine.demo.main import DEFAULT_RATES, parse_rates
 
     parser = commands.add_parser(
         "demo", help=line, description=DEMO, epilog=DEMO_EPILOG, formatter_class=raw
@@ -104,7 +104,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     """The main job."""
-    from snapengine import demo
+    from snapengine.demo import main as demo
 
     plan = demo.Plan(args.size, args.rates, args.sink_rate, args.keep)
     return demo.run(plan, json=args.json, plot=args.plot)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from snapengine.demo import parse_rates
-from snapengine.demo_rows import COLUMNS, Row, cells, print_rows, summary
-from snapengine.demo_run import Span
+from snapengine.demo.main import parse_rates
+from snapengine.demo.rows import COLUMNS, Row, cells, print_rows, summary
+from snapengine.demo.run import Span
 from snapengine.options import DIRTY_LOGGING, METHODS, WRITE_TRACKING
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapengine.demo_rows import Row
+from snapengine.demo.rows import Row
 from snapengine.errors import UnsupportedError
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from snapengine.capture.capture import snapshot
 from snapengine.cli_common import say
-from snapengine.demo_rows import Row
+from snapengine.demo.rows import Row
 from snapengine.guest.image import check_image
 from snapengine.guest.params import GuestParams
 from snapengine.guest.process import GuestProcess

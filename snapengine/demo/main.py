@@ -12,8 +12,8 @@ from pathlib import Path
 
 from snapengine.base.units import format_count, format_size
 from snapengine.cli_common import EXIT_ERROR, EXIT_OK, print_json, say
-from snapengine.demo_rows import Row, print_rows, summary
-from snapengine.demo_run import measure
+from snapengine.demo.rows import Row, print_rows, summary
+from snapengine.demo.run import measure
 from snapengine.errors import UnsupportedError
 from snapengine.guest.params import GuestParams
 from snapengine.options import METHODS, Options

@@ -1,0 +1,1 @@
+"""Both methods on a busy guest, side by side."""
