@@ -11,9 +11,9 @@ import sys
 import pytest
 from waitkit import PATIENCE_S, until
 
-from snapengine.cli_common import make_options
-from snapengine.cli_main import describe, make_parser
-from snapengine.cli_save import exit_code
+from snapengine.cli.common import make_options
+from snapengine.cli.main import describe, make_parser
+from snapengine.cli.save import exit_code
 from snapengine.errors import SinkError
 from snapengine.options import Options
 from snapengine.report.result_table import figures_rows

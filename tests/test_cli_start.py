@@ -40,7 +40,7 @@ def test_the_version_costs_a_bare_python():
     code, names = imported("--version")
     assert code == 0
     assert len(names) <= 15, sorted(names)
-    assert ours(names) == {"snapengine.cli", "snapengine.cli_main", "snapengine.report.streams"}
+    assert ours(names) == {"snapengine.cli", "snapengine.cli.main", "snapengine.report.streams"}
 
 
 def test_importing_the_package_imports_nothing_else():
@@ -107,7 +107,7 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
 @pytest.mark.parametrize("swallowed", [1, 3])
 def test_a_signal_that_python_drops_is_raised_again(swallowed):
     """In a destructor an exception goes nowhere."""
-    from snapengine.cli_common import Interrupted, interruptible
+    from snapengine.cli.common import Interrupted, interruptible
 
     class Noisy:
         left = swallowed

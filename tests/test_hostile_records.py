@@ -13,8 +13,9 @@ import pytest
 from image_forge import Piece, copy_of, put_together, take_apart
 from image_kit import sample
 
-from snapengine import cli, cli_image
-from snapengine.cli_stream import stream_info
+from snapengine import cli
+from snapengine.cli import image as cli_image
+from snapengine.cli.stream import stream_info
 from snapengine.errors import ImageError
 from snapengine.image import open_image
 from snapengine.image.stream import stream_image

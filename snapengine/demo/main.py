@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapengine.base.units import format_count, format_size
-from snapengine.cli_common import EXIT_ERROR, EXIT_OK, print_json, say
+from snapengine.cli.common import EXIT_ERROR, EXIT_OK, print_json, say
 from snapengine.demo.rows import Row, print_rows, summary
 from snapengine.demo.run import measure
 from snapengine.errors import UnsupportedError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snapengine.capture.capture import snapshot
-from snapengine.cli_common import say
+from snapengine.cli.common import say
 from snapengine.demo.rows import Row
 from snapengine.guest.image import check_image
 from snapengine.guest.params import GuestParams

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from snapengine.base.units import parse_size
-from snapengine.cli_common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
+from snapengine.cli.common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
 from snapengine.options import COPY_LIMIT
 
 DOCTOR = """\

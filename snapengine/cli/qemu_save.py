@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from snapengine.base.units import parse_seconds, parse_size
-from snapengine.cli_common import (
+from snapengine.cli.common import (
     EXIT_CODES,
     add_timeout,
     argument,
@@ -16,7 +16,7 @@ from snapengine.cli_common import (
     raw,
     say,
 )
-from snapengine.cli_save import exit_code, report
+from snapengine.cli.save import exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.options import ARMING, METHODS
 

@@ -1,4 +1,4 @@
-"""What the entry of the command calls: parsing, errors and exit codes. Each subcommand is in a cli_*.py.
+"""What the entry of the command calls: parsing, errors and exit codes. Each subcommand is in a module beside it.
 
 Data goes to stdout, words go to stderr. An error is one line; SNAPENGINE_DEBUG=1 adds the traceback.
 """
@@ -15,19 +15,19 @@ from snapengine import __version__
 from snapengine.report import streams
 
 if TYPE_CHECKING:
-    from snapengine.cli_common import Parser
+    from snapengine.cli.common import Parser
 
 COMMANDS = {
-    "save": ("cli_save", "save the memory of a running program"),
-    "ingest": ("cli_ingest", "a migration stream of QEMU into an image"),
-    "info": ("cli_image", "what is in an image"),
-    "verify": ("cli_image", "check every byte of an image"),
-    "restore": ("cli_restore", "one region as raw bytes"),
-    "export": ("cli_restore", "the memory as a raw file or an ELF core"),
-    "qemu": ("cli_qemu", "virtual machines of QEMU"),
-    "guest": ("cli_tools", "run the embedded guest: a program that writes to its memory"),
-    "doctor": ("cli_tools", "what this host can do"),
-    "demo": ("cli_tools", "both methods on a busy guest, side by side"),
+    "save": ("save", "save the memory of a running program"),
+    "ingest": ("ingest", "a migration stream of QEMU into an image"),
+    "info": ("image", "what is in an image"),
+    "verify": ("image", "check every byte of an image"),
+    "restore": ("restore", "one region as raw bytes"),
+    "export": ("restore", "the memory as a raw file or an ELF core"),
+    "qemu": ("qemu", "virtual machines of QEMU"),
+    "guest": ("tools", "run the embedded guest: a program that writes to its memory"),
+    "doctor": ("tools", "what this host can do"),
+    "demo": ("tools", "both methods on a busy guest, side by side"),
 }
 """Module and one line of each."""
 
@@ -39,7 +39,7 @@ Live snapshots of memory: the state at one instant, saved while the program goes
 def make_parser(command: str | None = None) -> Parser:
     """The parser; `args.run(args)` of what it returns does the work. Of the other commands than `command` it
     knows the names alone; None: it knows all."""
-    from snapengine.cli_common import EXIT_CODES, Parser, raw
+    from snapengine.cli.common import EXIT_CODES, Parser, raw
 
     epilog = (
         "`snapengine COMMAND --help` has the options and examples of each command.\n\n"
@@ -53,7 +53,7 @@ def make_parser(command: str | None = None) -> Parser:
         if command not in (None, name):
             commands.add_parser(name, help=line)
             continue
-        add = getattr(import_module(f"snapengine.{module}"), f"add_{name}")
+        add = getattr(import_module(f"snapengine.cli.{module}"), f"add_{name}")
         add(commands, line)
     return parser
 
@@ -63,7 +63,7 @@ def run_command(arguments: Sequence[str]) -> int:
     streams.prepare()
     if list(arguments) == ["--version"]:  # without argparse, in the time of a bare Python
         return _print_version()
-    from snapengine.cli_common import Interrupted, interruptible
+    from snapengine.cli.common import Interrupted, interruptible
 
     try:
         with interruptible():
@@ -78,7 +78,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from snapengine.cli_common import limit_time
+    from snapengine.cli.common import limit_time
 
     if arguments[:1] == ["guest"]:  # has a parser of its own
         from snapengine.guest import main as guest
@@ -116,7 +116,7 @@ def describe(error: BaseException) -> str:
 
 def _failed(error: Exception) -> int:
     """Report `error`; returns the exit code."""
-    from snapengine.cli_common import EXIT_ERROR, EXIT_PIPE, EXIT_TIMEOUT
+    from snapengine.cli.common import EXIT_ERROR, EXIT_PIPE, EXIT_TIMEOUT
     from snapengine.errors import TimeLimitError
 
     if isinstance(error, BrokenPipeError) and streams.is_broken(sys.stdout):
@@ -131,7 +131,7 @@ def _failed(error: Exception) -> int:
 
 
 def _complain(text: str) -> None:
-    from snapengine.cli_common import say
+    from snapengine.cli.common import say
 
     say(text)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from snapengine.base.units import parse_size
-from snapengine.cli_common import (
+from snapengine.cli.common import (
     EXIT_CODES,
     EXIT_OK,
     EXIT_TIMEOUT,
@@ -22,7 +22,7 @@ from snapengine.cli_common import (
     parse_rate,
     raw,
 )
-from snapengine.cli_save import report
+from snapengine.cli.save import report
 from snapengine.errors import TimeLimitError
 
 EXPIRED_DRAIN_SECONDS = 5.0

@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (`cli_common.EXIT_CODES`). Usage errors raise SystemExit(2).
+    """Run one command; returns the exit code (`cli.common.EXIT_CODES`). Usage errors raise SystemExit(2).
 
     Without `argv` this process is the command: signals that come once it is done do not change its exit code.
     """
@@ -53,7 +53,3 @@ def _end_at_once(signum: int, frame: FrameType | None) -> NoReturn:
     """Nothing has begun: nothing is to be undone."""
     os.write(2, f"snapengine: cancelled by {signal.Signals(signum).name}\n".encode())
     os._exit(128 + signum)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

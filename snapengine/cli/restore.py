@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import from_argument, printable
 from snapengine.base.units import format_count, format_size
-from snapengine.cli_common import EXIT_OK, check_output, say
-from snapengine.cli_image import add_image_command, opened
+from snapengine.cli.common import EXIT_OK, check_output, say
+from snapengine.cli.image import add_image_command, opened
 from snapengine.errors import LostPagesError, SinkError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from snapengine.base.names import from_argument
 from snapengine.base.units import parse_seconds, parse_size
-from snapengine.cli_common import (
+from snapengine.cli.common import (
     EXIT_CODES,
     EXIT_LOST,
     EXIT_NOT_CONVERGED,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import printable
 from snapengine.base.units import format_count, format_size
-from snapengine.cli_common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw, say
-from snapengine.cli_ingest import opened_stream
+from snapengine.cli.common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw, say
+from snapengine.cli.ingest import opened_stream
 
 if TYPE_CHECKING:
     from snapengine.qemu.analyze import Analysis

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from snapengine.cli_common import raw
-from snapengine.cli_qemu_analyze import add_analyze
-from snapengine.cli_qemu_restore import add_restore
-from snapengine.cli_qemu_save import add_save
+from snapengine.cli.common import raw
+from snapengine.cli.qemu_analyze import add_analyze
+from snapengine.cli.qemu_restore import add_restore
+from snapengine.cli.qemu_save import add_save
 
 DESCRIPTION = "Virtual machines of QEMU.\n"
 EPILOG = "`snapengine qemu COMMAND --help` has the options and examples of each command.\n"

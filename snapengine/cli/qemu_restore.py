@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snapengine.base.units import format_size, parse_seconds
-from snapengine.cli_common import (
+from snapengine.cli.common import (
     EXIT_CODES,
     EXIT_OK,
     add_timeout,

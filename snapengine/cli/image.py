@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import printable, unescape
 from snapengine.base.units import format_count, format_size
-from snapengine.cli_common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw
+from snapengine.cli.common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw
 from snapengine.errors import ImageError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def is_pipe(path: str) -> bool:
 def read_info(path: str) -> dict[str, Any]:
     """The figures of the capture, and beside them what the image holds."""
     if is_pipe(path):
-        from snapengine.cli_stream import read_stream, stream_info
+        from snapengine.cli.stream import read_stream, stream_info
 
         info = stream_info(read_stream())
     else:
@@ -144,7 +144,7 @@ def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
 
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`."""
-    from snapengine.cli_stream import verify_stream
+    from snapengine.cli.stream import verify_stream
 
     try:
         report = verify_stream() if is_pipe(args.image) else verify_file(args.image)
