@@ -30,7 +30,6 @@ from snapengine.errors import HandoverError, ImageError, MachineError, StreamErr
 from snapengine.handover.message import ArrayScanner, parse_offer
 from snapengine.image import open_image
 from snapengine.image.sections import ImageRegion
-from snapengine.image.stream import restore_stream
 from snapengine.kernel.procfs import status
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.process.record import ProcessRecord
@@ -40,6 +39,7 @@ from snapengine.qemu.ingest import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy
 from snapengine.qemu.ram_blocks import RamBlock, parse_table, ram_blocks
 from snapengine.qemu.to_stream import write_stream
+from snapengine.restore.stream import restore_stream
 from snapengine.storage.sinks import MemorySink
 
 

@@ -20,7 +20,7 @@ from snapengine.capture.capture import snapshot
 from snapengine.errors import CaptureCancelled, ImageError, UnsupportedError
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.result import COMPLETED
-from snapengine.targets.targets import BufferTarget
+from snapengine.targets.buffer import BufferTarget
 
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX

@@ -39,15 +39,17 @@ if TYPE_CHECKING:
     from snapengine.image import Image, open_image
     from snapengine.options import Options
     from snapengine.process.target import ProcessTarget
+    from snapengine.regions import Region
     from snapengine.result import Result
-    from snapengine.targets.targets import BufferTarget, Region, Target
+    from snapengine.targets.base import Target
+    from snapengine.targets.buffer import BufferTarget
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "AlreadyTrackedError": "errors",
     "AttachError": "errors",
-    "BufferTarget": "targets.targets",
+    "BufferTarget": "targets.buffer",
     "Capture": "capture.capture",
     "CaptureCancelled": "errors",
     "CorruptImageError": "errors",
@@ -60,12 +62,12 @@ _PLACES = {
     "PeerTarget": "handover.peer",
     "ProcessTarget": "process.target",
     "Progress": "capture.capture",
-    "Region": "targets.targets",
+    "Region": "regions",
     "RegisterError": "errors",
     "Result": "result",
     "SinkError": "errors",
     "SnapengineError": "errors",
-    "Target": "targets.targets",
+    "Target": "targets.base",
     "TargetGoneError": "errors",
     "TimeLimitError": "errors",
     "TruncatedImageError": "errors",

@@ -10,6 +10,17 @@ NOT_CONVERGED = "not-converged"
 
 
 @dataclass(frozen=True, slots=True)
+class NotCaptured:
+    """Memory of a process that is not in the image, and why. ``start`` and ``end`` are byte addresses."""
+
+    start: int
+    end: int
+    perms: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Figures of one capture. Counts are pages of 4096 bytes, times are nanoseconds.
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.image import Image, open_image
-from snapengine.image.records import RECORD, Record, read_record
+from snapengine.image.headers import Record
+from snapengine.image.records import RECORD, read_record
 from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
+from snapengine.regions import PAGE_BYTES, Region
 from snapengine.storage.sinks import MemorySink
 from snapengine.storage.sources import StreamSource
-from snapengine.targets.targets import PAGE_BYTES, Region
 
 DATA, ZERO, HOLE, LOST = range(4)
 FIELDS = {

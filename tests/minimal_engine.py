@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from patientkit import PeerTarget
 
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 WP = 1 << 0 | 1 << 12 | 1 << 13  # PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED
 UFFDIO_REGISTER = 0xC020AA00

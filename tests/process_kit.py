@@ -17,8 +17,8 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import read_maps
 from snapengine.process.record import NotCaptured, read_process
 from snapengine.process.thread_state import ThreadState
+from snapengine.regions import PAGE_BYTES, Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import PAGE_BYTES, Region
 
 DATA, ZERO, HOLE, LOST = range(4)
 PTRACE_CONT, PTRACE_DETACH, PTRACE_GETREGSET, PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_GETSIGMASK = (

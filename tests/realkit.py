@@ -18,8 +18,10 @@ from targetkit import descriptors, state_of, status_line
 from waitkit import PATIENCE_S, attempts, until
 
 import snapengine
+from snapengine.export.elf_core import export_core
 from snapengine.image import open_image
 from snapengine.options import Options
+from snapengine.process.record import process_of
 from snapengine.process.target import APPEARED
 
 SNAPSHOTS = int(os.environ.get("REAL_SNAPSHOTS", "1"))  # per program and mode; `make test-real` takes more
@@ -181,7 +183,7 @@ def check_lost(image, result, discards):
     """Only what the program gave back: private memory, and of a program that does that."""
     assert result.status == "completed"
     assert discards or result.lost_pages == 0, f"{result.lost_pages} lost pages: {result.lost_runs[:5]}"
-    shared = [(m.start, m.end) for m in image.process.mappings if m.perms[3] == "s"]
+    shared = [(m.start, m.end) for m in process_of(image).mappings if m.perms[3] == "s"]
     for addr, length in result.lost_runs:
         assert not any(start < addr + length and addr < end for start, end in shared), f"{addr:#x}: shared"
 
@@ -208,8 +210,8 @@ def check_core(path, program, folder, made_code=False):
     `made_code`."""
     core = folder / "core"
     with open_image(path) as image:
-        threads = image.process.threads
-        image.export_core(core, lost="omit")
+        threads = process_of(image).threads
+        export_core(image, core, lost="omit")
     text = gdb(program, core, "info threads", "thread 1", "backtrace")
     core.unlink()
     assert len(re.findall(r"^[* ] +\d+ +.*(?:LWP|Thread)", text, re.MULTILINE)) == len(threads), text

@@ -11,8 +11,8 @@ import sys
 import pytest
 from waitkit import PATIENCE_S, until
 
+from snapengine.cli.command import describe, make_parser
 from snapengine.cli.common import make_options
-from snapengine.cli.main import describe, make_parser
 from snapengine.cli.save import exit_code
 from snapengine.errors import SinkError
 from snapengine.options import Options

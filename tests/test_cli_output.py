@@ -23,11 +23,12 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.process.record import ProcessRecord
+from snapengine.regions import Region
 from snapengine.report.result_table import figures_rows
 from snapengine.report.tables import columns, fitted, table_lines, wrapped
 from snapengine.result import Result, fitted_parts
 from snapengine.storage.sinks import FileSink
-from snapengine.targets.targets import BufferTarget, Region
+from snapengine.targets.buffer import BufferTarget
 
 LOCALES = [
     {"PYTHONIOENCODING": "ascii"},

@@ -40,7 +40,8 @@ def test_the_version_costs_a_bare_python():
     code, names = imported("--version")
     assert code == 0
     assert len(names) <= 15, sorted(names)
-    assert ours(names) == {"snapengine.cli", "snapengine.cli.main", "snapengine.report.streams"}
+    rooms = ("cli", "cli.command", "cli.signals", "report", "report.streams")
+    assert ours(names) == {f"snapengine.{name}" for name in rooms}
 
 
 def test_importing_the_package_imports_nothing_else():
@@ -76,7 +77,8 @@ def test_help_and_usage_errors_import_no_engine(arguments, most):
     code, names = imported(*arguments)
     assert code == (2 if arguments == ["save"] else 0)
     assert not top(names) & SLOW
-    assert not names & {"snapengine.capture.capture", "snapengine.engine.session", "snapengine.image.image", "snapengine.process.target"}
+    rooms = {name.split(".")[1] for name in ours(names)}
+    assert not rooms & {"capture", "engine", "image", "process"}
     assert len(names) <= most, len(names)
 
 
@@ -96,7 +98,8 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
         code, names = imported(*arguments)
         assert code == 0
         assert not top(names) & SLOW
-        assert not names & {"snapengine.capture.capture", "snapengine.engine.session", "snapengine.qemu.monitor"}
+        slow = {"snapengine.capture.capture", "snapengine.engine.session", "snapengine.qemu.monitor"}
+        assert not names & slow
     code, names = imported("ingest", stream, tmp_path / "y.img")
     assert code == 1
     assert "snapengine.qemu.ingest" in names

@@ -126,7 +126,7 @@ def test_what_python_sees():
 
 
 def test_every_kernel_name_we_use_is_checked():
-    text = (Path(snapengine.__file__).parent / "linux.pxd").read_text()
+    text = (Path(snapengine.__file__).parent / "kernel" / "linux.pxd").read_text()
     pattern = r"\b((?:UFFD(?:IO)?|PAGE_IS|PM_SCAN)_[A-Z_]+|PAGEMAP_SCAN|PROCMAP_QUERY)\b"
     names = {name.removeprefix("IOCTL_") for name in re.findall(pattern, text)}
     assert names - set(KERNEL) == set()

@@ -28,8 +28,8 @@ from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.process.record import ProcessRecord
 from snapengine.process.thread_state import ThreadState
+from snapengine.regions import Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import Region
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="needs gdb")
 PAGE = 4096
@@ -297,7 +297,7 @@ def test_lost_pages(tmp_path):
 def test_thread_notes(tmp_path):
     threads = [thread(5, xstate=b""), thread(7), thread(9)]
     with image(record([memory(0x1000, 1)], threads=threads, auxv=bytes(32))) as found:
-        assert found.export_core(tmp_path / "core").threads == 3
+        assert export_core(found, tmp_path / "core").threads == 3
     found = notes(tmp_path / "core")
     per_thread = ["NT_PRSTATUS", "NT_FPREGSET", "NT_X86_XSTATE"]
     kinds = [{2: "NT_FPREGSET", 0x202: "NT_X86_XSTATE"}.get(kind, kind) for _, kind, _ in found]

@@ -24,6 +24,7 @@ import snapengine
 from snapengine.capture.capture import Capture
 from snapengine.errors import AttachError, HandoverError, SnapengineError, TargetGoneError
 from snapengine.handover.peer import PeerTarget
+from snapengine.kernel import threads
 from snapengine.kernel.uffd import Uffd
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.process import permissions
@@ -119,7 +120,7 @@ def test_a_process_that_ended_before_it_is_attached_to(reaped):
             target.process.wait()
         assert outcome(attached, WRITE_TRACKING) == "TargetGoneError"
         if not reaped:
-            assert permissions.ends(target.pid)
+            assert threads.ends(target.pid)
 
 
 class KilledBeforeItIsArmed(Capture):
@@ -161,11 +162,11 @@ def test_a_process_that_never_was():
 def test_a_first_thread_that_ended_is_no_end():
     with Target("compute", 3, "leave") as target:
         until(lambda: permissions.describe(target.pid).state == "Z")
-        assert not permissions.ends(target.pid)
+        assert not threads.ends(target.pid)
         with pytest.raises(AttachError, match="first thread has ended"):
             ProcessTarget(target.pid).check()
         target.process.kill()
-        assert permissions.ends(target.pid)
+        assert threads.ends(target.pid)
 
 
 def test_dirty_logging_of_a_peer_that_cannot_pause(tmp_path):

@@ -10,7 +10,7 @@ from snapengine.kernel.procmaps import Mapping
 from snapengine.process.fates import Fate, sort_mappings, tracked_regions
 from snapengine.process.mapping_facts import MapFacts
 from snapengine.process.selection import Selector, select
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 PAGE = 4096
 KINDS = [  # perms, device, inode, path

@@ -7,8 +7,8 @@ from image_kit import DATA, HOLE, LOST, ZERO, pattern, stream_everything
 
 from snapengine.image import open_image
 from snapengine.image.writer import Writer
+from snapengine.regions import Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import Region
 
 GOLDEN = Path(__file__).with_name("golden") / "v1.snap"
 

@@ -24,7 +24,8 @@ from snapengine.guest.memory import GuestMemory
 from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 from snapengine.kernel.uffd import Uffd
-from snapengine.targets.targets import Region, Target
+from snapengine.regions import Region
+from snapengine.targets.base import Target
 
 MIB = 1 << 20
 FEATURES = 1  # PAGEFAULT_FLAG_WP

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from snapengine.errors import HandoverError
 from snapengine.handover.message import MAX_MAPPINGS, ArrayScanner, encode_offer, parse_offer, strict_json
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 MIB = 1 << 20
 

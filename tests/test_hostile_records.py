@@ -15,13 +15,13 @@ from image_kit import sample
 
 from snapengine import cli
 from snapengine.cli import image as cli_image
-from snapengine.cli.stream import stream_info
 from snapengine.errors import ImageError
+from snapengine.export.elf_core import export_core
 from snapengine.image import open_image
 from snapengine.image.stream import stream_image
 from snapengine.kernel.procmaps import Mapping
-from snapengine.process.record import NotCaptured, ProcessRecord
-from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES, VIA_STREAM, read_machine
+from snapengine.process.record import NotCaptured, ProcessRecord, process_of
+from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES, VIA_STREAM, machine_of
 from snapengine.qemu.machine import differences
 from snapengine.qemu.restore import stream_ends
 from snapengine.result import Result
@@ -117,7 +117,7 @@ def both_infos(path):
     with contextlib.suppress(ImageError):
         from_file = cli_image.read_info(str(path))
     with contextlib.suppress(ImageError):
-        from_pipe = stream_info(read_to_its_end(path))
+        from_pipe = cli_image.complete_info(read_to_its_end(path))
     if from_file is None or from_pipe is None:
         assert from_file is from_pipe
         raise ImageError("refused")
@@ -161,13 +161,13 @@ class NoSeek(io.RawIOBase):
 
 def cores(path):
     with open_image(path) as image:
-        if image.process is not None:
-            image.export_core(path.with_name("core"), lost="omit")
+        if process_of(image) is not None:
+            export_core(image, path.with_name("core"), lost="omit")
 
 
 def machine(path):
     with open_image(path) as image:
-        saved = read_machine(image)
+        saved = machine_of(image)
         if saved is not None and saved["via"] in (VIA_DEVICES, VIA_STREAM):
             differences(saved, MACHINE_OF_ALL)
             stream_ends(image, saved)
@@ -216,7 +216,7 @@ def test_a_ram_block_that_no_stream_can_have(block, tmp_path):
     path.write_bytes(image_with(blobs=[(MACHINE, MACHINE_OF_ALL | {"ram_blocks": [block]}),
                                        (DEVICES, bytes(16))]))  # fmt: skip
     with open_image(path) as image, pytest.raises(ImageError, match=r"odd\.img"):
-        stream_ends(image, read_machine(image))
+        stream_ends(image, machine_of(image))
 
 
 def test_names_that_a_terminal_obeys(tmp_path):

@@ -11,13 +11,15 @@ from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, pattern, r
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError, SinkError, TruncatedImageError
+from snapengine.export.raw import export_raw
 from snapengine.image import open_image
 from snapengine.image.encode import pack_entry
 from snapengine.image.records import RECORD
-from snapengine.image.stream import restore_stream, stream_image
+from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
+from snapengine.regions import Region
+from snapengine.restore.stream import restore_stream
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import Region
 
 SAMPLE = sample()
 
@@ -126,13 +128,13 @@ def allocated(path):
 
 def test_export_raw(image, tmp_path):
     path = tmp_path / "ram.raw"
-    assert image.export_raw("ram", path) == 40960
+    assert export_raw(image, path, "ram") == 40960
     assert path.read_bytes() == SAMPLE.memory["ram"]
     sparse = allocated(path)
-    assert image.export_raw("ram", path, zeros="write") == 40960
+    assert export_raw(image, path, "ram", zeros="write") == 40960
     assert path.read_bytes() == SAMPLE.memory["ram"]
     assert allocated(path) == sparse + 3 * 4096
-    assert image.export_raw(None, path) == 46960
+    assert export_raw(image, path) == 46960
     assert path.read_bytes() == SAMPLE.memory["ram"] + SAMPLE.memory["io"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["ram.raw"]
 
@@ -143,9 +145,9 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     damaged[chunk.payload_offset + 3] ^= 1
     with opened(bytes(damaged)) as image:
         with pytest.raises(CorruptImageError):
-            image.export_raw(None, tmp_path / "a.raw")
+            export_raw(image, tmp_path / "a.raw")
         with pytest.raises(SinkError):
-            image.export_raw("ram", tmp_path)
+            export_raw(image, tmp_path, "ram")
     assert list(tmp_path.iterdir()) == []
 
 

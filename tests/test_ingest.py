@@ -26,11 +26,11 @@ from snapengine.errors import (
 from snapengine.image.encode import DATA, HOLE, LOST, ZERO
 from snapengine.image.writer import Writer
 from snapengine.options import Options
-from snapengine.qemu.blobs import read_machine
+from snapengine.qemu.blobs import machine_of
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.to_stream import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
+from snapengine.regions import Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import Region
 
 NAMES = {name: used // 4096 for name, used in kit.BLOCKS}
 
@@ -139,9 +139,9 @@ def test_extra_blobs(tmp_path):
 def test_the_description_of_a_machine(tmp_path):
     take_in(kit.stream(kit.SOME_PAGES), tmp_path / "vm", extra_blobs={"qemu.machine": b'{"cpu": "max"}'})
     with snapengine.open_image(tmp_path / "vm") as image:
-        assert read_machine(image)["cpu"] == "max"
+        assert machine_of(image)["cpu"] == "max"
     with image_with([], [(Region("a", 0, 4096), 0)]) as image:
-        assert read_machine(image) is None
+        assert machine_of(image) is None
 
 
 GOOD = '"via": "x", "machine_type": null, "ram_blocks": []'
@@ -162,7 +162,7 @@ def test_a_wrong_description_is_refused(text):
         image_with([], [(Region("a", 0, 4096), 0)], {"qemu.machine": blob}) as image,
         pytest.raises(WRONG[text], match=r"qemu\.machine"),
     ):
-        read_machine(image)
+        machine_of(image)
 
 
 @pytest.mark.parametrize("direct", [False, True])

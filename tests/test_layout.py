@@ -4,7 +4,7 @@ import pytest
 
 from snapengine.capture.layout import first_overlap, first_shared_unit, lay_out
 from snapengine.kernel.procmaps import Mapping, covering
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 PAGE, MIB = 4096, 1 << 20
 

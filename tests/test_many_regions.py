@@ -16,8 +16,9 @@ from snapengine.image import open_image
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.kernel.uffd import FEATURES
 from snapengine.process.target import ProcessTarget, appeared
-from snapengine.targets import targets
-from snapengine.targets.targets import BufferTarget, Region
+from snapengine.regions import Region
+from snapengine.targets import buffer as targets
+from snapengine.targets.buffer import BufferTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 

@@ -18,6 +18,7 @@ from targetkit import COUNTERS, Target
 import snapengine
 from snapengine.doctor.preflight import examine_process
 from snapengine.errors import AlreadyTrackedError, HandoverError, ImageError
+from snapengine.export.elf_core import export_core
 from snapengine.handover import message
 from snapengine.handover.check_offer import check_mapped
 from snapengine.image import open_image
@@ -178,7 +179,7 @@ def test_nothing_is_lost(saved, mode, tmp_path):
     assert saved.results[mode].lost_pages == 0
     with open_image(saved.images[mode]) as image:
         image.verify()
-        image.export_core(tmp_path / "core")
+        export_core(image, tmp_path / "core")
     assert saved.target.process.poll() is None
 
 
@@ -392,7 +393,7 @@ def test_ram_blocks_of_a_machine(saved, kind, wanted):
     tracked = {region.addr: region for region in machine._sort(memory)}
     if wanted == "copied":
         assert found.start not in tracked
-        assert [region.addr for region in machine.frozen_regions] == [found.start]
+        assert [region.addr for region in machine.copied_regions] == [found.start]
     else:
         assert tracked[found.start].kind == wanted
         assert tracked[found.start].page_size == (HUGE if "hugetlb" in wanted else PAGE)

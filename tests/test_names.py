@@ -19,9 +19,10 @@ from snapengine.export.elf_core import export_core
 from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import parse_line, read_maps
+from snapengine.process.record import process_of
 from snapengine.process.target import ProcessTarget
+from snapengine.regions import Region
 from snapengine.storage.sinks import FileSink, MemorySink
-from snapengine.targets.targets import Region
 
 COMMAND = [sys.executable, "-m", "snapengine.cli"]
 NOT_TEXT = b"caf\xe9 \xff"
@@ -166,7 +167,7 @@ def test_a_process_with_names_that_are_no_text(requires_uffd, programs, tmp_path
         assert len(set(names)) == len(names)
         if kind != "file" or cut == "stop":
             assert content(image, start, size) == b"n" * size
-        process = image.process
+        process = process_of(image)
         if kind == "thread" and cut == "stop":
             assert CUT_NAME in [encode(thread.comm) for thread in process.threads]
         if kind.startswith("process"):

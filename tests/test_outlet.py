@@ -7,8 +7,8 @@ import pytest
 from image_kit import DATA
 
 from snapengine.image.writer import Writer
+from snapengine.regions import Region
 from snapengine.storage.sinks import FdSink, MemorySink, open_sink
-from snapengine.targets.targets import Region
 
 MIB = 1 << 20
 CACHESTAT = 451  # Linux 6.5

@@ -35,7 +35,8 @@ def test_every_interface_is_shipped(files, repository):
 
 def test_every_extension_is_shipped(files, repository):
     for name in modules(repository):
-        assert len([file for file in files if file.startswith(f"{name}.") and file.endswith(".so")]) == 1, name
+        built = [file for file in files if file.startswith(f"{name}.") and file.endswith(".so")]
+        assert len(built) == 1, name
 
 
 def test_every_extension_that_python_sees_is_typed(files, repository):

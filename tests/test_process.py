@@ -19,6 +19,7 @@ import snapengine
 from snapengine.capture.capture import Capture
 from snapengine.image import open_image
 from snapengine.options import Options
+from snapengine.process.record import process_of
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
@@ -136,7 +137,7 @@ def test_many_threads(tmp_path, mode):
         assert result.lost_pages == 0
         with open_image(tmp_path / "image") as image:
             image.verify()
-            assert len(image.process.threads) == (0 if mode in SOFT else 64)
+            assert len(process_of(image).threads) == (0 if mode in SOFT else 64)
             assert image.read_at(target.words[MEMORY] + 4000, 1) == b"\1"
             assert target.words[PAGES] == 256
         target.check_running(64)

@@ -12,7 +12,9 @@ from targetkit import descriptors, status_line, until
 from test_process import MODES, snap
 from waitkit import PATIENCE_S
 
+from snapengine.export.elf_core import export_core
 from snapengine.image import open_image
+from snapengine.process.record import process_of
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 
@@ -105,7 +107,7 @@ def test_gdb_reads_the_core_of_a_live_process(tmp_path, compiled, mode):
     with running(compiled) as pid:
         snap(pid, tmp_path / "image", mode)
         with open_image(tmp_path / "image") as image:
-            image.export_core(core)
+            export_core(image, core)
         assert status_line(pid, "State").startswith("S")
     commands = ["thread apply all backtrace", "print global_variable", "print heap_text", "print inner_value"]
     text = gdb(compiled, core, *commands, "x/s big + 33554432")
@@ -124,10 +126,10 @@ def test_gdb_reads_the_heap_of_a_soft_cut(tmp_path, compiled):
     with running(compiled) as pid:
         snap(pid, tmp_path / "image", "soft")
         with open_image(tmp_path / "image") as image:
-            assert image.process.threads == []
+            assert process_of(image).threads == []
             heap = next(region for region in image.regions if region.name == "[heap]")
             data = image.read(heap, 0, heap.length)
-            image.export_core(core)
+            export_core(image, core)
     at = heap.addr + data.index(b"a string on the heap")
     text = gdb(compiled, core, f"x/s {at:#x}")
     assert '"a string on the heap"' in text

@@ -21,7 +21,14 @@ from snapengine.image.sections import ImageRegion
 from snapengine.image.writer import Writer
 from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.process.describe import process_info, process_rows
-from snapengine.process.record import PROCESS_BLOBS, NotCaptured, ProcessRecord, check_sizes, read_process
+from snapengine.process.record import (
+    PROCESS_BLOBS,
+    NotCaptured,
+    ProcessRecord,
+    check_sizes,
+    process_of,
+    read_process,
+)
 from snapengine.process.thread_state import ThreadState
 from snapengine.storage.sinks import MemorySink
 
@@ -136,12 +143,11 @@ def test_round_trip():
 
 def test_round_trip_through_an_image():
     with image_with(record().to_vmstate()) as image:
-        assert image.process == record()
-        assert image.process is image.process
-        assert image.info()["process"]["pid"] == 77
+        assert process_of(image) == record()
+        assert process_info(process_of(image), image.regions)["pid"] == 77
     with image_with({"cpu": b"x"}) as image:
-        assert image.process is None
-        assert image.info()["process"] is None
+        assert process_of(image) is None
+        assert process_info(process_of(image), image.regions) is None
 
 
 def test_the_blob_of_a_soft_cut():
@@ -289,9 +295,9 @@ def test_sizes_are_checked_before_anything_is_read():
         ProcessRecord.from_vmstate({"process": b"[" + b"[]," * (1 << 21) + b"[]]"})
     with image_with(record().to_vmstate() | {"process.auxv": bytes(65 << 10)}) as image:
         with pytest.raises(CorruptImageError, match=r"process\.auxv has"):
-            assert image.process
+            assert process_of(image)
         with pytest.raises(CorruptImageError):
-            image.info()
+            process_info(process_of(image), image.regions)
 
 
 GARBAGE = st.fixed_dictionaries(

@@ -12,7 +12,7 @@ from sweepkit import Sweep
 from waitkit import PATIENCE_S
 
 import snapengine
-from snapengine.qemu.blobs import read_machine
+from snapengine.qemu.blobs import machine_of
 from snapengine.qemu.ingest import ingest
 from snapengine.qemu.to_stream import make_head, stream_blobs, write_stream
 
@@ -106,7 +106,7 @@ def test_a_head_from_scratch_and_devices_from_elsewhere(machines, tmp_path, send
     with (tmp_path / "stream").open("rb") as file:
         ingest(file.fileno(), tmp_path / "vm")
     with snapengine.open_image(tmp_path / "vm") as image, (tmp_path / "again").open("wb") as file:
-        machine_type = read_machine(image)["machine_type"] if send_configuration else None
+        machine_type = machine_of(image)["machine_type"] if send_configuration else None
         head = make_head(machine_type, [(region.name, region.length) for region in image.regions])
         write_stream(image, file.fileno(), head, (tmp_path / "devices").read_bytes()[8:], holes="send")
         ram = image.read("pc.ram", 0, GUEST.memory)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, reseal, sample
 
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
-from snapengine.image.stream import restore_stream
 from snapengine.image.writer import Writer
+from snapengine.regions import Region
+from snapengine.restore.stream import restore_stream
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import Region
 
 PAGES = 48
 entry = st.tuples(st.integers(0, PAGES - 1), st.integers(1, 12), st.sampled_from([DATA, ZERO, HOLE, LOST]))

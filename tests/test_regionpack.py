@@ -6,7 +6,7 @@ import pytest
 
 from snapengine.image.encode import _region_entry, region_entries
 from snapengine.image.region_pack import numbers_ascend, pack_regions
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 PAGE = 4096
 ODD = [

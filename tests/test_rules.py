@@ -16,8 +16,8 @@ from image_kit import noise, opened, read_everything, sample, stream_everything
 from snapengine.errors import ImageError, UnsupportedVersionError
 from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
+from snapengine.regions import KINDS, Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.targets.targets import KINDS, Region
 
 SOUND = take_apart(sample().data)
 

@@ -10,7 +10,7 @@ from snapengine.capture.region_plan import Plan
 from snapengine.image import open_image
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES
-from snapengine.targets.targets import BufferTarget
+from snapengine.targets.buffer import BufferTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

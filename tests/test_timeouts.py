@@ -25,8 +25,8 @@ from snapengine.kernel import cgroups, procfs
 from snapengine.process import inject_policy, permissions
 from snapengine.process.target import ProcessTarget
 from snapengine.qemu.ingest import ingest
+from snapengine.regions import Region
 from snapengine.storage.sinks import ExecSink, FileSink, open_sink
-from snapengine.targets.targets import Region
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 LIMIT = "not done within 0.5 s (--timeout)"

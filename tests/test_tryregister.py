@@ -9,7 +9,7 @@ import pytest
 from snapengine.kernel.procmaps import read_maps
 from snapengine.kernel.uffd import FEATURES, Uffd
 from snapengine.process.try_register import refusal, refused_regions
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 

@@ -15,8 +15,8 @@ from waitkit import PATIENCE_S
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import CaptureCancelled, SinkError
 from snapengine.image.writer import Writer
+from snapengine.regions import Region
 from snapengine.storage.sinks import ExecSink, FdSink, MemorySink, NullSink, PyFileSink, Sink, open_sink
-from snapengine.targets.targets import Region
 
 RAM = Region("ram", 0x10000, 1 << 30)
 ID = bytes(range(16))

@@ -6,7 +6,7 @@ The loops over all regions of a plan; `snapengine.capture.region_plan` decides h
 from libc.stdint cimport uint64_t
 
 from snapengine.kernel.procmaps_line cimport Mapping
-from snapengine.region cimport Region, RegionPlan
+from snapengine.regions cimport Region, RegionPlan, is_shared
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t HUGE_PAGES = 512
@@ -71,7 +71,7 @@ cdef RegionPlan _place(Region region, list mappings, Py_ssize_t first, uint64_t 
     plan.track_end = (page_end + size - 1) // size * size
     plan.file = -1
     plan.reading, plan.presence = "memory", "bits"
-    plan.shared = region.kind in ("shared", "hugetlb-shared")
+    plan.shared = is_shared(region.kind)
     plan.alone_before = first > 0 and (<Mapping>mappings[first - 1]).end == start
     plan.alone_after = behind < len(mappings) and (<Mapping>mappings[behind]).start == end
     return plan

@@ -11,9 +11,9 @@ from posix.unistd cimport lseek
 
 from snapengine.base.atomics cimport snap_load, snap_store, snap_store_seq
 from snapengine.base.bitmap cimport bits_test
-from snapengine.engine.events cimport pump
-from snapengine.engine.fault_threads cimport serve_held
-from snapengine.engine.prearm cimport hit_pieces, note_filled_holes, protect_hits, share_edges, stop_noting
+from snapengine.engine.prearm cimport stop_noting
+from snapengine.engine.protect cimport protect_range
+from snapengine.engine.reprotect cimport hit_pieces, note_filled_holes, protect_hits, share_edges
 from snapengine.kernel.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.kernel.procmap_query cimport next_vma, same_vma, vma_t
 from snapengine.engine.parallel cimport all_pieces, hurry, spans
@@ -23,7 +23,7 @@ from snapengine.base.pthreads cimport (
 )
 from snapengine.engine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.engine.recheck cimport note_again, note_at_t, note_before
-from snapengine.kernel.vma_table cimport note_vmas
+from snapengine.engine.vma_table cimport note_vmas
 from snapengine.kernel.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
@@ -32,31 +32,6 @@ cdef extern from "<unistd.h>" nogil:
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
 cdef uint64_t CALL_BYTES = 256 << 10    # protecting one mapping costs a call: as much as so many bytes of it
-
-
-cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
-    cdef uint64_t piece = capture.arm_piece if capture.arm_piece else length
-    cdef uint64_t end = addr + length
-    cdef int err
-    while addr < end:
-        err = uffd_protect(capture.uffds[0], addr, min(piece, end - addr))
-        if err == ENOENT and capture.attached:
-            err = protect_mapped(capture.uffds[0], capture.maps, &capture.failed, addr,
-                                 min(piece, end - addr))
-        if err == EAGAIN:
-            # A fork is under way in the target: its event must be read before anything is protected.
-            # Faults that come along are kept until T, or noted at once: T may wait for their threads to
-            # pause.
-            if snap_load(&capture.failed):
-                return err
-            pump(capture, lane)
-            serve_held(capture, lane)
-            continue
-        if err:
-            capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
-            return err
-        addr += piece
-    return 0
 
 
 cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region, bint again) noexcept nogil:

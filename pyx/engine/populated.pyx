@@ -34,7 +34,7 @@ from snapengine.engine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, note_filled,
     note_present, page_addr, page_at, region_t,
 )
-from snapengine.kernel.vma_table cimport vma_at
+from snapengine.engine.vma_table cimport vma_at
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA

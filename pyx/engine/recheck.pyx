@@ -35,7 +35,7 @@ from snapengine.engine.session cimport (
     CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
     note_present, page_addr, page_at, place_of, region_at, region_by_addr,
 )
-from snapengine.kernel.vma_table cimport vma_at
+from snapengine.engine.vma_table cimport vma_at
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)

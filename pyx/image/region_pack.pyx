@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcpy
 
-from snapengine.region cimport Region, RegionPlan
+from snapengine.regions cimport Region, RegionPlan
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t SAFE = <uint64_t>1 << 47      # addresses, lengths and page numbers below that are no question

@@ -24,13 +24,12 @@ from snapengine.base.checksum cimport crc32c
 from snapengine.image.format cimport SNAP_RAW, SNAP_ZSTD
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.pipeline.pool cimport (
-    NO_SLOT, Pool, chunk_ref, pool_give_back, pool_take, slot_data, slot_entries,
+    NO_SLOT, Pool, chunk_ref, pool_give_back, pool_read_back, pool_take, slot_data, slot_entries,
 )
 from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_init, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock, snap_nice_slice, snap_now_ns,
 )
-from snapengine.pipeline.spill cimport spill_take
 
 cdef double KEEP = 0.9              # of the old estimate, for each new chunk
 # A thread that only writes sleeps most of the time, and whoever waits for its slot waits for the sink: it
@@ -182,7 +181,7 @@ cdef class Encoder:
             return 0
         data[0] = self.scratch[number]
         entries[0] = <uint64_t *>(data[0] + pool.slot_bytes)
-        err = spill_take(pool, chunk, data[0], entries[0])
+        err = pool_read_back(pool, chunk, data[0], entries[0])
         if err:
             raise_oserror(err, "spill file")
         return 0

@@ -23,7 +23,7 @@ from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from snapengine.pipeline.spill cimport spill_put
+from snapengine.pipeline.spill cimport spill_place, spill_put, spill_take
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -100,8 +100,24 @@ cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_off
     return 0
 
 
+cdef void _place(pool_t *pool, uint64_t offset, uint64_t data_bytes, uint32_t n_entries,
+                 spill_place *place) noexcept nogil:
+    place.offset = offset
+    place.bytes = pool.stride
+    place.entries_at = pool.slot_bytes
+    place.data_bytes = data_bytes
+    place.n_entries = n_entries
+
+
+cdef int pool_read_back(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil:
+    cdef spill_place place
+    _place(pool, chunk.spill_offset, chunk.data_bytes, chunk.n_entries, &place)
+    return spill_take(pool.spill_fd, &place, data, entries)
+
+
 cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
     """Write the slot to the file and queue that copy; the thread keeps the slot, empty."""
+    cdef spill_place place
     cdef uint64_t offset
     cdef int err
     pthread_mutex_lock(&pool.lock)
@@ -109,7 +125,8 @@ cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
     pool.spill_end += pool.stride
     pool.spilled_bytes += lane.used
     pthread_mutex_unlock(&pool.lock)
-    err = spill_put(pool, lane, offset)
+    _place(pool, offset, lane.used, lane.n_entries, &place)
+    err = spill_put(pool.spill_fd, &place, lane.data, lane.entries)
     if err:
         return err
     pthread_mutex_lock(&pool.lock)

@@ -4,9 +4,10 @@ Each place holds one slot, the page map behind the data. Capture threads write, 
 of each, and goes through the queue.
 """
 
-from libc.errno cimport EINTR, EIO, errno
+from libc.errno cimport EIO
 from libc.stdint cimport uint64_t
-from posix.unistd cimport pread, pwrite
+
+from snapengine.base.fileio cimport pread_all, pwrite_all
 
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, long offset, long length)
@@ -14,50 +15,20 @@ cdef extern from "<fcntl.h>" nogil:
     const int FALLOC_FL_KEEP_SIZE
 
 
-cdef int _pwrite_all(int fd, const char *data, uint64_t length, uint64_t offset) noexcept nogil:
-    cdef ssize_t put
-    while length:
-        put = pwrite(fd, data, length, offset)
-        if put < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        data += put
-        offset += put
-        length -= put
-    return 0
-
-
-cdef int _pread_all(int fd, char *data, uint64_t length, uint64_t offset) noexcept nogil:
-    cdef ssize_t got
-    while length:
-        got = pread(fd, data, length, offset)
-        if got < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        if got == 0:
-            return EIO
-        data += got
-        offset += got
-        length -= got
-    return 0
-
-
-cdef int spill_put(pool_t *pool, const lane_slot *lane, uint64_t offset) noexcept nogil:
-    cdef int err = _pwrite_all(pool.spill_fd, lane.data, lane.used, offset)
+cdef int spill_put(int fd, const spill_place *place, const char *data, const uint64_t *entries) noexcept nogil:
+    cdef int err = pwrite_all(fd, data, place.data_bytes, place.offset)
     if err:
         return err
-    return _pwrite_all(pool.spill_fd, <char *>lane.entries, lane.n_entries * 8, offset + pool.slot_bytes)
+    return pwrite_all(fd, <const char *>entries, place.n_entries * 8, place.offset + place.entries_at)
 
 
-cdef int spill_take(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil:
-    cdef int err = _pread_all(pool.spill_fd, data, chunk.data_bytes, chunk.spill_offset)
+cdef int spill_take(int fd, const spill_place *place, char *data, uint64_t *entries) noexcept nogil:
+    cdef int err = pread_all(fd, data, place.data_bytes, place.offset)
     if not err:
-        err = _pread_all(pool.spill_fd, <char *>entries, chunk.n_entries * 8,
-                         chunk.spill_offset + pool.slot_bytes)
+        err = pread_all(fd, entries, place.n_entries * 8, place.offset + place.entries_at)
+    if err < 0:                             # the file ends before that
+        err = EIO
     if not err:
         # Gives the space back early; a file system without holes keeps it until the file is closed.
-        fallocate(pool.spill_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  chunk.spill_offset, pool.stride)
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, place.offset, place.bytes)
     return err

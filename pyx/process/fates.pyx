@@ -8,7 +8,7 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from snapengine.kernel.procmaps_line cimport Mapping
-from snapengine.region cimport Region
+from snapengine.regions cimport Region
 
 
 @cython.no_gc

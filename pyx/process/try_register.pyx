@@ -9,7 +9,7 @@ from libc.stdint cimport uint64_t
 from snapengine.kernel.linux cimport UFFDIO_REGISTER_MODE_WP
 from snapengine.kernel.procmaps_line cimport Mapping
 from snapengine.kernel.procmap_query cimport next_vma, vma_t
-from snapengine.region cimport Region
+from snapengine.regions cimport Region
 from snapengine.kernel.uffd cimport Uffd, uffd_register
 
 

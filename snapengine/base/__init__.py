@@ -1,1 +1,1 @@
-"""Small parts that know nothing of snapshots: atomics, bitmaps, checksums, file I/O, worker threads, units."""
+"""Small parts that know nothing of snapshots: bitmaps, checksums, file I/O, worker threads, units."""

@@ -21,7 +21,7 @@ from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
 from snapengine.capture.explain import explain
 from snapengine.capture.finalize import finish_image
-from snapengine.capture.resources import Parts
+from snapengine.capture.resources import Resources
 from snapengine.capture.setup import make_engine, open_target
 from snapengine.engine.dirtylog import DirtyLog
 from snapengine.engine.tracker import Tracker
@@ -36,10 +36,11 @@ from snapengine.errors import (
     UnsupportedError,
 )
 from snapengine.image.region_pack import numbered
+from snapengine.kernel.threads import ends
 from snapengine.options import WRITE_TRACKING, Options
-from snapengine.process.permissions import ends
 from snapengine.result import COMPLETED, NOT_CONVERGED, Result
-from snapengine.targets.targets import BufferTarget, Target
+from snapengine.targets.base import Target
+from snapengine.targets.buffer import BufferTarget
 
 CANCEL_SECONDS = 10.0
 _live: weakref.WeakSet[Capture] = weakref.WeakSet()
@@ -120,7 +121,7 @@ class Capture:
         self._started = self._cancelled = self._given_up = False
         self._error: BaseException | None = None
         self._result: Result | None = None
-        self._parts = Parts(target)
+        self._parts = Resources(target)
         self._encoders = Crew()
         self._finisher = Crew()  # of one
         self._began = self._stop_ns = 0
@@ -199,8 +200,8 @@ class Capture:
         self._cancelled = True
         if not self._parts.opened and hasattr(self._target, "cancel"):
             self._target.cancel()  # it may be waiting for a peer
-        if hasattr(self._target, "hurry"):
-            self._target.hurry()
+        if self._parts.attached is not None:
+            self._parts.attached.hurry()
         if self._parts.sink is not None:
             self._parts.sink.cancel()
         if self._parts.session is not None and not self._done.is_set():
@@ -266,7 +267,7 @@ class Capture:
         parts = self._parts
         assert parts.plan is not None
         assert parts.writer is not None
-        parts.writer.begin(numbered(parts.plan.regions) + parts.frozen)
+        parts.writer.begin(numbered(parts.plan.regions) + parts.copied)
         self._begun.set()
 
     def _arm(self) -> Tracker:
@@ -380,8 +381,9 @@ class Capture:
         ours = isinstance(error, TargetGoneError | SinkError | UnsupportedError)
         if not pid or ours or not isinstance(error, OSError | HandoverError | MachineError):
             return error
+        attached = self._parts.attached
         never_there = isinstance(error, AttachError) and error.errno == errno.ESRCH
-        if self._parts.sink is None or (never_there and not getattr(self._target, "found", False)):
+        if self._parts.sink is None or (never_there and (attached is None or not attached.found)):
             return error
         if not ends(pid):
             return error

@@ -18,7 +18,7 @@ from snapengine.errors import (
 )
 from snapengine.kernel import procfs
 from snapengine.kernel.procmaps import covering, has_ended, read_maps
-from snapengine.targets.targets import Region
+from snapengine.regions import Region
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 _UFFD_FLAGS = frozenset({"um", "uw", "ui"})  # missing, write-protect, minor

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from snapengine.capture.copied import write_copied
 from snapengine.capture.counts import Extra, figures
-from snapengine.capture.resources import Parts
+from snapengine.capture.resources import Resources
 from snapengine.errors import LostPagesError
 from snapengine.options import Options
-from snapengine.process.copied import write_frozen
 from snapengine.process.record import not_captured_object
 from snapengine.result import COMPLETED, Result
 
 
 def finish_image(
-    parts: Parts, options: Options, vmstate: dict[str, bytes], status: str, began: int, stop_ns: int
+    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str, began: int, stop_ns: int
 ) -> Result:
     """Write what follows the memory, and commit the sink, if the capture is complete.
 
@@ -42,18 +42,18 @@ def finish_image(
     return Result(**{**stats, **pairs})
 
 
-def _attached_blobs(parts: Parts, level: int | None, extra: Extra) -> dict[str, bytes]:
-    """Write what an attached target's `frozen_regions` held at T; what describes it."""
+def _attached_blobs(parts: Resources, level: int | None, extra: Extra) -> dict[str, bytes]:
+    """Write what an attached target's `copied_regions` held at T; what describes it."""
     if parts.attached is None:
         return {}
     assert parts.writer is not None
-    for number, (region, first_page) in enumerate(parts.frozen):
-        write_frozen(parts.writer, region, first_page, parts.attached.frozen_bytes(number), level, extra)
+    for number, (region, first_page) in enumerate(parts.copied):
+        write_copied(parts.writer, region, first_page, parts.attached.copied_bytes(number), level, extra)
     return parts.attached.record()
 
 
 def _make_result(
-    parts: Parts, options: Options, status: str, began: int, stop_ns: int, extra: Extra
+    parts: Resources, options: Options, status: str, began: int, stop_ns: int, extra: Extra
 ) -> Result:
     assert parts.session is not None
     assert parts.writer is not None
@@ -72,7 +72,7 @@ def _make_result(
     )
 
 
-def _about_attached(parts: Parts) -> dict[str, Any]:
+def _about_attached(parts: Resources) -> dict[str, Any]:
     target = parts.attached
     if target is None:
         return {}
@@ -85,7 +85,7 @@ def _about_attached(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _late_warnings(parts: Parts) -> list[str]:
+def _late_warnings(parts: Resources) -> list[str]:
     """What an attached target did to its shared memory that no check of a page can tell."""
     if parts.attached is None:
         return []

@@ -1,7 +1,7 @@
 from collections.abc import Callable
 
 from snapengine.kernel.procmaps_line import Mapping
-from snapengine.region import Region, RegionPlan
+from snapengine.regions import Region, RegionPlan
 
 def lay_out(
     regions: list[Region],

@@ -17,8 +17,7 @@ from snapengine.errors import RegisterError, TargetGoneError, UnsupportedError
 from snapengine.kernel.features import named
 from snapengine.kernel.procmaps import Mapping, covering, has_ended, read_maps, touching
 from snapengine.kernel.uffd import FEATURES, feature_names
-from snapengine.region import RegionPlan, any_shared
-from snapengine.targets.targets import PAGE_BYTES, Region
+from snapengine.regions import PAGE_BYTES, Region, RegionPlan, any_shared, is_shared
 
 EVENTS = sum(bit for name, bit in FEATURES.items() if name.startswith("EVENT_"))  # no plan depends on them
 SPARSE_HOLE_BYTES = 1 << 30  # markers for holes cost 5 ms and 2 MiB of page tables per GiB
@@ -117,7 +116,7 @@ class Plan:
         """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
         end = region.addr + region.length
         left = touching(mappings, region.addr, end)
-        shared = region.kind in ("shared", "hugetlb-shared")
+        shared = is_shared(region.kind)
         same = [m for m in left if m.shared == shared and m.has_file == shared]
         return same or [Mapping(region.addr, end, "rw-p", 0, "00:00", 0, "")]
 

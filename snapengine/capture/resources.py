@@ -12,17 +12,16 @@ from snapengine.engine.tracker import Tracker
 from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
 from snapengine.pipeline.encoder import Encoder
+from snapengine.regions import Region
 from snapengine.storage.sinks import Sink
-from snapengine.targets.targets import AttachedTarget, Region, Target
+from snapengine.targets.base import AttachedTarget, Target
 
 
 @dataclass(slots=True)
-class Parts:
-    """The parts of one capture, in the order in which they are made; None: not yet."""
+class Resources:
+    """What one capture holds, in the order in which it is made; None: not yet."""
 
     target: Target
-    attached: AttachedTarget | None = None
-    """The target again, if it knows nothing of us."""
     sink: Sink | None = None
     opened: bool = False
     """Whether `target` was opened."""
@@ -33,11 +32,16 @@ class Parts:
     plan: Plan | None = None
     session: Session | None = None
     writer: Writer | None = None
-    frozen: list[tuple[Region, int]] = field(default_factory=list)
+    copied: list[tuple[Region, int]] = field(default_factory=list)
     """Regions that the engine does not see, and their first pages."""
     encoder: Encoder | None = None
     tracker: Tracker | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def attached(self) -> AttachedTarget | None:
+        """The target, if it is another process that was attached to."""
+        return self.target if isinstance(self.target, AttachedTarget) else None
 
     def close(self, status: str) -> None:
         """Free everything; every step is tried. Only after the threads that use them have ended."""

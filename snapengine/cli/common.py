@@ -1,4 +1,4 @@
-"""What the subcommands share: exit codes, clean interruption, argument types, the two output streams."""
+"""What the subcommands share: clean interruption, a limit of time, argument types."""
 
 from __future__ import annotations
 
@@ -9,46 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from snapengine.base.names import one_line
-from snapengine.cli import SIGNALS
+from snapengine.cli.signals import SIGNALS
 from snapengine.report import streams
+from snapengine.report.terminal import EXIT_TIMEOUT, Parser, say
 
 if TYPE_CHECKING:
     from snapengine.options import Options
-
-EXIT_OK = 0
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_NOT_CONVERGED = 3
-EXIT_LOST = 4
-EXIT_TIMEOUT = 124  # as timeout(1) has it
-EXIT_PIPE = 128 + signal.SIGPIPE
-
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    error (one line on stderr says what and why)
-  2    wrong usage
-  3    dirty logging did not converge; there is no image
-  4    the image is complete, but pages were lost: the target discarded them before they were saved
-  124  not done within --timeout: the target is released, nothing is left behind
-  130  interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP, 131 by SIGQUIT: likewise
-  141  the reader of stdout went away"""
-
-raw = argparse.RawDescriptionHelpFormatter
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are two lines: what is wrong, and where the options are described."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with `EXIT_USAGE`."""
-        say(f"error: {message}", of=self.prog)
-        say(f"`{self.prog} --help` has the options and examples", of=self.prog)
-        sys.exit(EXIT_USAGE)
-
 
 class Interrupted(KeyboardInterrupt):
     """A signal that ends the command. A KeyboardInterrupt, so that no `except Exception` swallows it."""
@@ -201,30 +169,6 @@ def check_output(spec: str) -> None:
     fd = {"-": 1, "fd:1": 1, "fd:2": 2}.get(spec)
     if fd in streams.closed:
         raise SinkError(errno.EBADF, f"{spec}: standard {'output' if fd == 1 else 'error'} is closed")
-
-
-def say(text: str, *, of: str = "snapengine") -> None:
-    """A word to the user. That nobody reads it changes nothing."""
-    try:
-        print(f"{of}: {one_line(text)}", file=sys.stderr, flush=True)
-    except OSError:
-        streams.silence(sys.stderr)
-
-
-def print_json(value: Any, file: TextIO | None = None) -> None:
-    """`value` as indented JSON in ASCII, to stdout unless told otherwise."""
-    import json
-
-    print(json.dumps(_plain(value), indent=2), file=file or sys.stdout)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no lone surrogates; what is left of them in an error's text is escaped."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode() if not value.isascii() else value
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def after_the_image(print_it: Callable[[], None]) -> None:

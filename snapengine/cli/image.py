@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import printable, unescape
 from snapengine.base.units import format_count, format_size
-from snapengine.cli.common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw
+from snapengine.cli.common import add_timeout
 from snapengine.errors import ImageError
+from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw
 
 if TYPE_CHECKING:
     from snapengine.image import Image
+    from snapengine.image.stream import ImageStream
 
 COPY_BYTES = 4 << 20
 
@@ -89,16 +91,26 @@ def is_pipe(path: str) -> bool:
 def read_info(path: str) -> dict[str, Any]:
     """The figures of the capture, and beside them what the image holds."""
     if is_pipe(path):
-        from snapengine.cli.stream import read_stream, stream_info
+        from snapengine.image.stream import stream_image
 
-        info = stream_info(read_stream())
+        info = complete_info(stream_image(sys.stdin.buffer).read_to_end())
     else:
-        from snapengine.qemu.blobs import read_machine
-
         with opened(path) as image:
-            info = image.info() | {"machine": read_machine(image)}
+            info = complete_info(image)
     stats: dict[str, Any] = info.pop("stats")
     return stats | info
+
+
+def complete_info(image: Image | ImageStream) -> dict[str, Any]:
+    """What the image is, and the process or the machine that it is of. Raises ImageError."""
+    from snapengine.process.describe import process_info
+    from snapengine.process.record import process_of
+    from snapengine.qemu.blobs import machine_of
+
+    return image.info() | {
+        "process": process_info(process_of(image), image.regions),
+        "machine": machine_of(image),
+    }
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -144,10 +156,8 @@ def _region_row(region: dict[str, Any]) -> tuple[str, ...]:
 
 def run_verify(args: argparse.Namespace) -> int:
     """`verify`."""
-    from snapengine.cli.stream import verify_stream
-
     try:
-        report = verify_stream() if is_pipe(args.image) else verify_file(args.image)
+        report = verified(args.image)
     except ImageError as error:
         if args.json:
             print_json({"ok": False, "error": str(error), "offset": error.offset})
@@ -160,7 +170,11 @@ def run_verify(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def verify_file(path: str) -> dict[str, Any]:
-    """What the image holds. Raises ImageError."""
+def verified(path: str) -> dict[str, Any]:
+    """What the image holds, every byte of which was read. Raises ImageError."""
+    if is_pipe(path):
+        from snapengine.image.stream import stream_image
+
+        return asdict(stream_image(sys.stdin.buffer).read_to_end().verify())
     with opened(path) as image:
         return asdict(image.verify())

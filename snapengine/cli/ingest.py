@@ -11,19 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from snapengine.base.units import parse_size
-from snapengine.cli.common import (
-    EXIT_CODES,
-    EXIT_OK,
-    EXIT_TIMEOUT,
-    add_timeout,
-    argument,
-    check_output,
-    make_options,
-    parse_rate,
-    raw,
-)
+from snapengine.cli.common import add_timeout, argument, check_output, make_options, parse_rate
 from snapengine.cli.save import report
 from snapengine.errors import TimeLimitError
+from snapengine.report.terminal import EXIT_CODES, EXIT_OK, EXIT_TIMEOUT, raw
 
 EXPIRED_DRAIN_SECONDS = 5.0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from snapengine.cli.common import raw
 from snapengine.cli.qemu_analyze import add_analyze
 from snapengine.cli.qemu_restore import add_restore
 from snapengine.cli.qemu_save import add_save
+from snapengine.report.terminal import raw
 
 DESCRIPTION = "Virtual machines of QEMU.\n"
 EPILOG = "`snapengine qemu COMMAND --help` has the options and examples of each command.\n"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import printable
 from snapengine.base.units import format_count, format_size
-from snapengine.cli.common import EXIT_CODES, EXIT_OK, add_timeout, print_json, raw, say
+from snapengine.cli.common import add_timeout
 from snapengine.cli.ingest import opened_stream
+from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw, say
 
 if TYPE_CHECKING:
     from snapengine.qemu.analyze import Analysis

@@ -8,16 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snapengine.base.units import format_size, parse_seconds
-from snapengine.cli.common import (
-    EXIT_CODES,
-    EXIT_OK,
-    add_timeout,
-    argument,
-    end_of_limit,
-    print_json,
-    raw,
-    say,
-)
+from snapengine.cli.common import add_timeout, argument, end_of_limit
+from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw, say
 
 if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored
@@ -67,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.image import open_image
     from snapengine.qemu.restore import restore_machine
+    from snapengine.regions import PAGE_BYTES
     from snapengine.report.progress import Bar
-    from snapengine.targets.targets import PAGE_BYTES
 
     with open_image(args.image) as image, Bar(args.foreground) as bar:
         saved_bytes = image.index.data_pages() * PAGE_BYTES

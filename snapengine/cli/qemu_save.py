@@ -6,19 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from snapengine.base.units import parse_seconds, parse_size
-from snapengine.cli.common import (
-    EXIT_CODES,
-    add_timeout,
-    argument,
-    check_output,
-    make_options,
-    parse_rate,
-    raw,
-    say,
-)
+from snapengine.cli.common import add_timeout, argument, check_output, make_options, parse_rate
 from snapengine.cli.save import exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.options import ARMING, METHODS
+from snapengine.report.terminal import EXIT_CODES, raw, say
 
 if TYPE_CHECKING:
     from snapengine.options import Options

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.names import from_argument, printable
 from snapengine.base.units import format_count, format_size
-from snapengine.cli.common import EXIT_OK, check_output, say
+from snapengine.cli.common import check_output
 from snapengine.cli.image import add_image_command, opened
 from snapengine.errors import LostPagesError, SinkError
+from snapengine.report.terminal import EXIT_OK, say
 
 if TYPE_CHECKING:
     from snapengine.export.elf_core import Lost
@@ -77,10 +78,12 @@ def chosen_region(image: Image, name: str | None) -> ImageRegion:
 
 def run_restore(args: argparse.Namespace) -> int:
     """`restore`."""
+    from snapengine.export.raw import export_raw
+
     with opened(args.image) as image:
         region = chosen_region(image, args.region)
         with _output(args.output) as sink:
-            image.export_raw(region, sink)
+            export_raw(image, sink, region)
     return EXIT_OK
 
 
@@ -105,6 +108,8 @@ def _output(spec: str) -> Iterator[Sink]:
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`."""
+    from snapengine.export.raw import export_raw
+
     if args.format == "core" and args.region is not None:
         args.parser.error("--region goes with --format raw: a core has all of the memory")
     if args.format == "raw" and args.lost is not None:
@@ -115,18 +120,21 @@ def run_export(args: argparse.Namespace) -> int:
         else:
             region = None if args.region is None else chosen_region(image, args.region)
             with _output(args.output) as sink:
-                say(f"{args.output}: {format_size(image.export_raw(region, sink))}")
+                say(f"{args.output}: {format_size(export_raw(image, sink, region))}")
     return EXIT_OK
 
 
 def write_core(image: Image, path: str, lost: Lost) -> None:
     """A core, and what is not in it, in one line each."""
+    from snapengine.export.elf_core import export_core
+    from snapengine.process.record import process_of
+
     try:
         with _output(path) as sink:
-            core = image.export_core(sink, lost=lost)
+            core = export_core(image, sink, lost=lost)
     except LostPagesError as error:
         raise LostPagesError(f"{error}: --lost omit leaves such pages out of the core") from None
-    process = image.process
+    process = process_of(image)
     threads = f"{format_count(core.threads)} thread{'s' * (core.threads != 1)}"
     say(f"{path}: {format_size(core.stored_bytes)} of memory, {threads}")
     if process is not None and process.cut == "soft":

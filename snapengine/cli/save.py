@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any, TextIO
 from snapengine.base.names import from_argument
 from snapengine.base.units import parse_seconds, parse_size
 from snapengine.cli.common import (
-    EXIT_CODES,
-    EXIT_LOST,
-    EXIT_NOT_CONVERGED,
-    EXIT_OK,
     add_timeout,
     after_the_image,
     argument,
     check_output,
     make_options,
     parse_rate,
+)
+from snapengine.options import ARMING, METHODS, Options
+from snapengine.report.terminal import (
+    EXIT_CODES,
+    EXIT_LOST,
+    EXIT_NOT_CONVERGED,
+    EXIT_OK,
     print_json,
     raw,
     say,
 )
-from snapengine.options import ARMING, METHODS, Options
 from snapengine.result import COMPLETED, Result
 
 if TYPE_CHECKING:
-    from snapengine.targets.targets import Target
+    from snapengine.targets.base import Target
 
 DESCRIPTION = """\
 Save the memory of a running program, which goes on running while its pages are saved. The image holds

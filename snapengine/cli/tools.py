@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from snapengine.base.units import parse_size
-from snapengine.cli.common import EXIT_CODES, EXIT_ERROR, EXIT_OK, argument, print_json, raw
+from snapengine.cli.common import argument
 from snapengine.options import COPY_LIMIT
+from snapengine.report.terminal import EXIT_CODES, EXIT_ERROR, EXIT_OK, print_json, raw
 
 DOCTOR = """\
 Say what this host can do, feature by feature; for each "no", why, and what to do. With --pid: what a

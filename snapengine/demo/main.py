@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapengine.base.units import format_count, format_size
-from snapengine.cli.common import EXIT_ERROR, EXIT_OK, print_json, say
+from snapengine.demo.plot import draw
 from snapengine.demo.rows import Row, print_rows, summary
 from snapengine.demo.run import measure
 from snapengine.errors import UnsupportedError
 from snapengine.guest.params import GuestParams
 from snapengine.options import METHODS, Options
-from snapengine.report.plots import check_plot, draw
+from snapengine.report.plots import check_plot
+from snapengine.report.terminal import EXIT_ERROR, EXIT_OK, print_json, say
 
 DEFAULT_RATES = "0,2000,10000,40000,max"
 GIVE_UP_FACTOR = 4

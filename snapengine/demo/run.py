@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from snapengine.capture.capture import snapshot
-from snapengine.cli.common import say
 from snapengine.demo.rows import Row
 from snapengine.guest.image import check_image
 from snapengine.guest.params import GuestParams
@@ -17,6 +16,7 @@ from snapengine.handover.peer import PeerTarget
 from snapengine.image import open_image
 from snapengine.options import Options
 from snapengine.report.progress import follow
+from snapengine.report.terminal import say
 from snapengine.result import COMPLETED, Result
 
 SETTLE_SECONDS = 0.3

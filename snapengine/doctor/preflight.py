@@ -24,8 +24,8 @@ from snapengine.process.fates import Fate
 from snapengine.process.mapping_facts import MapFacts, refused_by_flags
 from snapengine.process.selection import Selector, select
 from snapengine.process.target import SHARED_UNSEEN
+from snapengine.regions import PAGE_BYTES
 from snapengine.report.tables import print_table, print_text
-from snapengine.targets.targets import PAGE_BYTES
 
 HUGE_BYTES = 2 << 20
 SHOWN_ROWS = 20

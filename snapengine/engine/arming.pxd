@@ -4,9 +4,6 @@ from snapengine.engine.session cimport capture_t, lane_t, region_t
 
 # Register and protect everything, fix T, note what is populated. 0, or 1: the capture has failed.
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil
-# UFFDIO_WRITEPROTECT with MODE_WP; what an attached target has unmapped of it is passed over. 0, or an
-# errno: the capture has failed.
-cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil
 # UFFDIO_REGISTER for one region, as the method wants it. 0, or an errno: the capture has failed.
 cdef int register_region(capture_t *capture, region_t *region) noexcept nogil
 # The same for an attached process, of which parts may be unmapped by now. What has grown by mremap(), or was

@@ -1,5 +1,5 @@
 from snapengine.engine.session import Session
-from snapengine.targets.targets import Target
+from snapengine.targets.base import Target
 
 class DirtyLog:
     def __init__(self, session: Session) -> None: ...

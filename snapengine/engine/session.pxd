@@ -7,7 +7,7 @@ from snapengine.kernel.procmap_query cimport vma_t
 from snapengine.kernel.pagemap cimport scan_t
 from snapengine.pipeline.pool cimport Pool, lane_slot, pool_t
 from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
-from snapengine.region cimport RegionPlan
+from snapengine.regions cimport RegionPlan
 
 cdef enum:
     FAULT_LANES_MAX = 64

@@ -1,5 +1,5 @@
 from snapengine.pipeline.pool import Pool
-from snapengine.region import RegionPlan
+from snapengine.regions import RegionPlan
 
 class Session:
     def __init__(

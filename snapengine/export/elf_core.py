@@ -1,4 +1,4 @@
-"""The image of a process as an ELF core, which a debugger opens. `snapengine.export.elf_notes` packs the bytes.
+"""The image of a process as an ELF core for debuggers. `snapengine.export.elf_notes` packs the bytes.
 
 Memory is in one of three states in the core:
 
@@ -32,7 +32,6 @@ from snapengine.base.names import encode
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
 from snapengine.export.elf_notes import (
     EHDR,
-    PAGE_BYTES,
     PHDR,
     FileRange,
     Load,
@@ -47,7 +46,8 @@ from snapengine.image.encode import HOLE, LOST
 from snapengine.image.restorer import Restorer
 from snapengine.image.sections import ImageRegion, page_text
 from snapengine.kernel.procmaps import Mapping
-from snapengine.process.record import ProcessRecord
+from snapengine.process.record import ProcessRecord, process_of
+from snapengine.regions import PAGE_BYTES
 from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def export_core(
     `ImageError`: the image holds no process, or is damaged; `LostPagesError`: it has lost pages. `SinkError`:
     the file cannot be written. Nothing is left of it after an error.
     """
-    record = image.process
+    record = process_of(image)
     if record is None:
         raise ImageError(f"{image.name}: a core needs a process record, and this image has none")
     if lost == "refuse":

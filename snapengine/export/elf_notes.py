@@ -1,4 +1,4 @@
-"""ELF to the byte, for x86-64 cores: headers and notes. Where things go in the file is `snapengine.export.elf_core`'s.
+"""Headers and notes of ELF cores for x86-64. `snapengine.export.elf_core` lays out the file.
 
 Layouts: elf(5), core(5); <linux/elfcore.h>, which glibc shows as <sys/procfs.h>, for NT_PRSTATUS and
 NT_PRPSINFO; the kernel's fs/binfmt_elf.c (6.1) for NT_FILE. Debuggers rely on the order of the notes.
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from snapengine.base.names import encode
 from snapengine.process.record import ProcessRecord
 from snapengine.process.thread_state import ThreadState
+from snapengine.regions import PAGE_BYTES
 
-PAGE_BYTES = 4096
 PN_XNUM = 0xFFFF  # so many segments or more: the count is in section header 0
 PT_LOAD, PT_NOTE = 1, 4
 PF_X, PF_W, PF_R = 1, 2, 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from snapengine.image.encode import ZERO
 from snapengine.image.restorer import Restorer
@@ -12,33 +12,48 @@ from snapengine.image.sections import ImageRegion
 from snapengine.storage.sinks import FileSink, Sink, put, whole
 
 if TYPE_CHECKING:
-    from snapengine.image import Image
+    from snapengine.image.image import Image, RegionSpec
 
 BLOCK = bytes(1 << 20)
 PIECE_BYTES = 4 << 20
 
 
 def export_raw(
-    image: Image, regions: list[ImageRegion], out: str | os.PathLike[str] | Sink, write_zeros: bool
+    image: Image,
+    out: str | os.PathLike[str] | Sink,
+    region: RegionSpec | None = None,
+    *,
+    zeros: Literal["sparse", "write"] = "sparse",
 ) -> int:
-    """Write the regions one behind the other; a file appears, complete, under its name at the end.
+    """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
 
-    With pwrite, not through a mapping: a full disk is then ENOSPC and not SIGBUS. Another sink than a file
-    gets the bytes in their order. Returns the size. `SinkError`: it cannot be written; nothing of a file is
-    left.
+    ``out`` may be a `snapengine.storage.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
+    bytes in their order. A file appears, complete, under its name at the end.
+
+    Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so that the
+    file's allocation is that of the memory.
+
+    Raises
+    ------
+    NoSuchRegionError, ImageError, LostPagesError
+        As `Image.read`.
+    SinkError
+        It cannot be written; nothing of a file is left.
     """
-    plans = [(image.restorer(region, 0, region.length), region.length) for region in regions]
+    # With pwrite, not through a mapping: a full disk is then ENOSPC and not SIGBUS.
+    regions = image.regions if region is None else [image.region(region)]
+    plans = [(image.restorer(each, 0, each.length), each.length) for each in regions]
     with whole(out) as sink:
         if not isinstance(sink, FileSink):
-            for region in regions:
-                for piece in pieces(image, region):
+            for each in regions:
+                for piece in pieces(image, each):
                     put(sink, piece)
             return sum(length for _, length in plans)
         fd, start = sink.fd, 0
         for plan, length in plans:
             os.ftruncate(fd, start + length)  # what is not written stays a hole
             plan.into_file(fd, start, 0, plan.jobs)
-            if write_zeros:
+            if zeros == "write":
                 _write_zeros(plan, fd, start)
             start += length
         return start

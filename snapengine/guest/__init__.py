@@ -1,1 +1,1 @@
-"""An embedded guest that writes to its memory, and the oracle that proves whether an image of it is consistent."""
+"""An embedded guest that writes to its memory, and the oracle that proves whether an image is consistent."""

@@ -19,12 +19,12 @@ from typing import Any
 
 from snapengine.errors import HandoverError, SnapengineError
 from snapengine.guest.memory import GuestMemory
-from snapengine.guest.params import PAGE_BYTES, GuestParams
+from snapengine.guest.params import GuestParams
 from snapengine.guest.signals import EndSignals
 from snapengine.guest.writers import GuestWriters
 from snapengine.handover.message import CONTROLS, encode_offer, strict_json
 from snapengine.kernel.uffd import Uffd, supported_features
-from snapengine.targets.targets import Region
+from snapengine.regions import PAGE_BYTES, Region, kind_of
 
 REGION = "ram"
 BLOB = "guest"
@@ -55,7 +55,7 @@ class Guest:
             addr=self.memory.addr,
             length=self.memory.length,
             page_size=512 * PAGE_BYTES if huge else PAGE_BYTES,
-            kind=("hugetlb-shared" if shared else "hugetlb") if huge else ("shared" if shared else "anon"),
+            kind=kind_of(512 * PAGE_BYTES if huge else PAGE_BYTES, shared),
             memfd=self.memory.memfd,
         )
 

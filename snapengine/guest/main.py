@@ -138,7 +138,7 @@ def _rate(text: str) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`snapengine guest` as a program of its own."""
-    from snapengine.cli.common import Parser
+    from snapengine.report.terminal import Parser
 
     parser = Parser(
         prog="snapengine guest", description="A process that owns RAM, writes it and hands itself over."

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PAGE_BYTES = 4096
+from snapengine.regions import PAGE_BYTES
+
 HUGE_BYTES = 2 << 20
 MAX_THREADS = 8
 BACKINGS = ("anon", "memfd")

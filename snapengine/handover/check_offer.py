@@ -7,14 +7,15 @@ from bisect import bisect_right
 from typing import NamedTuple
 
 from snapengine.errors import HandoverError, TargetGoneError
-from snapengine.handover.message import PAGE_SIZES, Mapping
+from snapengine.handover.message import Mapping
 from snapengine.kernel.backing import Backings
 from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import read_maps
+from snapengine.regions import kind_of
 
 
 class Checked(NamedTuple):
-    """What a mapping is: of `targets.KINDS`; ``zero_inode`` as in `targets.Region`."""
+    """What a mapping is: of `regions.KINDS`; ``zero_inode`` as in `regions.Region`."""
 
     kind: str
     zero_inode: int = 0
@@ -68,10 +69,7 @@ def _check_one(
     ((shared, page_size),) = found
     if page_size != mapping.page_size:
         raise HandoverError(f"{where}: page_size: {mapping.page_size}, but its pages have {page_size} bytes")
-    if page_size == PAGE_SIZES[0]:
-        kind = "shared" if shared else "anon"
-    else:
-        kind = "hugetlb-shared" if shared else "hugetlb"
+    kind = kind_of(page_size, shared)
     if mapping.kind not in ("", kind):
         raise HandoverError(f"{where}: kind: {mapping.kind}, but it is {kind}")
     if mapping.memfd > 0:

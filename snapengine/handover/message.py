@@ -7,7 +7,7 @@ Both sides of the wire; no sockets here. A peer connects to the engine's Unix st
 2. the peer sends a JSON array of mappings, with the userfaultfd as SCM_RIGHTS. This is the message of
    Firecracker's snapshot loading (``base_host_virt_addr``, ``size``, ``offset``, ``page_size``,
    ``page_size_kib``: the last one is an old name and also means bytes), with optional keys of ours:
-   ``name``; ``kind`` (one of `targets.KINDS`); ``memfd``, the index of a passed descriptor (the
+   ``name``; ``kind`` (one of `regions.KINDS`); ``memfd``, the index of a passed descriptor (the
    userfaultfd is 0) in which the mapping begins at ``offset``, sealed with F_SEAL_SHRINK; and in the
    first mapping
    ``"snapengine": {"version": 1, "controls": ["pause", "resume", "vmstate", "stats"]}``.
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from snapengine.errors import HandoverError
-from snapengine.targets.targets import KINDS, Region
+from snapengine.regions import KINDS, Region
 
 VERSION = 1
 CONTROLS = ("pause", "resume", "vmstate", "stats")

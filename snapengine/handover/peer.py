@@ -24,8 +24,8 @@ from snapengine.handover.check_offer import check_mapped
 from snapengine.handover.connection import Wire, close_all
 from snapengine.handover.listener import Listener
 from snapengine.handover.message import ADDRESS_END, MAX_NAME_BYTES, Offer, strict_json
-from snapengine.process.permissions import ends
-from snapengine.targets.targets import Region
+from snapengine.kernel.threads import ends
+from snapengine.regions import Region
 
 MAX_REPLY_BYTES = 64 << 20
 SO_PEERPIDFD = 77  # Linux 6.5

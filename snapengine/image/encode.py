@@ -15,7 +15,7 @@ import zstandard
 
 from snapengine.base.names import encode as encode_name
 from snapengine.image.region_pack import numbers_ascend, pack_regions
-from snapengine.targets.targets import KINDS, PAGE_BYTES, Region
+from snapengine.regions import KINDS, PAGE_BYTES, Region
 
 PART_BYTES = 1 << 20
 NAME_BYTES = 4096

@@ -11,13 +11,12 @@ import mmap
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
-from functools import cached_property
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Self
 
 from snapengine.base.buffers import HeldBuffer
 from snapengine.base.jobs import run_jobs
-from snapengine.base.names import encode, escape, printable
+from snapengine.base.names import encode, printable
 from snapengine.errors import (
     CorruptImageError,
     ImageError,
@@ -25,11 +24,11 @@ from snapengine.errors import (
     NoSuchRegionError,
     TruncatedImageError,
 )
-from snapengine.export.elf_core import CoreFile, Lost, export_core
-from snapengine.export.raw import export_raw
+from snapengine.image.describe import SizedBlobs, describe
 from snapengine.image.encode import LOST
+from snapengine.image.headers import Record
 from snapengine.image.index import PageIndex
-from snapengine.image.records import Record, diagnose, read_file_header, read_payload, read_record
+from snapengine.image.records import diagnose, read_file_header, read_payload, read_record
 from snapengine.image.restorer import Restorer
 from snapengine.image.rules import Listed, check_listed
 from snapengine.image.runs import Runs
@@ -45,11 +44,8 @@ from snapengine.image.sections import (
     parse_trailer,
 )
 from snapengine.image.verify import VerifyReport, verify_image
-from snapengine.process.describe import process_info
-from snapengine.process.record import ProcessRecord, check_sizes
-from snapengine.storage.sinks import Sink
+from snapengine.regions import PAGE_BYTES
 from snapengine.storage.sources import FileSource, corrupt
-from snapengine.targets.targets import PAGE_BYTES
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
@@ -58,7 +54,7 @@ RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
 
 
-class VmState(Mapping[str, bytes]):
+class VmState(SizedBlobs):
     """The named blobs of an image; each is read and verified when it is asked for."""
 
     def __init__(self, source: FileSource, parts: dict[str, list[Record]]) -> None:
@@ -179,30 +175,16 @@ class Image:
             raise corrupt(self, "the figures state another size", record.offset)
         return stats
 
-    @cached_property
-    def process(self) -> ProcessRecord | None:
-        """The process that the image was taken of by attaching to it; None: of something else."""
-        if "process" not in self.vmstate:
-            return None
-        check_sizes(self.vmstate.sizes(), self.name)
-        return ProcessRecord.from_vmstate(self.vmstate, self.name)
-
     def info(self) -> dict[str, Any]:
         """What the image is, in JSON types. Reads every page map, but no payload."""
         encodings = {"raw": 0, "zstd": 0}
         for number in range(self.index.count):
             encodings[("raw", "zstd")[self.index.extent(number)[2]]] += 1
-        parent = self.header.parent_id
         return {
-            "format": ".".join(map(str, self.header.version)),
-            "id": str(self.id),
-            "parent": str(uuid.UUID(bytes=parent)) if any(parent) else None,
+            **describe(self.header, self.regions, self.vmstate.sizes()),
             "file_bytes": self._source.size,
             "chunks": self.index.count,
             "encodings": encodings,
-            "regions": [region_info(region) for region in self.regions],
-            "vmstate": {escape(name): size for name, size in self.vmstate.sizes().items()},
-            "process": process_info(self.process, self.regions),
             "stats": self.stats,
         }
 
@@ -333,28 +315,6 @@ class Image:
             raise
         return fd
 
-    def export_raw(
-        self,
-        region: RegionSpec | None,
-        path: str | os.PathLike[str] | Sink,
-        *,
-        zeros: Literal["sparse", "write"] = "sparse",
-    ) -> int:
-        """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
-
-        ``path`` may be a `snapengine.storage.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
-        bytes in their order.
-
-        Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so
-        that the file's allocation is that of the memory.
-        """
-        chosen = self.regions if region is None else [self.region(region)]
-        return export_raw(self, chosen, path, zeros == "write")
-
-    def export_core(self, path: str | os.PathLike[str] | Sink, *, lost: Lost = "refuse") -> CoreFile:
-        """Write an attached process as an ELF core for a debugger; see `snapengine.export.elf_core.export_core`."""
-        return export_core(self, path, lost=lost)
-
     def verify(self) -> VerifyReport:
         """Read and check the whole file: every record, the index, and that every page is there."""
         return verify_image(self)
@@ -363,17 +323,6 @@ class Image:
     def source(self) -> FileSource:
         """The file, for `snapengine.image.verify`."""
         return self._source
-
-
-def region_info(region: ImageRegion) -> dict[str, Any]:
-    """A region in JSON types."""
-    return {
-        "name": escape(region.name),
-        "addr": region.addr,
-        "length": region.length,
-        "page_size": region.page_size,
-        "kind": region.kind,
-    }
 
 
 def _memfd_name(name: str) -> str:

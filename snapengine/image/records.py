@@ -7,16 +7,15 @@ believed beyond the format's limits, so a hostile file can make this allocate 4 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 import zstandard
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.errors import ImageError, TruncatedImageError
 from snapengine.image.encode import RAW
+from snapengine.image.headers import FileHeader, Record
 from snapengine.image.rules import (
     CHUNK_MAX_BYTES,
-    LAST_PART,
     META_MAX_BYTES,
     check_file_header,
     check_record,
@@ -27,45 +26,6 @@ MAGIC = b"\x89SNPE\r\n\x1a"
 
 FILE_HEADER = struct.Struct("<8sHHIQ16s16sII")
 RECORD = struct.Struct("<4sHHQQIIQII")
-
-
-class FileHeader(NamedTuple):
-    """What the first 64 bytes say."""
-
-    version: tuple[int, int]
-    image_id: bytes
-    parent_id: bytes
-
-
-class Record(NamedTuple):
-    """One record's verified header and meta; the payload is still in the file."""
-
-    offset: int
-    type: bytes
-    encoding: int
-    flags: int
-    stored_bytes: int
-    raw_bytes: int
-    arg: int
-    seq: int
-    payload_crc: int
-    header: bytes
-    meta: bytes
-
-    @property
-    def payload_offset(self) -> int:
-        """Where the payload begins."""
-        return self.offset + len(self.header) + len(self.meta)
-
-    @property
-    def end(self) -> int:
-        """Where the next record begins."""
-        return self.payload_offset + self.stored_bytes
-
-    @property
-    def last_part(self) -> bool:
-        """Whether no further part of the same thing follows."""
-        return bool(self.flags & LAST_PART)
 
 
 def read_file_header(source: Source) -> FileHeader:

@@ -1,6 +1,6 @@
 from collections.abc import Callable, Sequence
 
-from snapengine.region import Region, RegionPlan
+from snapengine.regions import Region, RegionPlan
 
 def pack_regions(
     regions: Sequence[tuple[Region, int]], pack: Callable[[Region, int], bytes]

@@ -6,16 +6,13 @@ refuses. Nothing here reads: the values come out of headers and payloads whose c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from snapengine.errors import UnsupportedVersionError
 from snapengine.image.encode import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
+from snapengine.image.headers import LAST_PART, Record, Trailer
+from snapengine.regions import KINDS
 from snapengine.storage.sources import Named, corrupt
-from snapengine.targets.targets import KINDS
-
-if TYPE_CHECKING:
-    from snapengine.image.records import Record
-    from snapengine.image.sections import Trailer
 
 MAJOR = 1
 FEATURES = 0
@@ -23,7 +20,6 @@ HEADER_BYTES = 64
 RECORD_BYTES = 48
 TRAILER_BYTES = 72
 INDEX_ENTRY_BYTES = 40
-LAST_PART = 1
 MAY_IGNORE = 1 << 15
 CHUNK_MAX_BYTES = 4 << 20
 META_MAX_BYTES = 256 << 10

@@ -6,32 +6,20 @@ import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from snapengine.base.jsonfields import parse_object
 from snapengine.base.names import decode
 from snapengine.image.encode import NAME_BYTES, REGION, region_pages
-from snapengine.image.records import FILE_HEADER, RECORD, FileHeader, Record
+from snapengine.image.headers import FileHeader, Record, Trailer
+from snapengine.image.records import FILE_HEADER, RECORD
 from snapengine.image.result_fields import check_figures
 from snapengine.image.rules import INDEX_ENTRY_BYTES, check_region
+from snapengine.regions import KINDS, PAGE_BYTES
 from snapengine.storage.sources import Source, corrupt
-from snapengine.targets.targets import KINDS, PAGE_BYTES
 
 TRAILER = struct.Struct("<QQQQQQQ16s")
 TRAILER_RECORD_BYTES = RECORD.size + TRAILER.size
-
-
-class Trailer(NamedTuple):
-    """Offsets in bytes from the start of the file; counts of records."""
-
-    regn_offset: int
-    stat_offset: int
-    indx_offset: int
-    records: int
-    chunks: int
-    vmstate_parts: int
-    image_bytes: int
-    image_id: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from snapengine.errors import ImageError, LostPagesError
+from snapengine.image.describe import SizedBlobs, describe
 from snapengine.image.encode import DATA, LOST
+from snapengine.image.headers import Record
 from snapengine.image.index import PageIndex
 from snapengine.image.records import (
     FILE_HEADER,
-    Record,
     decoded,
     read_file_header,
     read_record,
@@ -29,10 +30,11 @@ from snapengine.image.sections import (
     parse_stats,
     parse_trailer,
 )
+from snapengine.image.verify import VerifyReport, report_of
+from snapengine.regions import PAGE_BYTES
 from snapengine.storage.sources import StreamSource, corrupt
-from snapengine.targets.targets import PAGE_BYTES
 
-__all__ = ["ImageStream", "Pages", "restore_stream", "stream_image"]
+__all__ = ["ImageStream", "Pages", "stream_image"]
 
 
 class Pages(NamedTuple):
@@ -47,7 +49,7 @@ class Pages(NamedTuple):
     """`pages` * 4096 bytes for data, else empty."""
 
 
-class StreamVmState(Mapping[str, bytes]):
+class StreamVmState(SizedBlobs):
     """The named blobs of a stream, verified. They are kept as they are stored, and decoded when they are
     asked for, so that they take no more memory than they had bytes in the stream."""
 
@@ -94,6 +96,7 @@ class ImageStream:
         self.index = PageIndex(self._source.name)
         self._order = Order(self._source)
         self._offset = FILE_HEADER.size
+        self._records = 0
         self._parts = VmStateParts(self._source)
         self._vmst: list[Record] = []
         self._listed = PageIndex(self._source.name)
@@ -111,6 +114,7 @@ class ImageStream:
         while True:
             record = read_record(self._source, self._offset)
             self._order.take(record)
+            self._records += 1
             self._offset = record.end
             if record.type in KNOWN_TYPES:
                 return record, take_payload(self._source, record)
@@ -167,6 +171,28 @@ class ImageStream:
         if not self._source.at_end():
             raise corrupt(self, "bytes follow the trailer", self._offset)
 
+    def read_to_end(self) -> Self:
+        """Read what is left, every checksum verified. Raises ImageError."""
+        for _ in self:
+            pass
+        return self
+
+    def info(self) -> dict[str, Any]:
+        """After the last item: as `Image.info`, without what needs the whole file at hand."""
+        return {
+            **describe(self.header, self.regions, self.vmstate.sizes()),
+            "file_bytes": self.stats["image_bytes"],
+            "chunks": self.index.count,
+            "stats": self.stats,
+        }
+
+    def verify(self) -> VerifyReport:
+        """After the last item: what the image holds, every page of which must be there. Raises ImageError."""
+        return report_of(
+            self, self.regions, self.index, records=self._records, file_bytes=self.stats["image_bytes"],
+            vmstate_bytes=sum(self.vmstate.sizes().values()),
+        )  # fmt: skip
+
     def check_complete(self, region: ImageRegion) -> None:
         """After the last item: `ImageError` or `LostPagesError` unless every page of the region was there."""
         end = region.first_page + region.pages
@@ -179,60 +205,6 @@ class ImageStream:
             raise LostPagesError(f"{self.name}: {page_text(region, lost)} was lost at capture time")
 
 
-BLOCK_BYTES = 2 << 20
-
-
-class Destination:
-    """Where one region of a stream goes: a buffer that was all zero at the start."""
-
-    def __init__(self, region: ImageRegion, view: memoryview) -> None:
-        self.region = region
-        self._view = view
-        self._written: set[int] = set()  # blocks that have got data: only these need to be zeroed again
-
-    def place(self, item: Pages) -> None:
-        """The part of `item` that lies in this region."""
-        low = self.region.start_byte
-        start = max(item.page * PAGE_BYTES, low)
-        end = min((item.page + item.pages) * PAGE_BYTES, low + self.region.length)
-        if start >= end:
-            return
-        blocks = range((start - low) // BLOCK_BYTES, (end - low - 1) // BLOCK_BYTES + 1)
-        if item.kind == DATA:
-            skipped = start - item.page * PAGE_BYTES
-            self._view[start - low : end - low] = item.data[skipped : skipped + end - start]
-            self._written.update(blocks)
-            return
-        for block in self._written.intersection(blocks) if self._written else ():
-            first = max(start - low, block * BLOCK_BYTES)
-            last = min(end - low, (block + 1) * BLOCK_BYTES)
-            self._view[first:last] = bytes(last - first)
-
-
 def stream_image(file: BinaryIO) -> ImageStream:
     """Begin to read an image from a readable binary file object, such as a pipe."""
     return ImageStream(file)
-
-
-def restore_stream(file: BinaryIO, allocate: Callable[[ImageRegion], Any]) -> ImageStream:
-    """Restore every region of an image from a pipe; returns the finished stream.
-
-    `allocate` is called once per region and returns a writable, zeroed buffer of its length, or None to
-    leave the region out. When this raises, the buffers' content is undefined.
-    """
-    stream = stream_image(file)
-    wanted: list[Destination] = []
-    for region in stream.regions:
-        buffer = allocate(region)
-        if buffer is None:
-            continue
-        view = memoryview(buffer).cast("B")
-        if len(view) != region.length:
-            raise ValueError(f"{region.name}: a buffer of {len(view)} bytes for {region.length}")
-        wanted.append(Destination(region, view))
-    for item in stream:
-        for destination in wanted:
-            destination.place(item)
-    for region in [destination.region for destination in wanted]:
-        stream.check_complete(region)
-    return stream

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from snapengine.base.fileio import crc_of_range
 from snapengine.image.encode import ZSTD
-from snapengine.image.records import FILE_HEADER, Record, read_payload, read_record
+from snapengine.image.headers import Record, Trailer
+from snapengine.image.index import PageIndex
+from snapengine.image.records import FILE_HEADER, read_payload, read_record
 from snapengine.image.rules import KNOWN_TYPES, Order
 from snapengine.image.sections import ImageRegion, page_text
-from snapengine.storage.sources import FileSource, corrupt, truncated
+from snapengine.storage.sources import FileSource, Named, corrupt, truncated
 
-if TYPE_CHECKING:
-    from snapengine.image import Image
+
+class Verifiable(Named, Protocol):
+    """An image file, as far as verification is concerned."""
+
+    regions: list[ImageRegion]
+    index: PageIndex
+    trailer: Trailer
+
+    @property
+    def source(self) -> FileSource: ...
+
+    @property
+    def stats(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +48,7 @@ class VerifyReport:
     vmstate_bytes: int
 
 
-def verify_image(image: Image) -> VerifyReport:
+def verify_image(image: Verifiable) -> VerifyReport:
     """Check every record's checksums, the sequence, the index, and that every page is there.
 
     Raises
@@ -43,24 +57,35 @@ def verify_image(image: Image) -> VerifyReport:
         The first thing found wrong; ``offset`` is where.
     """
     vmstate_bytes = _verify_records(image)
+    return report_of(
+        image, image.regions, image.index, records=image.trailer.records, file_bytes=image.source.size,
+        vmstate_bytes=vmstate_bytes,
+    )  # fmt: skip
+
+
+def report_of(
+    where: Named, regions: Sequence[ImageRegion], index: PageIndex, *, records: int, file_bytes: int,
+    vmstate_bytes: int,
+) -> VerifyReport:  # fmt: skip
+    """Check that every page of the regions is there, and count them. `CorruptImageError`: one is missing."""
     totals = [0, 0, 0, 0]
-    for region in image.regions:
-        totals = [sum(pair) for pair in zip(totals, _verify_region(image, region), strict=True)]
+    for region in regions:
+        totals = [sum(pair) for pair in zip(totals, _pages_of(where, region, index), strict=True)]
     return VerifyReport(
-        records=image.trailer.records,
-        chunks=image.index.count,
-        file_bytes=image.source.size,
-        region_bytes=sum(region.length for region in image.regions),
+        records=records,
+        chunks=index.count,
+        file_bytes=file_bytes,
+        region_bytes=sum(region.length for region in regions),
         data_pages=totals[0],
         zero_pages=totals[1],
         hole_pages=totals[2],
         lost_pages=totals[3],
-        duplicate_pages=image.index.data_pages() - totals[0],
+        duplicate_pages=index.data_pages() - totals[0],
         vmstate_bytes=vmstate_bytes,
     )
 
 
-def _verify_records(image: Image) -> int:
+def _verify_records(image: Verifiable) -> int:
     """Every record in the order of the file; returns the bytes of vmstate."""
     order = Order(image.source)
     offset = FILE_HEADER.size
@@ -92,10 +117,11 @@ def _verify_payload(source: FileSource, record: Record) -> None:
         raise corrupt(source, f"the payload's checksum of {text} does not match", record.offset)
 
 
-def _verify_region(image: Image, region: ImageRegion) -> list[int]:
+def _pages_of(where: Named, region: ImageRegion, index: PageIndex) -> list[int]:
     """Pages of each kind."""
-    runs = image.resolve(region, 0, region.length)
-    gap = runs.first_gap(region.first_page, region.first_page + region.pages)
+    end = region.first_page + region.pages
+    runs = index.resolve(region.first_page, end)
+    gap = runs.first_gap(region.first_page, end)
     if gap is not None:
-        raise corrupt(image, f"{page_text(region, gap)} is missing")
+        raise corrupt(where, f"{page_text(region, gap)} is missing")
     return runs.totals()

@@ -1,8 +1,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from snapengine.regions import Region
 from snapengine.storage.sinks import Sink
-from snapengine.targets.targets import Region
 
 class Writer:
     sink: Sink

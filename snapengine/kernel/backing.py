@@ -19,8 +19,7 @@ from typing import Literal
 
 from snapengine.base.fileio import file_system
 from snapengine.kernel.procmaps import DELETED, Mapping, read_smaps
-
-PAGE_BYTES = 4096
+from snapengine.regions import PAGE_BYTES
 
 Kind = Literal["anonymous", "shmem", "sysv", "hugetlb", "ramfs", "secret", "aio", "kernel", "device", "file"]
 """``anonymous``: nothing but the mapping. ``shmem``: tmpfs, memfd, shared anonymous memory. ``sysv``: of

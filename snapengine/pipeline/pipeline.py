@@ -9,8 +9,8 @@ from snapengine.image.writer import Writer
 from snapengine.options import Options
 from snapengine.pipeline.encoder import Encoder
 from snapengine.pipeline.pool import Pool
+from snapengine.regions import PAGE_BYTES, Region
 from snapengine.storage.sinks import Sink
-from snapengine.targets.targets import PAGE_BYTES, Region
 
 
 class Encoding:

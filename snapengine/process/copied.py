@@ -1,4 +1,4 @@
-"""Pages that were copied while an attached process stood: into the image, beside what the engine saved.
+"""Pages that are copied while an attached process is stopped. `snapengine.capture.copied` writes them.
 
 Reading must change nothing in the target: shared memory is read through its file, where a hole stays one, and
 of private memory only what it has populated.
@@ -7,20 +7,16 @@ of private memory only what it has populated.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from snapengine.capture.counts import Extra
-from snapengine.image.encode import DATA, HOLE, LOST, ZERO
-from snapengine.image.writer import Writer
 from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping
 from snapengine.process.mapping_facts import data_ranges
-from snapengine.targets.targets import PAGE_BYTES, Region
+from snapengine.regions import PAGE_BYTES, Region
+from snapengine.targets.base import Copied
 
-CHUNK_PAGES = 256
 PIECE_BYTES = 4 << 20
-_ZERO = bytes(PAGE_BYTES)
 
 Way = Literal["all", "populated", "own", "file"]
 """Which pages are read: all; those in the page tables; those that a private mapping does not share with its
@@ -35,15 +31,6 @@ class Copy:
     mapping: Mapping
     way: Way = "all"
     whole: bool = False
-
-
-@dataclass(slots=True)
-class Copied:
-    """What was read of a region: runs of (first page, bytes), in any order; pages that could not be read.
-    All other pages are holes."""
-
-    runs: list[tuple[int, bytes]] = field(default_factory=list)
-    unreadable: list[int] = field(default_factory=list)
 
 
 class Copier:
@@ -149,59 +136,9 @@ def outside(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[i
     return found
 
 
-def copy_frozen(pid: int, copies: list[Copy]) -> list[Copied]:
+def copy_all(pid: int, copies: list[Copy]) -> list[Copied]:
     """The pages of each region of a process that stands still. Raises OSError."""
     if not copies:
         return []
     with Copier(pid) as copier:
         return [copier.copy(copy) for copy in copies]
-
-
-def write_frozen(
-    writer: Writer, region: Region, first_page: int, copied: Copied | None, level: int | None, extra: Extra
-) -> None:
-    """Write one region whose pages begin at number `first_page`; `copied` None: all of it is lost.
-
-    Adds to `extra` what the pages hold.
-    """
-    pages = -(-region.length // PAGE_BYTES)
-    extra.bytes += region.length
-    if copied is None:
-        extra.lost += pages
-        writer.py_chunk([(first_page, pages, LOST)])
-        return
-    gaps: list[tuple[int, int, int]] = []
-    at = 0
-    done = [(page, len(data) // PAGE_BYTES) for page, data in copied.runs]
-    done += [(page, 1) for page in copied.unreadable]
-    for page, count in sorted(done):
-        if page > at:
-            gaps.append((first_page + at, page - at, HOLE))
-            extra.hole += page - at
-        at = page + count
-    if at < pages:
-        gaps.append((first_page + at, pages - at, HOLE))
-        extra.hole += pages - at
-    gaps += [(first_page + page, 1, LOST) for page in copied.unreadable]
-    extra.lost += len(copied.unreadable)
-    for start in range(0, len(gaps), CHUNK_PAGES):
-        writer.py_chunk(gaps[start : start + CHUNK_PAGES])
-    for page, data in copied.runs:
-        _write_run(writer, first_page + page, data, level, extra)
-
-
-def _write_run(writer: Writer, first_page: int, data: bytes, level: int | None, extra: Extra) -> None:
-    pages = len(data) // PAGE_BYTES
-    for start in range(0, pages, CHUNK_PAGES):
-        entries = []
-        payload = bytearray()
-        for number in range(start, min(start + CHUNK_PAGES, pages)):
-            page = data[number * PAGE_BYTES : (number + 1) * PAGE_BYTES]
-            kind = ZERO if page == _ZERO else DATA
-            entries.append((first_page + number, 1, kind))
-            if kind == DATA:
-                payload += page
-                extra.data += 1
-            else:
-                extra.zero += 1
-        writer.py_chunk(entries, bytes(payload), level=level)

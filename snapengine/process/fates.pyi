@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 from snapengine.kernel.procmaps_line import Mapping
 from snapengine.process.copied import Way
-from snapengine.region import Region
+from snapengine.regions import Region
 
 @dataclass
 class Fate:

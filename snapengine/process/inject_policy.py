@@ -14,6 +14,7 @@ from snapengine.base.descriptor import Descriptor
 from snapengine.errors import AttachError, TargetGoneError, UffdPermissionError, UnsupportedError
 from snapengine.kernel import procfs
 from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps
+from snapengine.kernel.threads import thread_stat
 from snapengine.kernel.uffd import PERMISSION_HELP
 from snapengine.process.permissions import (
     CAP_SYS_PTRACE,
@@ -22,7 +23,6 @@ from snapengine.process.permissions import (
     has_capability,
     live_threads,
     name_of,
-    thread_stat,
 )
 
 HELP = (

@@ -7,23 +7,20 @@ one EPERM does not tell. Source: proc(5), ptrace(2), and fs/proc of Linux.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import signal
-import time
 from dataclasses import dataclass
 
 from snapengine.errors import AttachError, TargetGoneError
 from snapengine.kernel import procfs
 from snapengine.kernel.cgroups import frozen_by
 from snapengine.kernel.procmaps import maps_text
+from snapengine.kernel.threads import PF_EXITING, ThreadStat, ends, thread_stat
 
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 
 # include/linux/sched.h: flags of /proc/PID/stat that no manual page lists.
-PF_EXITING = 0x4
 PF_IO_WORKER = 0x10
 PF_USER_WORKER = 0x4000
 PF_KTHREAD = 0x200000
@@ -34,27 +31,8 @@ NOT_TO_BE_TRACED = PF_EXITING | PF_IO_WORKER | PF_USER_WORKER | PF_KTHREAD
 PARTIAL_CALLS = frozenset({1, 18, 20, 40, 44, 46, 275, 276, 296, 307, 326})
 TIMED_CALLS = frozenset({45, 47, 65, 128, 208, 220, 232, 281, 299, 333, 426, 441})
 
-END_SECONDS = 5.0  # a process with much memory, on a busy machine
-LOOK_SECONDS = 0.01
-LOOKS = 3
-KILL_BIT = 1 << signal.SIGKILL - 1
 MAX_CANDIDATES = 8
 MAX_THREADS_LOOKED_AT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class ThreadStat:
-    """/proc/PID/task/TID/stat, the parts that matter here."""
-
-    tid: int
-    name: str
-    state: str
-    flags: int
-
-    @property
-    def alive(self) -> bool:
-        """Neither ended nor about to end."""
-        return self.state not in "ZXx" and not self.flags & PF_EXITING
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +69,6 @@ class ProcessInfo:
     def ended(self) -> bool:
         """No thread of it runs any more."""
         return not self.thread_ids and not self.kernel_thread
-
-
-def thread_stat(pid: int, tid: int) -> ThreadStat:
-    """Raises OSError (ESRCH or ENOENT: it has ended)."""
-    head, _, tail = procfs.read(f"/proc/{pid}/task/{tid}/stat").rpartition(")")
-    fields = tail.split()
-    return ThreadStat(tid, head.partition("(")[2], fields[0], int(fields[6]))
 
 
 def live_threads(pid: int) -> list[ThreadStat]:
@@ -279,36 +250,6 @@ def check(pid: int) -> ProcessInfo:
     if reason is not None:
         raise reason
     return info
-
-
-def ends(pid: int) -> bool:
-    """Whether a process has ended, or ends now: waits for the rest of an end that has begun.
-
-    A killed process ends thread by thread. Until the last one is gone, it looks like one whose first thread
-    has ended, that cannot be traced, or whose files in /proc are empty.
-    """
-    until = time.monotonic() + END_SECONDS
-    living = 0
-    while ending := _threads_ending(pid):
-        # A thread that has taken its SIGKILL, and does not exit yet, looks alive for a moment.
-        living = 0 if all(ending) else living + 1
-        if living == LOOKS or time.monotonic() > until:
-            return False
-        time.sleep(LOOK_SECONDS)
-    return True
-
-
-def _threads_ending(pid: int) -> list[bool]:
-    """Of each thread that has not ended yet: whether it is about to."""
-    found = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for tid in map(int, os.listdir(f"/proc/{pid}/task")):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                stat = thread_stat(pid, tid)
-                pending = int(procfs.status(f"/proc/{pid}/task/{tid}/status")["SigPnd"], 16)
-                if stat.state not in "ZXx":
-                    found.append(not stat.alive or bool(pending & KILL_BIT))
-    return found
 
 
 def check_to_save(pid: int) -> ProcessInfo:

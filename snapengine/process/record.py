@@ -17,16 +17,18 @@ from typing import Any, Literal
 from snapengine.base.jsonfields import Fields, parse_object
 from snapengine.base.names import decode, escape
 from snapengine.errors import CorruptImageError, ImageError, TargetGoneError, UnsupportedVersionError
+from snapengine.image.describe import HasBlobs
 from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import read_maps
 from snapengine.process.thread_state import ThreadState
 from snapengine.process.threads_blob import pack_threads, parse_threads
+from snapengine.regions import PAGE_BYTES
+from snapengine.result import NotCaptured
 
-__all__ = ["PROCESS_BLOBS", "Cut", "NotCaptured", "ProcessRecord", "check_sizes", "read_process"]
+__all__ = ["PROCESS_BLOBS", "Cut", "ProcessRecord", "check_sizes", "process_of", "read_process"]
 
 Cut = Literal["soft", "stop"]
 VERSION = 1
-PAGE_BYTES = 4096
 PATH_MAX = 4 * PAGE_BYTES  # the kernel shows a page at most, before it escapes line feeds
 PROCESS_BLOBS = {"process": 64 << 20, "process.auxv": 64 << 10, "process.threads": 256 << 20}
 """The names that are reserved, and the most bytes that each blob may have."""
@@ -34,17 +36,6 @@ PROCESS_BLOBS = {"process": 64 << 20, "process.auxv": 64 << 10, "process.threads
 PERMS = re.compile(r"[r-][w-][x-][ps]")
 DEVICE = re.compile(r"[0-9a-f]{2,8}:[0-9a-f]{2,8}")
 CUT = re.compile(r"soft|stop")
-
-
-@dataclass(frozen=True, slots=True)
-class NotCaptured:
-    """Memory of the process that is not in the image, and why. ``start`` and ``end`` are byte addresses."""
-
-    start: int
-    end: int
-    perms: str
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +111,17 @@ def check_sizes(sizes: Mapping[str, int], image_name: str) -> None:
     for name, limit in PROCESS_BLOBS.items():
         if sizes.get(name, 0) > limit:
             raise CorruptImageError(f"{image_name}: the blob {name} has {sizes[name]} bytes")
+
+
+def process_of(image: HasBlobs) -> ProcessRecord | None:
+    """The process that the image was taken of by attaching to it; None: of something else.
+
+    `CorruptImageError`, `UnsupportedVersionError`: its record cannot be used.
+    """
+    if "process" not in image.vmstate:
+        return None
+    check_sizes(image.vmstate.sizes(), image.name)
+    return ProcessRecord.from_vmstate(image.vmstate, image.name)
 
 
 def _mapping_object(mapping: MemoryMapping) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from snapengine.options import COPY_LIMIT
 from snapengine.process.copied import Copy, Way
 from snapengine.process.fates import Fate, region_name, sort_mappings, tracked_regions
 from snapengine.process.mapping_facts import MapFacts
-from snapengine.process.record import NotCaptured
-from snapengine.targets.targets import PAGE_BYTES, Region
+from snapengine.regions import PAGE_BYTES, Region, kind_of
+from snapengine.result import NotCaptured
 
 GROUPS = ("anon", "heap", "stack", "shared", "files")
 WHOLE_BYTES = 8 << 20  # of a file that is mapped privately: up to here its clean pages are copied, too
@@ -97,7 +97,7 @@ class Selection:
     warning: str = ""
 
     @property
-    def frozen(self) -> list[Region]:
+    def copied(self) -> list[Region]:
         """The regions that are copied."""
         return [copy.region for copy in self.copies]
 
@@ -179,7 +179,7 @@ class _Sorter:
             return self.copied(mapping, name, "file", UNTRACKED)
         if "w" not in mapping.perms:
             return self.copied(mapping, name, "file", READ_ONLY)
-        kind = "hugetlb-shared" if backing.page_bytes > PAGE_BYTES else "shared"
+        kind = kind_of(backing.page_bytes, True)
         return Fate(mapping, "track", name=name, kind=kind, page_size=backing.page_bytes)
 
     def _private(self, mapping: Mapping, backing: Backing) -> Fate:
@@ -315,7 +315,7 @@ def _fill(selection: Selection) -> None:
 def _tell_apart(selection: Selection) -> None:
     """A heap or stack may lie in several mappings: then each part has its address in its name."""
     # Only a name without an address, which begins with a bracket, can be there twice.
-    names = [region.name for region in selection.tracked + selection.frozen]
+    names = [region.name for region in selection.tracked + selection.copied]
     counts = Counter(name for name in names if name[0] == "[")
     if max(counts.values(), default=1) == 1:
         return

@@ -20,19 +20,21 @@ from collections.abc import Iterable
 
 from snapengine.errors import AlreadyTrackedError, AttachError, TargetGoneError
 from snapengine.kernel.procmaps import Mapping, maps_text, parse_maps, read_maps, touching
+from snapengine.kernel.threads import ends
 from snapengine.kernel.uffd import Uffd
 from snapengine.options import COPY_LIMIT, METHODS, WRITE_TRACKING
 from snapengine.process import permissions
 from snapengine.process.claim import Claim
-from snapengine.process.copied import Copied, copy_frozen
+from snapengine.process.copied import copy_all
 from snapengine.process.freezer import Freezer
 from snapengine.process.inject import inject_userfaultfd
 from snapengine.process.mapping_facts import MapFacts
-from snapengine.process.record import Cut, NotCaptured, ProcessRecord, read_process
+from snapengine.process.record import Cut, ProcessRecord, read_process
 from snapengine.process.selection import UNCHANGED, Selection, Selector, parse_regions, select
 from snapengine.process.try_register import refusal, refused_regions
-from snapengine.region import any_shared
-from snapengine.targets.targets import PAGE_BYTES, Region
+from snapengine.regions import PAGE_BYTES, Region, any_shared
+from snapengine.result import NotCaptured
+from snapengine.targets.base import AttachedTarget, Copied
 
 APPEARED = "mapped while the snapshot began"
 PRIVATE_UNSEEN = (
@@ -42,7 +44,7 @@ PRIVATE_UNSEEN = (
 SHARED_UNSEEN = "shared memory: what other processes write to it, or through its file, is not seen"
 
 
-class ProcessTarget:
+class ProcessTarget(AttachedTarget):
     """A running process, by its id.
 
     Parameters
@@ -83,31 +85,18 @@ class ProcessTarget:
             raise ValueError(f"method: {method!r} is none of {', '.join(METHODS)}")
         if cut not in ("soft", "stop"):
             raise ValueError(f"cut: {cut!r} is none of soft, stop")
-        self.pid = int(pid)
+        super().__init__(int(pid), copy_limit)
         self.found = os.path.exists(f"/proc/{self.pid}")
-        """Whether there was such a process when this was made."""
         self.method = method
         self.cut: Cut = "stop" if method != WRITE_TRACKING else cut
         self.can_pause = self.cut == "stop"
-        self.copy_limit = copy_limit
-        self.injection_ns = 0
-        """How long the one thread stood for the injection, in nanoseconds."""
-        self.stop_parts_ns: dict[str, int] = {}
-        """Nothing: the stop is one piece."""
-        self.warnings: list[str] = []
-        """What the image may lack unseen: set when the process is opened."""
-        self.not_captured: list[NotCaptured] = []
-        self.frozen_regions: list[Region] = []
-        """Regions that are copied while the process stands (`frozen_bytes`), not tracked."""
-        self.events: frozenset[str] = frozenset()
-        """What to be told of, beside forks (userfaultfd's EVENT_...): set when the process is opened."""
+        self.stops_first = method == WRITE_TRACKING and cut == "stop"
         self._selector = parse_regions(regions) if isinstance(regions, str) else regions
         self._deadline = deadline
         self._info: permissions.ProcessInfo | None = None
         self._freezer: Freezer | None = None
         self._claim: Claim | None = None
         self._selection = Selection()
-        self._frozen: list[Copied | None] = []
         self._tracked: list[Region] = []
         self._listed = b""
         self._mappings: list[Mapping] = []
@@ -120,20 +109,22 @@ class ProcessTarget:
         try:
             self._info = permissions.check_to_save(self.pid)
         except AttachError as error:
-            if self.found and error.errno == errno.ESRCH and permissions.ends(self.pid):
+            if self.found and error.errno == errno.ESRCH and ends(self.pid):
                 raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
             raise
 
-    def look_ahead(self) -> list[Region]:
-        """Before `open`: what would be tracked by now. `open` gives the same list again if the mappings are
-        still the same by then, so that who plans ahead need not do so while the threads stand."""
+    def look_ahead(self) -> list[Region] | None:
+        """Before `open` stops the threads: what would be tracked now. `open` returns the same list if the
+        mappings are still the same, so that no planning is left for the time of the stop."""
+        if not self.stops_first:
+            return None
         self._list()
         return self._tracked
 
     @property
-    def stands(self) -> bool:
-        """Whether all stand by now who could change what is mapped. Not if a process that shares the memory
-        may have been missed."""
+    def stands(self) -> bool:  # type: ignore[override]
+        """Whether everything that could change the mappings is stopped now. False if a process that shares
+        the memory may have been missed."""
         return self._freezer is not None and self._freezer.frozen and self._freezer.kin_known
 
     @property
@@ -219,10 +210,6 @@ class ProcessTarget:
         record = dataclasses.replace(self._record, threads=threads, not_captured=self.not_captured)
         return record.to_vmstate()
 
-    def frozen_bytes(self, number: int) -> Copied | None:
-        """The bytes of `frozen_regions[number]` at T; None if they could not be read."""
-        return self._frozen[number]
-
     def late_warnings(self) -> list[str]:
         """What the stop could not do, and writable mappings of the shared memory that were made after T."""
         stop = self._freezer.warnings() if self._freezer is not None else []
@@ -290,7 +277,7 @@ class ProcessTarget:
         if selection.warning and selection.warning not in self.warnings:
             self.warnings.append(selection.warning)
         self._tracked = selection.tracked
-        self.frozen_regions = selection.frozen
+        self.copied_regions = selection.copied
         self.not_captured = selection.not_captured
         self.events = self._events(selection)
 
@@ -316,7 +303,7 @@ class ProcessTarget:
 
     def _copy(self) -> None:
         try:
-            self._frozen = [*copy_frozen(self.pid, self._selection.copies)]
+            self._copied = [*copy_all(self.pid, self._selection.copies)]
         except (FileNotFoundError, ProcessLookupError):
             raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
 
@@ -347,12 +334,12 @@ class ProcessTarget:
             self._name_new(mappings)
             if self.cut == "soft":
                 self._distrust_changed(mappings)
-        for region, copied in zip(self.frozen_regions, self._frozen, strict=True):
+        for region, copied in zip(self.copied_regions, self._copied, strict=True):
             for start, end in _unreadable(region, copied):
                 self.not_captured.append(NotCaptured(start, end, "---p", region.name, "not readable"))
 
     def _name_new(self, mappings: list[Mapping]) -> None:
-        known = [(region.addr, region.addr + region.length) for region in self._tracked + self.frozen_regions]
+        known = [(region.addr, region.addr + region.length) for region in self._tracked + self.copied_regions]
         known += [(item.start, item.end) for item in self.not_captured]
         for mapping in appeared(mappings, known):
             self.not_captured.append(
@@ -362,9 +349,9 @@ class ProcessTarget:
     def _distrust_changed(self, mappings: list[Mapping]) -> None:
         """A soft cut copies only what is not writable: one that has become so may have been written."""
         same = {(mapping.start, mapping.end): mapping.perms for mapping in mappings}
-        for number, region in enumerate(self.frozen_regions):
+        for number, region in enumerate(self.copied_regions):
             if "w" in same.get((region.addr, region.addr + region.length), "w"):
-                self._frozen[number] = None
+                self._copied[number] = None
 
 
 def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
@@ -375,8 +362,7 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
 
 
 def kernel_writers(pid: int, cut: Cut, maps: bytes = b"") -> list[str]:
-    """`permissions.kernel_writers`, of which workers matter only to what is copied in a stop: elsewhere they fault
-    like threads."""
+    """`permissions.kernel_writers`, its workers only for a stop cut: in tracked memory they fault like threads."""
     try:
         found = permissions.kernel_writers(pid, maps)
     except (FileNotFoundError, ProcessLookupError):

@@ -1,6 +1,6 @@
 from snapengine.kernel.procmaps_line import Mapping
 from snapengine.kernel.uffd import Uffd
-from snapengine.region import Region
+from snapengine.regions import Region
 
 def refusal(uffd: Uffd, maps: int, start: int, end: int) -> int: ...
 def refused_regions(

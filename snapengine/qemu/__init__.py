@@ -1,2 +1,1 @@
-"""Virtual machines that stock QEMU runs: live snapshots of them, machines restored from those, and QEMU's own
-migration stream into an image and back. Nothing here is imported by the engine."""
+"""Machines of QEMU: live snapshots, machines restored from them, and migration streams as images."""

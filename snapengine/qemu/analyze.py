@@ -11,8 +11,8 @@ from snapengine.pipeline.pipeline import Encoding
 from snapengine.qemu.image_end import regions_of, write_end
 from snapengine.qemu.stream_pages import Census
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
+from snapengine.regions import PAGE_BYTES
 from snapengine.storage.sinks import NullSink
-from snapengine.targets.targets import PAGE_BYTES
 
 __all__ = ["Analysis", "analyze"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from snapengine.base.jsonfields import Fields, parse_object
 from snapengine.base.names import without_controls
 from snapengine.errors import CorruptImageError, ImageError, UnsupportedVersionError
 
 if TYPE_CHECKING:
-    from snapengine.image import Image
+    from snapengine.image.describe import HasBlobs
 
 HEAD = "qemu.stream.head"
 TAIL = "qemu.stream.tail"
@@ -24,14 +24,6 @@ LISTED = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
 VIA_DEVICES = "device-state"
 NAME_MAX_BYTES = 255  # a stream has one byte for a name's length
 RAM_BITS = 45  # more RAM no stream can have, see `snapengine.qemu.stream_parser`
-
-
-class SizedBlobs(Protocol):
-    """The blobs of an image: their sizes are known before they are read."""
-
-    def __getitem__(self, name: str) -> bytes: ...
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each."""
 
 
 def machine_blob(
@@ -61,26 +53,21 @@ def parse_members(blob: bytes) -> dict[str, Any]:
     return fields.members
 
 
-def read_machine(image: Image) -> dict[str, Any] | None:
+def machine_of(image: HasBlobs) -> dict[str, Any] | None:
     """The description of the machine that an image is of, as FORMAT.md has it; None: it is of no machine.
 
     `CorruptImageError`: it is malformed. `UnsupportedVersionError`: another version.
     """
-    return machine_in(image.vmstate, image.name)
-
-
-def machine_in(vmstate: SizedBlobs, name: str) -> dict[str, Any] | None:
-    """The same of the blobs of the image `name`, whether it is a file or came through a pipe."""
-    size = vmstate.sizes().get(MACHINE)
+    size = image.vmstate.sizes().get(MACHINE)
     if size is None:
         return None
     if size > MACHINE_MAX_BYTES:
-        raise CorruptImageError(f"{name}: {MACHINE} has {size} bytes; {MACHINE_MAX_BYTES} are allowed")
-    return check_machine(vmstate[MACHINE], name)
+        raise CorruptImageError(f"{image.name}: {MACHINE} has {size} bytes; {MACHINE_MAX_BYTES} are allowed")
+    return check_machine(image.vmstate[MACHINE], image.name)
 
 
 def check_machine(blob: bytes, name: str) -> dict[str, Any]:
-    """The members of the description in the image `name`; raises as `read_machine` does."""
+    """The members of the description in the image `name`; raises as `machine_of` does."""
     try:
         fields = parse_object(blob)
         version = fields.members.get("version")

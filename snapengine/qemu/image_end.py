@@ -10,8 +10,8 @@ from snapengine.image.writer import Writer
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob
 from snapengine.qemu.stream_pages import DirectIntake, Spool
+from snapengine.regions import PAGE_BYTES, Region
 from snapengine.result import COMPLETED, Result
-from snapengine.targets.targets import PAGE_BYTES, Region
 
 
 def regions_of(blocks: Sequence[tuple[str, int]]) -> list[tuple[Region, int]]:

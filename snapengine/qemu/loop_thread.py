@@ -4,8 +4,8 @@ The loop is made, run and closed by that thread alone, where no signal's handler
 of it but `call_soon_threadsafe`. An exception in the middle of that leaves the call in the queue, or not, and
 at worst the loop asleep beside it, until it is called again: `close` does, too.
 
-They wait with a `snapengine.base.latch`. The futures of `concurrent.futures` have a Condition: an exception in the
-middle of waiting would leave that locked, and the loop, which is to notify it, waiting for ever.
+They wait with `snapengine.base.latch`. The futures of `concurrent.futures` have a Condition: an exception in
+the middle of waiting would leave it locked, and the loop, which notifies it, would wait for ever.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Answer(Generic[Value]):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Closed by its thread, so `__del__` has nothing to do: asyncio's raises on a loop that is made by half."""
+    """Its thread closes it, so `__del__` has nothing to do: asyncio's raises if making the loop failed."""
 
     def __del__(self) -> None:
         return

@@ -16,7 +16,7 @@ from snapengine.errors import MachineError
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.replies import ask
-from snapengine.targets.targets import PAGE_BYTES
+from snapengine.regions import PAGE_BYTES
 
 UNITS = {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 LINE = re.compile(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from snapengine.base.jsonfields import Fields
 from snapengine.base.names import one_line
 from snapengine.errors import MachineError
 
-if TYPE_CHECKING:
-    from snapengine.qemu.monitor import Monitor
+
+class Executes(Protocol):
+    """A monitor, as far as asking is concerned."""
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """The answer. Raises MachineError."""
 
 
 class Reply(Fields):
@@ -36,17 +40,17 @@ class Migration(Reply):
         return one_line(self.plain("error-desc")) if self.has("error-desc") else "it does not say why"
 
 
-def ask(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> Reply:
+def ask(monitor: Executes, command: str, arguments: dict[str, Any] | None = None) -> Reply:
     """The object that a command returns."""
     return Reply(monitor.execute(command, arguments), f"QEMU's answer to {command}")
 
 
-def ask_migration(monitor: Monitor) -> Migration:
+def ask_migration(monitor: Executes) -> Migration:
     """What QEMU says of its migration."""
     return Migration(ask(monitor, "query-migrate").members, "QEMU's answer to query-migrate")
 
 
-def ask_list(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> list[Reply]:
+def ask_list(monitor: Executes, command: str, arguments: dict[str, Any] | None = None) -> list[Reply]:
     """The objects of the list that a command returns."""
     answer = monitor.execute(command, arguments)
     if type(answer) is not list:
@@ -54,7 +58,7 @@ def ask_list(monitor: Monitor, command: str, arguments: dict[str, Any] | None = 
     return [Reply(item, f"an item of QEMU's answer to {command}") for item in answer]
 
 
-def ask_text(monitor: Monitor, command: str, arguments: dict[str, Any] | None = None) -> str:
+def ask_text(monitor: Executes, command: str, arguments: dict[str, Any] | None = None) -> str:
     """The text that a command returns."""
     answer = monitor.execute(command, arguments)
     if type(answer) is not str:

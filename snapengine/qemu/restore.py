@@ -24,7 +24,7 @@ from snapengine.base.workers import Crew
 from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError, TimeLimitError
 from snapengine.image import Image
 from snapengine.qemu import machine
-from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, read_machine
+from snapengine.qemu.blobs import DEVICES, VIA_DEVICES, VIA_STREAM, machine_of
 from snapengine.qemu.monitor import COMMAND_SECONDS, Monitor
 from snapengine.qemu.ram_blocks import ram_blocks
 from snapengine.qemu.replies import ask, ask_migration
@@ -199,7 +199,7 @@ def said(output: Any) -> str:
 
 def read_description(image: Image) -> dict[str, Any]:
     """The description of the machine. `ImageError`: there is none, or it is malformed."""
-    saved = read_machine(image)
+    saved = machine_of(image)
     if saved is None:
         raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says of what)")
     if saved["via"] not in (VIA_STREAM, VIA_DEVICES):

@@ -1,6 +1,6 @@
 """QemuTarget: a machine that stock QEMU runs, attached to from outside.
 
-QEMU's process is attached to as any other (`snapengine.process.target`); what is tracked are its RAM blocks. T lies
+QEMU's process is attached to as any other (`snapengine.process.target`); its RAM blocks are tracked. T lies
 between `stop` and `cont`: the devices' state is taken by QMP meanwhile, so it is of the same instant as the
 memory. Tried on QEMU 7.2 and 10.0.
 """
@@ -22,23 +22,23 @@ from snapengine.kernel.procmaps import Mapping as MemoryMapping
 from snapengine.kernel.procmaps import covering, read_maps
 from snapengine.kernel.uffd import Uffd
 from snapengine.process import permissions
-from snapengine.process.copied import Copied, Copy, copy_frozen
+from snapengine.process.copied import Copy, copy_all
 from snapengine.process.inject import inject_userfaultfd
-from snapengine.process.record import NotCaptured
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ram_blocks import RamBlock, locate, ram_blocks
 from snapengine.qemu.replies import ask
+from snapengine.regions import PAGE_BYTES, Region, kind_of
 from snapengine.result import fitted_parts
-from snapengine.targets.targets import PAGE_BYTES, Region
+from snapengine.targets.base import AttachedTarget
 
 ROM_BYTES = 8 << 20  # of one block that is copied while the guest stands
 TRACKED = ("anonymous", "shmem", "hugetlb")
 
 
-class QemuTarget:
+class QemuTarget(AttachedTarget):
     """A running QEMU machine.
 
     Parameters
@@ -63,8 +63,6 @@ class QemuTarget:
         A RAM block that the kernel cannot write-protect: a shared mapping of a file on a disk.
     """
 
-    can_pause = True
-    cut = "stop"
 
     def __init__(
         self,
@@ -74,19 +72,12 @@ class QemuTarget:
         block_snapshots: Mapping[str, str] | None = None,
         deadline: float = 1.0,
     ) -> None:
+        super().__init__(pid or monitor.peer_pid)
         self.monitor = monitor
-        self.pid = pid or monitor.peer_pid
         if not self.pid:
             raise MachineError(
                 f"{monitor.address}: QEMU's process is not known (TCP, or a container): give its pid"
             )
-        self.injection_ns = 0
-        self.warnings: list[str] = []
-        self.events: frozenset[str] = frozenset()
-        self.copy_limit: int | None = None
-        """Not used: all blocks are copied or tracked."""
-        self.not_captured: list[NotCaptured] = []
-        self.frozen_regions: list[Region] = []
         self.stop_parts_ns: dict[str, int] = {}
         """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
         (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
@@ -100,7 +91,6 @@ class QemuTarget:
         self._blocks: list[RamBlock] = []
         self._tracked: list[Region] = []
         self._copies: list[Copy] = []
-        self._frozen: list[Copied] = []
         self._guard: Guard | None = None
         self._state_fd = self._state_set = -1
         self._machine: dict[str, Any] = {}
@@ -177,7 +167,7 @@ class QemuTarget:
         assert self._saved is not None
         self._saved()
         self._part("device_state")
-        self._frozen = copy_frozen(self.pid, self._copies)
+        self._copied = [*copy_all(self.pid, self._copies)]
         return {}
 
     def resume(self) -> None:
@@ -215,10 +205,6 @@ class QemuTarget:
             raise MachineError("QEMU wrote no device state")
         state = os.pread(self._state_fd, size, 0)
         return {MACHINE: machine.pack(self._machine), DEVICES: state}
-
-    def frozen_bytes(self, number: int) -> Copied | None:
-        """What a block that the kernel cannot write-protect held at T."""
-        return self._frozen[number]
 
     @property
     def stop_ns(self) -> int:
@@ -281,16 +267,14 @@ class QemuTarget:
                         "write-protect: use memory-backend-ram, memory-backend-memfd or a file on a tmpfs",
                     )
                 region = Region(block.name, block.addr, length)
-                self.frozen_regions.append(region)
+                self.copied_regions.append(region)
                 self._copies.append(Copy(region, covered[0], "all"))
                 continue
             size = found[0].page_bytes
             if not shared and any(backing.kind == "shmem" for backing in found):
                 # Guests give RAM back (balloon, free page reporting): with share=off only the event tells.
                 self.events = frozenset(["EVENT_REMOVE"])
-            kind = ("hugetlb" if size > PAGE_BYTES else "anon") if not shared else "shared"
-            if shared and size > PAGE_BYTES:
-                kind = "hugetlb-shared"
+            kind = kind_of(size, shared)
             zeros = {m.inode for m, b in zip(covered, found, strict=True) if b.kind == "anonymous"} - {0}
             tracked.append(
                 Region(block.name, block.addr, length, size, kind, zero_inode=max(zeros, default=0))

@@ -1,18 +1,11 @@
-"""The picture of the demo: image size and time against the write rate, both methods. Needs matplotlib."""
+"""Pictures: their colours, and whether one can be drawn. They need matplotlib."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from snapengine.demo.rows import Row
 from snapengine.errors import UnsupportedError
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Okabe and Ito's palette: told apart with any colour vision, and by the marker without colours.
 STYLES = {WRITE_TRACKING: ("#0072B2", "o"), DIRTY_LOGGING: ("#D55E00", "s")}
@@ -30,91 +23,3 @@ def check_plot(path: str) -> None:
         ) from None
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(2, "no such directory", str(Path(path).absolute().parent))
-
-
-def tick(row: Row) -> float:
-    """What stands for the row's write rate on the axis: both methods' runs at full speed are one tick."""
-    return math.inf if row.at_most else row.write_rate
-
-
-def tick_label(row: Row) -> str:
-    """A write rate as a tick label: ``0``, ``2k``, ``40k``, ``max (1.2M)``."""
-    rate = row.write_rate
-    text = (
-        f"{rate / 1e6:.1f}M" if rate >= 999_500 else f"{rate / 1e3:.3g}k" if rate >= 1000 else f"{rate:.0f}"
-    )
-    return f"max\n({text})" if row.at_most else text
-
-
-def _lines(axes: Axes, rows: Sequence[Row], ticks: dict[float, str], values: Sequence[float]) -> None:
-    """One line a method over evenly spaced rates; hollow markers where the capture gave up."""
-    places = {rate: place for place, rate in enumerate(ticks)}
-    for method, (color, marker) in STYLES.items():
-        points = [
-            (places[tick(row)], value, row.completed)
-            for row, value in zip(rows, values, strict=True)
-            if row.result.method == method
-        ]
-        if not points:
-            continue
-        xs, ys, done = zip(*points, strict=True)
-        axes.plot(xs, ys, color=color, linewidth=2, zorder=2)
-        for x, y, completed in points:
-            axes.plot(x, y, marker, color=color, markerfacecolor=color if completed else "white",
-                      markersize=8, markeredgewidth=2, zorder=3)  # fmt: skip
-        axes.annotate(method, (xs[-1], ys[-1]), xytext=(10, 0), textcoords="offset points",
-                      color=color, va="center", fontweight="bold", annotation_clip=False)  # fmt: skip
-        if not all(done):
-            x, y = next((x, y) for x, y, completed in points if not completed)
-            axes.annotate("gave up: no image", (x, y), xytext=(-10, 6), textcoords="offset points",
-                          color=color, ha="right", va="bottom")  # fmt: skip
-
-
-def _nonzero_line(axes: Axes, rows: Sequence[Row], ticks: dict[float, str]) -> None:
-    """The least that an image must hold: what was not zero when it was saved, at each rate."""
-    nonzero = {tick(row): row.result.nonzero_bytes / MIB for row in rows}
-    # The two methods save different instants; the earlier one says what the memory was at the start.
-    nonzero |= {
-        tick(row): row.result.nonzero_bytes / MIB for row in rows if row.result.method == WRITE_TRACKING
-    }
-    values = [nonzero[rate] for rate in ticks]
-    axes.plot(values, color=GREY, linestyle="--", linewidth=1.5, zorder=2.5)
-    axes.annotate("memory that is not zero", (0, values[0]), xytext=(0, -6), textcoords="offset points",
-                  color=GREY, va="top")  # fmt: skip
-
-
-def _frame(axes: Axes, ticks: dict[float, str], title: str, ylabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=13)
-    axes.set_xticks(range(len(ticks)), list(ticks.values()))
-    axes.set_xlabel("pages that the guest writes a second")
-    axes.set_ylabel(ylabel)
-    axes.set_xlim(-0.3, len(ticks) - 0.7)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def draw(rows: Sequence[Row], path: str, subtitle: str = "") -> None:
-    """Draw `rows` into `path`; the suffix says the form (PNG, SVG, PDF)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    ticks = {tick(row): tick_label(row) for row in reversed(rows)}  # of two rates for one tick, the first
-    ticks = dict(reversed(ticks.items()))
-    # The rectangle leaves room for the labels at the ends of the lines.
-    figure = Figure(figsize=(11, 8), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.97, 1)))
-    FigureCanvasAgg(figure)  # no window system, and no global state of pyplot
-    size, time = figure.subplots(2, 1)
-
-    _lines(size, rows, ticks, [row.result.image_bytes / MIB for row in rows])
-    _nonzero_line(size, rows, ticks)
-    _frame(size, ticks, "Size of the image", "MiB written")
-
-    _lines(time, rows, ticks, [row.result.duration_ns / 1e9 for row in rows])
-    _frame(time, ticks, "Time until the image was complete, or given up", "seconds")
-    if subtitle:
-        figure.suptitle(subtitle, x=0.01, ha="left", fontsize=11, color=GREY)
-    figure.savefig(path, dpi=110)

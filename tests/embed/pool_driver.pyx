@@ -7,9 +7,8 @@ from snapengine.base.checksum cimport crc32c
 from snapengine.image.format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
 from snapengine.pipeline.pool cimport (
     NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
-    pool_give_back, pool_take, slot_data, slot_entries,
+    pool_give_back, pool_read_back, pool_take, slot_data, slot_entries,
 )
-from snapengine.pipeline.spill cimport spill_take
 
 cdef enum:
     LANES = 8
@@ -151,7 +150,7 @@ cdef class Driver:
             data = scratch
             entries = <uint64_t *>(scratch + self.pool.pool.slot_bytes)
             with nogil:
-                err = spill_take(self.pool.pool, &chunk, data, entries)
+                err = pool_read_back(self.pool.pool, &chunk, data, entries)
         else:
             data = slot_data(self.pool.pool, chunk.slot)
             entries = slot_entries(self.pool.pool, chunk.slot)

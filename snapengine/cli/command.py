@@ -1,4 +1,4 @@
-"""What the entry of the command calls: parsing, errors and exit codes. Each subcommand is in a module beside it.
+"""Parsing, errors and exit codes of the command. Each subcommand is in a module beside this one.
 
 Data goes to stdout, words go to stderr. An error is one line; SNAPENGINE_DEBUG=1 adds the traceback.
 """
@@ -15,7 +15,7 @@ from snapengine import __version__
 from snapengine.report import streams
 
 if TYPE_CHECKING:
-    from snapengine.cli.common import Parser
+    from snapengine.report.terminal import Parser
 
 COMMANDS = {
     "save": ("save", "save the memory of a running program"),
@@ -39,7 +39,7 @@ Live snapshots of memory: the state at one instant, saved while the program goes
 def make_parser(command: str | None = None) -> Parser:
     """The parser; `args.run(args)` of what it returns does the work. Of the other commands than `command` it
     knows the names alone; None: it knows all."""
-    from snapengine.cli.common import EXIT_CODES, Parser, raw
+    from snapengine.report.terminal import EXIT_CODES, Parser, raw
 
     epilog = (
         "`snapengine COMMAND --help` has the options and examples of each command.\n\n"
@@ -116,8 +116,8 @@ def describe(error: BaseException) -> str:
 
 def _failed(error: Exception) -> int:
     """Report `error`; returns the exit code."""
-    from snapengine.cli.common import EXIT_ERROR, EXIT_PIPE, EXIT_TIMEOUT
     from snapengine.errors import TimeLimitError
+    from snapengine.report.terminal import EXIT_ERROR, EXIT_PIPE, EXIT_TIMEOUT
 
     if isinstance(error, BrokenPipeError) and streams.is_broken(sys.stdout):
         streams.silence(sys.stdout)
@@ -131,7 +131,7 @@ def _failed(error: Exception) -> int:
 
 
 def _complain(text: str) -> None:
-    from snapengine.cli.common import say
+    from snapengine.report.terminal import say
 
     say(text)
     try:

@@ -1,99 +1,15 @@
-"""Whose memory a capture saves: the parts that every target has in common."""
+"""Buffers of this process as a target."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 from snapengine.base.buffers import HeldBuffer
 from snapengine.kernel.backing import Backings
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
-from snapengine.region import Region
-
-if TYPE_CHECKING:
-    from snapengine.kernel.uffd import Uffd
-    from snapengine.process.copied import Copied
-    from snapengine.process.record import NotCaptured
-
-PAGE_BYTES = 4096
-__all__ = ["KINDS", "PAGE_BYTES", "AttachedTarget", "BufferTarget", "Region", "Target"]
-
-KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
-
-
-@runtime_checkable
-class Target(Protocol):
-    """What a capture asks of a target.
-
-    A capture calls `open` once, then `pause`, `vmstate` and `resume` around T where `can_pause` is
-    true (`vmstate` alone otherwise), and `close` exactly once at the end, also after an error.
-    """
-
-    can_pause: bool
-
-    def open(self, features: int) -> tuple[int, int, list[Region]]:
-        """Return ``(pid, uffd, regions)``.
-
-        ``pid`` is 0 for this process. ``uffd`` is a userfaultfd descriptor of the target, or -1: the capture
-        opens one (only for this process). ``features``: the UFFD_FEATURE bits that the capture wants.
-        """
-
-    def pause(self) -> None:
-        """Stop every writer of the memory. Returns when they stand."""
-
-    def resume(self) -> None:
-        """Let the writers go on."""
-
-    def vmstate(self) -> dict[str, bytes]:
-        """Named blobs that belong to T."""
-
-    def close(self, status: str) -> None:
-        """The capture is over: ``"completed"``, ``"not-converged"``, ``"cancelled"`` or ``"failed"``."""
-
-
-@runtime_checkable
-class AttachedTarget(Target, Protocol):
-    """A target that knows nothing of us: what is left to ask of it, since it cannot say it itself.
-
-    ``cut``, ``injection_ns``, ``stop_ns``, ``stop_parts_ns``, ``warnings`` and ``not_captured`` are as in
-    `Result`.
-    ``frozen_regions`` are copied while the target stands, beside the engine. ``events``: names of the
-    userfaultfd features that tell what it does to its mappings.
-    """
-
-    pid: int
-    cut: str
-    injection_ns: int
-    stop_parts_ns: dict[str, int]
-    warnings: list[str]
-    events: frozenset[str]
-    copy_limit: int | None
-    not_captured: list[NotCaptured]
-    frozen_regions: list[Region]
-
-    @property
-    def stop_ns(self) -> int:
-        """How long all threads stood."""
-
-    def check(self) -> None:
-        """Before `open`: raise AttachError or TargetGoneError for what cannot be attached to."""
-
-    def registered(self, uffd: Uffd) -> list[Region]:
-        """The regions that are to be tracked with `uffd`, which is negotiated; what the kernel refuses is
-        left out. They may be registered already."""
-
-    def late_warnings(self) -> list[str]:
-        """What it did after T that the image may lack unseen; asked for when all pages are saved."""
-
-    def armed(self) -> None:
-        """T is fixed, and the target runs. Write tracking only."""
-
-    def record(self) -> dict[str, bytes]:
-        """Blobs that describe the target at T; asked for when all pages are saved."""
-
-    def frozen_bytes(self, number: int) -> Copied | None:
-        """What ``frozen_regions[number]`` held at T; None if it could not be read."""
+from snapengine.regions import PAGE_BYTES, Region, kind_of
 
 
 class BufferTarget:
@@ -183,7 +99,5 @@ def _region_of(held: HeldBuffer, mappings: list[Mapping], backings: Backings) ->
     if len(sizes) > 1 or len(shared) > 1:
         raise ValueError(f"buffer {held.name!r} spans mappings of different kinds")
     size = sizes.pop()
-    kind = "hugetlb" if size > PAGE_BYTES else "anon"
-    if True in shared:
-        kind = "hugetlb-shared" if size > PAGE_BYTES else "shared"
+    kind = kind_of(size, True in shared)
     return Region(held.name, held.addr, held.length, size, kind, zero_inode=max(zeros, default=0))

@@ -1,10 +1,25 @@
-"""A region and its plan, as classes of C: a process may have 65 000 of each, and making one takes 0.1 µs.
+"""Regions of memory, their kinds and their plans. The classes are C's: a process may have 65 000 of each, and making one takes 0.1 µs.
 
 No cycle can go through them, so the garbage collector need not look at them either.
 """
 
 cimport cython
 from libc.stdint cimport uint64_t
+
+PAGE_BYTES = 4096
+KINDS = ("anon", "shared", "hugetlb", "hugetlb-shared")
+
+
+def kind_of(page_bytes, shared):
+    """Which of `KINDS` a mapping is, by the size of its pages and whether it is shared."""
+    if page_bytes > PAGE_BYTES:
+        return "hugetlb-shared" if shared else "hugetlb"
+    return "shared" if shared else "anon"
+
+
+cpdef bint is_shared(str kind):
+    """Whether memory of this kind may be mapped elsewhere, too."""
+    return kind == "shared" or kind == "hugetlb-shared"
 
 
 @cython.no_gc
@@ -14,7 +29,7 @@ cdef class Region:
 
     ``addr`` and ``length`` are bytes in the target's address space; a region of this process's own
     buffers may begin and end inside a page. ``page_size`` is the size of the mapping's pages (4096, or
-    the hugetlb page size). ``kind`` is one of `snapengine.targets.targets.KINDS`. ``memfd`` is a descriptor of the
+    the hugetlb page size). ``kind`` is one of `snapengine.regions.KINDS`. ``memfd`` is a descriptor of the
     memory that this process holds, or -1; ``memfd_offset`` is where the region begins in it. ``zero_inode``:
     of a private mapping of /dev/zero, which the kernel treats as anonymous, the inode that it still shows;
     else 0.
@@ -63,7 +78,7 @@ def any_shared(list regions not None):
     """Whether any of them is memory that other mappings may hold, too."""
     cdef Region region
     for region in regions:
-        if region.kind == "shared" or region.kind == "hugetlb-shared":
+        if is_shared(region.kind):
             return True
     return False
 

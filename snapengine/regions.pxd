@@ -35,3 +35,6 @@ cdef class RegionPlan:              # how one region is tracked and read: see re
     cdef public bint alone_after
     cdef public bint follows
     cdef public bint keep_huge
+
+
+cpdef bint is_shared(str kind)      # whether memory of this kind may be mapped elsewhere, too

@@ -1,0 +1,34 @@
+"""Write-protecting a range while the target runs: in parts, past holes, beside a fork."""
+
+from libc.errno cimport EAGAIN, ENOENT
+
+from snapengine.base.atomics cimport snap_load
+from snapengine.engine.events cimport pump
+from snapengine.engine.fault_threads cimport serve_held
+from snapengine.engine.session cimport capture_fail
+from snapengine.kernel.uffd cimport protect_mapped, uffd_protect
+
+
+cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t length) noexcept nogil:
+    cdef uint64_t piece = capture.arm_piece if capture.arm_piece else length
+    cdef uint64_t end = addr + length
+    cdef int err
+    while addr < end:
+        err = uffd_protect(capture.uffds[0], addr, min(piece, end - addr))
+        if err == ENOENT and capture.attached:
+            err = protect_mapped(capture.uffds[0], capture.maps, &capture.failed, addr,
+                                 min(piece, end - addr))
+        if err == EAGAIN:
+            # A fork is under way in the target: its event must be read before anything is protected.
+            # Faults that come along are kept until T, or noted at once: T may wait for their threads to
+            # pause.
+            if snap_load(&capture.failed):
+                return err
+            pump(capture, lane)
+            serve_held(capture, lane)
+            continue
+        if err:
+            capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
+            return err
+        addr += piece
+    return 0
