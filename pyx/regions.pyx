@@ -1,4 +1,5 @@
-"""Regions of memory, their kinds and their plans. The classes are C's: a process may have 65 000 of each, and making one takes 0.1 µs.
+"""Regions of memory, their kinds and their plans. The classes are C's: a process may have 65 000 of each, and
+making one takes 0.1 µs.
 
 No cycle can go through them, so the garbage collector need not look at them either.
 """

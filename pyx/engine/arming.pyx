@@ -1,12 +1,13 @@
 """Arming: register, protect, T, scan. Nothing is served before the last protect call has returned.
 
-In two steps (`pyx/engine/prearm`) the first protection comes while faults are noted and let go, and T after a second
-one of what was hit. Otherwise T is when all is protected.
+In two steps (`pyx/engine/prearm`) the first protection comes while faults are noted and let go, and T after a
+second one of what was hit. Otherwise T is when all is protected.
 
-Run by the first walker. It registers everything; the rest is done in pieces by all walkers (`pyx/engine/parallel`).
+Run by the first walker. It registers everything; the rest is done in pieces by all walkers
+(`pyx/engine/parallel`).
 """
 
-from libc.errno cimport EAGAIN, ENOENT, ENXIO, errno
+from libc.errno cimport ENXIO, errno
 from posix.unistd cimport lseek
 
 from snapengine.base.atomics cimport snap_load, snap_store, snap_store_seq
@@ -24,7 +25,7 @@ from snapengine.base.pthreads cimport (
 from snapengine.engine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.engine.recheck cimport note_again, note_at_t, note_before
 from snapengine.engine.vma_table cimport note_vmas
-from snapengine.kernel.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_register, uffd_unregister
+from snapengine.kernel.uffd cimport register_mapped, uffd_protect, uffd_register, uffd_unregister
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA

@@ -5,9 +5,9 @@ ever waits; PAGEMAP_SCAN returns the pages written and protects them again in on
 copied after it was protected again: a write during the copy makes it dirty for the next round.
 
 Three changes of memory leave its protection as it was, so that no scan reports them: what is punched out of
-shared memory and touched again (answered by `pyx/engine/missing`, which makes it count as written); the same of huge
-pages (`pyx/engine/recheck`: their witness is gone); and a private page of a memory file that is discarded, where the
-file shows through again (`_copy_discarded`).
+shared memory and touched again (answered by `pyx/engine/missing`, which makes it count as written); the same
+of huge pages (`pyx/engine/recheck`: their witness is gone); and a private page of a memory file that is
+discarded, where the file shows through again (`_copy_discarded`).
 
 One thread, the caller's, without the GIL while it scans and copies. Source: Linux 6.7,
 Documentation/admin-guide/mm/pagemap.rst.
@@ -69,7 +69,8 @@ cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect)
 
 
 cdef int _step(capture_t *capture, scan_t *scan) noexcept nogil:
-    """Under the lock: who answers missing faults may have to register a page anew (`pyx/engine/fault_threads`), and between
+    """Under the lock: who answers missing faults may have to register a page anew
+    (`pyx/engine/fault_threads`), and between
     its two calls a scan would fail."""
     pthread_mutex_lock(&capture.lock)
     cdef int found = scan_step(scan)

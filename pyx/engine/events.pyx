@@ -11,7 +11,8 @@ right for private memory: the child has its own copy.
 Remap: with EVENT_REMAP (asked for when an attached target has shared memory) what moves stays protected until
 it is known to be lost. Remove: with EVENT_REMOVE, asked for only where nothing else tells what madvise()
 discards (private mappings of memory files). Each such call waits for us, so does each munmap() with
-EVENT_UNMAP; elsewhere what they take away is found by `pyx/engine/recheck`. (A peer's descriptor may bring them.)
+EVENT_UNMAP; elsewhere what they take away is found by `pyx/engine/recheck`. (A peer's descriptor may bring
+them.)
 """
 
 from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ENOENT, ESRCH, errno

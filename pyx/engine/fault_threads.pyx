@@ -1,7 +1,7 @@
 """Fault threads: a write to a page not yet saved is saved first, out of order.
 
-Before T nothing is saved: with two-step arming a fault is noted and let go (`pyx/engine/prearm`), until the walk
-fixes T; otherwise, and from then on, faults wait for T. (A writer that is let go once its page is saved
+Before T nothing is saved: with two-step arming a fault is noted and let go (`pyx/engine/prearm`), until the
+walk fixes T; otherwise, and from then on, faults wait for T. (A writer that is let go once its page is saved
 could write to memory not yet protected, and the image would hold the later write without the earlier one.)
 Fault threads never wait for the sink, the encoders or the GIL.
 

@@ -7,15 +7,16 @@ where holes are registered for missing faults:
 - `scan_before`, after the registration and before anything is protected: `present` and `huge` as they are
   then. From there on a hole can fill only by a fault: it waits for T, or is noted as a hit.
 - `scan_at_t`: of those and the hits, what is not protected is no page of T, unless it is populated all the
-  same: then another mapping is in its place, it stays in, and its copy is not believed (`pyx/engine/recheck`).
+  same: then another mapping is in its place, it stays in, and its copy is not believed
+  (`pyx/engine/recheck`).
 
 Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only.
 
 A guard page (MADV_GUARD_INSTALL) looks swapped, and is neither populated nor accessible: a hole. Of memory
 whose file has data behind it, `guards` says so; at T only what had some before is looked at again.
 
-Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/engine/parallel`); the bitmaps are
-read by all threads after `armed`, and `huge` as a hint before.
+Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/engine/parallel`); the
+bitmaps are read by all threads after `armed`, and `huge` as a hint before.
 """
 
 from libc.errno cimport ENXIO, errno
@@ -29,7 +30,9 @@ from snapengine.kernel.linux cimport ECANCELED
 from snapengine.kernel.procmap_query cimport vma_t
 from snapengine.kernel.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.engine.parallel cimport first_region, span_of
-from snapengine.engine.scan_runs cimport begin_scan, clip, run_t, scan_populated, set_present, take_out_unprotected
+from snapengine.engine.scan_runs cimport (
+    begin_scan, clip, run_t, scan_populated, set_present, take_out_unprotected,
+)
 from snapengine.engine.session cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, note_filled,
     note_present, page_addr, page_at, region_t,

@@ -3,7 +3,8 @@
 - A fault thread that reads a page which the target has just discarded faults itself, as missing. Another
   fault thread answers it; if all of them read such pages at one time, the warden does, so that no target can
   hang us, nor itself.
-- While the first walker looks for faults itself (`pyx/engine/polling`), the fault threads sleep. If it has not
+- While the first walker looks for faults itself (`pyx/engine/polling`), the fault threads sleep. If it has
+  not
   looked for long, since it reads such a page or got no CPU, they are called.
 """
 

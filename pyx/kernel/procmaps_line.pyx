@@ -1,4 +1,5 @@
-"""The lines of /proc/PID/maps (proc_pid_maps(5)), taken apart. See `snapengine.kernel.procmaps`, which reads them.
+"""The lines of /proc/PID/maps (proc_pid_maps(5)), taken apart. See `snapengine.kernel.procmaps`, which reads
+them.
 
 Compiled, because a process may have 65 000 of them: 0.1 µs a line instead of 3. Neighbours are mostly of one
 kind, so a line takes over the texts of the one before where its bytes are the same.

@@ -15,7 +15,8 @@ cdef extern from "<fcntl.h>" nogil:
     const int FALLOC_FL_KEEP_SIZE
 
 
-cdef int spill_put(int fd, const spill_place *place, const char *data, const uint64_t *entries) noexcept nogil:
+cdef int spill_put(int fd, const spill_place *place, const char *data, const uint64_t *entries
+                   ) noexcept nogil:
     cdef int err = pwrite_all(fd, data, place.data_bytes, place.offset)
     if err:
         return err

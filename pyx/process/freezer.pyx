@@ -5,8 +5,8 @@ seized it: callers may be any. It holds no lock while it works, and its end lets
 also the only way to let go of a thread that did not stop. If the whole process ends, by SIGKILL too, the
 kernel does the same: the target runs on.
 
-Processes that share its memory stand, too (`pyx/process/shared_mm`); their registers are not taken. Nor are those of a
-thread that waits for the child of its vfork: it stands in the kernel.
+Processes that share its memory stand, too (`pyx/process/shared_mm`); their registers are not taken. Nor are
+those of a thread that waits for the child of its vfork: it stands in the kernel.
 
 What it cannot stop: a thread in another uninterruptible sleep (a fault inside a system call on memory under
 somebody's userfaultfd, until that is answered): the deadline ends the attempt. Workers of io_uring are the

@@ -3,10 +3,10 @@
 ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
 while it works, and its end lets go of everything. `pyx/process/freezer` makes it and waits for it.
 
-Who writes to the memory is stopped, not only who is a thread of the process: `pyx/process/shared_mm` finds the processes
-that share it. The parent of a vfork sleeps in the kernel, where no stop reaches it, until its child has
-executed or ended; it is asked to stop all the same, and so cannot come back to its own code: it counts as
-standing.
+Who writes to the memory is stopped, not only who is a thread of the process: `pyx/process/shared_mm` finds
+the processes that share it. The parent of a vfork sleeps in the kernel, where no stop reaches it, until its
+child has executed or ended; it is asked to stop all the same, and so cannot come back to its own code: it
+counts as standing.
 """
 
 from libc.errno cimport EAGAIN, EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT

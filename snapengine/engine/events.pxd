@@ -10,7 +10,8 @@ cdef enum:
 
 # Read up to 64 messages of one uffd: their number, 0 if there are none now.
 cdef int read_messages(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil
-# The first walker may be looking for faults itself (`pyx/engine/polling`): let the fault threads serve as well.
+# The first walker may be looking for faults itself (`pyx/engine/polling`): let the fault threads serve as
+# well.
 cdef void call_fault_threads(capture_t *capture) noexcept nogil
 # Deal with a message that is not a page fault (fork, remap, remove, unmap).
 cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *message) noexcept nogil

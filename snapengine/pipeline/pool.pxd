@@ -86,7 +86,8 @@ cdef void pool_end(pool_t *pool) noexcept nogil                     # no more ch
 cdef void pool_fail(pool_t *pool) noexcept nogil                    # wake everybody: give up
 # Next chunk, waiting for one: 1; 0 when closed and empty; -1 when failed. `ticket` counts from 0.
 cdef int pool_take(pool_t *pool, chunk_ref *chunk, uint64_t *ticket) noexcept nogil
-# Encoders: read a chunk that was spilled into `data` and `entries`, and free its place in the file. 0 or errno.
+# Encoders: read a chunk that was spilled into `data` and `entries`, and free its place in the file. 0 or
+# errno.
 cdef int pool_read_back(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil
 cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil
 

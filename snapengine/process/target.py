@@ -362,7 +362,7 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
 
 
 def kernel_writers(pid: int, cut: Cut, maps: bytes = b"") -> list[str]:
-    """`permissions.kernel_writers`, its workers only for a stop cut: in tracked memory they fault like threads."""
+    """`permissions.kernel_writers`; workers only in a stop cut: in tracked memory they fault like threads."""
     try:
         found = permissions.kernel_writers(pid, maps)
     except (FileNotFoundError, ProcessLookupError):
