@@ -69,8 +69,7 @@ cdef struct region_t:               # fixed before the threads start
     bint keep_huge                  # treat huge pages as one unit
     bint holes_wait                 # what of it may hold anything is known at T (`filled`): till then its
     # holes fill by faults alone, which wait or are noted
-    uint64_t first_piece            # of protecting (`pyx/engine/arming`); the first walker, before there are
-    pieces
+    uint64_t first_piece            # of protecting (`pyx/engine/arming`); written before there are pieces
 
 
 cdef struct stream_t:               # read-around: a writer that goes on where it was let go (a hint: relaxed)
