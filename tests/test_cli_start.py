@@ -156,7 +156,8 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_signals_are_as_before_after_a_command_within_this_process(tmp_path):
-    from snapengine.cli import SIGNALS, main
+    from snapengine.cli import main
+    from snapengine.cli.signals import SIGNALS
 
     before = [signal.getsignal(number) for number in SIGNALS]
     assert main(["info", str(tmp_path / "absent")]) == 1
