@@ -19,9 +19,9 @@ QEMU_ROUNDS ?= 10
 FUZZ_SECONDS ?= 240
 # What AddressSanitizer runs: all that handles memory by address, of captures, restores and foreign input. And what
 # ThreadSanitizer runs: the threads of captures. Each takes some minutes.
-ADDRESS_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py reader.py rules.py capture.py dying.py freezer.py \
-	hits.py inject.py vmstream.py ingest.py)
-THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py hits.py guestmem.py vmstream.py ingest.py)
+ADDRESS_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py index.py rules.py capture.py target_killed.py freezer.py \
+	prearm.py inject.py stream_parser.py ingest.py)
+THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py prearm.py guest_memory.py stream_parser.py ingest.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

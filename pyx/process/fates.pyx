@@ -48,7 +48,7 @@ cdef class Fate:
 
 
 cdef bint _alike(Mapping one, Mapping other) noexcept:
-    """Whether two lines of a list share their texts, as neighbours of one kind do (`mapline`)."""
+    """Whether two lines of a list share their texts, as neighbours of one kind do (`procmaps_line`)."""
     return one.perms is other.perms and one.device is other.device and one.path is other.path \
         and one.inode == other.inode
 
