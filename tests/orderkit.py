@@ -25,8 +25,8 @@ class OrderTarget(Target):
         return f"{start:x}-{start + self.words[PAGES] * PAGE:x}"
 
     def last_write(self):
-        """A write that is complete."""
-        return max(self.words[COUNTERS : COUNTERS + self.threads])
+        """A write that is complete. No thread may have run yet: then it is the last of the first round."""
+        return max(self.words[PAGES], *self.words[COUNTERS : COUNTERS + self.threads])
 
 
 def faults_of_order(memory, stride):
