@@ -93,6 +93,11 @@ tsan: $(VENV)/.test  ## Run tests with ThreadSanitizer (built into build/)
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
 	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python
 
+.PHONY: docs
+docs: $(VENV)/.docs  ## Build the documentation into build/docs; a warning or a broken internal link fails it
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs-doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 .PHONY: dist
 dist: $(VENV)/.test  ## Build the sdist, and from it the wheel, into dist/
 	.ci/dist $(BIN)/python dist
@@ -141,6 +146,11 @@ $(VENV)/.fuzz: $(VENV)/.test
 $(VENV)/.bench: $(VENV)/.test
 	@echo "installing the bench tools (nothing is compiled again)"
 	$(call EXTRAS,bench)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	@echo "installing the documentation tools (nothing is compiled again)"
+	$(call EXTRAS,docs)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base

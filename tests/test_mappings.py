@@ -1,4 +1,4 @@
-"""docs/mappings.md is true: each kind of mapping is made, saved by every cut, and is what its row says."""
+"""docs/operations/mappings.md: each kind of mapping is made, saved by every cut, and is what its row says."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from snapengine.qemu.target import QemuTarget
 
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
-TABLE = Path(__file__).parent.parent / "docs" / "mappings.md"
+TABLE = Path(__file__).parent.parent / "docs" / "operations" / "mappings.md"
 PAGE, SIZE, HUGE = 4096, 8 * 4096, 2 << 20
 MODES = ("soft", "stop", "dirty")
 GUARDED = ("guard", "guard-shared", "guard-memfd-private")

@@ -2,7 +2,7 @@
 
 Nothing is left out silently: each mapping is tracked, *copied* while the process stands still (the kernel
 does not write-protect it), or left out with its reason. `save` and `doctor --pid` both ask `select`;
-docs/mappings.md has its table.
+docs/operations/mappings.md has its table.
 """
 
 from __future__ import annotations
