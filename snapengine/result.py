@@ -76,6 +76,13 @@ class Result:
     arming_faults: int = 0
     """Faults before T that were noted and let go (two-step arming); not among ``faults``."""
 
+    t_monotonic_ns: int = 0
+    """The instant T by CLOCK_MONOTONIC (`time.monotonic_ns`), in nanoseconds. Comparable on this host until
+    it reboots. 0: not known (a migration stream does not tell when its machine was stopped)."""
+    t_unix_ns: int = 0
+    """The same instant by CLOCK_REALTIME (`time.time_ns`), in nanoseconds since 1970-01-01 00:00 UTC:
+    converted with readings of both clocks taken after T, as soon as the target runs again. 0: not known."""
+
     stop_parts_ns: dict[str, int] = field(default_factory=dict)
     """Of a QEMU machine: what its stop was spent on (see `snapengine.qemu.target.QemuTarget`)."""
 

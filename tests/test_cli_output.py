@@ -88,7 +88,7 @@ def test_no_locale_makes_a_difference(image, target, tmp_path, env):
 def test_microseconds_in_ascii():
     env = {"PYTHONIOENCODING": "ascii"}
     script = (
-        "from snapengine import streams; streams.prepare(); print('1.5 µs 10\\u202f000 ÷ 线 \\udce9')"
+        "from snapengine.report import streams; streams.prepare(); print('1.5 µs 10\\u202f000 ÷ 线 \\udce9')"
     )
     done = subprocess.run([COMMAND[0], "-c", script], env=os.environ | env, capture_output=True, check=True)
     assert done.stdout == b"1.5 us 10 000 / \\u7ebf \\udce9\n"

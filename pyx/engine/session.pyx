@@ -458,6 +458,11 @@ cdef class Session:
         return self.capture.pause_ns
 
     @property
+    def t_ns(self):
+        """CLOCK_MONOTONIC at T, in nanoseconds; 0: T is not fixed yet."""
+        return self.capture.t_ns
+
+    @property
     def total_pages(self):
         """Pages of all regions."""
         return self.capture.total_pages

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
 from snapengine.capture.explain import explain
-from snapengine.capture.finalize import finish_image
+from snapengine.capture.finalize import Times, finish_image
+from snapengine.capture.instant import to_unix_ns
 from snapengine.capture.resources import Resources
 from snapengine.capture.setup import make_engine, open_target
 from snapengine.engine.dirtylog import DirtyLog
@@ -124,7 +125,7 @@ class Capture:
         self._parts = Resources(target)
         self._encoders = Crew()
         self._finisher = Crew()  # of one
-        self._began = self._stop_ns = 0
+        self._times = Times()
         self._expired = False
         self._limiter = Crew()  # of one, if there is a limit of time
         self._ended = 0
@@ -161,7 +162,7 @@ class Capture:
                 raise RuntimeError("a capture runs once")
             self._started = True
         _wait_for_cancelled()
-        self._began = time.monotonic_ns()
+        self._times.began = time.monotonic_ns()
         _live.add(self)
         try:
             self._limit_time()
@@ -223,7 +224,8 @@ class Capture:
         """How far the capture is; may be called from any thread at any time."""
         session, writer = self._parts.session, self._parts.writer
         done = self._done.is_set()
-        seconds = ((self._ended or time.monotonic_ns()) - self._began) / 1e9 if self._began else 0.0
+        began, now = self._times.began, self._ended or time.monotonic_ns()
+        seconds = (now - began) / 1e9 if began else 0.0
         if session is None:
             return Progress("done" if done else "arming", 0, 0, 0, 0, 0, seconds)
         counts = session.counters()
@@ -255,7 +257,7 @@ class Capture:
     def _prepare(self) -> None:
         options, parts = self._options, self._parts
         pid, regions = open_target(parts, self._sink_spec, options)
-        self._began = time.monotonic_ns()  # without the wait for a peer
+        self._times.began = time.monotonic_ns()  # without the wait for a peer
         make_engine(parts, pid, regions, options, self._session_extra)
         for number in range(options.encoders):
             self._encoders.start(f"snap-encode-{number}", self._encode, number)
@@ -286,12 +288,13 @@ class Capture:
         finally:
             if paused:
                 self._target.resume()
-                self._stop_ns = time.monotonic_ns() - stopped
+                self._times.stop = time.monotonic_ns() - stopped
         tracker.walk()
+        self._times.t_unix = to_unix_ns(self._parts.session.t_ns)
         self._raise_if_failed(tracker)
         if self._parts.attached:
             self._parts.attached.armed()
-            self._stop_ns = self._parts.attached.stop_ns
+            self._times.stop = self._parts.attached.stop_ns
         return tracker
 
     def _raise_if_failed(self, tracker: Tracker) -> None:
@@ -328,7 +331,7 @@ class Capture:
             self._encoders.wait()
             self._raise_failure()
             self._result = finish_image(
-                self._parts, self._options, self._vmstate, status, self._began, self._stop_ns
+                self._parts, self._options, self._vmstate, status, self._times
             )
         except BaseException as error:
             self._error = self._in_words(self._error or error)
@@ -350,11 +353,12 @@ class Capture:
     def _log_rounds(self, engine: DirtyLog) -> str:
         options = self._options
         try:
-            self._stop_ns, blobs = engine.run(
+            self._times.stop, blobs = engine.run(
                 self._target, options.downtime_limit, options.max_rounds, options.max_seconds
             )
         finally:
             engine.release()
+        self._times.t_unix = to_unix_ns(engine.session.t_ns)
         self._vmstate.update(blobs or {})
         return COMPLETED if blobs is not None else NOT_CONVERGED
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from snapengine.capture.copied import write_copied
@@ -14,12 +15,24 @@ from snapengine.process.record import not_captured_object
 from snapengine.result import COMPLETED, Result
 
 
+@dataclass(slots=True)
+class Times:
+    """When things happened, in nanoseconds; 0: not yet, or never."""
+
+    began: int = 0
+    """The start of the capture, by CLOCK_MONOTONIC."""
+    stop: int = 0
+    """How long the target was paused."""
+    t_unix: int = 0
+    """T, by CLOCK_REALTIME."""
+
+
 def finish_image(
-    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str, began: int, stop_ns: int
+    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str, times: Times
 ) -> Result:
     """Write what follows the memory, and commit the sink, if the capture is complete.
 
-    ``began`` is CLOCK_MONOTONIC in ns. `LostPagesError`: pages are lost, and ``options.strict``; `SinkError`.
+    `LostPagesError`: pages are lost, and ``options.strict``; `SinkError`.
     """
     assert parts.writer is not None
     assert parts.sink is not None
@@ -28,7 +41,7 @@ def finish_image(
         blobs = {**vmstate, **_attached_blobs(parts, options.zstd_level, extra)}
         for name, blob in blobs.items():
             parts.writer.vmstate(name, blob, options.zstd_level)
-    result = _make_result(parts, options, status, began, stop_ns, extra)
+    result = _make_result(parts, options, status, times, extra)
     if status != COMPLETED:
         return result
     if options.strict and result.lost_pages:
@@ -53,7 +66,7 @@ def _attached_blobs(parts: Resources, level: int | None, extra: Extra) -> dict[s
 
 
 def _make_result(
-    parts: Resources, options: Options, status: str, began: int, stop_ns: int, extra: Extra
+    parts: Resources, options: Options, status: str, times: Times, extra: Extra
 ) -> Result:
     assert parts.session is not None
     assert parts.writer is not None
@@ -63,8 +76,10 @@ def _make_result(
         method=options.method,
         status=status,
         image_bytes=parts.writer.image_bytes,
-        stop_ns=stop_ns,
-        duration_ns=time.monotonic_ns() - began,
+        stop_ns=times.stop,
+        duration_ns=time.monotonic_ns() - times.began,
+        t_monotonic_ns=parts.session.t_ns,
+        t_unix_ns=times.t_unix,
         peak_buffer_bytes=parts.session.pool.peak_bytes + parts.encoder.scratch_bytes,
         warnings=parts.warnings + parts.plan.warnings + _late_warnings(parts),
         **_about_attached(parts),

@@ -15,6 +15,7 @@ NUMBERS = (
     "image_bytes", "region_bytes", "nonzero_bytes", "pages_total", "pages_saved", "zero_pages", "hole_pages",
     "duplicate_pages", "faults", "rounds", "arm_ns", "stop_ns", "duration_ns", "peak_buffer_bytes",
     "spilled_bytes", "lost_pages", "injection_ns", "pause_ns", "arming_faults",
+    "t_monotonic_ns", "t_unix_ns",
 )  # fmt: skip
 BITS = 64
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 from snapengine.base.names import without_controls
 from snapengine.base.units import format_count, format_ns, format_size
 from snapengine.options import DIRTY_LOGGING
-from snapengine.result import Result, fitted_parts
+from snapengine.result import COMPLETED, Result, fitted_parts
 
 
 def figures_rows(result: Result) -> list[tuple[str, str]]:
@@ -13,6 +15,7 @@ def figures_rows(result: Result) -> list[tuple[str, str]]:
     rows = [
         ("method", without_controls(result.method)),
         ("status", without_controls(result.status)),
+        ("instant", _instant(result)),
         ("image", _image(result)),
         ("memory", f"{format_size(result.region_bytes)}, {format_size(result.nonzero_bytes)} of it not zero"),
         ("pages", _pages(result)),
@@ -30,6 +33,18 @@ def figures_rows(result: Result) -> list[tuple[str, str]]:
     if result.lost_pages:
         rows.append(("lost pages", format_count(result.lost_pages)))
     return rows
+
+
+def _instant(result: Result) -> str:
+    """T as local time with the offset from UTC."""
+    if result.status != COMPLETED:
+        return "none: there is no image"
+    if not result.t_unix_ns:
+        return "not known"
+    seconds, ns = divmod(result.t_unix_ns, 10**9)
+    local = time.localtime(seconds)
+    offset = time.strftime("%z", local)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', local)}.{ns // 1000:06d} {offset[:3]}:{offset[3:5]}"
 
 
 def _arming(result: Result) -> str:
