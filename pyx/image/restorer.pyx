@@ -99,13 +99,13 @@ cdef class Restorer:
         if <uint64_t>buffer.shape[0] < self.high - self.low:
             raise ValueError("the buffer is smaller than what is restored into it")
         if begin < end:
-            self.run(<size_t>&buffer[0], -1, 0, begin, end)
+            self._run(<size_t>&buffer[0], -1, 0, begin, end)
 
     def into_file(self, int fd, uint64_t offset, size_t begin, size_t end):
         """Do the jobs [begin, end): their data pages into a file that has byte `low` at `offset`."""
-        self.run(0, fd, offset, begin, end)
+        self._run(0, fd, offset, begin, end)
 
-    def run(self, size_t to, int fd, uint64_t offset, size_t begin, size_t end):
+    def _run(self, size_t to, int fd, uint64_t offset, size_t begin, size_t end):
         """The jobs [begin, end) with one scratch buffer (for `into_memory` and `into_file`)."""
         cdef size_t number
         cdef destination_t into

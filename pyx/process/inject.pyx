@@ -84,7 +84,7 @@ cdef uint64_t CALL_LIMIT_NS = 2000000000   # until a thread that stands, but doe
 
 Injected = namedtuple("Injected", "fd stop_ns tid")
 
-STEPS = ("seize", "stop", "compat", "call", "page", "pass", "ioctl", "getfd", "close", "done")
+_STEPS = ("seize", "stop", "compat", "call", "page", "pass", "ioctl", "getfd", "close", "done")
 """Names of step_t."""
 
 
@@ -281,7 +281,7 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device
         err = _run_apart(&job)
     if err:
         raise OSError(err, f"clone: {os.strerror(err)}")
-    return STEPS[job.step], job.err, job.fd, job.stop_ns
+    return _STEPS[job.step], job.err, job.fd, job.stop_ns
 
 
 def _stop_and_open(info, ways, double deadline, bint repair):

@@ -42,12 +42,12 @@ cdef enum:
     IN_TAIL = 2
     DONE = 3
 
-SECTION_NAMES = {VM_EOF: "EOF", VM_START: "START", VM_PART: "PART", VM_END: "END", VM_FULL: "FULL",
-                 VM_SUBSECTION: "SUBSECTION", VM_CONFIGURATION: "CONFIGURATION", VM_COMMAND: "COMMAND"}
-COMMANDS = {1: "OPEN_RETURN_PATH", 2: "PING", 3: "POSTCOPY_ADVISE", 4: "POSTCOPY_LISTEN", 5: "POSTCOPY_RUN",
-            6: "POSTCOPY_RAM_DISCARD"}
-FLAGS = {RAM_XBZRLE: "xbzrle pages", RAM_HOOK: "an RDMA hook", RAM_COMPRESS_PAGE: "compressed pages",
-         RAM_MULTIFD_FLUSH: "multifd pages, which are in other streams"}
+_SECTION_NAMES = {VM_EOF: "EOF", VM_START: "START", VM_PART: "PART", VM_END: "END", VM_FULL: "FULL",
+                  VM_SUBSECTION: "SUBSECTION", VM_CONFIGURATION: "CONFIGURATION", VM_COMMAND: "COMMAND"}
+_COMMANDS = {1: "OPEN_RETURN_PATH", 2: "PING", 3: "POSTCOPY_ADVISE", 4: "POSTCOPY_LISTEN", 5: "POSTCOPY_RUN",
+             6: "POSTCOPY_RAM_DISCARD"}
+_FLAGS = {RAM_XBZRLE: "xbzrle pages", RAM_HOOK: "an RDMA hook", RAM_COMPRESS_PAGE: "compressed pages",
+          RAM_MULTIFD_FLUSH: "multifd pages, which are in other streams"}
 
 
 cdef class StreamParser:
@@ -139,7 +139,7 @@ cdef class StreamParser:
 
     cdef int bad_flags(self, uint64_t word, uint64_t offset) except -1 with gil:
         cdef uint64_t flags = word & (PAGE_BYTES - 1)
-        found = [text for flag, text in FLAGS.items() if flags & flag]
+        found = [text for flag, text in _FLAGS.items() if flags & flag]
         what = ", ".join(found) if found else f"a record with unknown flags {flags:#x}"
         raise StreamError(f"{self.name}: section 'ram' holds {what}", offset)
 
@@ -212,7 +212,7 @@ cdef class StreamParser:
             raise ValueError("read_head, read_pages and read_tail are called once each, in this order")
 
     def _kind(self, int kind):
-        name = SECTION_NAMES.get(kind)
+        name = _SECTION_NAMES.get(kind)
         return f"a {name} section" if name else f"an unknown section type {kind:#x}"
 
     def _configuration(self):
@@ -252,7 +252,7 @@ cdef class StreamParser:
         number = int.from_bytes(self.take(2), "big")
         length = int.from_bytes(self.take(2), "big")
         if number != VM_CMD_SWITCHOVER_START or length:
-            name = COMMANDS.get(number, f"number {number}")
+            name = _COMMANDS.get(number, f"number {number}")
             raise StreamError(f"{self.name}: command {name}, which needs a peer or is not known", start)
 
     def _start(self, kind, start):

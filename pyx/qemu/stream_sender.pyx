@@ -31,7 +31,7 @@ cdef class PageSender(Restorer):
 
     def send_data(self):
         """All pages that hold data. Raises what the image or the descriptor has."""
-        self.run(0, -1, 0, 0, self.jobs)
+        self._run(0, -1, 0, 0, self.jobs)
 
     def send_zeros(self, bint holes):
         """A record of 9 bytes for each zero page, and with `holes` for each hole."""
