@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,11 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def wheel(repository, tmp_path_factory):
-    """The wheel, built from a copy of the sources: an old build/ must not leak into it."""
+    """The wheel, built from a copy of the sources: an old build/ must not leak into it.
+
+    The extension modules of the source tree go along: what is newer than its sources is not compiled again,
+    which takes minutes. (`make check-dist` compiles all of them, from the sdist.)
+    """
     room = tmp_path_factory.mktemp("wheel")
     source = room / "source"
     products = shutil.ignore_patterns("*.so", "__pycache__")
@@ -94,10 +99,28 @@ def wheel(repository, tmp_path_factory):
         shutil.copytree(repository / folder, source / folder, ignore=products)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy2(repository / name, source / name)
+    _copy_products(repository, source)
     pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(room), str(source))
     shutil.rmtree(source)  # what is tested next must not find it
     (path,) = room.glob("*.whl")
     return path
+
+
+def _copy_products(repository, copy):
+    """What setuptools would make of each .pyx, with its times."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for source in (repository / "pyx").rglob("*.pyx"):
+        module = source.relative_to(repository / "pyx").with_suffix("")
+        products = {
+            Path("snapengine") / f"{module}{suffix}": Path(built) / "snapengine",
+            Path("build/cython/pyx") / f"{module}.c": Path("build/cython/pyx"),
+        }
+        for product, place in products.items():
+            if (repository / product).exists():
+                target = copy / place / module.parent / product.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(repository / product, target)
 
 
 @pytest.fixture(scope="session")
