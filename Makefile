@@ -56,7 +56,7 @@ bench: $(VENV)/.bench  ## Measure (8 minutes), one table; writes build/bench.jso
 	$(BIN)/python bench/setup_floors.py
 	$(BIN)/python -m pytest -q bench --benchmark-quiet --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/plots.py
-	@$(BIN)/python bench/report.py
+	@$(BIN)/python bench/report.py build/bench.json
 
 .PHONY: bench-history
 bench-history: $(VENV)/.bench  ## Keep what `make bench` measured in bench/history/, as NAME
@@ -68,14 +68,14 @@ bench-qemu: $(VENV)/.bench  ## Measure machines of QEMU (8 minutes); writes buil
 	$(BIN)/python -m pytest -q bench/bench_qemu.py --benchmark-quiet \
 		--benchmark-json=build/bench-qemu.json $(BENCH)
 	@$(BIN)/python bench/qemu_plots.py
-	@$(BIN)/python bench/qemu_report.py
+	@$(BIN)/python bench/report.py build/bench-qemu.json
 
 .PHONY: bench-peers
 bench-peers: $(VENV)/.bench  ## Measure against fork and loops of QEMU's and forkd's shape (3 minutes); writes build/bench-peers.json
 	@mkdir -p build/bench
 	$(BIN)/python -m pytest -q bench/bench_peers.py --benchmark-quiet \
 		--benchmark-json=build/bench-peers.json $(BENCH)
-	@$(BIN)/python bench/peer_report.py
+	@$(BIN)/python bench/report.py build/bench-peers.json
 
 .PHONY: fuzz
 fuzz: $(VENV)/.fuzz  ## Fuzz all that reads foreign input, for FUZZ_SECONDS (240) in all; FUZZ names single targets

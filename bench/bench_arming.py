@@ -11,6 +11,7 @@ from snapengine.options import MIB, Options
 SIZE = size("ARMING_SIZE", "4G")
 HOT = 32 * MIB
 WAYS = ("plain", "two-step")
+FLOORS = {"two_step_pause_ns": "plain_pause_ns", "two_step_arm_ns": "plain_arm_ns"}
 
 
 @pytest.mark.timeout(300)
@@ -19,7 +20,7 @@ def bench_hot_set_pause(benchmark, start_guest):
     params = GuestParams(size=SIZE, pattern="hot", hot_size=HOT, incompressible=True)
     _, socket = start_guest(params, None)
     samples = Samples()
-    benchmark.extra_info.update(size=SIZE, hot=HOT, samples=samples)
+    benchmark.extra_info.update(size=SIZE, hot=HOT, samples=samples, floors=FLOORS)
 
     def pause_ns(way):
         with snapengine.snapshot(PeerTarget(socket), "null:", Options(arming=way)) as capture:

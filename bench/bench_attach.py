@@ -43,7 +43,7 @@ def bench_attach_arm(benchmark, start_guest):
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), 0)
     addr = guest_ram(guest.pid, SIZE)
     samples = Samples()
-    benchmark.extra_info.update(size=SIZE, samples=samples)
+    benchmark.extra_info.update(size=SIZE, samples=samples, floors={"arm_ns": "bare_ns"})
 
     def bare():
         with Uffd(FEATURES["PAGEFAULT_FLAG_WP"], inject_userfaultfd(guest.pid).fd) as uffd:
@@ -78,7 +78,8 @@ def bench_lost_work(benchmark, start_guest, tmpfs):
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), None)
     samples, work = Samples(), {}
     options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
-    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples, work=work)
+    floors = {"attach_lost_ns": "fork_lost_ns"}
+    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples, work=work, floors=floors)
 
     def attach():
         with snapengine.snapshot(ProcessTarget(guest.pid), tmpfs, options) as capture:

@@ -11,7 +11,7 @@ from snapengine.options import METHODS, WRITE_TRACKING
 
 SIZE = size("SIZE", "128M")
 FIGURES = (
-    "status", "image_bytes", "nonzero_bytes", "duplicate_pages", "rounds", "faults", "arm_ns", "stop_ns",
+    "image_bytes", "nonzero_bytes", "duplicate_pages", "rounds", "faults", "arm_ns", "stop_ns",
     "duration_ns", "spilled_bytes",
 )  # fmt: skip
 
@@ -41,10 +41,12 @@ def bench_image(benchmark, writing_guest, sink_rate, method):
 
     result = benchmark.pedantic(save, rounds=1)
     ratio = result.image_bytes / result.nonzero_bytes
-    benchmark.extra_info.update({name: getattr(result, name) for name in FIGURES})
+    samples = {"ratio": [ratio]} | {name: [getattr(result, name)] for name in FIGURES}
+    prefix = method.replace("-", "_")
     benchmark.extra_info.update(
-        size=SIZE, method=method, write_rate=write_rate, sink_rate=sink_rate, ratio=ratio
-    )
+        size=SIZE, method=method, write_rate=write_rate, sink_rate=sink_rate, status=result.status,
+        samples={f"{prefix}_{name}": values for name, values in samples.items()},
+    )  # fmt: skip
     if method == WRITE_TRACKING:
         assert result.duplicate_pages == 0
         assert SIZE < 64 * MIB or ratio <= 1.005  # the fixed parts weigh more in a tiny image

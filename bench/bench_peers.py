@@ -88,8 +88,9 @@ def measure(way, memory, writers, path):
     rate = written(writers.bins(watched), began) / (began - watched) * 1e9
     after_t = AfterT(writers)
     saved = way(memory, path, after_t)
-    ended, after = time.monotonic_ns(), writers.stalls()
-    after_t.join()
+    ended = time.monotonic_ns()
+    after_t.join()  # on a loaded machine its thread reads the stalls later than the save ends
+    after = writers.stalls()
     time.sleep(TAIL_S)
     until = time.monotonic_ns()
     stalls = spread_between(before, after)
@@ -102,7 +103,24 @@ def measure(way, memory, writers, path):
         "stall_longest_after_t_ns": spread_between(after_t.stalls, after)["longest_ns"],
         "stall_longest_before_ns": spread_between(calm, before)["longest_ns"],
         "lost_ns": lost_work_ms(writers.bins(began), began, until, rate) * 1e6,
-        "writes_before_rate": rate,
+        "writes_before_per_s": rate,
+    }
+
+
+def compared(runs):
+    """Ours against the peers, round by round."""
+    rounds = list(zip(runs["ours"], runs["qemu-shape"], runs["forkd-shape"], strict=True))
+    return {
+        "qemu_shape_rate_ratio": [qemu["total_ns"] / ours["total_ns"] for ours, qemu, _ in rounds],
+        "qemu_shape_p99_ratio": [
+            ours["stall_p99_ns"] / max(qemu["stall_p99_ns"], 1) for ours, qemu, _ in rounds
+        ],
+        "forkd_shape_longest_ratio": [
+            ours["stall_longest_ns"] / max(forkd["stall_longest_ns"], 1) for ours, _, forkd in rounds
+        ],
+        "forkd_shape_longest_after_t_ratio": [
+            ours["stall_longest_after_t_ns"] / max(forkd["stall_longest_ns"], 1) for ours, _, forkd in rounds
+        ],
     }
 
 
@@ -112,7 +130,7 @@ def bench_peers(benchmark, ways, busy, tmp_path, sink):
         pytest.skip(f"{TMPFS} is no tmpfs: set SNAPENGINE_BENCH_TMPFS")
     path = TMPFS / f"snapengine-bench-{tmp_path.name}" if sink == "tmpfs" else None
     runs = {way: [] for way in ways}
-    benchmark.extra_info.update(size=SIZE, sink=sink, runs=runs, load=os.getloadavg())
+    benchmark.extra_info.update(size=SIZE, sink=sink, runs=runs, load=os.getloadavg()[0])
 
     def alternate():
         for name, way in ways.items():
@@ -126,6 +144,7 @@ def bench_peers(benchmark, ways, busy, tmp_path, sink):
         for values in runs.values():
             values.clear()
         benchmark.pedantic(alternate, rounds=ROUNDS)
+        benchmark.extra_info["samples"] = compared(runs)
     finally:
         if path:
             path.unlink(missing_ok=True)

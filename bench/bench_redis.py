@@ -139,13 +139,15 @@ def bench_redis(benchmark, redis, tmpfs):
             load.join()
             load.client.close()
             during = sorted(load.latencies[first:])
-            samples.note(**{
-                f"{name}_ns": done - began,
-                f"{name}_extra_bytes": extra,
-                f"{name}_latency_max_ns": during[-1],
-                f"{name}_latency_p99_ns": during[len(during) * 99 // 100],
-                f"{name}_commands_per_s": len(during) / ((done - began) / 1e9),
-            })
+            samples.note(
+                **{
+                    f"{name}_ns": done - began,
+                    f"{name}_extra_bytes": extra,
+                    f"{name}_latency_max_ns": during[-1],
+                    f"{name}_latency_p99_ns": during[len(during) * 99 // 100],
+                    f"{name}_commands_per_s": len(during) / ((done - began) / 1e9),
+                }
+            )
 
     alternate()
     samples.clear()

@@ -34,7 +34,7 @@ def noise(length):
 def measure(benchmark, floors, memory, path, destination, options):
     """Alternate memcpy with restoring; the first pair only warms, and shows that it is the same memory."""
     samples = Samples()
-    benchmark.extra_info.update(size=SIZE, samples=samples)
+    benchmark.extra_info.update(size=SIZE, samples=samples, floors={"restore_ns": "memcpy_ns"})
     warm_file(path, SIZE)
     with snapengine.snapshot(memory, path, **options):
         pass

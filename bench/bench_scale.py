@@ -14,6 +14,7 @@ LARGEST = size("SCALE_SIZE", "8G")
 SIZES = [256 * MIB << power for power in range(16) if 256 * MIB << power <= LARGEST]
 WINDOW = 256 * MIB
 HEADROOM = 2 * GIB
+FLOORS = {"capture_largest_ns": "memcpy_largest_ns"}
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def bench_sizes(benchmark, floors, source):
     floors.fill(window, 1)
     by_size = {length: {"capture_ns": [], "memcpy_ns": []} for length in SIZES}
     samples = Samples()
-    benchmark.extra_info.update(size=SIZES[-1], samples=samples)
+    benchmark.extra_info.update(size=SIZES[-1], samples=samples, floors=FLOORS)
 
     def alternate():
         with memoryview(source) as view:

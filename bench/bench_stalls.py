@@ -21,6 +21,7 @@ LARGE = size("STALL_LARGE_SIZE", "1G")
 FLOOR_SIZE = 16 * MIB
 LIMIT = 64 * MIB
 SINK_RATE = 50 * MIB
+FLOORS = {f"stall_{name}_ns": f"floor_{name}_ns" for name in ("p50", "p99", "longest")}
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="stalls")]
 
@@ -91,7 +92,7 @@ def bench_writer_stalls(benchmark, floors, fault_memory, start_guest, length):
     """Between T and the last page, without what began in arming; and whether writer and engine agree."""
     guest, socket = start_guest(GuestParams(size=length, incompressible=True), None)
     samples, histograms = Samples(), {"ours": {}, "floor": {}, "engine": {}}
-    benchmark.extra_info.update(size=length, memory_limit=LIMIT, samples=samples)
+    benchmark.extra_info.update(size=length, memory_limit=LIMIT, samples=samples, floors=FLOORS)
 
     def capture():
         with snapengine.snapshot(PeerTarget(socket), "null:", Options(memory_limit=LIMIT)) as running:

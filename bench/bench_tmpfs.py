@@ -80,7 +80,8 @@ def bench_full_speed_writer(benchmark, start_guest, tmpfs, source, backing):
     _, socket = start_guest(GuestParams(size=SIZE, backing=backing, incompressible=True), None)
     samples = Samples()
     options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
-    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples)
+    floors = {"capture_ns": "pwrite_ns"}
+    benchmark.extra_info.update(size=SIZE, memory_limit=LIMIT, samples=samples, floors=floors)
     make_room(tmpfs, SIZE)
     resident = resident_without_slots()
     save(socket, tmpfs, Samples(), options, resident)

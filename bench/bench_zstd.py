@@ -60,7 +60,7 @@ def bench_zstd_command(benchmark, memory, source, tmpfs):
         pytest.skip("there is no command zstd here to compare with")
     other = tmpfs.with_suffix(".zst")
     samples = Samples()
-    benchmark.extra_info.update(size=SIZE, samples=samples)
+    benchmark.extra_info.update(size=SIZE, samples=samples, floors={"zstd_ns": "command_ns"})
 
     def pair():
         for path in (other, tmpfs):

@@ -25,17 +25,23 @@ def by_rate(info: dict[str, Any]) -> float:
     return math.inf if info["write_rate"] is None else info["write_rate"]
 
 
+def ratio_of(info: dict[str, Any]) -> float:
+    """Image / bytes that are not zero."""
+    (ratio,) = info["samples"][f"{info['method'].replace('-', '_')}_ratio"]
+    return float(ratio)
+
+
 def draw_line(axes: Axes, infos: Sequence[dict[str, Any]], method: str, rates: Sequence[float]) -> None:
     """One method at one sink rate; hollow markers where it gave up."""
     color, marker = STYLES[method]
     rows = sorted((info for info in infos if info["method"] == method), key=by_rate)
     if not rows:
         return
-    xs, ratios = [rates.index(by_rate(info)) for info in rows], [info["ratio"] for info in rows]
+    xs, ratios = [rates.index(by_rate(info)) for info in rows], [ratio_of(info) for info in rows]
     axes.plot(xs, ratios, color=color, linewidth=2, zorder=2)
     for x, info in zip(xs, rows, strict=True):
         face = color if info["status"] == COMPLETED else "white"
-        axes.plot(x, info["ratio"], marker, color=color, markerfacecolor=face, markersize=8,
+        axes.plot(x, ratio_of(info), marker, color=color, markerfacecolor=face, markersize=8,
                   markeredgewidth=2, zorder=3)  # fmt: skip
     place = {"xytext": (-2, -18)} if method == WRITE_TRACKING else {"xytext": (-12, 6)}
     axes.annotate(method, (xs[-1], ratios[-1]), color=color, ha="right", textcoords="offset points",
@@ -63,7 +69,7 @@ def draw_images(infos: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlim(-0.3, len(ticks) - 0.4)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         clean(axes, "y")
-    panels[0].set_ylim(0.8, max(2.0, max(info["ratio"] for info in infos) * 1.3))
+    panels[0].set_ylim(0.8, max(2.0, max(ratio_of(info) for info in infos) * 1.3))
     panels[0].set_ylabel("image / bytes that are not zero")
     figure.supxlabel("pages that the guest writes a second", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""The ways to save a running QEMU machine, by name: for the bench, and for its report without QEMU."""
+"""The ways to save a running QEMU machine, by name; importable without QEMU."""
 
 OURS = "ours"
 BACKGROUND = "QEMU background-snapshot"
@@ -9,3 +9,5 @@ ZSTD = "ours, zstd:1"
 STREAM = "ours, QEMU's stream"
 WAYS = (*QEMU_ROUNDS, BACKGROUND, OURS, ZSTD, OUR_ROUNDS, STREAM)
 MAY_GIVE_UP = (*QEMU_ROUNDS, OUR_ROUNDS)
+MAIN = 127 << 20
+"""The hot set, in bytes, that has goals."""

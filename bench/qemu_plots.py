@@ -10,8 +10,7 @@ from statistics import median
 from typing import Any
 
 from plotkit import clean, new_figure
-from qemu_names import BACKGROUND, OURS, WAYS
-from qemu_report import MAIN
+from qemu_names import BACKGROUND, MAIN, OURS, WAYS
 
 from snapengine.options import MIB
 

@@ -1,7 +1,6 @@
-"""Print what was measured: `python bench/report.py [--all] [--json] [FILE.json ...]`.
+"""Print what `make bench`, `make bench-qemu` and `make bench-peers` measured.
 
-One table of the figures that must be reached, each with the floor of the same run; with --all the image
-sizes and every sample, too. Without a file: what `make bench` wrote, and `make bench-peers` if it ran.
+The last table shows the goals: limit, median, range over the rounds, and the floor of the same run.
 """
 
 from __future__ import annotations
@@ -12,105 +11,74 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from figures import DEFAULTS, Run, join_runs, read_run
+from goals import judge, to_json
 from rich.console import Console
-from rich.table import Table
-from rows import GIB, Figure, figure_table, make_table, show, spread, unit_of
-from wanted import image_figures, sample_figures
+from tables import figure_table, goal_table, image_table, peer_table, qemu_table, stop_table
 
-from snapengine.base.units import format_count, format_ns
-from snapengine.options import DIRTY_LOGGING, MIB, WRITE_TRACKING
-
-__all__ = ["GIB", "Figure", "figure_table", "figures", "make_table", "show"]
-DEFAULTS = (Path("build/bench.json"), Path("build/bench-peers.json"))
-
-
-def figures(benches: Sequence[dict[str, Any]]) -> list[Figure]:
-    """All that must be reached, as far as the runs have it."""
-    found = [
-        *image_figures(benches),
-        *sample_figures({bench["name"]: bench["extra_info"] for bench in benches}),
-    ]
-    peers = [bench["extra_info"] for bench in benches if bench["group"] == "peers"]
-    if peers:
-        from peer_report import judged  # it imports this module's table
-
-        found += judged(peers)
-    return found
+EXAMPLES = """\
+examples:
+  python bench/report.py                          everything that was measured last
+  python bench/report.py build/bench-qemu.json    QEMU machines only
+  python bench/report.py --all                    also image sizes and every figure
+  python bench/report.py --json | jq '.goals[] | select(.met == "no")'
+  python bench/report.py bench/history/2026-11-25-walk-serves-faults.json
+"""
+WIDTH = 190  # of output that is not a terminal
 
 
-def rate_text(rate: int | None) -> str:
-    """Pages a second."""
-    return "max" if rate is None else format_count(rate)
+def facts_text(run: Run) -> str:
+    """What was measured, and where."""
+    machine = run.machine
+    cpu = f"{machine['cpu'] or 'unknown CPU'}, {machine['cpus']} CPUs, Linux {machine['kernel']}"
+    qemu = {f"QEMU {bench.facts['version']} ({bench.facts['accel']})" for bench in run.find("bench_qemu")}
+    loads = [bench.facts["load"] for bench in run.benches if "load" in bench.facts]
+    load = [f"load {min(loads):.1f} to {max(loads):.1f}"] if loads else []
+    return "; ".join([f"{run.date}, commit {run.commit}", cpu, *sorted(qemu), *load])
 
 
-def image_table(benches: Sequence[dict[str, Any]]) -> Table:
-    """Image sizes over write rate and sink rate, the two methods beside each other."""
-    columns = ("writes/s", "sink MiB/s", "tracking", "logging", "twice", "rounds", "stop", "logging's end")
-    table = make_table("\nImage / non-zero bytes", *columns)
-    infos = [bench["extra_info"] for bench in benches if bench["group"] == "images"]
-    by_place: dict[Any, dict[str, Any]] = {}
-    for info in infos:
-        by_place.setdefault((info["write_rate"], info["sink_rate"]), {})[info["method"]] = info
-    for (write_rate, sink_rate), methods in by_place.items():
-        tracking, logging = methods.get(WRITE_TRACKING), methods.get(DIRTY_LOGGING)
-        if not tracking or not logging:
-            continue
-        table.add_row(
-            rate_text(write_rate), str(sink_rate // MIB or "free"), f"{tracking['ratio']:.4f}",
-            f"{logging['ratio']:.3f}", format_count(logging["duplicate_pages"]), str(logging["rounds"]),
-            format_ns(logging["stop_ns"]), logging["status"],
-        )  # fmt: skip
-    return table
+def run_json(run: Run) -> dict[str, Any]:
+    """The figures of a run for programs."""
+    benches = {bench.name: asdict(bench) for bench in run.benches}
+    head = {"date": run.date, "commit": run.commit, "machine": run.machine}
+    return head | {"goals": [to_json(verdict) for verdict in judge(run)], "benches": benches}
 
 
-def sample_table(benches: Sequence[dict[str, Any]]) -> Table:
-    """Every sample."""
-    table = make_table(
-        "\nAll samples, with the floors of the same run", "bench", "sample", "median", "[min .. max]"
-    )
-    for bench in benches:
-        name = bench["name"].removeprefix("bench_")
-        for sample, values in bench["extra_info"].get("samples", {}).items():
-            label = sample.removesuffix("_" + unit_of(sample)).replace("_", " ")
-            table.add_row(name, label, *spread(values, unit_of(sample)))
-            name = ""
-    return table
-
-
-def to_json(found: Sequence[Figure]) -> list[dict[str, Any]]:
-    """The rows for programs."""
-    return [
-        asdict(figure) | {"met": figure.met, "median": median(figure.values), "floor_ratios": figure.ratios}
-        for figure in found
-    ]
+def print_run(run: Run, console: Console, everything: bool) -> None:
+    """The tables that the run has figures for."""
+    tables = [image_table(run), figure_table(run)] if everything else []
+    tables += [peer_table(run), qemu_table(run), stop_table(run), goal_table(judge(run))]
+    for table in (table for table in tables if table.row_count):
+        console.print(table, highlight=False)
+    console.print(facts_text(run), highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description="Print what the bench measured.")
-    parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--all", action="store_true", help="image sizes and all samples, too")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON list")
+    parser = argparse.ArgumentParser(
+        prog="bench/report.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    defaults = ", ".join(map(str, DEFAULTS))
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"default: those of {defaults}")
+    parser.add_argument("--all", action="store_true", help="also print image sizes and every figure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     args = parser.parse_args(arguments)
     files = args.files or [path for path in DEFAULTS if path.exists()]
     if not files:
-        parser.error(f"there is no {DEFAULTS[0]}: run `make bench`")
-    runs = [json.loads(path.read_text()) for path in files]
-    benches = [bench for run in runs for bench in run["benchmarks"]]
-    found = figures(benches)
+        parser.error(f"nothing was measured: there is no {defaults}; run `make bench`")
+    try:
+        run = join_runs([read_run(path) for path in files])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if args.json:
-        json.dump(to_json(found), sys.stdout, indent=1)
+        json.dump(run_json(run), sys.stdout, indent=1)
         print()
-        return 0
-    console = Console(width=None if sys.stdout.isatty() else 190, markup=False)
-    cpu = runs[0]["machine_info"].get("cpu", {})
-    tables = [image_table(benches), sample_table(benches)] if args.all else []
-    for table in [*(table for table in tables if table.row_count), figure_table(found)]:
-        console.print(table, highlight=False)
-    console.print(f"{cpu.get('brand_raw', 'unknown CPU')}, {cpu.get('count', '?')} CPUs", highlight=False)
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+        print_run(run, console, args.all)
     return 0
 
 

@@ -10,12 +10,25 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path("build/bench")
 FOLDERS = ("bench", "bench/peers")
+C_DIR = ROOT / "build/cython/bench"
 
 
 def sources() -> list[str]:
     """Of every module, relative to the root of the repository."""
     found = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.pyx")]
     return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def interfaces() -> list[Path]:
+    """What the modules are compiled against."""
+    found = [path for suffix in ("pxd", "h") for path in (ROOT / "snapengine").rglob(f"*.{suffix}")]
+    return [*found, *(ROOT / "bench/peers").glob("*.pxd")]
+
+
+def interfaces_changed() -> bool:
+    """cythonize() compares a module with its source only."""
+    newest = max(path.stat().st_mtime for path in interfaces())
+    return any(path.stat().st_mtime < newest for path in C_DIR.rglob("*.c"))
 
 
 def build() -> None:
@@ -28,13 +41,14 @@ def build() -> None:
                 Path(source).stem,
                 [source],
                 include_dirs=["snapengine/include", "pyx"],
+                depends=[str(path) for path in interfaces()],
                 extra_compile_args=["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"],
             )
             for source in sources()
         ]
         modules = cythonize(
             extensions, build_dir="build/cython", include_path=[".", *FOLDERS], language_level=3, quiet=True,
-            nthreads=os.cpu_count() or 1,
+            nthreads=os.cpu_count() or 1, force=interfaces_changed(),
         )  # fmt: skip
         arguments = ["-q", "build_ext", "--build-lib", str(TARGET), "--build-temp", "build/temp.bench"]
         options = {"build_ext": {"parallel": os.cpu_count() or 1}}
