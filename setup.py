@@ -10,6 +10,8 @@ SOURCES = sorted(Path("pyx").rglob("*.pyx"))
 TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
 # Flags of a sanitizer or of coverage: see .ci/instrumented, which builds apart from the sources.
 INSTRUMENT = os.environ.get("SNAPENGINE_INSTRUMENT", "").split()
+# Sources to compile, all if none is named: the tests rebuild some with other flags.
+ONLY = os.environ.get("SNAPENGINE_ONLY", "").split()
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", *INSTRUMENT] if INSTRUMENT else []
 # -g0: debug information would put the paths of the build machine into the wheel.
 FLAGS = ["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -38,6 +40,7 @@ extensions = [
         extra_link_args=["-pthread", *SANITIZED],
     )
     for source in SOURCES
+    if not ONLY or str(source) in ONLY
 ]
 
 setup(

@@ -55,6 +55,16 @@ def native_bench(repository):
     floorkit.build()
 
 
+def pytest_collection_modifyitems(config, items):
+    """The negative controls need a build of their own: tests/test_controls.py runs them there."""
+    if os.environ.get("SNAPENGINE_CONTROLS") == "1":
+        return
+    controls = [item for item in items if "negative_control" in item.keywords]
+    if controls:
+        config.hook.pytest_deselected(controls)
+        items[:] = [item for item in items if "negative_control" not in item.keywords]
+
+
 def _is_core(report):
     """A report of a skip that CI does not allow. (An expected failure is reported as a skip, too.)"""
     return report.skipped and not hasattr(report, "wasxfail") and "host_optional" not in report.keywords

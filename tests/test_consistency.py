@@ -31,7 +31,7 @@ class SoftTarget(PeerTarget):
 
 
 class EarlyCapture(Capture):
-    _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+    _session_extra = {"serve_before_t": True, "arm_piece": 64 << 10}  # noqa: RUF012
 
 
 class OlderKernelCapture(Capture):
@@ -85,6 +85,7 @@ def test_soft_cut_of_hugetlb_is_consistent(guest, tmp_path, hugetlb, backing, th
             assert result.pages_saved + result.zero_pages + result.hole_pages == result.pages_total
 
 
+@pytest.mark.negative_control
 def test_serving_faults_before_t_is_noticed(guest, tmp_path):
     params = GuestParams(size=32 * MIB, threads=1)
     with guest(params) as socket:

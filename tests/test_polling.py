@@ -33,7 +33,7 @@ class Watched(Capture):
     pages = 32
 
     def __init__(self, *args):
-        self._session_extra = {"look_pages": self.pages}
+        self._session_extra = {"poll_pages": self.pages}
         super().__init__(*args)
 
     def __exit__(self, *exc):
@@ -41,7 +41,7 @@ class Watched(Capture):
             return super().__exit__(*exc)
         finally:
             session = self._parts.session
-            self.walk_faults, self.calls = session.walk_faults, session.calls
+            self.walk_faults, self.wakeups = session.walk_faults, session.poll_wakeups
 
 
 def looking(pages):
@@ -119,7 +119,7 @@ def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
             data = [(at, length) for at, length, kind in image.runs("discarded") if kind == "data"]
             assert all(image.read("discarded", at, 4096) == b"\1" * 4096 for at, _ in data)
             assert found.keys() <= {"data", "lost"}, "what was discarded must be lost, not zero"
-        if capture.calls:
+        if capture.wakeups:
             break
 
 
@@ -178,11 +178,12 @@ def test_cuts_of_own_memory_are_consistent(tmp_path, threads, arming):
             break
 
 
+@pytest.mark.negative_control
 def test_serving_own_memory_before_t_is_noticed(tmp_path):
     """The negative control."""
 
     class Early(Capture):
-        _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+        _session_extra = {"serve_before_t": True, "arm_piece": 64 << 10}  # noqa: RUF012
 
     for _ in attempts("the oracle accepts cuts with faults served before T"):
         _, report = cut_of_own_memory(tmp_path / "image", "plain", 1, Early)

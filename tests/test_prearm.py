@@ -30,10 +30,10 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
 
-class ForgetfulCapture(Capture):
-    """Negative control: what was hit before T is not protected again."""
+class UnprotectedCapture(Capture):
+    """Negative control: what was written before T is not protected again."""
 
-    _session_extra = {"forget_hits": True}  # noqa: RUF012
+    _session_extra = {"skip_reprotect": True}  # noqa: RUF012
 
 
 def paused(memory, between):
@@ -269,11 +269,12 @@ def test_which_arming_is_chosen(tmp_path):
         Options(arming="both")
 
 
+@pytest.mark.negative_control
 @pytest.mark.parametrize("pattern", ["uniform", "sequential"])
-def test_forgotten_hits_are_noticed(guest, tmp_path, pattern):
+def test_a_missing_second_protection_is_noticed(guest, tmp_path, pattern):
     params = GuestParams(size=32 * MIB, threads=1, pattern=pattern)
     with guest(params) as socket:
         for _ in attempts("the oracle accepts cuts with unprotected hits"):
-            _, report = snap_guest(socket, tmp_path / "image", ForgetfulCapture, arming="two-step")
+            _, report = snap_guest(socket, tmp_path / "image", UnprotectedCapture, arming="two-step")
             if not report.consistent:
                 break

@@ -31,7 +31,7 @@ SOFT = ("soft", "two-step")
 
 
 class EarlyCapture(Capture):
-    _session_extra = {"early": True, "arm_piece": 64 << 10}  # noqa: RUF012
+    _session_extra = {"serve_before_t": True, "arm_piece": 64 << 10}  # noqa: RUF012
 
 
 def attach(pid, mode, **options):
@@ -99,6 +99,7 @@ def test_t_is_where_it_is_said_to_be(tmp_path, mode):
         assert newest >= inside if mode == "dirty" else newest <= inside + 1
 
 
+@pytest.mark.negative_control
 def test_faults_served_before_t_are_noticed(tmp_path):
     path = tmp_path / "image"
     with OrderTarget("anon", 1, 40503, 32 * MIB) as target:

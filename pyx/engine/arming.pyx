@@ -12,17 +12,17 @@ from posix.unistd cimport lseek
 
 from snapengine.base.atomics cimport snap_load, snap_store, snap_store_seq
 from snapengine.base.bitmap cimport bits_test
-from snapengine.engine.prearm cimport stop_noting
+from snapengine.engine.prearm cimport prearm_stop
 from snapengine.engine.protect cimport protect_range
-from snapengine.engine.reprotect cimport hit_pieces, note_filled_holes, protect_hits, share_edges
+from snapengine.engine.reprotect cimport reprotect_pieces, note_filled_holes, reprotect, share_edges
 from snapengine.kernel.linux cimport UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP
 from snapengine.kernel.procmap_query cimport next_vma, same_vma, vma_t
-from snapengine.engine.parallel cimport all_pieces, hurry, spans
+from snapengine.engine.parallel cimport run_parallel, begin_spinning, spans
 from snapengine.engine.populated cimport scan_at_t, scan_before
 from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns,
 )
-from snapengine.engine.session cimport capture_fail, note_filled, place_of, region_by_addr, region_t
+from snapengine.engine.state cimport capture_fail, note_filled, place_of, region_by_addr, region_t
 from snapengine.engine.recheck cimport note_again, note_at_t, note_before
 from snapengine.engine.vma_table cimport note_vmas
 from snapengine.kernel.uffd cimport register_mapped, uffd_protect, uffd_register, uffd_unregister
@@ -89,13 +89,13 @@ cdef void _take_in_growth(capture_t *capture, region_t *region, uint64_t mode) n
             and not next_vma(capture.maps, edge - PAGE, &inner) and same_vma(&inner, &outer):
         edge = _free_until(capture, outer.start, outer.end)
         if edge > outer.start and not uffd_register(capture.uffds[0], outer.start, edge - outer.start, mode):
-            region.held_end = max(region.held_end, edge)
+            region.registered_end = max(region.registered_end, edge)
     edge = region.track_start
     if not region.alone_before and not next_vma(capture.maps, edge - PAGE, &outer) and outer.start < edge \
             and not next_vma(capture.maps, edge, &inner) and same_vma(&outer, &inner):
         edge = _free_from(capture, outer.start, outer.end)
         if edge < outer.end and not uffd_register(capture.uffds[0], edge, outer.end - edge, mode):
-            region.held_start = min(region.held_start, edge)
+            region.registered_start = min(region.registered_start, edge)
 
 
 cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
@@ -103,7 +103,7 @@ cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) 
     cdef uint64_t end = region.track_end
     cdef int err
     cdef vma_t vma
-    if capture.stands and not uffd_register(capture.uffds[0], start, end - start, mode):
+    if capture.target_stopped and not uffd_register(capture.uffds[0], start, end - start, mode):
         return 0                        # nothing can have grown
     err = next_vma(capture.maps, start, &vma)
     if not err and vma.start < start:
@@ -117,8 +117,8 @@ cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) 
         err = register_mapped(capture.uffds[0], capture.maps, &capture.failed, region.track_start,
                               region.track_end - region.track_start, region.unit_pages * PAGE, mode)
     else:
-        region.held_start = min(region.held_start, start)
-        region.held_end = max(region.held_end, end)
+        region.registered_start = min(region.registered_start, start)
+        region.registered_end = max(region.registered_end, end)
     if not err:
         _take_in_growth(capture, region, mode)
     return err
@@ -148,7 +148,7 @@ cdef bint _joins(capture_t *capture, int number) noexcept nogil:
     while the target stands, for then nothing else is mapped between them; private memory of small pages,
     which is all registered alike."""
     cdef region_t *region = &capture.regions[number]
-    return capture.stands and not capture.arm_piece and region.follows \
+    return capture.target_stopped and not capture.arm_piece and region.follows \
         and _is_plain(region) and _is_plain(region - 1)
 
 
@@ -275,14 +275,14 @@ cdef uint64_t _await_caller(capture_t *capture) noexcept nogil:
     return snap_now_ns() - begin
 
 
-cdef void _begin_noting(capture_t *capture) noexcept nogil:
+cdef void _begin_prearming(capture_t *capture) noexcept nogil:
     pthread_mutex_lock(&capture.lock)
-    snap_store_seq(&capture.noting, 1)
+    snap_store_seq(&capture.prearm.active, 1)
     pthread_cond_broadcast(&capture.changed)
     pthread_mutex_unlock(&capture.lock)
 
 
-cdef bint _noted(capture_t *capture, int err) noexcept nogil:
+cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
     return not snap_load(&capture.failed)
@@ -291,46 +291,46 @@ cdef bint _noted(capture_t *capture, int err) noexcept nogil:
 cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
     """With two steps, after the caller has asked for it."""
     cdef int i
-    if not capture.two_step:
-        all_pieces(capture, lane, _protect_numbered, pieces)
+    if not capture.prearm.enabled:
+        run_parallel(capture, lane, _protect_numbered, pieces)
         return
     for i in range(capture.n_regions):
         if capture.regions[i].sparse:
             _protect_sparse(capture, lane, &capture.regions[i], True)
     note_again(capture)             # before: a writer that meets the second protection waits
-    stop_noting(capture)
+    prearm_stop(capture)
     note_filled_holes(capture)
     if not snap_load(&capture.failed):
         share_edges(capture)
-        all_pieces(capture, lane, protect_hits, hit_pieces(capture))
+        run_parallel(capture, lane, reprotect, reprotect_pieces(capture))
 
 
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t pieces = _number_pieces(capture)
     cdef uint64_t waited = 0
     cdef uint64_t begin, pause, now
-    if not capture.two_step:
+    if not capture.prearm.enabled:
         _await_caller(capture)
     begin = pause = snap_now_ns()
     # Registered first: from then on no hole of shared memory fills without a fault, which waits or is noted.
     if _register_all(capture):
         return 1
-    if capture.two_step:
-        _begin_noting(capture)          # before the scan: a page that it does not see any more is a hit
-    if not _noted(capture, note_before(capture)):
+    if capture.prearm.enabled:
+        _begin_prearming(capture)          # before the scan: a page that it does not see any more is a hit
+    if not _scanned(capture, note_before(capture)):
         return 1
-    all_pieces(capture, lane, scan_before, spans(capture))
-    if capture.two_step and not snap_load(&capture.failed):
-        all_pieces(capture, lane, _protect_numbered, pieces)
+    run_parallel(capture, lane, scan_before, spans(capture))
+    if capture.prearm.enabled and not snap_load(&capture.failed):
+        run_parallel(capture, lane, _protect_numbered, pieces)
         waited = _await_caller(capture)
         pause = snap_now_ns()
-        hurry(capture)
+        begin_spinning(capture)
     if not snap_load(&capture.failed):
         _fix_t(capture, lane, pieces)
     capture.t_ns = snap_now_ns()
-    if snap_load(&capture.failed) or not _noted(capture, note_vmas(capture) or note_at_t(capture)):
+    if snap_load(&capture.failed) or not _scanned(capture, note_vmas(capture) or note_at_t(capture)):
         return 1
-    all_pieces(capture, lane, scan_at_t, spans(capture))
+    run_parallel(capture, lane, scan_at_t, spans(capture))
     now = snap_now_ns()
     capture.pause_ns = now - pause
     capture.arm_ns = now - begin - waited

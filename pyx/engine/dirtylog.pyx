@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint64_t
 from snapengine.engine.arming cimport register_attached, register_region
 from snapengine.base.atomics cimport snap_ctz, snap_load, snap_store
 from snapengine.base.bitmap cimport bits_clear, bits_fill, bits_mask, bits_next, bits_test
-from snapengine.engine.events cimport forget_all
+from snapengine.engine.events cimport close_all
 from snapengine.base.nofault cimport guard_thread
 from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.kernel.linux cimport (
@@ -31,12 +31,11 @@ from snapengine.kernel.pagemap cimport scan_step, scan_t
 from snapengine.engine.missing cimport start_missing, stop_missing
 from snapengine.pipeline.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
-from snapengine.engine.session cimport (
-    Session, capture_fail, capture_t, lane_t, note_present, region_t,
-)
+from snapengine.engine.session cimport Session
+from snapengine.engine.state cimport capture_fail, capture_t, lane_t, note_present, region_t
 from snapengine.engine.populated cimport scan_anew
 from snapengine.engine.source cimport copy_run, data_from, populated, put_pages
-from snapengine.engine.recheck cimport call_witness, forget_witness
+from snapengine.engine.recheck cimport populate_shadow, drop_shadow
 from snapengine.kernel.uffd cimport uffd_protect
 
 cdef uint64_t PAGE = 4096
@@ -234,8 +233,8 @@ cdef int _copy_punched(capture_t *capture, lane_t *lane, region_t *region, bint 
     cdef bint again
     cdef int err = 0
     while page < end and not err:
-        again = forget_witness(capture, region, page) or not bits_test(capture.witnessed, page >> 9)
-        err = call_witness(capture, region, page)
+        again = drop_shadow(capture, region, page) or not bits_test(capture.recheck.shadowed, page >> 9)
+        err = populate_shadow(capture, region, page)
         if not err and again and bits_test(capture.saved, page):
             err = _copy_pages(capture, lane, region, page, min(page + region.unit_pages, end), wait, deadline)
         page += region.unit_pages
@@ -410,7 +409,7 @@ cdef class DirtyLog:
         with nogil:
             for i in range(capture.n_regions):
                 region = &capture.regions[i]
-                if region.witness != NULL:
+                if region.shadow != NULL:
                     err = _copy_punched(capture, lane, region, True, self.deadline)
                 if region.shared and not err:
                     err = _copy_pages(capture, lane, region, region.first_page,
@@ -428,7 +427,7 @@ cdef class DirtyLog:
         cdef uint64_t deadline = self.deadline if wait else <uint64_t>-1
         with nogil:
             for i in range(capture.n_regions):
-                if capture.regions[i].witness != NULL:
+                if capture.regions[i].shadow != NULL:
                     err = _copy_punched(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
                 err = err or _copy_written(capture, &capture.lanes[0], &capture.regions[i], wait, deadline)
                 if err:
@@ -487,7 +486,7 @@ cdef class DirtyLog:
         if self.registered:
             self.registered = False
             with nogil:
-                forget_all(capture, &capture.lanes[0])
+                close_all(capture, &capture.lanes[0])
         with nogil:
             if lane_close(capture.pool, &capture.lanes[0].slot):
                 capture_fail(capture, ESRCH, "queue", 0)

@@ -25,10 +25,10 @@ from snapengine.kernel.linux cimport (
 )
 from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_sleep_ns
-from snapengine.engine.session cimport HELD_MAX, UFFDS_MAX, capture_fail, region_t
-from snapengine.engine.recheck cimport distrust
+from snapengine.engine.state cimport DEFERRED_MAX, UFFDS_MAX, capture_fail, region_t
+from snapengine.engine.recheck cimport invalidate
 from snapengine.kernel.uffd cimport protect_mapped, register_mapped, uffd_protect, uffd_unprotect, uffd_wake
-from snapengine.engine.unregister cimport held_until, unregister_all, unregister_range
+from snapengine.engine.unregister cimport registered_until, unregister_all, unregister_range
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -84,10 +84,10 @@ cdef int watch_target(capture_t *capture, bint on) noexcept nogil:
     return _control(capture, EPOLL_CTL_MOD, capture.uffds[0], 0, EPOLLIN | EPOLLET if on else EPOLLET)
 
 
-cdef void call_fault_threads(capture_t *capture) noexcept nogil:
+cdef void wake_fault_threads(capture_t *capture) noexcept nogil:
     """Any thread. The first walker sees `called` at its next look."""
     watch_target(capture, True)
-    snap_store(&capture.called, 1)
+    snap_store(&capture.polling.wake_requested, 1)
 
 
 cdef ssize_t _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
@@ -95,14 +95,14 @@ cdef ssize_t _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept no
     cdef ssize_t got, i
     cdef uint64_t start
     cdef int err
-    snap_add(&capture.reading, 1)
+    snap_add(&capture.recheck.event_readers, 1)
     got = read(uffd, messages, 64 * sizeof(uffd_msg))
     err = errno
     for i in range(got // <ssize_t>sizeof(uffd_msg) if got > 0 else 0):
         if messages[i].event == UFFD_EVENT_REMOVE and uffd == capture.uffds[0]:
             start = snap_removed(&messages[i])
-            distrust(capture, start, snap_removed_end(&messages[i]) - start, True)
-    snap_leave(&capture.reading)
+            invalidate(capture, start, snap_removed_end(&messages[i]) - start, True)
+    snap_leave(&capture.recheck.event_readers)
     return got if got >= 0 else -err
 
 
@@ -237,11 +237,11 @@ cdef void _let_move(capture_t *capture, uint64_t uffd, const uffd_msg *message) 
     cdef uint64_t end = start + length
     cdef vma_t place
     if uffd == 0:
-        distrust(capture, snap_remap_from(message), length, False)
-        distrust(capture, start, length, False)
+        invalidate(capture, snap_remap_from(message), length, False)
+        invalidate(capture, start, length, False)
         # It may have grown on the way: all of it, or it would be in two, and cannot be moved again as one.
         if capture.attached and not next_vma(capture.maps, start, &place) and place.start <= start:
-            end = held_until(capture, start + length, max(end, place.end))
+            end = registered_until(capture, start + length, max(end, place.end))
     unregister_range(capture, capture.uffds[uffd], start, end)
 
 
@@ -253,16 +253,16 @@ cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *messag
     # UNMAP: reading the message lets the caller go on; the pages are found lost. REMOVE: see read_messages.
 
 
-cdef void hold_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
-    if lane.n_held < HELD_MAX:
-        lane.held[lane.n_held] = message[0]
-        lane.held_uffd[lane.n_held] = <unsigned int>uffd
-        lane.n_held += 1
+cdef void defer_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+    if lane.n_deferred < DEFERRED_MAX:
+        lane.deferred[lane.n_deferred] = message[0]
+        lane.deferred_uffd[lane.n_deferred] = <unsigned int>uffd
+        lane.n_deferred += 1
     else:                           # no room: it faults again
         uffd_wake(capture.uffds[uffd], message.arg.pagefault.address & ~<uint64_t>4095, 4096)
 
 
-cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void drain_events(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uffd_msg messages[64]
     cdef uint64_t index = 0
     cdef int i, n
@@ -272,7 +272,7 @@ cdef void pump(capture_t *capture, lane_t *lane) noexcept nogil:
             if messages[i].event != UFFD_EVENT_PAGEFAULT:
                 handle_event(capture, index, &messages[i])
             else:
-                hold_fault(capture, lane, index, &messages[i])
+                defer_fault(capture, lane, index, &messages[i])
         index += 1
 
 
@@ -281,13 +281,13 @@ cdef void _await_events(capture_t *capture, lane_t *lane, int fd) noexcept nogil
     would not end its wait, since the child that it makes holds a copy of the descriptor already."""
     cdef region_t *region = &capture.regions[0]
     while uffd_unprotect(fd, region.track_start, region.unit_pages * 4096) == EAGAIN:
-        pump(capture, lane)
+        drain_events(capture, lane)
         if snap_load(&capture.failed) and capture.spare_fd == <uint64_t>-1:
             return
         snap_sleep_ns(20000)
 
 
-cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void close_all(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t index = 0
     cdef int fd
     while index < snap_load(&capture.n_uffds):
@@ -300,5 +300,5 @@ cdef void forget_all(capture_t *capture, lane_t *lane) noexcept nogil:
         if fd >= 0:
             close(fd)
         index += 1
-    lane.n_held = 0                 # unregistering woke them
+    lane.n_deferred = 0                 # unregistering woke them
     snap_store(&capture.n_uffds, 1)

@@ -15,10 +15,10 @@ from snapengine.base.atomics cimport (
 )
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.engine.events cimport (
-    WATCH_PID, WATCH_STOP, call_fault_threads, handle_event, hold_fault, pump, read_messages,
+    WATCH_PID, WATCH_STOP, wake_fault_threads, handle_event, defer_fault, drain_events, read_messages,
 )
 from snapengine.base.histogram cimport histogram_add
-from snapengine.engine.prearm cimport may_serve, note_hit
+from snapengine.engine.prearm cimport may_serve, prearm_fault
 from snapengine.image.format cimport SNAP_HOLE, SNAP_LOST
 from snapengine.kernel.linux cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT_FLAG_WP, UFFDIO_REGISTER_MODE_WP, uffd_msg,
@@ -30,10 +30,13 @@ from snapengine.base.pthreads cimport (
 )
 from snapengine.engine.readaround cimport run_around
 from snapengine.engine.save cimport claim_unit, publish, release, save_unit, save_window, unit_of, unit_range
-from snapengine.engine.session cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
+from snapengine.engine.state cimport PRESENCE_BITS, capture_fail, page_at, region_at, region_t
 from snapengine.engine.source cimport populated, put_pages
 from snapengine.engine.recheck cimport is_late, note_missing
 from snapengine.kernel.uffd cimport uffd_register, uffd_unregister, uffd_wake, uffd_zeropage
+
+cdef extern from "engine/controls.h" nogil:
+    bint snap_control(bint on)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -80,7 +83,7 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
         if snap_load(&capture.failed):
             uffd_wake(capture.uffds[uffd], addr, PAGE)
             return
-        pump(capture, lane)
+        drain_events(capture, lane)
     if err == ESRCH:
         if uffd == 0:
             capture_fail(capture, ESRCH, "the target ended", addr)
@@ -114,11 +117,11 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     fill_missing(capture, lane, uffd, addr)
 
 
-cdef void _note(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
+cdef void _prearm(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
                 uint64_t addr, bint missing) noexcept nogil:
     """A fault before T. Noted first: once the page is let go it may be written to."""
     cdef uint64_t first, n, start, length
-    note_hit(capture, region, page, &first, &n)
+    prearm_fault(capture, region, page, &first, &n)
     snap_bump(&lane.arming_faults, 1)
     if missing:
         fill_missing(capture, lane, uffd, addr)
@@ -158,7 +161,7 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
     if not bits_test(capture.claimed, first):
         if n > 1 and lane.serving:
             # That takes 2 MiB or more, and this walker may hold claimed pages: not its business.
-            call_fault_threads(capture)
+            wake_fault_threads(capture)
             uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
             return
         if n == 1 and _save_run(capture, lane, region, first):
@@ -198,29 +201,29 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
         return
     page = page_at(region, addr)
     snap_add(&capture.pool.urgent, 1)
-    if not snap_load(&capture.armed) and not capture.early:
-        _note(capture, lane, uffd, region, page, addr, missing)
+    if not snap_load(&capture.armed) and not snap_control(capture.serve_before_t):
+        _prearm(capture, lane, uffd, region, page, addr, missing)
     elif missing:
         _serve_missing(capture, lane, uffd, region, page, addr)
     else:
         _serve_write(capture, lane, uffd, region, page)
 
 
-cdef void serve_held(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void serve_deferred(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uffd_msg message
-    while lane.n_held and may_serve(capture):
-        lane.n_held -= 1
-        message = lane.held[lane.n_held]
-        _serve(capture, lane, lane.held_uffd[lane.n_held], &message)
+    while lane.n_deferred and may_serve(capture):
+        lane.n_deferred -= 1
+        message = lane.deferred[lane.n_deferred]
+        _serve(capture, lane, lane.deferred_uffd[lane.n_deferred], &message)
 
 
-cdef void _serve_or_hold(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message,
+cdef void _serve_or_defer(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message,
                          uint64_t seen) noexcept nogil:
     if not may_serve(capture):
-        hold_fault(capture, lane, uffd, message)
+        defer_fault(capture, lane, uffd, message)
         return
     _serve(capture, lane, uffd, message)
-    if snap_load(&capture.armed) or capture.early:
+    if snap_load(&capture.armed) or snap_control(capture.serve_before_t):
         snap_bump(&lane.faults, 1)
         histogram_add(&lane.histogram, snap_now_ns() - seen)
 
@@ -236,7 +239,7 @@ cdef bint serve_round(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t 
     lane.waiting = n
     for i in range(n):
         if messages[i].event == UFFD_EVENT_PAGEFAULT:
-            _serve_or_hold(capture, lane, uffd, &messages[i], seen)
+            _serve_or_defer(capture, lane, uffd, &messages[i], seen)
     return n > 0
 
 
@@ -247,19 +250,19 @@ cdef void _serve_uffd(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t 
 
 
 cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
-    pump(capture, lane)
-    while lane.n_held:
-        lane.n_held -= 1
-        if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP:
-            fill_missing(capture, lane, lane.held_uffd[lane.n_held],
-                         lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1))
+    drain_events(capture, lane)
+    while lane.n_deferred:
+        lane.n_deferred -= 1
+        if not lane.deferred[lane.n_deferred].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP:
+            fill_missing(capture, lane, lane.deferred_uffd[lane.n_deferred],
+                         lane.deferred[lane.n_deferred].arg.pagefault.address & ~(PAGE - 1))
 
 
-cdef bint await_arming(capture_t *capture, bint noting) noexcept nogil:
-    """Wait for T, or (`noting`) for the time when faults are noted. False if the capture ended before."""
+cdef bint await_arming(capture_t *capture, bint prearming) noexcept nogil:
+    """Wait for T, or (`prearming`) for the time when faults are noted. False if the capture ended before."""
     pthread_mutex_lock(&capture.lock)
     while not snap_load(&capture.armed) and not snap_load(&capture.stopping) \
-            and not (noting and snap_load(&capture.noting)):
+            and not (prearming and snap_load(&capture.prearm.active)):
         pthread_cond_wait(&capture.changed, &capture.lock)
     pthread_mutex_unlock(&capture.lock)
     return not snap_load(&capture.stopping) or snap_load(&capture.armed)
@@ -286,7 +289,7 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     snap_nice_slice(FAULT_NICE, FAULT_SLICE_NS)
     # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
     # encoder was using (p99 300 µs; 60 µs like this).
-    if not capture.early and not await_arming(capture, True):
+    if not snap_control(capture.serve_before_t) and not await_arming(capture, True):
         return
     while not snap_load(&capture.stopping):
         n = epoll_wait(capture.epoll, ready, 8, -1)
@@ -299,12 +302,12 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
                 capture_fail(capture, ESRCH, "the target ended", 0)
             elif word != WATCH_STOP:
                 _serve_uffd(capture, lane, word, seen)
-        serve_held(capture, lane)
+        serve_deferred(capture, lane)
         snap_store_seq(&lane.busy_since, 0)
-        if lane.n_held:             # T was being fixed; nobody else knows of these
+        if lane.n_deferred:             # T was being fixed; nobody else knows of these
             if not _begin_serving(capture, lane, &seen):
                 return
-            serve_held(capture, lane)
+            serve_deferred(capture, lane)
             snap_store_seq(&lane.busy_since, 0)
 
 

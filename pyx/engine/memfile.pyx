@@ -12,7 +12,7 @@ from posix.unistd cimport lseek
 
 from snapengine.base.atomics cimport snap_ctz, snap_load
 from snapengine.base.bitmap cimport bits_mask, bits_run
-from snapengine.engine.session cimport PRESENCE_MINCORE, note_present, page_addr
+from snapengine.engine.state cimport PRESENCE_MINCORE, note_present, page_addr
 
 cdef extern from "<sys/mman.h>" nogil:
     int mincore(void *addr, size_t length, unsigned char *vec)

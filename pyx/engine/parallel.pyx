@@ -18,7 +18,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
     int sched_getcpu()
 
-cdef uint64_t HURRY_NS = 20000000   # nobody spins for longer: T comes sooner, or is late anyway
+cdef uint64_t SPIN_NS = 20000000   # nobody spins for longer: T comes sooner, or is late anyway
 # In the pause walkers go before writers, which soon wait for T anyway. Not before that: a writer that does
 # not get to run does not meet what is protected. With a short slice the other walkers are there at once.
 cdef int PAUSE_NICE = -15
@@ -28,12 +28,12 @@ cdef int SPINS = 20                 # about 1 µs
 
 cdef bint _take(capture_t *capture, piece_work_t *work, uint64_t *piece) noexcept nogil:
     """With the lock held."""
-    if capture.pieces_taken == capture.pieces or snap_load(&capture.failed):
+    if capture.parallel.taken == capture.parallel.pieces or snap_load(&capture.failed):
         return False
-    work[0] = <piece_work_t>capture.piece_work
-    piece[0] = capture.pieces_taken
-    capture.pieces_taken += 1
-    capture.pieces_busy += 1
+    work[0] = <piece_work_t>capture.parallel.work
+    piece[0] = capture.parallel.taken
+    capture.parallel.taken += 1
+    capture.parallel.busy += 1
     return True
 
 
@@ -46,34 +46,34 @@ cdef bint _work_one(capture_t *capture, lane_t *lane) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
     work(capture, lane, piece)
     pthread_mutex_lock(&capture.lock)
-    capture.pieces_busy -= 1
-    if capture.pieces_busy == 0 and lane.index:
-        pthread_cond_signal(&capture.done)
+    capture.parallel.busy -= 1
+    if capture.parallel.busy == 0 and lane.index:
+        pthread_cond_signal(&capture.parallel.done)
     return True
 
 
-cdef void all_pieces(capture_t *capture, lane_t *lane, piece_work_t work, uint64_t pieces) noexcept nogil:
+cdef void run_parallel(capture_t *capture, lane_t *lane, piece_work_t work, uint64_t pieces) noexcept nogil:
     if pieces == 1:                 # the others would come too late
         work(capture, lane, 0)
         return
     pthread_mutex_lock(&capture.lock)
-    capture.piece_work = <void *>work
-    capture.pieces = pieces
-    capture.pieces_taken = 0
-    pthread_cond_broadcast(&capture.work)
+    capture.parallel.work = <void *>work
+    capture.parallel.pieces = pieces
+    capture.parallel.taken = 0
+    pthread_cond_broadcast(&capture.parallel.wanted)
     while _work_one(capture, lane):
         pass
-    while capture.pieces_busy:
-        _wait(capture, &capture.done)
+    while capture.parallel.busy:
+        _wait(capture, &capture.parallel.done)
     pthread_mutex_unlock(&capture.lock)
 
 
-cdef void hurry(capture_t *capture) noexcept nogil:
+cdef void begin_spinning(capture_t *capture) noexcept nogil:
     snap_nice_slice(PAUSE_NICE, PAUSE_SLICE_NS)
     pthread_mutex_lock(&capture.lock)
-    capture.hurry_cpu = sched_getcpu()
-    capture.hurry_until = snap_now_ns() + HURRY_NS
-    pthread_cond_broadcast(&capture.work)
+    capture.parallel.spin_cpu = sched_getcpu()
+    capture.parallel.spin_until_ns = snap_now_ns() + SPIN_NS
+    pthread_cond_broadcast(&capture.parallel.wanted)
     pthread_mutex_unlock(&capture.lock)
 
 
@@ -81,7 +81,7 @@ cdef void _wait(capture_t *capture, pthread_cond_t *changed) noexcept nogil:
     """With the lock held, before and after, like pthread_cond_wait(), which takes 30 to 50 µs to wake up: in
     the pause that is as long as what there is to do."""
     cdef int _i
-    if not capture.hurry_until or snap_now_ns() > capture.hurry_until:
+    if not capture.parallel.spin_until_ns or snap_now_ns() > capture.parallel.spin_until_ns:
         pthread_cond_wait(changed, &capture.lock)
         return
     pthread_mutex_unlock(&capture.lock)
@@ -92,11 +92,11 @@ cdef void _wait(capture_t *capture, pthread_cond_t *changed) noexcept nogil:
 
 
 cdef bint _may_help(capture_t *capture) noexcept nogil:
-    """Before the pause nothing hurries. Once writers meet what is protected already, and CPUs are scarce,
+    """Before the pause nothing spins_now. Once writers meet what is protected already, and CPUs are scarce,
     they and the fault threads need the one that this walker would take (two CPUs, one writer: p50 and p99 of
     a stall in arming 57 and 123 µs with it, 18 and 65 without)."""
     cdef int i
-    if not capture.scarce or not snap_load_seq(&capture.noting):
+    if not capture.parallel.cpus_scarce or not snap_load_seq(&capture.prearm.active):
         return True
     for i in range(1, capture.n_fault_lanes + 1):
         if snap_peek(&capture.lanes[i].arming_faults):
@@ -104,28 +104,28 @@ cdef bint _may_help(capture_t *capture) noexcept nogil:
     return True
 
 
-cdef void help_pieces(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void help_parallel(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef cpu_set_t before
-    cdef bint hurries = False
+    cdef bint spins_now = False
     cdef bint moved = False
     snap_nice_slice(0, PAUSE_SLICE_NS)
     pthread_mutex_lock(&capture.lock)
     while not snap_load(&capture.armed) and not snap_load(&capture.stopping):
-        if capture.hurry_until and not hurries:
-            hurries = True
+        if capture.parallel.spin_until_ns and not spins_now:
+            spins_now = True
             snap_nice_slice(PAUSE_NICE, PAUSE_SLICE_NS)
             # Where the first walker runs this one only waits; in half of all cases it had been put there, and
             # the pause took 2.3 instead of 1.3 ms.
-            moved = snap_leave_cpu(capture.hurry_cpu, &before)
+            moved = snap_leave_cpu(capture.parallel.spin_cpu, &before)
         if not _may_help(capture) or not _work_one(capture, lane):
-            _wait(capture, &capture.work)
+            _wait(capture, &capture.parallel.wanted)
     pthread_mutex_unlock(&capture.lock)
     if moved:
         snap_return_to(&before)
 
 
 cdef uint64_t spans(capture_t *capture) noexcept nogil:
-    return (capture.page_end + capture.span_pages - 1) // capture.span_pages
+    return (capture.page_end + capture.parallel.span_pages - 1) // capture.parallel.span_pages
 
 
 cdef int first_region(capture_t *capture, uint64_t page) noexcept nogil:
@@ -144,6 +144,6 @@ cdef int first_region(capture_t *capture, uint64_t page) noexcept nogil:
 
 cdef bint span_of(capture_t *capture, region_t *region, uint64_t span, uint64_t *first,
                   uint64_t *end) noexcept nogil:
-    first[0] = max(region.first_page, span * capture.span_pages)
-    end[0] = min(region.first_page + region.pages, (span + 1) * capture.span_pages)
+    first[0] = max(region.first_page, span * capture.parallel.span_pages)
+    end[0] = min(region.first_page + region.pages, (span + 1) * capture.parallel.span_pages)
     return first[0] < end[0]

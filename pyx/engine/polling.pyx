@@ -5,7 +5,7 @@ all the time the walk runs all the time, too, and reading the userfaultfd costs 
 itself, a page each, and the fault threads sleep. One writer at full speed over 1 GiB, two CPUs, no sink: p99
 of its stalls 65 instead of 98 to 164 µs, in the same time.
 
-    first walker   look ► window ► look ► window ► no room: stop_looking ► wait ► look ...
+    first walker   look ► window ► look ► window ► no room: stop_polling ► wait ► look ...
     fault threads  (sleep: the epoll does not watch the descriptor)      │► serve │ (sleep)
 
 `looked_ns` is written by the first walker alone, release: when it last looked, 0 if it does not. It is not
@@ -25,10 +25,10 @@ as long as ten windows.
 from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_load, snap_peek, snap_store, snap_swap
-from snapengine.engine.fault_threads cimport serve_held, serve_round
-from snapengine.engine.events cimport call_fault_threads, watch_target
+from snapengine.engine.fault_threads cimport serve_deferred, serve_round
+from snapengine.engine.events cimport wake_fault_threads, watch_target
 from snapengine.base.pthreads cimport snap_now_ns
-from snapengine.engine.session cimport capture_fail
+from snapengine.engine.state cimport capture_fail
 
 cdef uint64_t OVERDUE_NS = 2000000
 cdef uint64_t REST_NS = 50000000
@@ -40,32 +40,32 @@ cdef void _watch(capture_t *capture, bint on) noexcept nogil:
         capture_fail(capture, err, "epoll_ctl", 0)
 
 
-cdef void stop_looking(capture_t *capture) noexcept nogil:
-    if snap_peek(&capture.looked_ns):
+cdef void stop_polling(capture_t *capture) noexcept nogil:
+    if snap_peek(&capture.polling.polled_ns):
         _watch(capture, True)
-        snap_store(&capture.looked_ns, 0)
+        snap_store(&capture.polling.polled_ns, 0)
 
 
-cdef void look(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef void poll_faults(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t now = snap_now_ns()
     cdef bint watched
-    if snap_peek(&capture.called) and snap_swap(&capture.called, 0):
-        stop_looking(capture)
-        capture.calls += 1
-        capture.look_from_ns = now + REST_NS
-    if now < capture.look_from_ns:
+    if snap_peek(&capture.polling.wake_requested) and snap_swap(&capture.polling.wake_requested, 0):
+        stop_polling(capture)
+        capture.polling.wakeups += 1
+        capture.polling.not_before_ns = now + REST_NS
+    if now < capture.polling.not_before_ns:
         return
-    watched = snap_peek(&capture.looked_ns) == 0
-    snap_store(&capture.looked_ns, now)
+    watched = snap_peek(&capture.polling.polled_ns) == 0
+    snap_store(&capture.polling.polled_ns, now)
     if watched:
         _watch(capture, False)
     lane.serving = True
     serve_round(capture, lane, 0, now)
-    serve_held(capture, lane)
+    serve_deferred(capture, lane)
     lane.serving = False
 
 
-cdef void call_if_overdue(capture_t *capture) noexcept nogil:
-    cdef uint64_t looked = snap_load(&capture.looked_ns)
+cdef void wake_if_overdue(capture_t *capture) noexcept nogil:
+    cdef uint64_t looked = snap_load(&capture.polling.polled_ns)
     if looked and snap_now_ns() > looked + OVERDUE_NS:
-        call_fault_threads(capture)
+        wake_fault_threads(capture)

@@ -33,7 +33,7 @@ from snapengine.engine.parallel cimport first_region, span_of
 from snapengine.engine.scan_runs cimport (
     begin_scan, clip, run_t, scan_populated, set_present, take_out_unprotected,
 )
-from snapengine.engine.session cimport (
+from snapengine.engine.state cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, note_filled,
     note_present, page_addr, page_at, region_t,
 )
@@ -95,13 +95,13 @@ cdef int _scan_all_by_pagemap(capture_t *capture, lane_t *lane, region_t *region
 cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept nogil:
     """They may have been holes. No two regions, and no two spans, have bits in one word."""
     cdef uint64_t last = (end + 511) >> 9
-    cdef uint64_t unit = bits_next(capture.hit_units, first >> 9, last)
+    cdef uint64_t unit = bits_next(capture.prearm.dirty_units, first >> 9, last)
     cdef uint64_t word
     while unit < last:
         for word in range(max(first, unit << 9) >> 6, (min(end, (unit + 1) << 9) + 63) >> 6):
-            capture.present[word] |= capture.hits[word]
+            capture.present[word] |= capture.prearm.dirty[word]
         note_filled(capture, unit << 9, 1)
-        unit = bits_next(capture.hit_units, unit + 1, last)
+        unit = bits_next(capture.prearm.dirty_units, unit + 1, last)
 
 
 cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start,
@@ -123,14 +123,14 @@ cdef int _scan_at_t(capture_t *capture, lane_t *lane, run_t run, uint64_t start,
     cdef int err, i
     for i in range(run.n):
         region = &run.first[i]
-        if capture.hits != NULL:
+        if capture.prearm.dirty != NULL:
             _add_hits(capture, page_at(region, start), page_at(region, end - PAGE) + 1)
     err = take_out_unprotected(capture, lane, run, start, end)
     for i in range(run.n):
         first = start
         last = end
         # While it stands it replaces nothing.
-        if capture.attached and not capture.stands and clip(&run.first[i], &first, &last):
+        if capture.attached and not capture.target_stopped and clip(&run.first[i], &first, &last):
             _put_back_replaced(capture, &run.first[i], first, last)
     return err
 
@@ -246,8 +246,8 @@ cdef run_t _run_at(capture_t *capture, int number, uint64_t span) noexcept nogil
 
 cdef void _scan_spans(capture_t *capture, lane_t *lane, uint64_t span, bint at_t) noexcept nogil:
     cdef int err
-    cdef int i = first_region(capture, span * capture.span_pages)
-    cdef uint64_t end = (span + 1) * capture.span_pages
+    cdef int i = first_region(capture, span * capture.parallel.span_pages)
+    cdef uint64_t end = (span + 1) * capture.parallel.span_pages
     cdef region_t *last
     cdef run_t run
     while i < capture.n_regions and capture.regions[i].first_page < end:

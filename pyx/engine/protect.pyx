@@ -3,9 +3,9 @@
 from libc.errno cimport EAGAIN, ENOENT
 
 from snapengine.base.atomics cimport snap_load
-from snapengine.engine.events cimport pump
-from snapengine.engine.fault_threads cimport serve_held
-from snapengine.engine.session cimport capture_fail
+from snapengine.engine.events cimport drain_events
+from snapengine.engine.fault_threads cimport serve_deferred
+from snapengine.engine.state cimport capture_fail
 from snapengine.kernel.uffd cimport protect_mapped, uffd_protect
 
 
@@ -24,8 +24,8 @@ cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t
             # pause.
             if snap_load(&capture.failed):
                 return err
-            pump(capture, lane)
-            serve_held(capture, lane)
+            drain_events(capture, lane)
+            serve_deferred(capture, lane)
             continue
         if err:
             capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)

@@ -18,7 +18,7 @@ shorter or longer than it might be.
 from snapengine.base.atomics cimport snap_add, snap_peek, snap_set
 from snapengine.pipeline.pool cimport pool_has_any
 from snapengine.base.pthreads cimport snap_now_ns
-from snapengine.engine.session cimport STREAMS, stream_t
+from snapengine.engine.state cimport STREAMS, stream_t
 
 cdef uint64_t RUN_MAX = 64
 cdef uint64_t AROUND = 16
@@ -31,12 +31,12 @@ cdef uint64_t run_from(capture_t *capture, uint64_t page, uint64_t most) noexcep
     cdef uint64_t n = 1
     cdef stream_t *stream
     for i in range(STREAMS):
-        stream = &capture.streams[i]
+        stream = &capture.readaround.streams[i]
         if snap_peek(&stream.next_page) == page:
             n = min(2 * snap_peek(&stream.run_pages), RUN_MAX)
             break
     else:
-        stream = &capture.streams[snap_add(&capture.next_stream, 1) % STREAMS]
+        stream = &capture.readaround.streams[snap_add(&capture.readaround.next_stream, 1) % STREAMS]
     n = max(min(n, most), <uint64_t>1)
     snap_set(&stream.run_pages, n)
     snap_set(&stream.next_page, page + n)
@@ -45,10 +45,10 @@ cdef uint64_t run_from(capture_t *capture, uint64_t page, uint64_t most) noexcep
 
 cdef bint _thick(capture_t *capture) noexcept nogil:
     cdef uint64_t now = snap_now_ns()
-    cdef uint64_t gap = min(now - snap_peek(&capture.last_fault_ns), GAP_MAX_NS)
-    gap = (7 * snap_peek(&capture.fault_gap_ns) + gap) // 8
-    snap_set(&capture.last_fault_ns, now)
-    snap_set(&capture.fault_gap_ns, gap)
+    cdef uint64_t gap = min(now - snap_peek(&capture.readaround.last_fault_ns), GAP_MAX_NS)
+    gap = (7 * snap_peek(&capture.readaround.gap_ns) + gap) // 8
+    snap_set(&capture.readaround.last_fault_ns, now)
+    snap_set(&capture.readaround.gap_ns, gap)
     return gap < THICK_NS
 
 

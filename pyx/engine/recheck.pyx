@@ -31,7 +31,7 @@ from snapengine.kernel.procmap_query cimport vma_t
 from snapengine.engine.memfile cimport add_existing, page_exists
 from snapengine.kernel.pagemap cimport pagemap_read, scan_written, scan_written_pages, wp_bits
 from snapengine.base.pthreads cimport snap_sleep_ns
-from snapengine.engine.session cimport (
+from snapengine.engine.state cimport (
     CHECK_BITS, CHECK_SCAN, PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, next_filled,
     note_present, page_addr, page_at, place_of, region_at, region_by_addr,
 )
@@ -49,25 +49,25 @@ cdef bint _by_file(region_t *region) noexcept nogil:
     return region.presence in (PRESENCE_FILE, PRESENCE_SEEK, PRESENCE_MINCORE)
 
 
-cdef int call_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+cdef int populate_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
     """The target has mapped it, so nothing is allocated. (Unless it is punched out right now: then a huge
     page of zeros comes back, as it would by a read of the target's.)"""
     cdef uint64_t entry
     cdef int err
-    if bits_test(capture.witnessed, page >> 9):
+    if bits_test(capture.recheck.shadowed, page >> 9):
         return 0
     err = pagemap_read(capture.pagemap, page_addr(region, page), &entry, 1)
-    if not err and entry & 1 and madvise(region.witness + (page - region.first_page) * PAGE,
+    if not err and entry & 1 and madvise(region.shadow + (page - region.first_page) * PAGE,
                                          region.unit_pages * PAGE, MADV_POPULATE_READ) == 0:
-        bits_fill(capture.witnessed, page >> 9, region.unit_pages >> 9)
+        bits_fill(capture.recheck.shadowed, page >> 9, region.unit_pages >> 9)
     return err
 
 
-cdef int _call_witnesses(capture_t *capture, region_t *region) noexcept nogil:
+cdef int _populate_shadows(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t page = region.first_page
     cdef int err = 0
     while page < region.first_page + region.pages and not err:
-        err = call_witness(capture, region, page)
+        err = populate_shadow(capture, region, page)
         page += region.unit_pages
     return err
 
@@ -76,30 +76,30 @@ cdef int note_before(capture_t *capture) noexcept nogil:
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):
-        if _by_file(&capture.regions[i]) and not capture.two_step:      # else by note_again
+        if _by_file(&capture.regions[i]) and not capture.prearm.enabled:      # else by note_again
             add_existing(capture, &capture.regions[i])
-        if capture.regions[i].witness != NULL:
-            err = err or _call_witnesses(capture, &capture.regions[i])
+        if capture.regions[i].shadow != NULL:
+            err = err or _populate_shadows(capture, &capture.regions[i])
     return err
 
 
-cdef bint _witness_gone(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+cdef bint _shadow_lost(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     cdef uint64_t entry, here
     cdef uint64_t at = page
     while at < page + n:
-        if bits_test(capture.witnessed, at >> 9):
-            here = <uint64_t>region.witness + page_addr(region, at) - region.addr
-            if pagemap_read(capture.own_pagemap, here, &entry, 1) or not entry:
+        if bits_test(capture.recheck.shadowed, at >> 9):
+            here = <uint64_t>region.shadow + page_addr(region, at) - region.addr
+            if pagemap_read(capture.recheck.own_pagemap, here, &entry, 1) or not entry:
                 return True
         at = (at | 511) + 1
     return False
 
 
-cdef bint forget_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
+cdef bint drop_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
     """True if the unit at `page` has been punched out since its witness was called."""
-    if not _witness_gone(capture, region, page, 1):
+    if not _shadow_lost(capture, region, page, 1):
         return False
-    bits_clear(capture.witnessed, page >> 9, region.unit_pages >> 9)
+    bits_clear(capture.recheck.shadowed, page >> 9, region.unit_pages >> 9)
     return True
 
 
@@ -113,12 +113,12 @@ cdef void note_again(capture_t *capture) noexcept nogil:
         if _by_file(region):
             add_existing(capture, region)
         page = region.first_page
-        while region.witness != NULL and page < region.first_page + region.pages:
-            forget_witness(capture, region, page)
+        while region.shadow != NULL and page < region.first_page + region.pages:
+            drop_shadow(capture, region, page)
             page += region.unit_pages
 
 
-cdef void _distrust_replaced(capture_t *capture, region_t *region) noexcept nogil:
+cdef void _invalidate_replaced(capture_t *capture, region_t *region) noexcept nogil:
     """Where the target has mapped something else since it was listed, the file holds other bytes: that counts
     as data, and is found lost."""
     cdef uint64_t at = region.addr
@@ -130,7 +130,7 @@ cdef void _distrust_replaced(capture_t *capture, region_t *region) noexcept nogi
         last = min(vma.end, end)
         if vma.inode != region.inode or vma.offset - vma.start != region.file_offset - region.addr:
             note_present(capture, region.first_page + (first - region.addr) // PAGE, (last - first) // PAGE)
-            distrust(capture, first, last - first, False)
+            invalidate(capture, first, last - first, False)
         at = vma.end
 
 
@@ -140,11 +140,11 @@ cdef int note_at_t(capture_t *capture) noexcept nogil:
     cdef int err = 0
     for i in range(capture.n_regions):
         if capture.attached and capture.regions[i].shared and capture.regions[i].reading == READ_FILE:
-            _distrust_replaced(capture, &capture.regions[i])
+            _invalidate_replaced(capture, &capture.regions[i])
         if capture.regions[i].presence == PRESENCE_FILE:
             add_existing(capture, &capture.regions[i])
-        if capture.regions[i].witness != NULL:
-            err = err or _call_witnesses(capture, &capture.regions[i])
+        if capture.regions[i].shadow != NULL:
+            err = err or _populate_shadows(capture, &capture.regions[i])
     return err
 
 
@@ -166,16 +166,16 @@ cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
         return
     page = page_at(region, addr)
     if bits_test(capture.present, page) and not bits_test(capture.saved, page) and not is_late(region, page):
-        snap_fetch_or(&capture.distrusted[page >> 6], <uint64_t>1 << (page & 63))
+        snap_fetch_or(&capture.recheck.invalidated[page >> 6], <uint64_t>1 << (page & 63))
 
 
 cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept nogil:
     """Whether any of n pages is not protected any more, or it cannot be told."""
     cdef uint64_t pages = 0
     cdef uint64_t count
-    if capture.check_by == CHECK_SCAN:
+    if capture.recheck.check_by == CHECK_SCAN:
         return scan_written(capture.pagemap, addr, addr + n * PAGE) != 0
-    while n and capture.check_by == CHECK_BITS:
+    while n and capture.recheck.check_by == CHECK_BITS:
         count = min(n, <uint64_t>64)
         if wp_bits(capture.pagemap, addr, count, &pages) or ~pages & bits_mask(0, count):
             return True
@@ -187,34 +187,34 @@ cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept n
 cdef bint _unprotected_pages(capture_t *capture, uint64_t addr, uint64_t n, uint64_t mask) noexcept nogil:
     """The same of those in `mask`, of n ≤ 64 pages from addr on."""
     cdef uint64_t pages = 0
-    if capture.check_by == CHECK_SCAN:
+    if capture.recheck.check_by == CHECK_SCAN:
         return scan_written_pages(capture.pagemap, addr, n, &pages) != 0 or pages & mask
-    if capture.check_by == CHECK_BITS:
+    if capture.recheck.check_by == CHECK_BITS:
         return wp_bits(capture.pagemap, addr, n, &pages) != 0 or ~pages & mask
     return False
 
 
 cdef bint _still_there(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     """In rounds the last one tells: what is punched out is copied again."""
-    return region.witness == NULL or capture.data != NULL or not _witness_gone(capture, region, page, n)
+    return region.shadow == NULL or capture.data != NULL or not _shadow_lost(capture, region, page, n)
 
 
-cdef void _await_readers(capture_t *capture, region_t *region) noexcept nogil:
-    while region.own and snap_load(&capture.reading):
+cdef void _await_event_readers(capture_t *capture, region_t *region) noexcept nogil:
+    while region.own and snap_load(&capture.recheck.event_readers):
         snap_sleep_ns(2000)
 
 
-cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+cdef bint still_valid(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     cdef uint64_t addr = page_addr(region, page)
     if region.check and _unprotected(capture, addr, n):
         return False
     if not _still_there(capture, region, page, n):
         return False
-    _await_readers(capture, region)
-    return bits_next(capture.distrusted, page, page + n) == page + n
+    _await_event_readers(capture, region)
+    return bits_next(capture.recheck.invalidated, page, page + n) == page + n
 
 
-cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
+cdef bint all_still_valid(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
     """Between these pages others may have been saved and released: so which ones, not whether any."""
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t n = 64 - snap_clz(mask) - first
@@ -222,19 +222,19 @@ cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, ui
         return False
     if not _still_there(capture, region, page + first, n):
         return False
-    _await_readers(capture, region)
-    return not snap_load(&capture.distrusted[page >> 6]) & mask
+    _await_event_readers(capture, region)
+    return not snap_load(&capture.recheck.invalidated[page >> 6]) & mask
 
 
-cdef void _distrust_pages(capture_t *capture, uint64_t page, uint64_t last) noexcept nogil:
+cdef void _invalidate_pages(capture_t *capture, uint64_t page, uint64_t last) noexcept nogil:
     cdef uint64_t count
     while page < last:
         count = min(64 - (page & 63), last - page)
-        snap_fetch_or(&capture.distrusted[page >> 6], bits_mask(page & 63, count))
+        snap_fetch_or(&capture.recheck.invalidated[page >> 6], bits_mask(page & 63, count))
         page += count
 
 
-cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil:
+cdef void invalidate(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil:
     cdef int place = place_of(capture, start)
     cdef uint64_t page, last
     cdef uint64_t run_end = 0
@@ -247,8 +247,8 @@ cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own
         page = region.first_page + (max(start, region.addr) - region.addr) // PAGE
         last = region.first_page + min((start + length - region.addr) // PAGE, region.pages)
         if not snap_load(&capture.armed):   # what holds something is not known yet
-            _distrust_pages(capture, page, last)
+            _invalidate_pages(capture, page, last)
             continue
         while next_filled(capture, &page, last, &run_end):
-            _distrust_pages(capture, page, run_end)
+            _invalidate_pages(capture, page, run_end)
             page = run_end

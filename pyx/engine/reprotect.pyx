@@ -4,15 +4,18 @@ from libc.errno cimport EAGAIN, ESRCH
 
 from snapengine.base.atomics cimport snap_load, snap_peek
 from snapengine.base.bitmap cimport bits_fill, bits_next, bits_test
-from snapengine.engine.events cimport protect_left, pump
+from snapengine.engine.events cimport protect_left, drain_events
 from snapengine.engine.memfile cimport page_exists
 from snapengine.engine.parallel cimport first_region
 from snapengine.engine.protect cimport protect_range
 from snapengine.engine.save cimport unit_range
-from snapengine.engine.session cimport (
+from snapengine.engine.state cimport (
     PRESENCE_FILE, PRESENCE_MINCORE, PRESENCE_SEEK, capture_fail, note_present, page_addr, page_at, place_of,
     region_by_addr, region_t,
 )
+
+cdef extern from "engine/controls.h" nogil:
+    bint snap_control(bint on)
 
 cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
 
@@ -21,7 +24,7 @@ cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_
                         uint64_t length) noexcept nogil:
     cdef int err = protect_left(capture, capture.uffds[uffd], addr, length)
     while err == EAGAIN and not snap_load(&capture.failed):
-        pump(capture, lane)
+        drain_events(capture, lane)
         err = protect_left(capture, capture.uffds[uffd], addr, length)
     if err == ESRCH:                        # it has ended
         return 0
@@ -62,14 +65,14 @@ cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nog
     return last
 
 
-cdef void _hit_for_all(capture_t *capture, uint64_t addr) noexcept nogil:
+cdef void _dirty_for_all(capture_t *capture, uint64_t addr) noexcept nogil:
     """The page at `addr`, in every region that has bytes in it: neighbours, by address."""
     cdef int place = place_of(capture, addr)
     cdef uint64_t page
     while place < capture.n_regions and region_by_addr(capture, place).track_start <= addr:
         page = page_at(region_by_addr(capture, place), addr)
-        bits_fill(capture.hits, page, 1)
-        bits_fill(capture.hit_units, page >> 9, 1)
+        bits_fill(capture.prearm.dirty, page, 1)
+        bits_fill(capture.prearm.dirty_units, page >> 9, 1)
         place += 1
 
 
@@ -81,19 +84,19 @@ cdef void share_edges(capture_t *capture) noexcept nogil:
         region = &capture.regions[i]
         for which in range(2):
             page = region.first_page + (region.pages - 1 if which else 0)
-            if (region.end if which else region.start) & 4095 and bits_test(capture.hits, page):
-                _hit_for_all(capture, page_addr(region, page))
+            if (region.end if which else region.start) & 4095 and bits_test(capture.prearm.dirty, page):
+                _dirty_for_all(capture, page_addr(region, page))
 
 
-cdef bint _next_hit_units(capture_t *capture, uint64_t *page, uint64_t end,
+cdef bint _next_dirty_units(capture_t *capture, uint64_t *page, uint64_t end,
                           uint64_t *run_end) noexcept nogil:
     """The next run of units with hits in [page, end): False if there is none."""
     cdef uint64_t last = (end + 511) >> 9
-    cdef uint64_t unit = bits_next(capture.hit_units, page[0] >> 9, last)
+    cdef uint64_t unit = bits_next(capture.prearm.dirty_units, page[0] >> 9, last)
     if page[0] >= end or unit == last:
         return False
     page[0] = max(page[0], unit << 9)
-    while unit < last and bits_test(capture.hit_units, unit):
+    while unit < last and bits_test(capture.prearm.dirty_units, unit):
         unit += 1
     run_end[0] = min(unit << 9, end)
     return True
@@ -103,13 +106,13 @@ cdef void _note_filled(capture_t *capture, region_t *region) noexcept nogil:
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
     cdef uint64_t units_end = 0
-    while _next_hit_units(capture, &page, end, &units_end):
-        page = bits_next(capture.hits, page, units_end)
+    while _next_dirty_units(capture, &page, end, &units_end):
+        page = bits_next(capture.prearm.dirty, page, units_end)
         while page < units_end:
             # What a hit has taken along may be a hole still.
             if not bits_test(capture.present, page) and page_exists(region, page):
                 note_present(capture, page, 1)
-            page = bits_next(capture.hits, page + 1, units_end)
+            page = bits_next(capture.prearm.dirty, page + 1, units_end)
 
 
 cdef void note_filled_holes(capture_t *capture) noexcept nogil:
@@ -124,25 +127,25 @@ cdef int _protect_part(capture_t *capture, lane_t *lane, region_t *region, uint6
     cdef uint64_t last
     cdef uint64_t units_end = 0
     cdef int err = 0
-    while not err and _next_hit_units(capture, &page, end, &units_end):
-        page = bits_next(capture.hits, page, units_end)
+    while not err and _next_dirty_units(capture, &page, end, &units_end):
+        page = bits_next(capture.prearm.dirty, page, units_end)
         while page < units_end and not err:
-            last = _run_end(capture.hits, page, units_end)
+            last = _run_end(capture.prearm.dirty, page, units_end)
             err = _protect_run(capture, lane, region, page, last - page)
-            page = bits_next(capture.hits, last, units_end)
+            page = bits_next(capture.prearm.dirty, last, units_end)
     return err
 
 
-cdef uint64_t hit_pieces(capture_t *capture) noexcept nogil:
-    return (capture.page_end + capture.hit_pages - 1) // capture.hit_pages
+cdef uint64_t reprotect_pieces(capture_t *capture) noexcept nogil:
+    return (capture.page_end + capture.prearm.piece_pages - 1) // capture.prearm.piece_pages
 
 
-cdef void protect_hits(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
-    cdef uint64_t first = piece * capture.hit_pages
-    cdef uint64_t end = first + capture.hit_pages
+cdef void reprotect(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
+    cdef uint64_t first = piece * capture.prearm.piece_pages
+    cdef uint64_t end = first + capture.prearm.piece_pages
     cdef int i = first_region(capture, first)
     cdef region_t *region
-    while i < capture.n_regions and capture.regions[i].first_page < end and not capture.forget_hits:
+    while i < capture.n_regions and capture.regions[i].first_page < end and not snap_control(capture.skip_reprotect):
         region = &capture.regions[i]
         if _protect_part(capture, lane, region, max(first, region.first_page),
                          min(end, region.first_page + region.pages)):

@@ -10,11 +10,11 @@ from libc.errno cimport EAGAIN, ENOENT, ESRCH
 
 from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
-from snapengine.engine.events cimport call_fault_threads, pump
+from snapengine.engine.events cimport wake_fault_threads, drain_events
 from snapengine.image.format cimport SNAP_HOLE
 from snapengine.pipeline.pool cimport lane_room
 from snapengine.base.pthreads cimport snap_sleep_ns
-from snapengine.engine.session cimport PRESENCE_BITS, capture_fail, page_addr
+from snapengine.engine.state cimport PRESENCE_BITS, capture_fail, page_addr
 from snapengine.engine.source cimport copy_run, copy_window, put_pages
 from snapengine.kernel.uffd cimport uffd_unprotect, uffd_wake
 
@@ -74,10 +74,10 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
             return
         # An event waits: a fault thread reads it; a walker leaves that to them once they serve.
         if not lane.walks or not snap_load(&capture.armed):
-            pump(capture, lane)
+            drain_events(capture, lane)
         else:
-            if snap_load(&capture.looked_ns):
-                call_fault_threads(capture)
+            if snap_load(&capture.polling.polled_ns):
+                wake_fault_threads(capture)
             snap_sleep_ns(20000)
     if err == ENOENT and length > PAGE:
         # Part of the run is unmapped by now: the rest must still be released, past any event, and who waits

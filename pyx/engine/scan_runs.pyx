@@ -9,7 +9,7 @@ from libc.stdint cimport uint64_t
 from snapengine.base.bitmap cimport bits_clear, bits_or
 from snapengine.kernel.linux cimport PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN
 from snapengine.kernel.pagemap cimport pagemap_read, scan_step, scan_t
-from snapengine.engine.session cimport clear_pages, next_filled, note_present
+from snapengine.engine.state cimport clear_pages, next_filled, note_present
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED

@@ -5,30 +5,33 @@ pages with anything on the heap) is protected.
 """
 
 from libc.errno cimport ENOTTY
-from libc.stdint cimport uintptr_t
-
+from libc.stdint cimport uint32_t, uintptr_t
 from posix.unistd cimport close
 
 import os
 
-from snapengine.base.atomics cimport snap_load, snap_peek, snap_swap_if
-from snapengine.base.bitmap cimport bits_clear, bits_count, bits_fill, bits_next, bits_or, bits_test
+from snapengine.base.atomics cimport snap_load, snap_peek
 from snapengine.base.nofault cimport guard_begin, guard_end
-from snapengine.base.histogram cimport (
-    HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
+from snapengine.base.pthreads cimport pthread_cond_init, pthread_mutex_init
+from snapengine.engine.counters cimport (
+    count_final_pages, fault_buckets, fault_quantiles, list_lost_runs, sum_counters,
 )
-from snapengine.kernel.procmap_query cimport next_vma, vma_t
+from snapengine.engine.state cimport (
+    CHECK_BITS, CHECK_NONE, CHECK_SCAN, FAULT_LANES_MAX, PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE,
+    PRESENCE_MINCORE, PRESENCE_SEEK, READ_FILE, READ_MEMORY, READ_PROCESS, UFFDS_MAX, WALKERS_MAX,
+    capture_fail, lane_t, note_filled,
+)
 from snapengine.kernel.pagemap cimport guard_category
 from snapengine.kernel.pagemap import has_pagemap_scan, has_wp_bits
-from snapengine.pipeline.pool cimport NO_SLOT, Pool, pool_fail
-from snapengine.base.pthreads cimport (
-    pthread_cond_broadcast, pthread_cond_init, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock,
-)
+from snapengine.kernel.procmap_query cimport next_vma, vma_t
+from snapengine.pipeline.pool cimport NO_SLOT, Pool
+
+cdef extern from "engine/controls.h" nogil:
+    bint snap_control(bint on)
 
 # 128 MiB: no two spans share a word of a bitmap, even at 512 pages a bit.
 cdef uint64_t SPAN_PAGES = 32768
-cdef uint64_t HIT_PAGES = 4096      # small enough that two walkers share a hot set of some MiB
+cdef uint64_t REPROTECT_PAGES = 4096      # small enough that two walkers share a hot set of some MiB
 cdef uint64_t PIECE_PAGES = 8192    # 32 MiB: to protect 4 KiB pages takes 0.8 ms; whole huge pages
 cdef uint64_t PIECE_MOST_PAGES = 1 << 20    # 4 GiB: 64 ms if all of it is in use; no call can be cancelled
 cdef uint64_t SPANS = 4096
@@ -38,84 +41,6 @@ _PRESENCE = {
     "all": PRESENCE_ALL, "bits": PRESENCE_BITS, "seek": PRESENCE_SEEK, "mincore": PRESENCE_MINCORE,
     "file": PRESENCE_FILE,
 }
-
-
-cdef void capture_fail(capture_t *capture, int err, const char *call, uint64_t addr) noexcept nogil:
-    if snap_swap_if(&capture.failed, 0, err):
-        capture.failed_call = call
-        capture.failed_addr = addr
-    pool_fail(capture.pool)
-    pthread_mutex_lock(&capture.lock)
-    pthread_cond_broadcast(&capture.changed)
-    pthread_cond_broadcast(&capture.work)
-    pthread_mutex_unlock(&capture.lock)
-
-
-cdef region_t *region_by_addr(capture_t *capture, int place) noexcept nogil:
-    return &capture.regions[capture.by_addr[place]]
-
-
-cdef int place_of(capture_t *capture, uint64_t addr) noexcept nogil:
-    cdef int low = 0
-    cdef int high = capture.n_regions
-    cdef int middle
-    while low < high:
-        middle = (low + high) // 2
-        if region_by_addr(capture, middle).track_end <= addr:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-cdef region_t *region_at(capture_t *capture, uint64_t addr) noexcept nogil:
-    cdef int place = place_of(capture, addr)
-    cdef region_t *region
-    if place == capture.n_regions:
-        return NULL
-    region = region_by_addr(capture, place)
-    return region if region.track_start <= addr else NULL
-
-
-cdef void note_filled(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
-    bits_or(capture.filled, first >> 9, ((first + n - 1) >> 9) - (first >> 9) + 1)
-
-
-cdef void note_present(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
-    bits_fill(capture.present, first, n)
-    note_filled(capture, first, n)
-
-
-cdef bint next_filled(capture_t *capture, uint64_t *page, uint64_t end, uint64_t *run_end) noexcept nogil:
-    cdef uint64_t last = (end + 511) >> 9
-    cdef uint64_t unit
-    if page[0] >= end:
-        return False
-    unit = bits_next(capture.filled, page[0] >> 9, last)
-    if unit == last:
-        return False
-    page[0] = max(page[0], unit << 9)
-    while unit < last and bits_test(capture.filled, unit):
-        unit += 1
-    run_end[0] = min(unit << 9, end)
-    return True
-
-
-cdef void clear_pages(capture_t *capture, uint64_t *bits, uint64_t first, uint64_t n) noexcept nogil:
-    cdef uint64_t end = first + n
-    cdef uint64_t run_end = 0
-    while next_filled(capture, &first, end, &run_end):
-        bits_clear(bits, first, run_end - first)
-        first = run_end
-
-
-cdef uint64_t page_addr(region_t *region, uint64_t page) noexcept nogil:
-    return region.addr + (page - region.first_page) * 4096
-
-
-cdef uint64_t page_at(region_t *region, uint64_t addr) noexcept nogil:
-    addr = min(max(addr, region.addr), region.addr + (region.pages - 1) * 4096)
-    return region.first_page + (addr - region.addr) // 4096
 
 
 cdef bint _holes_wait(region_t *region, bint rounds) noexcept nogil:
@@ -150,11 +75,11 @@ cdef class Session:
         Walkers compute the checksums of what they save: where it is stored as it is.
     attached:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
-    stands:
-        Not if it stands still from before they were listed until T.
+    target_stopped:
+        No, because it is stopped from before they were listed until T.
     two_step:
         Protect while the target runs, and at T only what it has written to meanwhile.
-    look_pages:
+    poll_pages:
         While writers fault, the first walker looks for faults itself, after so many pages (a power of 2, at
         most 64); 0: it leaves them to the fault threads. None: 32 for memory of this process, 0 otherwise
         (there each page takes it twice as long, and saving took 370 instead of 278 ms).
@@ -164,18 +89,21 @@ cdef class Session:
 
     def __init__(self, list plans, int uffd, uint64_t features, int pid=0, int pidfd=-1, *,
                  uint64_t memory_limit, int fault_threads, int encoders, int walkers=1, spill_dir=None,
-                 bint rounds=False, bint attached=False, bint stands=False, bint sums=False,
-                 bint two_step=False, bint use_scan=True, bint early=False, bint forget_hits=False,
-                 uint64_t arm_piece=0, look_pages=None):
+                 bint rounds=False, bint attached=False, bint target_stopped=False, bint sums=False,
+                 bint two_step=False, bint use_scan=True, bint serve_before_t=False,
+                 bint skip_reprotect=False,
+                 uint64_t arm_piece=0, poll_pages=None):
         cdef capture_t *capture
         cdef int i
         if not 1 <= fault_threads <= FAULT_LANES_MAX:
             raise ValueError(f"fault_threads: {fault_threads} is not in 1 ... {FAULT_LANES_MAX}")
         if not 1 <= walkers <= WALKERS_MAX:
             raise ValueError(f"walkers: {walkers} is not in 1 ... {WALKERS_MAX}")
-        look = (0 if pid else 32) if look_pages is None else look_pages
-        if look not in (0, 1, 2, 4, 8, 16, 32, 64):
-            raise ValueError(f"look_pages: {look} is neither 0 nor a power of 2 up to 64")
+        poll_pages = (0 if pid else 32) if poll_pages is None else poll_pages
+        if poll_pages not in (0, 1, 2, 4, 8, 16, 32, 64):
+            raise ValueError(f"poll_pages: {poll_pages} is neither 0 nor a power of 2 up to 64")
+        if (serve_before_t or skip_reprotect) and not snap_control(True):
+            raise ValueError("this build has no negative controls (SNAPENGINE_CONTROLS)")
         self.bitmaps = []
         self.owned_fds = []
         self.fault_lanes = fault_threads
@@ -192,15 +120,15 @@ cdef class Session:
         capture.features = features
         capture.has_scan = use_scan and has_pagemap_scan()
         capture.guard = guard_category() if capture.has_scan else 0
-        capture.check_by = CHECK_SCAN if capture.has_scan else CHECK_BITS if has_wp_bits() else CHECK_NONE
+        capture.recheck.check_by = CHECK_SCAN if capture.has_scan else CHECK_BITS if has_wp_bits() else CHECK_NONE
         capture.n_fault_lanes = fault_threads
         capture.n_lanes = fault_threads + 1 + walkers
-        capture.early = early
-        capture.two_step = two_step and not early
-        capture.forget_hits = forget_hits
+        capture.serve_before_t = serve_before_t
+        capture.prearm.enabled = two_step and not serve_before_t
+        capture.skip_reprotect = skip_reprotect
         capture.arm_piece = arm_piece
-        capture.look_pages = look
-        capture.scarce = walkers >= len(os.sched_getaffinity(0))
+        capture.polling.every_pages = poll_pages
+        capture.parallel.cpus_scarce = walkers >= len(os.sched_getaffinity(0))
         capture.stop_event = -1
         capture.epoll = -1
         self.descriptors = Arena(UFFDS_MAX * sizeof(int), True)
@@ -211,27 +139,27 @@ cdef class Session:
         capture.n_uffds = 1
         pthread_mutex_init(&capture.lock, NULL)
         pthread_cond_init(&capture.changed, NULL)
-        pthread_cond_init(&capture.work, NULL)
-        pthread_cond_init(&capture.done, NULL)
+        pthread_cond_init(&capture.parallel.wanted, NULL)
+        pthread_cond_init(&capture.parallel.done, NULL)
         for i in range(capture.n_regions):
             self._set_region(&capture.regions[i], plans[i])
             if rounds:
                 capture.regions[i].check = False    # a page written while it is copied comes again
-            if early or forget_hits:
+            if serve_before_t or skip_reprotect:
                 # These negative controls read everything, and believe it.
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
                 capture.regions[i].own = False
-                capture.regions[i].witness = NULL
+                capture.regions[i].shadow = NULL
                 capture.regions[i].keep_huge = False
             capture.regions[i].holes_wait = _holes_wait(&capture.regions[i], rounds)
         self._sort_by_addr()
         capture.attached = attached
-        capture.stands = stands
-        capture.mem = capture.maps = capture.own_pagemap = -1
+        capture.target_stopped = target_stopped
+        capture.mem = capture.maps = capture.recheck.own_pagemap = -1
         # So that what nobody uses of a large reservation costs nothing: some thousand pieces at most.
-        capture.span_pages = _scaled(SPAN_PAGES, capture.page_end, SPANS, PIECE_MOST_PAGES)
-        capture.hit_pages = _scaled(HIT_PAGES, capture.page_end, SPANS, capture.page_end)
+        capture.parallel.span_pages = _scaled(SPAN_PAGES, capture.page_end, SPANS, PIECE_MOST_PAGES)
+        capture.prearm.piece_pages = _scaled(REPROTECT_PAGES, capture.page_end, SPANS, capture.page_end)
         capture.piece_bytes = _scaled(PIECE_PAGES, capture.total_pages, SPANS, PIECE_MOST_PAGES) * 4096
         try:
             self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
@@ -280,9 +208,9 @@ cdef class Session:
         region.sparse = plan.sparse
         region.check = plan.check
         region.own = plan.own
-        region.witness = <char *><uintptr_t>plan.witness
-        region.held_start = plan.track_start
-        region.held_end = plan.track_end
+        region.shadow = <char *><uintptr_t>plan.witness
+        region.registered_start = plan.track_start
+        region.registered_end = plan.track_end
         region.alone_before = plan.alone_before
         region.alone_after = plan.alone_after
         region.follows = plan.follows
@@ -304,8 +232,8 @@ cdef class Session:
         self.owned_fds.append(capture.maps)
         if capture.attached:
             self._make_vma_table()
-        capture.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        self.owned_fds.append(capture.own_pagemap)
+        capture.recheck.own_pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self.owned_fds.append(capture.recheck.own_pagemap)
         capture.stop_event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.owned_fds.append(capture.stop_event)
         capture.spare_fd = os.dup(capture.stop_event)
@@ -317,9 +245,9 @@ cdef class Session:
         if next_vma(self.capture.maps, 0, &first) != ENOTTY:
             return 0
         with open("/proc/sys/vm/max_map_count", "rb") as limit:
-            self.capture.vmas_room = int(limit.read()) + 64     # [vsyscall], and what the kernel maps itself
-        self.vmas = Arena(self.capture.vmas_room * sizeof(vma_t))
-        self.capture.vmas = <vma_t *>self.vmas.base
+            self.capture.vma_table.room = int(limit.read()) + 64     # [vsyscall], and what the kernel maps itself
+        self.vmas = Arena(self.capture.vma_table.room * sizeof(vma_t))
+        self.capture.vma_table.vmas = <vma_t *>self.vmas.base
         return 0
 
     cdef uint64_t *_bitmap(self, uint64_t bits) except NULL:
@@ -336,12 +264,12 @@ cdef class Session:
         self.capture.present = self._bitmap(pages)
         self.capture.huge = self._bitmap((pages >> 9) + 1)
         self.capture.guards = self._bitmap(pages)
-        self.capture.gone = self._bitmap((pages >> 9) + 1)
-        self.capture.witnessed = self._bitmap((pages >> 9) + 1)
-        self.capture.distrusted = self._bitmap(pages)
-        if self.capture.two_step:
-            self.capture.hits = self._bitmap(pages)
-            self.capture.hit_units = self._bitmap((pages >> 9) + 1)
+        self.capture.unregistered = self._bitmap((pages >> 9) + 1)
+        self.capture.recheck.shadowed = self._bitmap((pages >> 9) + 1)
+        self.capture.recheck.invalidated = self._bitmap(pages)
+        if self.capture.prearm.enabled:
+            self.capture.prearm.dirty = self._bitmap(pages)
+            self.capture.prearm.dirty_units = self._bitmap((pages >> 9) + 1)
         if rounds:
             self.capture.data = self._bitmap(pages)
             self.capture.own_copies = self._bitmap(pages)
@@ -382,70 +310,23 @@ cdef class Session:
 
     def counters(self):
         """Sums over the threads so far: data, zero, hole and lost pages, faults, faults before T."""
-        cdef uint64_t data = 0, zero = 0, hole = 0, lost = 0, faults = 0, arming = 0
-        cdef int i
-        cdef lane_t *lane
-        for i in range(self.capture.n_lanes):
-            lane = &self.capture.lanes[i]
-            data += snap_peek(&lane.data_pages)
-            zero += snap_peek(&lane.zero_pages)
-            hole += snap_peek(&lane.hole_pages)
-            lost += snap_peek(&lane.lost_pages)
-            faults += snap_peek(&lane.faults)
-            arming += snap_peek(&lane.arming_faults)
-        return {"data": data, "zero": zero, "hole": hole, "lost": lost, "faults": faults,
-                "arming_faults": arming}
+        return sum_counters(self.capture)
 
     def final_pages(self):
         """Dirty logging: pages whose last version is data, by the end of the last round."""
-        cdef uint64_t page = 0, end = 0, count = 0
-        while next_filled(self.capture, &page, self.capture.page_end, &end):
-            count += bits_count(self.capture.data, page, end - page)
-            page = end
-        return count
+        return count_final_pages(self.capture)
 
     def fault_ns(self):
-        """{"p50", "p99", "max"} of the time from seeing a fault to its release, in ns."""
-        cdef histogram_t total = self._fault_histogram()
-        return {
-            "p50": histogram_quantile(&total, 0.5),
-            "p99": histogram_quantile(&total, 0.99),
-            "max": total.longest,
-        }
+        """{"p50", "p99", "max"} of the time from reading a fault to its release, in ns."""
+        return fault_quantiles(self.capture)
 
     def fault_histogram(self):
         """[(least ns of the bucket, faults)] of the same times, ascending, empty buckets left out."""
-        cdef histogram_t total = self._fault_histogram()
-        cdef int i
-        return [(bucket_least(i), total.counts[i]) for i in range(HISTOGRAM_BUCKETS) if total.counts[i]]
-
-    cdef histogram_t _fault_histogram(self) noexcept:
-        cdef histogram_t total = self.capture.lanes[0].histogram
-        cdef int i
-        for i in range(1, self.capture.n_lanes):
-            histogram_merge(&total, &self.capture.lanes[i].histogram)
-        return total
+        return fault_buckets(self.capture)
 
     def lost_runs(self):
         """(address, bytes) of memory that was gone before it could be saved."""
-        cdef uint64_t page, stop, last
-        cdef uint64_t filled_end = 0
-        cdef int i
-        cdef region_t *region
-        runs = []
-        for i in range(self.capture.n_regions):
-            region = &self.capture.regions[i]
-            page = region.first_page
-            stop = page + region.pages
-            while next_filled(self.capture, &page, stop, &filled_end):
-                page = bits_next(self.capture.lost, page, filled_end)
-                while page < filled_end:
-                    last = page
-                    while last < filled_end and bits_test(self.capture.lost, last):
-                        last += 1
-                    runs.append((page_addr(region, page), (last - page) * 4096))
-                    page = bits_next(self.capture.lost, last, filled_end)
-        return runs
+        return list_lost_runs(self.capture)
 
     @property
     def arm_ns(self):
@@ -478,9 +359,9 @@ cdef class Session:
         return snap_peek(&self.capture.lanes[0].faults)
 
     @property
-    def calls(self):
-        """How often it was overdue, and the fault threads were called."""
-        return self.capture.calls
+    def poll_wakeups(self):
+        """How often its poll was overdue, and the fault threads were woken."""
+        return self.capture.polling.wakeups
 
     @property
     def has_scan(self):
@@ -490,7 +371,7 @@ cdef class Session:
     @property
     def checks_protection(self):
         """Whether it is asked after each copy if the pages were still protected."""
-        return self.capture.check_by != CHECK_NONE
+        return self.capture.recheck.check_by != CHECK_NONE
 
     @property
     def armed(self):

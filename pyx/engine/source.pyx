@@ -18,11 +18,11 @@ from snapengine.base.pages cimport copy_page, copy_page_sum, page_nonzero
 from snapengine.kernel.pagemap cimport pagemap_read
 from snapengine.pipeline.pool cimport lane_entry, lane_slot
 from snapengine.kernel.processvm cimport iovec, process_vm_readv
-from snapengine.engine.session cimport (
+from snapengine.engine.state cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_FILE, PRESENCE_SEEK, READ_FILE, READ_MEMORY,
     clear_pages, page_addr,
 )
-from snapengine.engine.recheck cimport all_believable, believable, punched
+from snapengine.engine.recheck cimport all_still_valid, still_valid, punched
 
 cdef extern from "<unistd.h>" nogil:
     const int SEEK_DATA
@@ -339,7 +339,7 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
     cdef mark_t mark = _mark(lane)
     cdef uint64_t i
     cdef int err = _copy(capture, lane, region, page, n)
-    if err or believable(capture, region, page, n):
+    if err or still_valid(capture, region, page, n):
         return err
     # Some page is not what it was at T: it was discarded, replaced, moved or merged before or while it was
     # copied. Take the run back; keep the pages that are still good.
@@ -366,7 +366,7 @@ cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_
         if err:
             return err
         rest &= ~bits_mask(first, n)
-    if all_believable(capture, region, page, mask):
+    if all_still_valid(capture, region, page, mask):
         return 0
     _take_back(lane, &mark)
     while mask:

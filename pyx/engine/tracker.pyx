@@ -13,7 +13,7 @@ The other walkers help to protect, wait for `armed`, and walk.
 Shared words: capture.armed, stopping and finished are written by the first walker only (release) and
 read by all (acquire); capture.go and held by the caller, together, and held once more to 0.
 capture.failed is set once by whoever fails first. If a walker stops anywhere before `finished`, writers of
-unsaved pages wait; every failure path therefore runs through forget_all, and the death of the process
+unsaved pages wait; every failure path therefore runs through close_all, and the death of the process
 closes the userfaultfd, which does the same in the kernel.
 """
 
@@ -23,17 +23,18 @@ from posix.unistd cimport close, getpid, write
 
 from snapengine.engine.arming cimport arm
 from snapengine.base.atomics cimport snap_leave, snap_load, snap_store
-from snapengine.engine.events cimport WATCH_PID, WATCH_STOP, forget_all, watch
-from snapengine.engine.fault_threads cimport answer_missing, fault_thread, serve_held
-from snapengine.engine.parallel cimport help_pieces
+from snapengine.engine.events cimport WATCH_PID, WATCH_STOP, close_all, watch
+from snapengine.engine.fault_threads cimport answer_missing, fault_thread, serve_deferred
+from snapengine.engine.parallel cimport help_parallel
 from snapengine.pipeline.pool cimport lane_close, lane_open, pool_end
 from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_wait, pthread_join, pthread_mutex_lock,
     pthread_mutex_unlock, snap_name_thread, snap_nice_slice, snap_now_ns, snap_sleep_ns, snap_thread_start,
 )
-from snapengine.engine.session cimport Session, capture_fail, capture_t, lane_t
+from snapengine.engine.session cimport Session
+from snapengine.engine.state cimport capture_fail, capture_t, lane_t
 from snapengine.engine.walk cimport claim_shared_pages, save_shared_pages, walk
-from snapengine.engine.watchdog cimport warden_thread
+from snapengine.engine.watchdog cimport watchdog_thread
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
@@ -49,7 +50,7 @@ cdef void _publish(capture_t *capture, uint64_t *word) noexcept nogil:
     pthread_mutex_lock(&capture.lock)
     snap_store(word, 1)
     pthread_cond_broadcast(&capture.changed)
-    pthread_cond_broadcast(&capture.work)
+    pthread_cond_broadcast(&capture.parallel.wanted)
     pthread_mutex_unlock(&capture.lock)
 
 
@@ -57,7 +58,7 @@ cdef void _await_go(capture_t *capture) noexcept nogil:
     """The walk takes the CPUs that whoever stopped the target needs to let it go on: not before that is done.
     Faults are served meanwhile."""
     pthread_mutex_lock(&capture.lock)
-    while snap_load(&capture.held) and not snap_load(&capture.failed):
+    while snap_load(&capture.hold) and not snap_load(&capture.failed):
         pthread_cond_wait(&capture.changed, &capture.lock)
     pthread_mutex_unlock(&capture.lock)
 
@@ -87,13 +88,13 @@ cdef void *_first_walker(void *arg) noexcept nogil:
         capture.rounds = 1
         _publish(capture, &capture.armed)
         if not save_shared_pages(capture, lane):
-            serve_held(capture, lane)
+            serve_deferred(capture, lane)
             _await_go(capture)
             snap_nice_slice(WALK_NICE, LONG_SLICE_NS)
             walk(capture, lane)
     _stop_others(capture, lane)
     # No other thread runs any more, so no page is released that is still being copied.
-    forget_all(capture, lane)
+    close_all(capture, lane)
     for i in range(capture.n_lanes):
         if lane_close(capture.pool, &capture.lanes[i].slot):
             capture_fail(capture, EBUSY, "queue", 0)
@@ -106,9 +107,9 @@ cdef void *_other_walker(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     cdef capture_t *capture = lane.capture
     snap_name_thread("snap-walk")
-    help_pieces(capture, lane)
+    help_parallel(capture, lane)
     if snap_load(&capture.armed):
-        serve_held(capture, lane)
+        serve_deferred(capture, lane)
         _await_go(capture)
         snap_nice_slice(WALK_NICE, LONG_SLICE_NS)
         walk(capture, lane)
@@ -163,7 +164,7 @@ cdef class Tracker:
         cdef capture_t *capture = self.session.capture
         with nogil:
             pthread_mutex_lock(&capture.lock)
-            snap_store(&capture.held, hold)
+            snap_store(&capture.hold, hold)
             snap_store(&capture.go, 1)
             pthread_cond_broadcast(&capture.changed)
             while not snap_load(&capture.armed) and not snap_load(&capture.finished):
@@ -185,7 +186,7 @@ cdef class Tracker:
             elif lane.walks:
                 err = snap_thread_start(&lane.thread, _other_walker, lane)
             else:
-                err = snap_thread_start(&lane.thread, warden_thread, lane)
+                err = snap_thread_start(&lane.thread, watchdog_thread, lane)
             if err:
                 break
             made = i
@@ -215,7 +216,7 @@ cdef class Tracker:
         cdef capture_t *capture = self.session.capture
         with nogil:
             pthread_mutex_lock(&capture.lock)
-            snap_store(&capture.held, 0)
+            snap_store(&capture.hold, 0)
             pthread_cond_broadcast(&capture.changed)
             pthread_mutex_unlock(&capture.lock)
 

@@ -14,7 +14,7 @@ from libc.stdint cimport uint64_t
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.bitmap cimport bits_next
 from snapengine.kernel.procmap_query cimport next_vma, same_vma, vma_t
-from snapengine.engine.session cimport page_addr, place_of, region_by_addr, region_t
+from snapengine.engine.state cimport page_addr, place_of, region_by_addr, region_t
 from snapengine.kernel.uffd cimport half_of, uffd_unregister
 
 cdef uint64_t PAGE = 4096
@@ -93,28 +93,28 @@ cdef void unregister_range(capture_t *capture, int fd, uint64_t start, uint64_t 
     _piece(fd, capture.maps if fd == capture.uffds[0] else -1, start, end - start, PAGE)
 
 
-cdef uint64_t held_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
+cdef uint64_t registered_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
     cdef int place = place_of(capture, addr)
-    while place < capture.n_regions and region_by_addr(capture, place).held_start < addr:
+    while place < capture.n_regions and region_by_addr(capture, place).registered_start < addr:
         place += 1
-    return min(end, region_by_addr(capture, place).held_start) if place < capture.n_regions else end
+    return min(end, region_by_addr(capture, place).registered_start) if place < capture.n_regions else end
 
 
 cdef void _by_mapping(capture_t *capture, int fd, region_t *region) noexcept nogil:
-    cdef uint64_t start = region.held_start
+    cdef uint64_t start = region.registered_start
     cdef uint64_t unit = region.unit_pages * PAGE
     cdef uint64_t end
-    cdef uint64_t after = held_until(capture, region.held_end, <uint64_t>-1)
+    cdef uint64_t after = registered_until(capture, region.registered_end, <uint64_t>-1)
     cdef vma_t vma, grown
     cdef int err
-    while start < region.held_end:
+    while start < region.registered_end:
         err = next_vma(capture.maps, start, &vma)
         if err:
             # None is left; or, before Linux 6.11, nobody can tell.
-            _in_pieces(capture, fd, capture.maps, region, start, region.held_end)
+            _in_pieces(capture, fd, capture.maps, region, start, region.registered_end)
             return
         start = max(start, vma.start)
-        if start >= region.held_end:
+        if start >= region.registered_end:
             return
         end = min(vma.end, after)
         end = _piece_end(capture, region, start, end, max(WHOLE_MAX, unit))
@@ -131,15 +131,15 @@ cdef void _by_mapping(capture_t *capture, int fd, region_t *region) noexcept nog
 cdef void _rest(capture_t *capture, int fd, region_t *region) noexcept nogil:
     """All of a region but the units that a walker has unregistered: somebody else may track those by now."""
     cdef uint64_t end = ((region.first_page + region.pages - 1) >> 9) + 1
-    cdef uint64_t number = bits_next(capture.gone, region.first_page >> 9, end)
-    cdef uint64_t start = region.held_start
+    cdef uint64_t number = bits_next(capture.unregistered, region.first_page >> 9, end)
+    cdef uint64_t start = region.registered_start
     cdef uint64_t addr
     while number < end:
         addr = page_addr(region, number << 9)
         _in_pieces(capture, fd, capture.maps, region, start, addr)
         start = addr + UNIT
-        number = bits_next(capture.gone, number + 1, end)
-    _in_pieces(capture, fd, capture.maps, region, start, region.held_end)
+        number = bits_next(capture.unregistered, number + 1, end)
+    _in_pieces(capture, fd, capture.maps, region, start, region.registered_end)
 
 
 cdef void unregister_all(capture_t *capture, int fd, bint children) noexcept nogil:
@@ -150,7 +150,7 @@ cdef void unregister_all(capture_t *capture, int fd, bint children) noexcept nog
     for i in range(<int>capture.n_registered):
         region = &capture.regions[i]
         if children:
-            _in_pieces(capture, fd, -1, region, region.held_start, region.held_end)
+            _in_pieces(capture, fd, -1, region, region.registered_start, region.registered_end)
         elif capture.attached:
             _by_mapping(capture, fd, region)    # no walker unregisters there
         else:

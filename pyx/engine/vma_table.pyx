@@ -38,15 +38,15 @@ cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint
             return 0
         _parse(line, end, &vma)
         line = end + 1
-        if capture.n_vmas and vma.start < capture.vmas[capture.n_vmas - 1].end:
-            vma.offset += capture.vmas[capture.n_vmas - 1].end - vma.start
-            vma.start = capture.vmas[capture.n_vmas - 1].end
+        if capture.vma_table.n and vma.start < capture.vma_table.vmas[capture.vma_table.n - 1].end:
+            vma.offset += capture.vma_table.vmas[capture.vma_table.n - 1].end - vma.start
+            vma.start = capture.vma_table.vmas[capture.vma_table.n - 1].end
         if vma.start >= vma.end:
             continue
-        if capture.n_vmas == capture.vmas_room:
+        if capture.vma_table.n == capture.vma_table.room:
             return E2BIG
-        capture.vmas[capture.n_vmas] = vma
-        capture.n_vmas += 1
+        capture.vma_table.vmas[capture.vma_table.n] = vma
+        capture.vma_table.n += 1
 
 
 cdef int note_vmas(capture_t *capture) noexcept nogil:
@@ -56,8 +56,8 @@ cdef int note_vmas(capture_t *capture) noexcept nogil:
     cdef long offset = 0
     cdef ssize_t got
     cdef int err
-    capture.n_vmas = 0
-    while capture.vmas != NULL:
+    capture.vma_table.n = 0
+    while capture.vma_table.vmas != NULL:
         got = pread(capture.maps, text + have, TEXT_BYTES - have, offset)
         if got < 0 and errno == EINTR:
             continue
@@ -75,17 +75,17 @@ cdef int note_vmas(capture_t *capture) noexcept nogil:
 
 cdef int vma_at(capture_t *capture, uint64_t addr, vma_t *found) noexcept nogil:
     cdef uint64_t low = 0
-    cdef uint64_t high = capture.n_vmas
+    cdef uint64_t high = capture.vma_table.n
     cdef uint64_t middle
-    if capture.vmas == NULL:
+    if capture.vma_table.vmas == NULL:
         return next_vma(capture.maps, addr, found)
     while low < high:
         middle = (low + high) // 2
-        if capture.vmas[middle].end <= addr:
+        if capture.vma_table.vmas[middle].end <= addr:
             low = middle + 1
         else:
             high = middle
-    if low == capture.n_vmas:
+    if low == capture.vma_table.n:
         return ENOENT
-    found[0] = capture.vmas[low]
+    found[0] = capture.vma_table.vmas[low]
     return 0

@@ -21,12 +21,12 @@ from libc.stdint cimport uint64_t
 from snapengine.base.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_next, bits_test
 from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
-from snapengine.engine.polling cimport look, stop_looking
+from snapengine.engine.polling cimport poll_faults, stop_polling
 from snapengine.engine.parallel cimport first_region
 from snapengine.pipeline.pool cimport lane_pages, lane_room, lane_waits, pool_await, pool_has_room
 from snapengine.base.pthreads cimport snap_sleep_ns
 from snapengine.engine.save cimport claim_unit, copy_claimed, publish, release, save_unit, unit_of
-from snapengine.engine.session cimport capture_fail, note_filled, page_addr, region_by_addr, region_t
+from snapengine.engine.state cimport capture_fail, note_filled, page_addr, region_by_addr, region_t
 from snapengine.engine.source cimport copy_run, populated, put_pages
 from snapengine.kernel.uffd cimport uffd_unregister
 
@@ -166,7 +166,7 @@ cdef void _release_unit(capture_t *capture, lane_t *lane, region_t *region, uint
             break
     else:
         if uffd_unregister(capture.uffds[0], addr, UNIT_PAGES * PAGE) == 0:
-            snap_fetch_or(&capture.gone[page >> 15], <uint64_t>1 << (page >> 9 & 63))
+            snap_fetch_or(&capture.unregistered[page >> 15], <uint64_t>1 << (page >> 9 & 63))
             return
     while first < UNIT_PAGES:
         n = 0
@@ -190,10 +190,10 @@ cdef int _save_together(capture_t *capture, lane_t *lane, region_t *region, uint
     return 0
 
 
-cdef int _copy_looking(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t won,
+cdef int _copy_polling(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t won,
                        uint64_t data) noexcept nogil:
     """In parts, with a look for faults between two of them. What is served then goes into the same slot."""
-    cdef uint64_t size = capture.look_pages
+    cdef uint64_t size = capture.polling.every_pages
     cdef uint64_t first = 0
     cdef uint64_t part
     cdef int err
@@ -204,7 +204,7 @@ cdef int _copy_looking(capture_t *capture, lane_t *lane, region_t *region, uint6
         if not part:
             continue
         if again:
-            look(capture, lane)
+            poll_faults(capture, lane)
             err = lane_room(capture.pool, &lane.slot, size, False)
             if err:
                 capture_fail(capture, err, "spill file", 0)
@@ -223,9 +223,9 @@ cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint6
     cdef int err
     while page < end:
         if looks:
-            look(capture, lane)
+            poll_faults(capture, lane)
         if lane.index == 0 and lane_waits(capture.pool, &lane.slot, 64):
-            stop_looking(capture)
+            stop_polling(capture)
         err = lane_room(capture.pool, &lane.slot, 64, True)
         if err:
             capture_fail(capture, err, "queue", 0)
@@ -239,7 +239,7 @@ cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint6
         data &= won
         if won:
             if looks:
-                err = _copy_looking(capture, lane, region, window, won, data)
+                err = _copy_polling(capture, lane, region, window, won, data)
             else:
                 err = copy_claimed(capture, lane, region, window, won, data)
             if err:
@@ -256,9 +256,9 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
     cdef bint calm = _calm(capture, lane)
     cdef bint looks
     unit_of(capture, region, page, &first, &n)
-    looks = lane.index == 0 and n == 1 and not calm and capture.look_pages != 0
+    looks = lane.index == 0 and n == 1 and not calm and capture.polling.every_pages != 0
     if lane.index == 0 and not looks:
-        stop_looking(capture)
+        stop_polling(capture)
     if n > 1:
         # For all of it and all walkers: a claimed unit does not wait for the sink; what is lacking is spilled
         pool_await(capture.pool, (n * PAGE // capture.pool.slot_bytes + 1)
@@ -316,7 +316,7 @@ cdef int _put_holes(capture_t *capture, lane_t *lane, uint64_t page, uint64_t en
     while page < end and not snap_load(&capture.failed):
         n = min(end - page, <uint64_t>SNAP_ENTRY_MAX_PAGES)
         if lane.index == 0 and lane_waits(capture.pool, &lane.slot, 1):
-            stop_looking(capture)
+            stop_polling(capture)
         err = lane_room(capture.pool, &lane.slot, 1, True)
         if err:
             capture_fail(capture, err, "queue", 0)
@@ -349,4 +349,4 @@ cdef void _walk_units(capture_t *capture, lane_t *lane) noexcept nogil:
 cdef void walk(capture_t *capture, lane_t *lane) noexcept nogil:
     _walk_units(capture, lane)
     if lane.index == 0:
-        stop_looking(capture)
+        stop_polling(capture)

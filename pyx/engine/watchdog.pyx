@@ -12,13 +12,13 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_leave, snap_load
 from snapengine.base.bitmap cimport bits_test
-from snapengine.engine.events cimport pump
+from snapengine.engine.events cimport drain_events
 from snapengine.engine.fault_threads cimport await_arming, fill_missing
 from snapengine.kernel.linux cimport UFFD_PAGEFAULT_FLAG_WP
-from snapengine.engine.polling cimport call_if_overdue
+from snapengine.engine.polling cimport wake_if_overdue
 from snapengine.base.poll cimport POLLIN, poll, pollfd
 from snapengine.base.pthreads cimport snap_name_thread, snap_now_ns
-from snapengine.engine.session cimport PRESENCE_BITS, capture_t, lane_t, page_at, region_at, region_t
+from snapengine.engine.state cimport PRESENCE_BITS, capture_t, lane_t, page_at, region_at, region_t
 from snapengine.kernel.uffd cimport uffd_wake
 
 cdef uint64_t PAGE = 4096
@@ -42,8 +42,8 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     cdef pollfd stop
     cdef uint64_t addr, uffd, page
-    cdef int tick = LOOK_TICK_MS if capture.look_pages else TICK_MS
-    snap_name_thread("snap-warden")
+    cdef int tick = LOOK_TICK_MS if capture.polling.every_pages else TICK_MS
+    snap_name_thread("snap-watchdog")
     if not await_arming(capture, False):
         return
     stop.fd = capture.stop_event
@@ -51,24 +51,24 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     while not snap_load(&capture.stopping):
         if poll(&stop, 1, tick) != 0:
             continue
-        call_if_overdue(capture)
+        wake_if_overdue(capture)
         if not _all_stuck(capture):
             continue
-        pump(capture, lane)
-        while lane.n_held:
-            lane.n_held -= 1
-            addr = lane.held[lane.n_held].arg.pagefault.address & ~(PAGE - 1)
-            uffd = lane.held_uffd[lane.n_held]
+        drain_events(capture, lane)
+        while lane.n_deferred:
+            lane.n_deferred -= 1
+            addr = lane.deferred[lane.n_deferred].arg.pagefault.address & ~(PAGE - 1)
+            uffd = lane.deferred_uffd[lane.n_deferred]
             region = region_at(capture, addr)
             page = page_at(region, addr) if region != NULL else 0
-            if not lane.held[lane.n_held].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
+            if not lane.deferred[lane.n_deferred].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP and (
                     region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
                 fill_missing(capture, lane, uffd, addr)
             else:
                 uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
 
 
-cdef void *warden_thread(void *arg) noexcept nogil:
+cdef void *watchdog_thread(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     _watch_until_stopped(lane.capture, lane)
     snap_leave(&lane.capture.running)

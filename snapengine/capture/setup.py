@@ -78,7 +78,7 @@ def make_engine(
         memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
         encoders=options.encoders, walkers=_walkers(options, regions) if tracking else 1,
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
-        stands=tracking and parts.attached is not None and parts.attached.stands,
+        target_stopped=tracking and parts.attached is not None and parts.attached.stands,
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t, region_t
+from snapengine.engine.state cimport capture_t, lane_t, region_t
 
 # Register and protect everything, fix T, note what is populated. 0, or 1: the capture has failed.
 cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, region_t
+from snapengine.engine.state cimport capture_t, region_t
 
 # Whether the memory behind a page of a shared region exists now (swapped out counts). An answer that tells
 # nothing counts as yes.

@@ -1,4 +1,4 @@
-from snapengine.engine.session cimport capture_t, lane_t
+from snapengine.engine.state cimport capture_t, lane_t
 
 # Begin to answer missing faults of the target, in a thread of its own. 0 or errno.
 cdef int start_missing(capture_t *capture, lane_t *lane) noexcept nogil

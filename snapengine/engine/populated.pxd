@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t
+from snapengine.engine.state cimport capture_t, lane_t
 
 # Registered, not yet protected: note what is populated where only faults can change that.
 cdef void scan_before(capture_t *capture, lane_t *lane, uint64_t span) noexcept nogil

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t
+from snapengine.engine.state cimport capture_t, lane_t
 
 # UFFDIO_WRITEPROTECT with MODE_WP; what an attached target has unmapped of it is passed over. 0, or an
 # errno: the capture has failed.

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t, region_t
+from snapengine.engine.state cimport capture_t, lane_t, region_t
 
 # How many pages from `page` on a write fault there should take: 1 to `most`, more for who writes in order.
 cdef uint64_t run_from(capture_t *capture, uint64_t page, uint64_t most) noexcept nogil

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, region_t
+from snapengine.engine.state cimport capture_t, region_t
 
 # Note what the checks below compare with. Called twice: before anything is protected, and right after T.
 # 0 or errno.
@@ -14,14 +14,14 @@ cdef bint is_late(region_t *region, uint64_t page) noexcept nogil
 cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil
 # hugetlb files: map here the unit at `page`, if the target has mapped it (0 or errno); whether the target has
 # punched it out since, which is forgotten then.
-cdef int call_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil
-cdef bint forget_witness(capture_t *capture, region_t *region, uint64_t page) noexcept nogil
+cdef int populate_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil
+cdef bint drop_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil
 # Whether the copies of pages page .. page + n - 1, just made, are all what the pages held at T.
-cdef bint believable(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil
+cdef bint still_valid(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil
 # The same of the pages in `mask`, not 0, of the 64-page window at `page`.
-cdef bint all_believable(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil
+cdef bint all_still_valid(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil
 # Whether a page of shared memory that existed at T, and reads as zero, has been punched out since.
 cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept nogil
 # The target takes [start, start + length) away, or puts something there: no later copy of it is believed.
 # `own`: only in private mappings of memory files.
-cdef void distrust(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil
+cdef void invalidate(capture_t *capture, uint64_t start, uint64_t length, bint own) noexcept nogil

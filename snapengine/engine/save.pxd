@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t, region_t
+from snapengine.engine.state cimport capture_t, lane_t, region_t
 
 # The unit that holds `page`: the pages that are claimed, saved and released together. Sets first and
 # n (1 for a 4 KiB page), clamped to the region.

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint64_t
 
 from snapengine.kernel.pagemap cimport scan_t
-from snapengine.engine.session cimport capture_t, lane_t, region_t
+from snapengine.engine.state cimport capture_t, lane_t, region_t
 
 
 cdef struct run_t:                  # regions, by address, with nothing mapped between them when listed

@@ -17,14 +17,14 @@ class Session:
         spill_dir: str | None = None,
         rounds: bool = False,
         attached: bool = False,
-        stands: bool = False,
+        target_stopped: bool = False,
         sums: bool = False,
         two_step: bool = False,
         use_scan: bool = True,
-        early: bool = False,
-        forget_hits: bool = False,
+        serve_before_t: bool = False,
+        skip_reprotect: bool = False,
         arm_piece: int = 0,
-        look_pages: int | None = None,
+        poll_pages: int | None = None,
     ) -> None: ...
     @property
     def pool(self) -> Pool: ...
@@ -53,7 +53,7 @@ class Session:
     @property
     def walk_faults(self) -> int: ...
     @property
-    def calls(self) -> int: ...
+    def poll_wakeups(self) -> int: ...
     @property
     def has_scan(self) -> bool: ...
     @property

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.engine.session cimport capture_t, lane_t, region_t
+from snapengine.engine.state cimport capture_t, lane_t, region_t
 
 # Which pages of the 64-page window at `page` (a multiple of 64), of those in `mask`, hold data.
 cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,

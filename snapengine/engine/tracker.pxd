@@ -1,4 +1,5 @@
-from snapengine.engine.session cimport Session, capture_t
+from snapengine.engine.session cimport Session
+from snapengine.engine.state cimport capture_t
 
 
 cdef class Tracker:

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint64_t
 
 from snapengine.kernel.procmap_query cimport vma_t
-from snapengine.engine.session cimport capture_t
+from snapengine.engine.state cimport capture_t
 
 # Read the target's mappings once, where the kernel answers no question about a single one (before Linux
 # 6.11). 0 or errno.

@@ -1,4 +1,4 @@
-from snapengine.engine.session cimport capture_t, lane_t
+from snapengine.engine.state cimport capture_t, lane_t
 
 # Claim the pages in which one region ends and another begins. Before any fault is served.
 cdef void claim_shared_pages(capture_t *capture) noexcept nogil

@@ -1,2 +1,2 @@
 # Thread body; the argument is a lane_t.
-cdef void *warden_thread(void *arg) noexcept nogil
+cdef void *watchdog_thread(void *arg) noexcept nogil

@@ -1,0 +1,12 @@
+/* Negative controls: a build with SNAPENGINE_CONTROLS can make a capture wrong on purpose, so that tests show that
+ * the oracle finds it. In every other build the conditions are constants, and the compiler removes them. */
+#ifndef SNAPENGINE_CONTROLS_H
+#define SNAPENGINE_CONTROLS_H
+
+#ifdef SNAPENGINE_CONTROLS
+#define snap_control(on) (on)
+#else
+#define snap_control(on) ((void)(on), 0)
+#endif
+
+#endif
