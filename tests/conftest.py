@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
         return
     controls = [item for item in items if "negative_control" in item.keywords]
     if controls:
-        config.hook.pytest_deselected(controls)
+        config.hook.pytest_deselected(items=controls)
         items[:] = [item for item in items if "negative_control" not in item.keywords]
 
 

@@ -253,7 +253,8 @@ cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *messag
     # UNMAP: reading the message lets the caller go on; the pages are found lost. REMOVE: see read_messages.
 
 
-cdef void defer_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
+cdef void defer_fault(capture_t *capture, lane_t *lane, uint64_t uffd,
+                      const uffd_msg *message) noexcept nogil:
     if lane.n_deferred < DEFERRED_MAX:
         lane.deferred[lane.n_deferred] = message[0]
         lane.deferred_uffd[lane.n_deferred] = <unsigned int>uffd

@@ -118,7 +118,7 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
 
 
 cdef void _prearm(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
-                uint64_t addr, bint missing) noexcept nogil:
+                  uint64_t addr, bint missing) noexcept nogil:
     """A fault before T. Noted first: once the page is let go it may be written to."""
     cdef uint64_t first, n, start, length
     prearm_fault(capture, region, page, &first, &n)
@@ -218,7 +218,7 @@ cdef void serve_deferred(capture_t *capture, lane_t *lane) noexcept nogil:
 
 
 cdef void _serve_or_defer(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message,
-                         uint64_t seen) noexcept nogil:
+                          uint64_t seen) noexcept nogil:
     if not may_serve(capture):
         defer_fault(capture, lane, uffd, message)
         return

@@ -5,7 +5,7 @@ So the memory is protected while the target runs, and a fault is answered: the p
 not copied. At T only what was hit is protected again, so the pause follows the hot set and not the memory.
 
     first walker  register, protect all ─────────► prearm_stop ► reprotect ► T
-    fault threads        prearm_fault, release  …   ──►│ none any more       faults wait │► claim, copy, release
+    fault threads        prearm_fault, release  … ──►│ none any more     faults wait │► claim, copy, release
 
 It is as consistent as protecting all at once. No page is copied before T; at T every page is protected; and
 from the first reprotect() until T no fault is answered, so a write that completes before T met a page
@@ -32,11 +32,12 @@ cdef int SPINS = 2000               # some 20 µs: what a fault thread in the mi
 
 
 cdef bint may_serve(capture_t *capture) noexcept nogil:
-    return snap_load(&capture.armed) or snap_load_seq(&capture.prearm.active) or snap_control(capture.serve_before_t)
+    return snap_load(&capture.armed) or snap_load_seq(&capture.prearm.active) \
+        or snap_control(capture.serve_before_t)
 
 
 cdef void prearm_fault(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
-                   uint64_t *n) noexcept nogil:
+                       uint64_t *n) noexcept nogil:
     cdef uint64_t at, count
     unit_of(capture, region, page, first, n)
     if n[0] == 1:

@@ -89,7 +89,7 @@ cdef void share_edges(capture_t *capture) noexcept nogil:
 
 
 cdef bint _next_dirty_units(capture_t *capture, uint64_t *page, uint64_t end,
-                          uint64_t *run_end) noexcept nogil:
+                            uint64_t *run_end) noexcept nogil:
     """The next run of units with hits in [page, end): False if there is none."""
     cdef uint64_t last = (end + 511) >> 9
     cdef uint64_t unit = bits_next(capture.prearm.dirty_units, page[0] >> 9, last)
@@ -145,7 +145,9 @@ cdef void reprotect(capture_t *capture, lane_t *lane, uint64_t piece) noexcept n
     cdef uint64_t end = first + capture.prearm.piece_pages
     cdef int i = first_region(capture, first)
     cdef region_t *region
-    while i < capture.n_regions and capture.regions[i].first_page < end and not snap_control(capture.skip_reprotect):
+    if snap_control(capture.skip_reprotect):
+        return
+    while i < capture.n_regions and capture.regions[i].first_page < end:
         region = &capture.regions[i]
         if _protect_part(capture, lane, region, max(first, region.first_page),
                          min(end, region.first_page + region.pages)):

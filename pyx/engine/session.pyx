@@ -120,7 +120,8 @@ cdef class Session:
         capture.features = features
         capture.has_scan = use_scan and has_pagemap_scan()
         capture.guard = guard_category() if capture.has_scan else 0
-        capture.recheck.check_by = CHECK_SCAN if capture.has_scan else CHECK_BITS if has_wp_bits() else CHECK_NONE
+        without_scan = CHECK_BITS if has_wp_bits() else CHECK_NONE
+        capture.recheck.check_by = CHECK_SCAN if capture.has_scan else without_scan
         capture.n_fault_lanes = fault_threads
         capture.n_lanes = fault_threads + 1 + walkers
         capture.serve_before_t = serve_before_t
@@ -245,7 +246,7 @@ cdef class Session:
         if next_vma(self.capture.maps, 0, &first) != ENOTTY:
             return 0
         with open("/proc/sys/vm/max_map_count", "rb") as limit:
-            self.capture.vma_table.room = int(limit.read()) + 64     # [vsyscall], and what the kernel maps itself
+            self.capture.vma_table.room = int(limit.read()) + 64    # [vsyscall] and the kernel's own
         self.vmas = Arena(self.capture.vma_table.room * sizeof(vma_t))
         self.capture.vma_table.vmas = <vma_t *>self.vmas.base
         return 0

@@ -1,6 +1,6 @@
 from snapengine.engine.state cimport capture_t
 
-# Figures of a capture, for Python. Counters may be read while the threads run; the rest after they have ended.
+# Figures of a capture, for Python. Counters may be read while the threads run; the rest after their end.
 cdef dict sum_counters(capture_t *capture)
 cdef object count_final_pages(capture_t *capture)
 cdef dict fault_quantiles(capture_t *capture)

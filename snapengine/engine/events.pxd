@@ -18,7 +18,8 @@ cdef void handle_event(capture_t *capture, uint64_t uffd, const uffd_msg *messag
 # Protect what of the range is still mapped and registered with this userfaultfd. 0 or errno.
 cdef int protect_left(capture_t *capture, int fd, uint64_t addr, uint64_t length) noexcept nogil
 # Keep a fault in lane.deferred for later.
-cdef void defer_fault(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil
+cdef void defer_fault(capture_t *capture, lane_t *lane, uint64_t uffd,
+                      const uffd_msg *message) noexcept nogil
 # Read what is pending on every uffd: events are dealt with, faults go to lane.deferred.
 cdef void drain_events(capture_t *capture, lane_t *lane) noexcept nogil
 # Watch a descriptor with the capture's epoll. 0 or errno.

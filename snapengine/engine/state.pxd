@@ -65,8 +65,8 @@ cdef struct region_t:               # fixed before the threads start
     bint guarded                    # it had guard pages before T (walker of its first page writes)
     bint own                        # private mapping of a memory file: what is discarded shows the file again
     bint keep_huge                  # treat huge pages as one unit
-    bint holes_wait                 # its holes fill by faults alone, which wait or are recorded; so what of it
-    # may hold anything is known at T (`filled`)
+    bint holes_wait                 # its holes fill by faults alone, which wait or are recorded, so at T
+    # `filled` knows which parts may hold anything
     uint64_t first_piece            # of protecting (`pyx/engine/arming`); written before there are pieces
 
 
@@ -97,13 +97,13 @@ cdef struct lane_t:                 # one capture thread; only it writes, except
     bint extent_data
     int waiting                     # messages that the last read of a userfaultfd brought
     uint32_t n_deferred
-    uffd_msg deferred[DEFERRED_MAX] # faults that were read while an event had to be handled first
+    uffd_msg deferred[DEFERRED_MAX]  # faults that were read while an event had to be handled first
     uint32_t deferred_uffd[DEFERRED_MAX]
     scan_t scan
     histogram_t histogram
 
 
-cdef struct parallel_t:             # engine/parallel: parts of arming, done by all walkers. Under capture.lock.
+cdef struct parallel_t:             # engine/parallel: parts of arming for all walkers. Under capture.lock.
     pthread_cond_t wanted           # there are pieces, or arming ended: the other walkers wait here
     pthread_cond_t done             # the last piece is done: the first walker waits here
     void *work                      # what to do with each piece
@@ -118,7 +118,7 @@ cdef struct parallel_t:             # engine/parallel: parts of arming, done by 
 
 cdef struct prearm_t:               # engine/prearm, engine/reprotect: two-step arming
     bint enabled                    # fixed: protect while the target runs; at T only what was written since
-    uint64_t active                 # atomic (seq_cst): faults before T are recorded and released (walk writes)
+    uint64_t active                 # atomic (seq_cst): faults before T are recorded, released (walk writes)
     uint64_t *dirty                 # by page: released before T; read when no fault thread is busy
     uint64_t *dirty_units           # by page >> 9: some page of it is in `dirty`
     uint64_t piece_pages            # fixed: page numbers of a piece of the second protection
