@@ -89,6 +89,10 @@ asan: $(VENV)/.test  ## Run tests with AddressSanitizer and UndefinedBehaviorSan
 tsan: $(VENV)/.test  ## Run tests with ThreadSanitizer (built into build/)
 	.ci/sanitize thread $(BIN)/python $(or $(TESTS),$(THREAD_TESTS))
 
+.PHONY: coverage
+coverage: $(VENV)/.coverage  ## Run tests and report the lines of Python and Cython that they reach (built into build/)
+	.ci/coverage $(BIN)/python $(or $(TESTS),$(COVERAGE_TESTS))
+
 .PHONY: soak
 soak: $(VENV)/.test  ## Repeat the tests until one fails or MINUTES (10) have passed
 	ATTACH_CUTS=$(ATTACH_CUTS) QEMU_ROUNDS=$(QEMU_ROUNDS) .ci/soak $(BIN)/python
@@ -141,6 +145,11 @@ $(VENV)/.test: $(VENV)/.base
 $(VENV)/.fuzz: $(VENV)/.test
 	@echo "installing the fuzzer (nothing is compiled again)"
 	$(call EXTRAS,fuzz)
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.test
+	@echo "installing the coverage tools (nothing is compiled again)"
+	$(call EXTRAS,coverage)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test

@@ -7,15 +7,17 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 SOURCES = sorted(Path("pyx").rglob("*.pyx"))
-TRACE = os.environ.get("SNAPENGINE_TRACE") == "1"  # line tracing, for coverage only
 # Flags of a sanitizer or of coverage: see .ci/instrumented, which builds apart from the sources.
 INSTRUMENT = os.environ.get("SNAPENGINE_INSTRUMENT", "").split()
 # Sources to compile, all if none is named: the tests rebuild some with other flags.
 ONLY = os.environ.get("SNAPENGINE_ONLY", "").split()
+# gcov counts lines of a .pyx. Cython's own tracing (CYTHON_TRACE_NOGIL) takes the GIL for each line of the
+# capture threads. A Python thread that holds it may wait in a page fault for just those threads: a deadlock.
+LINES = "--coverage" in INSTRUMENT
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", *INSTRUMENT] if INSTRUMENT else []
 # -g0: debug information would put the paths of the build machine into the wheel.
 FLAGS = ["-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-C_DIR = Path("build/cython/pyx")
+C_ROOT = Path("build/coverage/cython" if LINES else "build/cython")
 INTERFACES = [
     *Path("snapengine").rglob("*.pxd"),
     *Path("snapengine").rglob("*.h"),
@@ -26,7 +28,7 @@ INTERFACES = [
 def interfaces_changed() -> bool:
     """cythonize() looks for a module's own .pxd beside its .pyx; ours is in snapengine/."""
     newest = max(path.stat().st_mtime for path in INTERFACES)
-    return any(path.stat().st_mtime < newest for path in C_DIR.rglob("*.c"))
+    return any(path.stat().st_mtime < newest for path in C_ROOT.rglob("*.c"))
 
 
 extensions = [
@@ -35,7 +37,6 @@ extensions = [
         [str(source)],
         include_dirs=["snapengine/include", "pyx"],
         depends=[str(path) for path in INTERFACES],
-        define_macros=[("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
         extra_compile_args=[*FLAGS, *SANITIZED],
         extra_link_args=["-pthread", *SANITIZED],
     )
@@ -47,9 +48,10 @@ setup(
     options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         extensions,
-        build_dir=None if TRACE else "build/cython",  # Cython.Coverage wants .c beside .pyx
+        build_dir=str(C_ROOT),
         nthreads=2,
-        force=TRACE or interfaces_changed(),
-        compiler_directives={"language_level": 3, "embedsignature": True, "linetrace": TRACE},
+        force=interfaces_changed(),
+        emit_linenums=LINES,
+        compiler_directives={"language_level": 3, "embedsignature": True},
     )
 )

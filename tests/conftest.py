@@ -23,6 +23,7 @@ for _signal, _default in (
 
 CI = os.environ.get("CI") == "true"
 _skipped: list[str] = []
+_skipped_modules: list[str] = []
 _ran_on: set[str] = set()
 
 
@@ -78,12 +79,23 @@ def pytest_runtest_logreport(report):
 def pytest_collectreport(report):
     """A whole module that is skipped while it is imported carries no marker: it counts."""
     if CI and report.skipped:
-        _skipped.append(f"{report.nodeid}: {report.longrepr[2]}")
+        _skipped_modules.append(f"{report.nodeid}: {report.longrepr[2]}")
+        _skipped.append(_skipped_modules[-1])
 
 
 def pytest_sessionfinish(session, exitstatus):
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
+        output["snapengine"] = (_skipped_modules, sorted(_ran_on))
     if _skipped and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """What a worker knew for itself. (Reports of tests come by themselves.)"""
+    skipped, ran_on = getattr(node, "workeroutput", {}).get("snapengine", ((), ()))
+    _skipped.extend(name for name in skipped if name not in _skipped)
+    _ran_on.update(ran_on)
 
 
 def pytest_terminal_summary(terminalreporter):
