@@ -4,26 +4,27 @@ Only for kernels without PROCMAP_QUERY. Written by the first walker right after 
 scan then. Source: proc_pid_maps(5).
 """
 
-from libc.errno cimport E2BIG, EINTR, ENOENT, errno
+from libc.errno cimport E2BIG, EINTR, EIO, ENOENT, errno
 from libc.string cimport memchr, memmove
 from posix.unistd cimport pread
 
-from snapengine.kernel.procmaps_line cimport take_number
+from snapengine.kernel.procmaps_line cimport maps_file_t, maps_line_t, parse_file, parse_range
 from snapengine.kernel.procmap_query cimport next_vma
 
 cdef enum:
     TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each up to four characters long
 
 
-cdef void _parse(const char *line, const char *end, vma_t *vma) noexcept nogil:
-    vma.start = take_number(&line, end, 16)
-    vma.end = take_number(&line, end, 16)
-    vma.flags = 0
-    line += 5                       # "rwxp "
-    vma.offset = take_number(&line, end, 16)
-    vma.device = take_number(&line, end, 16) << 32
-    vma.device |= take_number(&line, end, 16)
-    vma.inode = take_number(&line, end, 10)
+cdef bint _parse(const char *text, const char *end, vma_t *vma) noexcept nogil:
+    """False: the line is cut."""
+    cdef maps_line_t line
+    cdef maps_file_t file
+    if not parse_range(text, end, &line) or not parse_file(&line, &file):
+        return False
+    vma.start, vma.end, vma.offset = line.start, line.end, line.offset
+    vma.flags = 0                   # nobody asks for those of a whole list
+    vma.device, vma.inode = file.device, file.inode
+    return True
 
 
 cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint64_t *used) noexcept nogil:
@@ -36,7 +37,8 @@ cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint
         if end == NULL:
             used[0] = line - text
             return 0
-        _parse(line, end, &vma)
+        if not _parse(line, end, &vma):
+            return EIO
         line = end + 1
         if capture.vma_table.n and vma.start < capture.vma_table.vmas[capture.vma_table.n - 1].end:
             vma.offset += capture.vma_table.vmas[capture.vma_table.n - 1].end - vma.start

@@ -1,8 +1,8 @@
-"""The lines of /proc/PID/maps (proc_pid_maps(5)), taken apart. See `snapengine.kernel.procmaps`, which reads
-them.
+"""The parser of the lines of /proc/PID/maps (proc_pid_maps(5)), which `snapengine.kernel.procmaps` reads.
 
-Compiled, because a process may have 65 000 of them: 0.1 µs a line instead of 3. Neighbours are mostly of one
-kind, so a line takes over the texts of the one before where its bytes are the same.
+Compiled, because a process may have 65 000 mappings: 0.1 µs a line instead of 3. Adjacent mappings often have
+the same permissions and file. Where these bytes equal those of the line before, the `Mapping` reuses the
+Python objects of its predecessor.
 """
 
 cimport cython
@@ -10,11 +10,6 @@ from libc.stdint cimport uint64_t
 from libc.string cimport memchr, memcmp
 
 from snapengine.base.names import decode
-
-cdef struct line_t:                 # parts of one line, in the text
-    const char *perms               # four letters
-    const char *device              # from here on, with inode and name
-    const char *end
 
 
 @cython.dataclasses.dataclass(frozen=True)
@@ -36,13 +31,13 @@ cdef class Mapping:
 
     @property
     def has_file(self):
-        """Whether a file is behind it, be it only the kernel's own. (The inode may be 0: System V memory.)"""
+        """Whether it maps a file, possibly a kernel-internal one. (System V memory may have inode 0.)"""
         return self.inode != 0 or self.device != "00:00"
 
     @property
     def backing(self):
-        """What its name says of it, for messages: nothing but this mapping holds the pages, a memory file
-        (memfd, /dev/shm), or a file. (`snapengine.kernel.backing` knows.)"""
+        """What its name suggests, for messages: anonymous memory, a memory file (memfd, /dev/shm), or a file.
+        `snapengine.kernel.backing` asks the kernel instead."""
         if not self.shared and (not self.path or self.path.startswith("[")):
             return "anonymous"
         if self.path.startswith(("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV", "/anon_hugepage", "[anon_")):
@@ -50,7 +45,7 @@ cdef class Mapping:
         return "file"
 
     def same_file(self, Mapping other not None):
-        """Whether both are shared mappings of one file: where their ranges overlap, of the same pages."""
+        """Whether both are shared mappings of one file. Where their file ranges overlap, they share pages."""
         mine, its = (self.device, self.inode), (other.device, other.inode)
         return self.shared and other.shared and self.has_file and mine == its
 
@@ -60,7 +55,8 @@ cdef class Mapping:
         return f"{self.start:#x}-{self.end:#x} ({kind}, {self.backing}{name})"
 
 
-cdef uint64_t take_number(const char **at, const char *end, uint64_t base) noexcept nogil:
+cdef uint64_t _take_number(const char **at, const char *end, uint64_t base) noexcept nogil:
+    """Digits up to the next other character, and past that."""
     cdef uint64_t value = 0
     cdef char c
     while at[0] < end:
@@ -79,43 +75,62 @@ cdef bint _same(const char *one, const char *one_end, const char *other, const c
     return one_end - one == other_end - other and memcmp(one, other, one_end - one) == 0
 
 
-cdef Mapping _parse(const char *at, line_t *line, const line_t *before, Mapping last):
-    """The line from `at` to `line.end`. `last` is what the line `before` held, or None."""
-    cdef Mapping found = Mapping.__new__(Mapping)
-    cdef const char *inode
-    found.start = take_number(&at, line.end, 16)
-    found.end = take_number(&at, line.end, 16)
-    if line.end - at < 5:
-        raise ValueError("a line of /proc/PID/maps is cut")
+cdef bint parse_range(const char *at, const char *line_end, maps_line_t *line) noexcept nogil:
+    line.line_end = line_end
+    line.start = _take_number(&at, line_end, 16)
+    line.end = _take_number(&at, line_end, 16)
+    if line_end - at < 5:
+        return False
     line.perms = at
-    at += 5
-    found.offset = take_number(&at, line.end, 16)
-    line.device = at
+    at += 5                         # "rwxp "
+    line.offset = _take_number(&at, line_end, 16)
+    line.file = at
+    return True
+
+
+cdef bint parse_file(const maps_line_t *line, maps_file_t *found) noexcept nogil:
+    cdef const char *at = line.file
+    found.device_end = <const char *>memchr(at, c" ", line.line_end - at)
+    if found.device_end == NULL:
+        return False
+    found.device = _take_number(&at, found.device_end, 16) << 32
+    found.device |= _take_number(&at, found.device_end, 16)
+    at = found.device_end + 1
+    found.inode = _take_number(&at, line.line_end, 10)
+    while at < line.line_end and at[0] == c" ":
+        at += 1
+    found.path = at
+    return True
+
+
+cdef Mapping _parse(const char *at, const char *end, maps_line_t *line, const maps_line_t *before,
+                    Mapping last):
+    """The line from `at` to `end`. `last` is the mapping of the line `before`, or None."""
+    cdef Mapping found = Mapping.__new__(Mapping)
+    cdef maps_file_t file
+    if not parse_range(at, end, line):
+        raise ValueError("a line of /proc/PID/maps is cut")
+    found.start, found.end, found.offset = line.start, line.end, line.offset
     if last is not None and memcmp(line.perms, before.perms, 4) == 0:
         found.perms = last.perms
     else:
         found.perms = line.perms[:4].decode("ascii")
-    if last is not None and _same(line.device, line.end, before.device, before.end):
+    if last is not None and _same(line.file, line.line_end, before.file, before.line_end):
         found.device, found.inode, found.path = last.device, last.inode, last.path
         return found
-    inode = <const char *>memchr(at, c" ", line.end - at)
-    if inode == NULL:
+    if not parse_file(line, &file):
         raise ValueError("a line of /proc/PID/maps is cut")
-    found.device = at[:inode - at].decode("ascii")
-    at = inode + 1
-    found.inode = take_number(&at, line.end, 10)
-    while at < line.end and at[0] == c" ":
-        at += 1
-    found.path = decode(at[:line.end - at]) if at < line.end else ""
+    found.device = line.file[:file.device_end - line.file].decode("ascii")
+    found.inode = file.inode
+    found.path = decode(file.path[:end - file.path]) if file.path < end else ""
     return found
 
 
 def parse_line(bytes line not None):
-    """One line, without its line feed. Of the name every byte counts, spaces too."""
+    """One line, without its line feed. Every byte of the name is kept, spaces too."""
     cdef const char *at = line
-    cdef line_t parts
-    parts.end = at + len(line)
-    return _parse(at, &parts, NULL, None)
+    cdef maps_line_t parts
+    return _parse(at, at + len(line), &parts, NULL, None)
 
 
 def parse_maps(bytes text not None, start=0, end=1 << 64):
@@ -124,21 +139,22 @@ def parse_maps(bytes text not None, start=0, end=1 << 64):
     cdef const char *text_end = at + len(text)
     cdef uint64_t low = max(start, 0)
     cdef uint64_t high = min(end, (1 << 64) - 1)
-    cdef line_t line, before
+    cdef const char *line_end
+    cdef maps_line_t line, before
     cdef Mapping found
     cdef Mapping last = None
     cdef list mappings = []
     while at < text_end:
         # Only a line feed ends a line: the kernel leaves a carriage return in a name as it is.
-        line.end = <const char *>memchr(at, c"\n", text_end - at)
-        if line.end == NULL:
-            line.end = text_end
-        found = _parse(at, &line, &before, last)
+        line_end = <const char *>memchr(at, c"\n", text_end - at)
+        if line_end == NULL:
+            line_end = text_end
+        found = _parse(at, line_end, &line, &before, last)
         if found.start >= high:
             break
         if found.end > low:
             mappings.append(found)
-        at = line.end + 1
+        at = line_end + 1
         before = line
         last = found
     return without_overlaps(mappings)
@@ -152,8 +168,10 @@ cdef Mapping _rest(Mapping mapping, uint64_t start):
 
 
 def without_overlaps(list mappings not None):
-    """The kernel gives the list in pieces of a page. A mapping that has grown or was merged between two of
-    them is in both, from its begin: of the second only what the first has not."""
+    """The mappings without what an earlier one already holds.
+
+    The kernel returns the list in pieces of a page. A mapping that grew or was merged between two pieces is
+    in both, with the same start: of the second only the part behind the first is kept."""
     cdef Mapping mapping
     cdef uint64_t known = 0
     cdef list found = []
