@@ -9,7 +9,7 @@ import pytest
 
 import snapengine
 from snapengine.kernel.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING
-from snapengine.kernel.uffd import FEATURES, MODE_MISSING, MODE_WP
+from snapengine.kernel.uffd import FEATURES, MODE_MINOR, MODE_MISSING, MODE_WP
 
 # include/uapi/linux/userfaultfd.h and fs.h of Linux 6.12; the version says when each appeared.
 KERNEL = {
@@ -18,12 +18,22 @@ KERNEL = {
     "UFFDIO_REGISTER": 0xC020AA00,
     "UFFDIO_UNREGISTER": 0x8010AA01,
     "UFFDIO_WAKE": 0x8010AA02,
+    "UFFDIO_COPY": 0xC028AA03,
     "UFFDIO_ZEROPAGE": 0xC020AA04,
     "UFFDIO_WRITEPROTECT": 0xC018AA06,  # 5.7
+    "UFFDIO_CONTINUE": 0xC020AA07,  # 5.13
+    "UFFDIO_POISON": 0xC020AA08,  # 6.6
     "USERFAULTFD_IOC_NEW": 0xAA00,  # 6.1
     "UFFDIO_REGISTER_MODE_MISSING": 1,
     "UFFDIO_REGISTER_MODE_WP": 2,
+    "UFFDIO_REGISTER_MODE_MINOR": 4,  # 5.13
     "UFFDIO_WRITEPROTECT_MODE_WP": 1,
+    "UFFDIO_COPY_MODE_DONTWAKE": 1,
+    "UFFDIO_COPY_MODE_WP": 2,  # 5.7
+    "UFFDIO_ZEROPAGE_MODE_DONTWAKE": 1,
+    "UFFDIO_CONTINUE_MODE_DONTWAKE": 1,  # 5.13
+    "UFFDIO_CONTINUE_MODE_WP": 2,  # 6.4
+    "UFFDIO_POISON_MODE_DONTWAKE": 1,  # 6.6
     "UFFD_FEATURE_PAGEFAULT_FLAG_WP": 1 << 0,
     "UFFD_FEATURE_EVENT_FORK": 1 << 1,
     "UFFD_FEATURE_EVENT_REMAP": 1 << 2,
@@ -31,8 +41,11 @@ KERNEL = {
     "UFFD_FEATURE_MISSING_HUGETLBFS": 1 << 4,
     "UFFD_FEATURE_MISSING_SHMEM": 1 << 5,
     "UFFD_FEATURE_EVENT_UNMAP": 1 << 6,
+    "UFFD_FEATURE_MINOR_HUGETLBFS": 1 << 9,  # 5.13
+    "UFFD_FEATURE_MINOR_SHMEM": 1 << 10,  # 5.14
     "UFFD_FEATURE_WP_HUGETLBFS_SHMEM": 1 << 12,  # 5.19
     "UFFD_FEATURE_WP_UNPOPULATED": 1 << 13,  # 6.4
+    "UFFD_FEATURE_POISON": 1 << 14,  # 6.6
     "UFFD_FEATURE_WP_ASYNC": 1 << 15,  # 6.7
     "UFFD_EVENT_PAGEFAULT": 0x12,
     "UFFD_EVENT_FORK": 0x13,
@@ -40,6 +53,7 @@ KERNEL = {
     "UFFD_EVENT_REMOVE": 0x15,
     "UFFD_EVENT_UNMAP": 0x16,
     "UFFD_PAGEFAULT_FLAG_WP": 2,
+    "UFFD_PAGEFAULT_FLAG_MINOR": 4,  # 5.13
     "PAGEMAP_SCAN": 0xC0606610,  # 6.7, like all below
     "PAGE_IS_WRITTEN": 1 << 1,
     "PAGE_IS_FILE": 1 << 2,
@@ -58,13 +72,17 @@ SIZES = {
     "struct uffdio_range": 16,
     "struct uffdio_register": 32,
     "struct uffdio_writeprotect": 24,
+    "struct uffdio_copy": 40,
     "struct uffdio_zeropage": 32,
+    "struct uffdio_continue": 32,  # 5.13
+    "struct uffdio_poison": 32,  # 6.6
     "struct page_region": 24,  # 6.7
     "struct pm_scan_arg": 96,  # 6.7
     "struct procmap_query": 104,  # 6.11
 }
 # No #ifdef can ask for a struct: its ioctl tells.
 NEWEST = {
+    "struct uffdio_poison": "UFFDIO_POISON",
     "struct page_region": "PAGEMAP_SCAN",
     "struct pm_scan_arg": "PAGEMAP_SCAN",
     "struct procmap_query": "PROCMAP_QUERY",
@@ -121,6 +139,7 @@ def test_what_python_sees():
     }
     assert KERNEL["UFFDIO_REGISTER_MODE_MISSING"] == MODE_MISSING
     assert KERNEL["UFFDIO_REGISTER_MODE_WP"] == MODE_WP
+    assert KERNEL["UFFDIO_REGISTER_MODE_MINOR"] == MODE_MINOR
     assert KERNEL["PM_SCAN_WP_MATCHING"] == WP_MATCHING
     assert KERNEL["PM_SCAN_CHECK_WPASYNC"] == CHECK_WPASYNC
 

@@ -16,7 +16,7 @@ from snapengine.kernel.uffd import FEATURES
 
 pytestmark = [pytest.mark.usefixtures("requires_uffd", "programs"), pytest.mark.timeout(600)]
 
-MOVE_AND_LATER = 1 << 16 | 1 << 14  # UFFD_FEATURE_MOVE, _POISON
+MOVE_AND_LATER = 1 << 16 | FEATURES["POISON"]  # UFFD_FEATURE_MOVE
 SINCE_6_7 = MOVE_AND_LATER | FEATURES["WP_ASYNC"] | FEATURES["WP_UNPOPULATED"]
 LOST = "test_process_lost.py::test_lost_memory_is_reported"
 STEPS = "test_between_steps.py::test_a_part_of_a_page_table_that_is_replaced_is_lost"

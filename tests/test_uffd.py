@@ -2,8 +2,12 @@
 
 import ctypes
 import errno
+import faulthandler
 import mmap
 import os
+import re
+import resource
+import select
 import signal
 import socket
 import struct
@@ -17,12 +21,7 @@ import pytest
 from waitkit import PATIENCE_S, until
 
 from snapengine.errors import UffdPermissionError
-from snapengine.kernel.uffd import (
-    FEATURES,
-    MODE_MISSING,
-    MODE_WP,
-    Uffd,
-)
+from snapengine.kernel.uffd import FEATURES, MODE_MINOR, MODE_MISSING, MODE_WP, Uffd, supported_features
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 
@@ -32,7 +31,8 @@ WP = FEATURES["PAGEFAULT_FLAG_WP"]
 SHMEM = FEATURES["WP_HUGETLBFS_SHMEM"]
 UNPOPULATED = FEATURES["WP_UNPOPULATED"]
 EVENT_PAGEFAULT, EVENT_FORK, EVENT_REMAP = 0x12, 0x13, 0x14
-FLAG_WRITE, FLAG_WP = 1, 2
+FLAG_WRITE, FLAG_WP, FLAG_MINOR = 1, 2, 4
+DONTWAKE, COPY_WP = 1, 2
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
@@ -263,6 +263,174 @@ def test_hugetlb_traps_by_its_own_pages(tracked, hugetlb):
         ram.close()
 
 
+# -- what fills pages --
+
+
+def data_of(*numbers):
+    return b"".join(bytes([number]) * PAGE for number in numbers)
+
+
+def fails_with(number, call, *arguments):
+    with pytest.raises(OSError, match=re.escape(os.strerror(number)) + "|lacks") as caught:
+        call(*arguments)
+    assert caught.value.errno == number
+    return True
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_copy_fills_missing_pages_and_wakes(memory, tracked, shared):
+    ram = memory(4, shared)
+    uffd = tracked(ram, WP | (FEATURES["MISSING_SHMEM"] if shared else 0), MODE_MISSING)
+    writer = Writer(ram, 1, 9)
+    assert read_message(uffd.fd).address & -PAGE == ram.at(1)
+    assert uffd.copy(ram.addr, data_of(5, 6, 7)) == 3 * PAGE
+    writer.finish()
+    assert [ram.read(page) for page in range(3)] == [5, 9, 7]
+
+
+@pytest.mark.parametrize("name", ["copy", "zeropage"])
+def test_filling_ends_at_a_page_that_exists(memory, tracked, name):
+    ram = memory(4)
+    ram.write(2, 8)
+    uffd = tracked(ram, WP, MODE_MISSING)
+
+    def fill(page, pages):
+        if name == "copy":
+            return uffd.copy(ram.at(page), data_of(*[3] * pages))
+        return uffd.zeropage(ram.at(page), pages * PAGE)
+
+    assert fill(0, 4) == 2 * PAGE
+    assert fails_with(errno.EEXIST, fill, 2, 2)
+    assert fill(3, 1) == PAGE
+    filled = 3 if name == "copy" else 0
+    assert [ram.read(page) for page in range(4)] == [filled, filled, 8, filled]
+
+
+def test_copy_wakes_nobody_if_so_asked(memory, tracked):
+    ram = memory(1)
+    uffd = tracked(ram, WP, MODE_MISSING)
+    writer = Writer(ram, 0, 9)
+    read_message(uffd.fd)
+    assert uffd.copy(ram.addr, data_of(5), DONTWAKE) == PAGE
+    assert ram.read(0) == 5
+    assert writer.is_alive()
+    uffd.wake(ram.addr, PAGE)
+    writer.finish()
+    assert ram.read(0) == 9
+
+
+def test_copy_leaves_the_page_protected(memory, tracked):
+    ram = memory(1)
+    uffd = tracked(ram, WP, MODE_MISSING | MODE_WP)
+    assert uffd.copy(ram.addr, data_of(5), COPY_WP) == PAGE
+    writer = Writer(ram, 0, 9)
+    assert read_message(uffd.fd).flags & FLAG_WP
+    assert ram.read(0) == 5
+    uffd.unprotect(ram.addr, PAGE)
+    writer.finish()
+
+
+def test_copy_of_what_cannot_be_read(memory, tracked):
+    ram = memory(1)
+    uffd = tracked(ram, WP, MODE_MISSING)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    source = libc.mmap(None, PAGE, 0, flags, -1, 0)  # PROT_NONE
+    try:
+        assert fails_with(errno.EFAULT, uffd.copy, ram.addr, (ctypes.c_ubyte * PAGE).from_address(source))
+    finally:
+        libc.munmap(source, PAGE)
+    assert uffd.copy(ram.addr, data_of(5)) == PAGE, "nothing was filled"
+
+
+def test_filling_waits_for_events_to_be_read(memory, tracked):
+    ram = memory(2)
+    uffd = tracked(ram, WP | FEATURES["EVENT_REMAP"], MODE_MISSING)
+    mover = threading.Thread(target=move, args=[ram], daemon=True)
+    mover.start()
+    assert select.select([uffd.fd], [], [], PATIENCE_S)[0], "no event came"
+    for call in (lambda: uffd.copy(ram.addr, data_of(5)), lambda: uffd.zeropage(ram.addr, PAGE)):
+        assert fails_with(errno.EAGAIN, call)
+    assert read_message(uffd.fd).event == EVENT_REMAP
+    mover.join(PATIENCE_S)
+    assert uffd.copy(ram.addr, data_of(5)) == PAGE
+
+
+@pytest.mark.parametrize("name", ["copy", "zeropage", "map_existing", "poison"])
+def test_filling_memory_that_is_not_registered(memory, name):
+    ram = memory(1, shared=True)
+    known = name != "poison" or supported_features() & FEATURES["POISON"]
+    with Uffd(WP) as uffd:
+        arguments = [data_of(1)] if name == "copy" else [PAGE]
+        expected = errno.ENOENT if known else errno.EINVAL
+        assert fails_with(expected, getattr(uffd, name), ram.addr, *arguments)
+
+
+def test_a_minor_fault_maps_the_page_that_the_file_has(memory, tracked):
+    minor = FEATURES["MINOR_SHMEM"]
+    if not supported_features() & minor:  # before Linux 5.14
+        assert fails_with(errno.EOPNOTSUPP, Uffd, WP | minor)
+        return
+    ram = memory(3, shared=True)
+    os.pwrite(ram.fd, data_of(5, 6), 0)
+    uffd = tracked(ram, WP | minor, MODE_MINOR)
+    writer = Writer(ram, 1, 9)
+    message = read_message(uffd.fd)
+    assert (message.address & -PAGE, message.flags & FLAG_MINOR) == (ram.at(1), FLAG_MINOR)
+    assert uffd.map_existing(ram.addr, 3 * PAGE) == 2 * PAGE, "the file has no third page"
+    writer.finish()
+    assert (ram.read(0), ram.read(1)) == (5, 9)
+    assert fails_with(errno.EEXIST, uffd.map_existing, ram.addr, PAGE)
+    assert fails_with(errno.EFAULT, uffd.map_existing, ram.at(2), PAGE)
+
+
+def dies_of_poison(ram, touch_first):
+    """The body of a process: SIGBUS ends it when it touches the poisoned page. It exits if it was refused."""
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with Uffd(WP | FEATURES["POISON"]) as uffd:
+        if touch_first:
+            ram.write(1, 7)
+        uffd.register(ram.addr, ram.length, MODE_MISSING)
+        try:
+            done = uffd.poison(ram.addr, 2 * PAGE)
+        except OSError as error:
+            return error.errno
+        if touch_first:
+            return 1 if (done, ram.read(1)) == (PAGE, 7) else 2
+        ram.read(1)
+    return 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_poison(memory, shared):
+    if not supported_features() & FEATURES["POISON"]:  # before Linux 6.6
+        assert fails_with(errno.EOPNOTSUPP, Uffd, WP | FEATURES["POISON"])
+        return
+    ram = memory(2, shared)
+    assert reap(fork_and(lambda: dies_of_poison(ram, False))) == -signal.SIGBUS
+    assert reap(fork_and(lambda: dies_of_poison(ram, True))) == 1, "a page that exists is not poisoned"
+
+
+def test_poison_wakes_a_waiter_to_its_sigbus(memory):
+    if not supported_features() & FEATURES["POISON"]:
+        assert fails_with(errno.EOPNOTSUPP, Uffd, WP | FEATURES["POISON"])
+        return
+    ram = memory(1)
+
+    def waits_for_poison():
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with Uffd(WP | FEATURES["POISON"]) as uffd:
+            uffd.register(ram.addr, PAGE, MODE_MISSING)
+            writer = Writer(ram, 0, 1)
+            read_message(uffd.fd)
+            uffd.poison(ram.addr, PAGE)
+            writer.finish()
+        return 3
+
+    assert reap(fork_and(waits_for_poison)) == -signal.SIGBUS
+
+
 # -- what releases --
 
 
@@ -460,7 +628,7 @@ def test_mremap_with_the_event(memory, tracked):
 
 def test_without_permission_the_text_names_the_ways():
     code = (
-        "import os; from snapengine import uffd\n"
+        "import os; from snapengine.kernel import uffd\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: uffd.supported_features()\n"
         "except Exception as error: print(type(error).__name__, error.errno, error)\n"

@@ -77,7 +77,7 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
     cdef int err
     note_missing(capture, addr)
     while True:
-        err = uffd_zeropage(capture.uffds[uffd], addr, PAGE)
+        err = uffd_zeropage(capture.uffds[uffd], addr, PAGE, 0, NULL)
         if err != EAGAIN:
             break
         if snap_load(&capture.failed):

@@ -1,5 +1,5 @@
 # cython: cdivision=True, boundscheck=False
-"""Threads that write a guest's pages in an order that a cut can be checked against (`snapengine.guest.check`).
+"""Threads that write a guest's pages in an order that a cut can be checked against (`guest.check`).
 
 Owns the threads (guestthread) and one block of words that they share, mapped and never part of the guest's
 RAM. The methods are for one control thread; they never touch the RAM, so it goes on answering while the

@@ -1,11 +1,11 @@
 """userfaultfd(2): one function per ioctl, and the class that owns a descriptor.
 
-Any thread may call the ioctl functions; none of them allocates or needs the GIL. Features are
-negotiated once, when the descriptor is made: a kernel without one of them is an error then, never a
-surprise later. Sources: userfaultfd(2), ioctl_userfaultfd(2), and userfaultfd.rst in Linux
-Documentation/admin-guide/mm.
+Any thread may call the ioctl functions; none of them allocates or needs the GIL. Features are negotiated
+once, when the descriptor is made, and a kernel that lacks one is reported then. Sources: userfaultfd(2),
+ioctl_userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst.
 """
 
+from libc.stdint cimport int64_t
 from libc.errno cimport EACCES, EBUSY, ENOENT, ENOMEM, ENOSYS, EPERM, ESRCH, errno
 from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK
 from posix.ioctl cimport ioctl
@@ -13,13 +13,16 @@ from posix.unistd cimport close
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.kernel.linux cimport (
-    IOCTL_UFFDIO_API, IOCTL_UFFDIO_REGISTER, IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE,
-    IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
+    IOCTL_UFFDIO_API, IOCTL_UFFDIO_CONTINUE, IOCTL_UFFDIO_COPY, IOCTL_UFFDIO_POISON, IOCTL_UFFDIO_REGISTER,
+    IOCTL_UFFDIO_UNREGISTER, IOCTL_UFFDIO_WAKE, IOCTL_UFFDIO_WRITEPROTECT, IOCTL_UFFDIO_ZEROPAGE, UFFD_API,
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
-    UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP,
-    UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
-    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP,
-    snap_uffd_open, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
+    UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
+    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON, UFFD_FEATURE_WP_ASYNC,
+    UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+    UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
+    UFFDIO_WRITEPROTECT_MODE_WP,
+    snap_uffd_open, uffdio_api, uffdio_continue, uffdio_copy, uffdio_poison, uffdio_range, uffdio_register,
+    uffdio_writeprotect, uffdio_zeropage,
 )
 from snapengine.kernel.procmap_query cimport next_vma, vma_t
 from snapengine.base.oserror cimport raise_oserror
@@ -37,14 +40,18 @@ FEATURES = {
     "EVENT_UNMAP": UFFD_FEATURE_EVENT_UNMAP,
     "MISSING_HUGETLBFS": UFFD_FEATURE_MISSING_HUGETLBFS,
     "MISSING_SHMEM": UFFD_FEATURE_MISSING_SHMEM,
+    "MINOR_HUGETLBFS": UFFD_FEATURE_MINOR_HUGETLBFS,
+    "MINOR_SHMEM": UFFD_FEATURE_MINOR_SHMEM,
     "WP_HUGETLBFS_SHMEM": UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
     "WP_UNPOPULATED": UFFD_FEATURE_WP_UNPOPULATED,
+    "POISON": UFFD_FEATURE_POISON,
     "WP_ASYNC": UFFD_FEATURE_WP_ASYNC,
 }
 """Feature names (without UFFD_FEATURE_) and their bits."""
 
 MODE_MISSING = UFFDIO_REGISTER_MODE_MISSING
 MODE_WP = UFFDIO_REGISTER_MODE_WP
+MODE_MINOR = UFFDIO_REGISTER_MODE_MINOR
 
 PERMISSION_HELP = (
     "userfaultfd is not allowed for this user; one of these allows it: "
@@ -96,7 +103,7 @@ cdef int _register_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t
     if not err or err == EBUSY or err == ESRCH:
         return err
     if length <= unit and err == ENOMEM and uffd_unregister(fd, start, length) == ENOMEM:
-        return ESRCH                    # of a process that has ended; nothing was registered here, or split
+        return ESRCH                    # the process has ended; nothing was registered here, or split
     if length <= unit or snap_load(stop):
         return 0
     half = half_of(length, unit)
@@ -105,7 +112,7 @@ cdef int _register_halves(int fd, const uint64_t *stop, uint64_t start, uint64_t
 
 
 cdef bint _changed(int maps, const vma_t *vma, uint64_t at) noexcept nogil:
-    """Whether another mapping is there by now than `vma` was."""
+    """Whether the mapping at `at` is no longer the one that `vma` describes."""
     cdef vma_t now
     return next_vma(maps, at, &now) != 0 or now.start != vma.start or now.end != vma.end \
         or now.flags != vma.flags or now.device != vma.device or now.inode != vma.inode
@@ -175,13 +182,58 @@ cdef int uffd_unprotect(int fd, uint64_t start, uint64_t length) noexcept nogil:
     return _writeprotect(fd, start, length, 0)
 
 
-cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length) noexcept nogil:
+cdef int _filled(int status, int64_t result, uint64_t *done) noexcept nogil:
+    """0 or errno of an ioctl that fills pages. `result` is what it wrote: bytes, or the negative errno."""
+    cdef int err = 0 if status == 0 else errno
+    if done != NULL:
+        done[0] = <uint64_t>max(result, <int64_t>0)
+    return err
+
+
+# The kernel does not read the last field of these structs, and some errors leave it unwritten: it begins
+# with 0.
+
+
+cdef int uffd_copy(int fd, uint64_t start, const void *source, uint64_t length, uint64_t mode,
+                   uint64_t *done) noexcept nogil:
+    cdef uffdio_copy arg
+    arg.dst = start
+    arg.src = <uint64_t>source
+    arg.len = length
+    arg.mode = mode
+    arg.copy = 0
+    cdef int status = ioctl(fd, IOCTL_UFFDIO_COPY, &arg)
+    return _filled(status, arg.copy, done)
+
+
+cdef int uffd_zeropage(int fd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *done) noexcept nogil:
     cdef uffdio_zeropage arg
     arg.range.start = start
     arg.range.len = length
-    arg.mode = 0
+    arg.mode = mode
     arg.zeropage = 0
-    return 0 if ioctl(fd, IOCTL_UFFDIO_ZEROPAGE, &arg) == 0 else errno
+    cdef int status = ioctl(fd, IOCTL_UFFDIO_ZEROPAGE, &arg)
+    return _filled(status, arg.zeropage, done)
+
+
+cdef int uffd_continue(int fd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *done) noexcept nogil:
+    cdef uffdio_continue arg
+    arg.range.start = start
+    arg.range.len = length
+    arg.mode = mode
+    arg.mapped = 0
+    cdef int status = ioctl(fd, IOCTL_UFFDIO_CONTINUE, &arg)
+    return _filled(status, arg.mapped, done)
+
+
+cdef int uffd_poison(int fd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *done) noexcept nogil:
+    cdef uffdio_poison arg
+    arg.range.start = start
+    arg.range.len = length
+    arg.mode = mode
+    arg.updated = 0
+    cdef int status = ioctl(fd, IOCTL_UFFDIO_POISON, &arg)
+    return _filled(status, arg.updated, done)
 
 
 cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil:
@@ -212,6 +264,12 @@ cdef int _check(int err, const char *call) except -1:
     return 0
 
 
+cdef object _bytes_done(int err, uint64_t done, const char *call):
+    if err and not done:
+        raise_oserror(err, call)
+    return done
+
+
 def feature_names(uint64_t features):
     """The names of the feature bits set in `features`, for messages."""
     return [name for name, bit in FEATURES.items() if features & bit]
@@ -239,8 +297,8 @@ def supported_features():
 def negotiated_features(int fd):
     """The features that a userfaultfd descriptor was negotiated with, or None before UFFDIO_API.
 
-    The kernel shows them in /proc/self/fdinfo ("API: aa:FEATURES:IOCTLS"); bit 31 says that UFFDIO_API
-    was called. Raises OSError where `fd` is not a userfaultfd.
+    The kernel shows them in /proc/self/fdinfo ("API: aa:FEATURES:IOCTLS"). Bit 31 means that UFFDIO_API was
+    called. Raises OSError if `fd` is not a userfaultfd.
     """
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
         for line in lines:
@@ -258,8 +316,8 @@ cdef class Uffd:
     features:
         UFFD_FEATURE bits to negotiate.
     fd:
-        A descriptor to take over instead of opening one; it is negotiated with `features` unless its
-        owner did that already. It is ours from the call on: closed by `close`, and if this raises.
+        A descriptor to take over instead of opening one. It is negotiated with `features`, unless its
+        previous owner has done that. This object owns it from the call on, and closes it if the call raises.
 
     Raises
     ------
@@ -290,7 +348,7 @@ cdef class Uffd:
             else:
                 self.features = negotiated
         except BaseException:
-            self.close()            # at once: a traceback may keep the object for long
+            self.close()            # at once: a traceback may keep the object alive
             raise
 
     def _negotiate(self, uint64_t features):
@@ -304,7 +362,7 @@ cdef class Uffd:
 
     def _refuse(self, uint64_t missing):
         names = ", ".join(map(named, feature_names(missing))) or hex(missing)
-        # A descriptor that was handed over can offer no more than the kernel does.
+        # The kernel's own limits come first: a descriptor that was handed over cannot offer more.
         kernel = missing & ~<uint64_t>supported_features()
         who = "this kernel" if kernel else "the handed-over userfaultfd"
         raise UnsupportedError(95, f"{who} lacks {names}")
@@ -325,22 +383,55 @@ cdef class Uffd:
         """UFFDIO_WRITEPROTECT without MODE_WP; wakes the waiters. Raises OSError."""
         _check(uffd_unprotect(self.fd, start, length), b"UFFDIO_WRITEPROTECT")
 
-    def zeropage(self, uint64_t start, uint64_t length):
-        """UFFDIO_ZEROPAGE: fills missing pages with zeros and wakes the waiters. Raises OSError."""
-        _check(uffd_zeropage(self.fd, start, length), b"UFFDIO_ZEROPAGE")
+    # These four return the bytes that were filled: fewer than asked for if a later page failed. They raise
+    # OSError if the first page did. Without the GIL: reading `data` may itself fault.
+
+    def copy(self, uint64_t start, const unsigned char[::1] data not None, uint64_t mode=0):
+        """UFFDIO_COPY: fills missing pages with `data`, and wakes the waiters."""
+        cdef uint64_t length = data.shape[0]
+        cdef const void *source = &data[0] if length else NULL
+        cdef uint64_t done
+        cdef int err
+        with nogil:
+            err = uffd_copy(self.fd, start, source, length, mode, &done)
+        return _bytes_done(err, done, b"UFFDIO_COPY")
+
+    def zeropage(self, uint64_t start, uint64_t length, uint64_t mode=0):
+        """UFFDIO_ZEROPAGE: fills missing pages with zeros, and wakes the waiters."""
+        cdef uint64_t done
+        cdef int err
+        with nogil:
+            err = uffd_zeropage(self.fd, start, length, mode, &done)
+        return _bytes_done(err, done, b"UFFDIO_ZEROPAGE")
+
+    def map_existing(self, uint64_t start, uint64_t length, uint64_t mode=0):
+        """UFFDIO_CONTINUE: maps the pages that the memory file has, and wakes the waiters."""
+        cdef uint64_t done
+        cdef int err
+        with nogil:
+            err = uffd_continue(self.fd, start, length, mode, &done)
+        return _bytes_done(err, done, b"UFFDIO_CONTINUE")
+
+    def poison(self, uint64_t start, uint64_t length, uint64_t mode=0):
+        """UFFDIO_POISON: a later access to these missing pages raises SIGBUS; so it does in the waiters."""
+        cdef uint64_t done
+        cdef int err
+        with nogil:
+            err = uffd_poison(self.fd, start, length, mode, &done)
+        return _bytes_done(err, done, b"UFFDIO_POISON")
 
     def wake(self, uint64_t start, uint64_t length):
         """UFFDIO_WAKE. Raises OSError."""
         _check(uffd_wake(self.fd, start, length), b"UFFDIO_WAKE")
 
     def detach(self):
-        """Give the descriptor up to the caller, who must close it."""
+        """Hand the descriptor to the caller, who must close it."""
         cdef int fd = self.fd
         self.fd = -1
         return fd
 
     def close(self):
-        """Close the descriptor: the kernel releases what it protected. Idempotent."""
+        """Close the descriptor: the kernel removes the protection and wakes the waiters. Idempotent."""
         cdef int fd = self.fd
         self.fd = -1
         if fd >= 0:

@@ -16,11 +16,21 @@ cdef extern from "snapengine/internal/linux_compat.h" nogil:
     const uint64_t UFFD_FEATURE_EVENT_UNMAP
     const uint64_t UFFD_FEATURE_MISSING_HUGETLBFS
     const uint64_t UFFD_FEATURE_MISSING_SHMEM
+    const uint64_t UFFD_FEATURE_MINOR_HUGETLBFS
+    const uint64_t UFFD_FEATURE_MINOR_SHMEM
     const uint64_t UFFD_FEATURE_WP_HUGETLBFS_SHMEM
     const uint64_t UFFD_FEATURE_WP_UNPOPULATED
+    const uint64_t UFFD_FEATURE_POISON
     const uint64_t UFFD_FEATURE_WP_ASYNC
     const uint64_t UFFDIO_REGISTER_MODE_MISSING
     const uint64_t UFFDIO_REGISTER_MODE_WP
+    const uint64_t UFFDIO_REGISTER_MODE_MINOR
+    const uint64_t UFFDIO_COPY_MODE_DONTWAKE
+    const uint64_t UFFDIO_COPY_MODE_WP
+    const uint64_t UFFDIO_ZEROPAGE_MODE_DONTWAKE
+    const uint64_t UFFDIO_CONTINUE_MODE_DONTWAKE
+    const uint64_t UFFDIO_CONTINUE_MODE_WP
+    const uint64_t UFFDIO_POISON_MODE_DONTWAKE
     const uint64_t UFFDIO_WRITEPROTECT_MODE_WP
     const uint8_t UFFD_EVENT_PAGEFAULT
     const uint8_t UFFD_EVENT_FORK
@@ -28,11 +38,15 @@ cdef extern from "snapengine/internal/linux_compat.h" nogil:
     const uint8_t UFFD_EVENT_REMOVE
     const uint8_t UFFD_EVENT_UNMAP
     const uint64_t UFFD_PAGEFAULT_FLAG_WP
+    const uint64_t UFFD_PAGEFAULT_FLAG_MINOR
     const unsigned long IOCTL_UFFDIO_API "UFFDIO_API"
     const unsigned long IOCTL_UFFDIO_REGISTER "UFFDIO_REGISTER"
     const unsigned long IOCTL_UFFDIO_UNREGISTER "UFFDIO_UNREGISTER"
     const unsigned long IOCTL_UFFDIO_WRITEPROTECT "UFFDIO_WRITEPROTECT"
+    const unsigned long IOCTL_UFFDIO_COPY "UFFDIO_COPY"
     const unsigned long IOCTL_UFFDIO_ZEROPAGE "UFFDIO_ZEROPAGE"
+    const unsigned long IOCTL_UFFDIO_CONTINUE "UFFDIO_CONTINUE"
+    const unsigned long IOCTL_UFFDIO_POISON "UFFDIO_POISON"
     const unsigned long IOCTL_UFFDIO_WAKE "UFFDIO_WAKE"
 
     struct uffdio_api:
@@ -49,10 +63,24 @@ cdef extern from "snapengine/internal/linux_compat.h" nogil:
     struct uffdio_writeprotect:
         uffdio_range range
         uint64_t mode
+    struct uffdio_copy:
+        uint64_t dst
+        uint64_t src
+        uint64_t len
+        uint64_t mode
+        int64_t copy
     struct uffdio_zeropage:
         uffdio_range range
         uint64_t mode
         int64_t zeropage
+    struct uffdio_continue:
+        uffdio_range range
+        uint64_t mode
+        int64_t mapped
+    struct uffdio_poison:
+        uffdio_range range
+        uint64_t mode
+        int64_t updated
     struct _uffd_pf:
         uint64_t flags
         uint64_t address

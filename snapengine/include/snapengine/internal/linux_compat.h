@@ -27,6 +27,19 @@
 #ifndef UFFD_FEATURE_WP_UNPOPULATED /* Linux 6.4 */
 #define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
 #endif
+#ifndef UFFDIO_CONTINUE_MODE_WP /* Linux 6.4 */
+#define UFFDIO_CONTINUE_MODE_WP ((uint64_t)1 << 1)
+#endif
+#ifndef UFFDIO_POISON /* Linux 6.6 */
+struct uffdio_poison {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#define UFFDIO_POISON_MODE_DONTWAKE ((uint64_t)1 << 0)
+#define UFFD_FEATURE_POISON (1 << 14)
+#endif
 #ifndef UFFD_FEATURE_WP_ASYNC /* Linux 6.7 */
 #define UFFD_FEATURE_WP_ASYNC (1 << 15)
 #endif
