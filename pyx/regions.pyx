@@ -68,7 +68,7 @@ cdef class RegionPlan:
     sparse: cython.bint = False
     check: cython.bint = False
     own: cython.bint = False
-    witness: uint64_t = 0
+    shadow: uint64_t = 0
     alone_before: cython.bint = False
     alone_after: cython.bint = False
     follows: cython.bint = False

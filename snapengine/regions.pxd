@@ -30,7 +30,7 @@ cdef class RegionPlan:              # how one region is tracked and read: see re
     cdef public bint sparse
     cdef public bint check
     cdef public bint own
-    cdef public uint64_t witness
+    cdef public uint64_t shadow
     cdef public bint alone_before
     cdef public bint alone_after
     cdef public bint follows

@@ -30,7 +30,7 @@ class RegionPlan:
     sparse: bool = False
     check: bool = False
     own: bool = False
-    witness: int = 0
+    shadow: int = 0
     alone_before: bool = False
     alone_after: bool = False
     follows: bool = False

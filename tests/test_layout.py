@@ -71,7 +71,7 @@ def test_what_is_decided_for_memory_without_a_file_holds_for_all_of_it():
     first, second = plans_of([region(20, 30), region(40, 51)], MAPPINGS, decide)
     for name in ("reading", "presence", "missing", "check", "own", "keep_huge"):
         assert getattr(second, name) == getattr(first, name)
-    assert (second.file, second.sparse, second.witness) == (-1, False, 0)
+    assert (second.file, second.sparse, second.shadow) == (-1, False, 0)
 
 
 def test_what_is_not_mapped():

@@ -209,7 +209,7 @@ cdef class Session:
         region.sparse = plan.sparse
         region.check = plan.check
         region.own = plan.own
-        region.shadow = <char *><uintptr_t>plan.witness
+        region.shadow = <char *><uintptr_t>plan.shadow
         region.registered_start = plan.track_start
         region.registered_end = plan.track_end
         region.alone_before = plan.alone_before

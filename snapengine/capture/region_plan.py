@@ -159,7 +159,7 @@ class Plan:
             plan.reading = "process" if self.pid else "memory"
             if file >= 0:
                 plan.reading, plan.presence = "file", "all"
-                self._call_witness(plan, file, offset)
+                self._map_shadow(plan, file, offset)
         elif file >= 0:
             plan.presence = "seek"
             plan.sparse = self._is_sparse(file, plan)
@@ -233,7 +233,7 @@ class Plan:
         rounds = self.features & FEATURES["WP_ASYNC"]
         return holes > SPARSE_HOLE_BYTES and not rounds and bool(self.features & FEATURES["MISSING_SHMEM"])
 
-    def _call_witness(self, plan: RegionPlan, file: int, offset: int) -> None:
+    def _map_shadow(self, plan: RegionPlan, file: int, offset: int) -> None:
         """A mapping of the same huge pages in this process loses what is punched out of their file."""
         size = plan.region.page_size
         whole = plan.addr % size == 0 and plan.pages * PAGE_BYTES % size == 0 and offset % size == 0
@@ -241,7 +241,7 @@ class Plan:
             return
         view = FileView(file, offset, plan.pages * PAGE_BYTES)
         self._views.append(view)
-        plan.witness = view.addr
+        plan.shadow = view.addr
 
     def _look_for_other_mappings(self, mappings: list[Mapping]) -> None:
         """Shared memory that is mapped twice can be written through the other mapping, unseen."""
