@@ -130,13 +130,9 @@ class KilledBeforeItIsArmed(Capture):
         os.kill(self._target.pid, signal.SIGKILL)
         os.waitid(os.P_PID, self._target.pid, os.WEXITED | os.WNOWAIT)
 
-    def _arm(self):
+    def _make_engine(self):
         self._kill()
-        return super()._arm()
-
-    def _log_rounds(self, engine):
-        self._kill()
-        return super()._log_rounds(engine)
+        super()._make_engine()
 
 
 @pytest.mark.parametrize(("cut", "method"), CUTS)

@@ -38,6 +38,7 @@ from snapengine.engine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.engine.recheck cimport populate_shadow, drop_shadow
 from snapengine.kernel.uffd cimport uffd_protect
 
+WANTED_SECONDS = 0.05               # between rounds that only keep what is left to copy small
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
 cdef uint64_t UNIT_PAGES = 512
@@ -305,16 +306,18 @@ cdef class DirtyLog:
         self.registered = self.answering = False
         self.rate = 0
 
-    def run(self, target, double downtime_limit, uint64_t max_rounds, double max_seconds):
+    def run(self, target, double downtime_limit, uint64_t max_rounds, double max_seconds, wanted=None):
         """Rounds until what is left can be copied within `downtime_limit` seconds at the measured rate, then
         one with the target paused.
 
         Returns ``(stop_ns, vmstate)``; vmstate is None if it did not converge within `max_rounds` rounds or
-        `max_seconds`. A failure is left in ``Session.failure``; what the target's pause, resume and vmstate
+        `max_seconds`. Until the `snapengine.base.latch.Latch` `wanted` is open, if there is one, the rounds go on
+        instead of ending; `max_rounds` does not count those, `max_seconds` does. A failure is left in ``Session.failure``; what the target's pause, resume and vmstate
         raise is raised.
         """
         cdef capture_t *capture = self.session.capture
         cdef uint64_t begin = snap_now_ns()
+        cdef uint64_t waiting = 0
         cdef int64_t dirty
         self.deadline = begin + <uint64_t>(max_seconds * 1e9)
         guard_thread()
@@ -329,8 +332,11 @@ cdef class DirtyLog:
             if self.session.failure:
                 return 0, None
             if dirty <= self.rate * downtime_limit:
-                return self._last_round(target)
-            if capture.rounds >= max_rounds or snap_now_ns() > self.deadline:
+                if wanted is None or wanted.is_set():
+                    return self._last_round(target)
+                wanted.wait(WANTED_SECONDS)
+                waiting += 1
+            if capture.rounds >= max_rounds + waiting or snap_now_ns() > self.deadline:
                 return 0, None
             if not self._measured(False):
                 return 0, None

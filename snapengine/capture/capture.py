@@ -7,44 +7,37 @@ fails, at any line, the target is released first and the sink is aborted.
 
 from __future__ import annotations
 
-import atexit
 import errno
-import os
 import threading
 import time
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
-from snapengine.capture.explain import explain
-from snapengine.capture.finalize import Times, finish_image
-from snapengine.capture.instant import to_unix_ns
+from snapengine.capture.dirty_logging import DirtyLogging
+from snapengine.capture.explain import explain, explain_end
+from snapengine.capture.finalize import finish_image
+from snapengine.capture.live import live, wait_for_cancelled
 from snapengine.capture.resources import Resources
 from snapengine.capture.setup import make_engine, open_target
-from snapengine.engine.dirtylog import DirtyLog
-from snapengine.engine.tracker import Tracker
-from snapengine.errors import (
-    AttachError,
-    CaptureCancelled,
-    HandoverError,
-    MachineError,
-    SinkError,
-    TargetGoneError,
-    TimeLimitError,
-    UnsupportedError,
-)
+from snapengine.capture.write_tracking import WriteTracking
+from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.image.region_pack import numbered
-from snapengine.kernel.threads import ends
 from snapengine.options import WRITE_TRACKING, Options
-from snapengine.result import COMPLETED, NOT_CONVERGED, Result
+from snapengine.result import NOT_CONVERGED, Result
 from snapengine.targets.base import Target
 from snapengine.targets.buffer import BufferTarget
 
-CANCEL_SECONDS = 10.0
-_live: weakref.WeakSet[Capture] = weakref.WeakSet()
+NEW, PREPARED, FIXED, RUNNING = "new", "prepared", "fixed", "running"
+STATES = {
+    NEW: "is not prepared",
+    PREPARED: "is prepared already, and T is not fixed",
+    FIXED: "has its T already, and has not gone on",
+    RUNNING: "was started already: a capture runs once",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +100,37 @@ def snapshot(
 
 
 class Capture:
-    """One capture, made by `snapshot`. Use it as a context manager, or call `start` and `wait`."""
+    """One capture, made by `snapshot`. It runs once.
+
+    Use it as a context manager, or call `start` and `wait`. For several captures that share one instant, take
+    the steps of `start` one by one:
+
+    ========== ============ ======================================================================
+    step       state after  what it does
+    ========== ============ ======================================================================
+    --         new
+    `prepare`  prepared     opens the target, makes threads and buffers, protects as far as it can
+    `fix`      fixed        pauses the target if it can, fixes T
+    `go_on`    running      lets the target go on, begins to save; `wait` says when it is done
+    ========== ============ ======================================================================
+
+    Pause whatever writes to all of the memory, `fix` every capture, let the writers go on, and `go_on` with
+    every capture: the images hold the same instant. Without a pause each has its own T, and together they may
+    hold a state that never was.
+
+    A step in another state raises RuntimeError. A step that fails, or is interrupted, ends the capture as
+    `start` does: the target is released and no image is left. An error of the caller between two steps ends
+    nothing: call `cancel` and `wait` then. A capture between two steps keeps its memory protected.
+
+    Write tracking: with two-step arming `prepare` registers and protects while the target runs; with plain
+    arming (below 64 MiB, or an attached process that is stopped) that is part of `fix`. A process that is
+    attached to with ``cut="stop"`` is stopped from `prepare` to `go_on`. After `fix` write faults are served;
+    what is copied for them waits in the buffer and the spill file until `go_on`.
+
+    Dirty logging: `prepare` starts the rounds. `fix` waits until they have converged, takes the last one in
+    the pause, and returns at T; False if they do not converge. Rounds go on until `fix` is called;
+    `max_seconds` counts from `prepare`.
+    """
 
     _session_extra: ClassVar[dict[str, Any]] = {}  # the negative control of the tests arms otherwise
 
@@ -117,15 +140,19 @@ class Capture:
         self._options = options
         self._vmstate = dict(vmstate)
         self._lock = threading.Lock()
+        self._steps = threading.Lock()  # held by a step while it runs
+        self._stepping = 0  # the thread that runs it
+        self._last_step: object = None
+        self._state = NEW
         self._done = Latch()
         self._begun = Latch()  # the image has its header: chunks may follow
-        self._started = self._cancelled = self._given_up = False
+        self._cancelled = self._given_up = False
         self._error: BaseException | None = None
         self._result: Result | None = None
         self._parts = Resources(target)
+        self._engine: WriteTracking | DirtyLogging | None = None
         self._encoders = Crew()
         self._finisher = Crew()  # of one
-        self._times = Times()
         self._expired = False
         self._limiter = Crew()  # of one, if there is a limit of time
         self._ended = 0
@@ -156,29 +183,22 @@ class Capture:
             raise self._error
 
     def start(self) -> None:
-        """Arm; returns once T is fixed (dirty logging: once the first round runs)."""
-        with self._lock:
-            if self._started:
-                raise RuntimeError("a capture runs once")
-            self._started = True
-        _wait_for_cancelled()
-        self._times.began = time.monotonic_ns()
-        _live.add(self)
-        try:
-            self._limit_time()
-            self._prepare()
-            assert self._parts.session is not None
-            if self._options.method == WRITE_TRACKING:
-                engine: Tracker | DirtyLog = self._arm()
-            else:
-                engine = DirtyLog(self._parts.session)
-            self._begin_image()
-            self._finisher.start("snap-finish", self._finish, engine)
-        except BaseException as caught:
-            other = self._undo_start(caught)
-            if other is None:
-                raise
-            raise other from None
+        """`prepare`, `fix` and `go_on`: returns once T is fixed and the target runs. With dirty logging it
+        returns once the rounds have begun; the other steps follow when they have converged."""
+        self._step("start", NEW, self._start, RUNNING)
+
+    def prepare(self) -> None:
+        """Open the target, make everything, protect as far as can be before T (see `Capture`)."""
+        self._step("prepare", NEW, self._prepare, PREPARED)
+
+    def fix(self) -> bool:
+        """Pause the target if it can, and fix T. False: dirty logging did not converge, there is no T; the
+        capture ends by itself, with the status ``"not-converged"``."""
+        return self._step("fix", PREPARED, self._fix, FIXED)
+
+    def go_on(self) -> None:
+        """Let the target go on, and begin to save. Returns then; `wait` says when the image is complete."""
+        self._step("go_on", FIXED, self._go_on, RUNNING)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the image is complete or the capture has failed; False if `timeout` seconds passed."""
@@ -205,8 +225,7 @@ class Capture:
             self._parts.attached.hurry()
         if self._parts.sink is not None:
             self._parts.sink.cancel()
-        if self._parts.session is not None and not self._done.is_set():
-            self._parts.session.fail(errno.ECANCELED)
+        self._stop_engine()
         if self._parts.writer is not None:
             self._parts.writer.cancel()
 
@@ -224,7 +243,7 @@ class Capture:
         """How far the capture is; may be called from any thread at any time."""
         session, writer = self._parts.session, self._parts.writer
         done = self._done.is_set()
-        began, now = self._times.began, self._ended or time.monotonic_ns()
+        began, now = self._parts.times.began, self._ended or time.monotonic_ns()
         seconds = (now - began) / 1e9 if began else 0.0
         if session is None:
             return Progress("done" if done else "arming", 0, 0, 0, 0, 0, seconds)
@@ -243,26 +262,103 @@ class Capture:
             seconds=seconds,
         )
 
-    # -- making and arming, on the caller's thread --
+    # -- the steps, on the caller's threads --
 
-    def _limit_time(self) -> None:
+    def _step(self, name: str, before: str, work: Callable[[], bool], after: str) -> bool:
+        """Do the work of a step. The handler of a signal may raise between any two lines here: from the line
+        that sets `_last_step` on, that ends the capture."""
+        if self._stepping == threading.get_ident():
+            raise RuntimeError(f"{name}() within another step of the capture")
+        this = object()
+        try:
+            with self._steps:
+                try:
+                    self._stepping = threading.get_ident()
+                    self._check_order(name, before)
+                    self._last_step = this
+                    if self._cancelled:
+                        raise CaptureCancelled("the capture was cancelled")
+                    done = work()
+                    self._state = after
+                    return done
+                except BaseException as caught:
+                    if self._last_step is this:
+                        self._note_failure(caught)
+                    raise
+                finally:
+                    self._stepping = 0
+        except BaseException as caught:
+            if self._last_step is not this:
+                raise
+            other = self._undo(caught)
+            if other is None:
+                raise
+            raise other from None
+
+    def _check_order(self, name: str, before: str) -> None:
+        if self._state != before:
+            raise RuntimeError(f"{name}(): the capture {STATES[self._state]}")
+        if self._done.is_set() and self._error is not None:
+            raise self._error
+
+    def _start(self) -> bool:
+        self._prepare()
+        assert self._engine is not None
+        if isinstance(self._engine, DirtyLogging):
+            self._engine.let_go()
+            return True
+        return self._fix() and self._go_on()
+
+    def _prepare(self) -> bool:
+        wait_for_cancelled()
+        self._parts.times.began = time.monotonic_ns()
+        live.add(self)
         if self._options.timeout:
             self._limiter.start("snap-timeout", self._expire)
+        self._make_parts()
+        self._make_engine()
+        self._finisher.start("snap-finish", self._finish)
+        return True
 
-    def _expire(self) -> None:
-        if not self._done.wait(self._options.timeout):
-            self._expired = True
-            self.cancel()
-
-    def _prepare(self) -> None:
+    def _make_parts(self) -> None:
         options, parts = self._options, self._parts
         pid, regions = open_target(parts, self._sink_spec, options)
-        self._times.began = time.monotonic_ns()  # without the wait for a peer
+        parts.times.began = time.monotonic_ns()  # without the wait for a peer
         make_engine(parts, pid, regions, options, self._session_extra)
         for number in range(options.encoders):
             self._encoders.start(f"snap-encode-{number}", self._encode, number)
         if self._cancelled and parts.session is not None:
             parts.session.fail(errno.ECANCELED)
+
+    def _make_engine(self) -> None:
+        """All is made, and nothing is registered yet."""
+        if self._options.method == WRITE_TRACKING:
+            self._engine = WriteTracking(self._parts, self._vmstate, self._steps)
+            self._engine.prepare()
+            self._raise_if_failed()  # before the target is stopped for nothing
+        else:
+            self._engine = DirtyLogging(self._parts, self._vmstate, self._options, self._done)
+            self._begin_image()
+
+    def _fix(self) -> bool:
+        assert self._engine is not None
+        if isinstance(self._engine, WriteTracking):
+            self._engine.fix()
+            self._raise_if_failed()
+            return True
+        fixed = self._engine.fix()
+        if self._error is not None:
+            raise self._error
+        return fixed
+
+    def _go_on(self) -> bool:
+        assert self._engine is not None
+        self._engine.go_on()
+        if isinstance(self._engine, WriteTracking):
+            self._raise_if_failed()
+            self._begin_image()
+            self._engine.let_go()
+        return True
 
     def _begin_image(self) -> None:
         """Not before T of write tracking: a sink that does not read must not keep a target stopped."""
@@ -272,38 +368,19 @@ class Capture:
         parts.writer.begin(numbered(parts.plan.regions) + parts.copied)
         self._begun.set()
 
-    def _arm(self) -> Tracker:
-        assert self._parts.session is not None
-        tracker = self._parts.tracker = Tracker(self._parts.session)
-        tracker.start()
-        self._raise_if_failed(tracker)  # before the target is stopped for nothing
-        stopped = time.monotonic_ns()
-        paused = False
-        try:
-            if self._target.can_pause:
-                paused = True
-                self._target.pause()
-            self._vmstate.update(self._target.vmstate())
-            tracker.arm(hold=paused)
-        finally:
-            if paused:
-                self._target.resume()
-                self._times.stop = time.monotonic_ns() - stopped
-        tracker.walk()
-        self._times.t_unix = to_unix_ns(self._parts.session.t_ns)
-        self._raise_if_failed(tracker)
-        if self._parts.attached:
-            self._parts.attached.armed()
-            self._times.stop = self._parts.attached.stop_ns
-        return tracker
-
-    def _raise_if_failed(self, tracker: Tracker) -> None:
+    def _raise_if_failed(self) -> None:
         assert self._parts.session is not None
         if self._parts.session.failure:
-            tracker.join()
+            assert isinstance(self._engine, WriteTracking)
+            self._engine.join()
             self._raise_failure()
 
-    # -- the finisher thread --
+    def _expire(self) -> None:
+        if not self._done.wait(self._options.timeout):
+            self._expired = True
+            self.cancel()
+
+    # -- the encoder threads and the finisher thread --
 
     def _encode(self, number: int) -> None:
         assert self._parts.session is not None
@@ -318,21 +395,17 @@ class Capture:
                 self._error = self._error or error
             self._parts.session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
 
-    def _finish(self, engine: Tracker | DirtyLog) -> None:
-        assert self._parts.session is not None
-        status = COMPLETED
+    def _finish(self) -> None:
+        assert self._engine is not None
         try:
-            if isinstance(engine, DirtyLog):
-                status = self._log_rounds(engine)
-                if status == NOT_CONVERGED:
-                    self._give_up()
-            else:
-                engine.join()
+            status = self._engine.run()
+            if not self._begun.is_set():
+                self._raise_failure()  # it ended between two steps
+            if status == NOT_CONVERGED:
+                self._give_up()
             self._encoders.wait()
             self._raise_failure()
-            self._result = finish_image(
-                self._parts, self._options, self._vmstate, status, self._times
-            )
+            self._result = finish_image(self._parts, self._options, self._vmstate, status)
         except BaseException as error:
             self._error = self._in_words(self._error or error)
             self._stop_encoders()
@@ -349,18 +422,6 @@ class Capture:
         self._raise_failure()
         self._given_up = True
         self._parts.writer.cancel()
-
-    def _log_rounds(self, engine: DirtyLog) -> str:
-        options = self._options
-        try:
-            self._times.stop, blobs = engine.run(
-                self._target, options.downtime_limit, options.max_rounds, options.max_seconds
-            )
-        finally:
-            engine.release()
-        self._times.t_unix = to_unix_ns(engine.session.t_ns)
-        self._vmstate.update(blobs or {})
-        return COMPLETED if blobs is not None else NOT_CONVERGED
 
     # -- failure --
 
@@ -380,50 +441,54 @@ class Capture:
         """What stopped the capture, as its caller is told."""
         if self._expired and isinstance(error, Exception):
             return TimeLimitError(f"not done within {self._options.timeout:g} s: the target is released")
-        # A target in another process may end between any two looks at it, whatever that looks like then.
-        pid = int(getattr(self._target, "pid", 0))
-        ours = isinstance(error, TargetGoneError | SinkError | UnsupportedError)
-        if not pid or ours or not isinstance(error, OSError | HandoverError | MachineError):
-            return error
-        attached = self._parts.attached
-        never_there = isinstance(error, AttachError) and error.errno == errno.ESRCH
-        if self._parts.sink is None or (never_there and (attached is None or not attached.found)):
-            return error
-        if not ends(pid):
-            return error
-        return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
+        return explain_end(error, self._parts)
 
-    def _undo_start(self, caught: BaseException) -> BaseException | None:
-        """start() failed. Returns what to raise instead, if anything.
+    def _note_failure(self, caught: BaseException) -> None:
+        """A step failed.
 
         An interrupt is neither kept nor named by whoever it is raised through: its traceback has their
         variables, and together they would keep what those held, such as a file in the middle of being read,
         until the garbage collector runs.
         """
+        if isinstance(caught, Exception):
+            self._error = self._error or self._in_words(caught)
+        else:
+            self._error = self._error or CaptureCancelled("the capture was interrupted")
+
+    def _undo(self, caught: BaseException) -> BaseException | None:
+        """A step failed: undo what all steps did. Returns what to raise instead, if anything."""
+        self._note_failure(caught)  # again: an interrupt may have come before it
         error = self._in_words(caught)
         if self._finisher.dismiss():
-            self.cancel()  # interrupted after it had begun: it cleans up
+            if isinstance(caught, Exception):
+                self._stop_engine()
+            else:
+                self.cancel()
             self._wait_for_end()
-        elif isinstance(error, Exception):
-            self._abandon(error)
         else:
-            self._abandon(CaptureCancelled("the capture was interrupted"))
+            self._abandon()
         return None if error is caught else error
 
-    def _abandon(self, error: Exception) -> None:
-        """start() failed: undo all that it made."""
+    def _abandon(self) -> None:
+        """`prepare` failed before the finisher thread had begun: undo all that it made."""
         if self._parts.session is not None:
             self._parts.session.fail(errno.ECANCELED)
-        if self._parts.tracker is not None:
-            self._parts.tracker.join()  # before anything that its threads use is closed
+        if isinstance(self._engine, WriteTracking):
+            self._engine.join()  # before anything that its threads use is closed
         self._stop_encoders()
-        self._error = self._error or error
         try:
             self._clean_up("cancelled" if self._cancelled else "failed")
         finally:
             self._done.set()
             self._limiter.dismiss()
             self._limiter.wait()
+
+    def _stop_engine(self) -> None:
+        """Have it release the target, and the finisher thread clean up."""
+        if self._parts.session is not None and not self._done.is_set():
+            self._parts.session.fail(errno.ECANCELED)
+        if self._engine is not None:
+            self._engine.let_go()
 
     def _stop_encoders(self) -> None:
         """The capture has failed: wait for the threads that use the pool and the sink, closed next."""
@@ -436,37 +501,24 @@ class Capture:
         self._encoders.wait()
 
     def _clean_up(self, status: str) -> None:
-        _live.discard(self)
+        live.discard(self)
         self._parts.close(status)
 
+    # -- the end of the process, and its children (`snapengine.capture.live`) --
 
-def _wait_for_cancelled() -> None:
-    """A capture that was cancelled a moment ago may still have its memory registered; it lets go at once."""
-    for capture in list(_live):
-        if capture._cancelled:
-            capture._done.wait(CANCEL_SECONDS)
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
 
-
-def _cancel_all() -> None:
-    """At interpreter exit: the threads are daemons, so that this runs before anybody waits for them."""
-    for capture in list(_live):
-        capture.cancel()
-        capture.wait(10)
-
-
-def _drop_in_child() -> None:
-    """A forked child must not keep the parent's userfaultfd open: the kernel releases a target when the last
-    copy is closed, and that must be when the parent dies. The child has no capture threads to wait for."""
-    for capture in list(_live):
-        if capture._parts.session is not None:
-            capture._parts.session.close_uffds()
-        capture._error = CaptureCancelled("the capture belongs to the parent process")
-        capture._done = Latch()
-        capture._done.set()
-        capture._finisher = Crew()
-        capture._limiter = Crew()
-    _live.clear()
-
-
-atexit.register(_cancel_all)
-os.register_at_fork(after_in_child=_drop_in_child)
+    def drop_in_child(self) -> None:
+        """In a forked child: it has none of the threads, and must not keep the userfaultfd open."""
+        if self._parts.session is not None:
+            self._parts.session.close_uffds()
+        self._error = CaptureCancelled("the capture belongs to the parent process")
+        self._done = Latch()
+        self._done.set()
+        self._steps = threading.Lock()
+        self._stepping = 0
+        self._finisher = Crew()
+        self._limiter = Crew()

@@ -9,15 +9,22 @@ import re
 from collections.abc import Iterator
 
 from snapengine.capture.region_plan import Plan
+from snapengine.capture.resources import Resources
 from snapengine.errors import (
     AlreadyTrackedError,
+    AttachError,
+    HandoverError,
+    MachineError,
     RegisterError,
+    SinkError,
     SnapengineError,
     TargetGoneError,
     UffdError,
+    UnsupportedError,
 )
 from snapengine.kernel import procfs
 from snapengine.kernel.procmaps import covering, has_ended, read_maps
+from snapengine.kernel.threads import ends
 from snapengine.regions import Region
 
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
@@ -36,6 +43,22 @@ def explain(err: int, call: str, addr: int, plan: Plan) -> SnapengineError:
     if call == "UFFDIO_REGISTER":
         return _explain_register(err, addr, plan)
     return UffdError(err, f"{call}: {os.strerror(err)}" + (f" at {addr:#x}" if addr else ""))
+
+
+def explain_end(error: BaseException, resources: Resources) -> BaseException:
+    """`error`, or that the target process has ended: it may do so between any two looks at it, whatever that
+    looks like then."""
+    pid = int(getattr(resources.target, "pid", 0))
+    ours = isinstance(error, TargetGoneError | SinkError | UnsupportedError)
+    if not pid or ours or not isinstance(error, OSError | HandoverError | MachineError):
+        return error
+    attached = resources.attached
+    never_there = isinstance(error, AttachError) and error.errno == errno.ESRCH
+    if resources.sink is None or (never_there and (attached is None or not attached.found)):
+        return error
+    if not ends(pid):
+        return error
+    return TargetGoneError(errno.ESRCH, f"the target process {pid} ended during the capture")
 
 
 def _explain_register(err: int, addr: int, plan: Plan) -> RegisterError:

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from snapengine.capture.copied import write_copied
-from snapengine.capture.counts import Extra, figures
+from snapengine.capture.copied import CopiedCounts, write_copied
+from snapengine.capture.region_plan import Plan
 from snapengine.capture.resources import Resources
+from snapengine.engine.session import Session
 from snapengine.errors import LostPagesError
-from snapengine.options import Options
+from snapengine.options import DIRTY_LOGGING, Options
 from snapengine.process.record import not_captured_object
+from snapengine.regions import PAGE_BYTES
 from snapengine.result import COMPLETED, Result
 
 
-@dataclass(slots=True)
-class Times:
-    """When things happened, in nanoseconds; 0: not yet, or never."""
-
-    began: int = 0
-    """The start of the capture, by CLOCK_MONOTONIC."""
-    stop: int = 0
-    """How long the target was paused."""
-    t_unix: int = 0
-    """T, by CLOCK_REALTIME."""
-
-
 def finish_image(
-    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str, times: Times
+    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str
 ) -> Result:
     """Write what follows the memory, and commit the sink, if the capture is complete.
 
@@ -36,12 +25,12 @@ def finish_image(
     """
     assert parts.writer is not None
     assert parts.sink is not None
-    extra = Extra()
+    copied = CopiedCounts()
     if status == COMPLETED:
-        blobs = {**vmstate, **_attached_blobs(parts, options.zstd_level, extra)}
+        blobs = {**vmstate, **_attached_blobs(parts, options.zstd_level, copied)}
         for name, blob in blobs.items():
             parts.writer.vmstate(name, blob, options.zstd_level)
-    result = _make_result(parts, options, status, times, extra)
+    result = _make_result(parts, options, status, copied)
     if status != COMPLETED:
         return result
     if options.strict and result.lost_pages:
@@ -55,18 +44,18 @@ def finish_image(
     return Result(**{**stats, **pairs})
 
 
-def _attached_blobs(parts: Resources, level: int | None, extra: Extra) -> dict[str, bytes]:
+def _attached_blobs(parts: Resources, level: int | None, copied: CopiedCounts) -> dict[str, bytes]:
     """Write what an attached target's `copied_regions` held at T; what describes it."""
     if parts.attached is None:
         return {}
     assert parts.writer is not None
     for number, (region, first_page) in enumerate(parts.copied):
-        write_copied(parts.writer, region, first_page, parts.attached.copied_bytes(number), level, extra)
+        write_copied(parts.writer, region, first_page, parts.attached.copied_bytes(number), level, copied)
     return parts.attached.record()
 
 
 def _make_result(
-    parts: Resources, options: Options, status: str, times: Times, extra: Extra
+    parts: Resources, options: Options, status: str, copied: CopiedCounts
 ) -> Result:
     assert parts.session is not None
     assert parts.writer is not None
@@ -76,15 +65,48 @@ def _make_result(
         method=options.method,
         status=status,
         image_bytes=parts.writer.image_bytes,
-        stop_ns=times.stop,
-        duration_ns=time.monotonic_ns() - times.began,
+        stop_ns=parts.times.stop,
+        duration_ns=time.monotonic_ns() - parts.times.began,
         t_monotonic_ns=parts.session.t_ns,
-        t_unix_ns=times.t_unix,
+        t_unix_ns=parts.times.t_unix,
         peak_buffer_bytes=parts.session.pool.peak_bytes + parts.encoder.scratch_bytes,
         warnings=parts.warnings + parts.plan.warnings + _late_warnings(parts),
         **_about_attached(parts),
-        **figures(parts.session, parts.plan, options.method, extra),
+        **_from_engine(parts.session, parts.plan, options.method, copied),
     )
+
+
+def _from_engine(session: Session, plan: Plan, method: str, copied: CopiedCounts) -> dict[str, Any]:
+    """The fields of `Result` that the engine knows."""
+    counts = session.counters()
+    data, holes = counts["data"] + copied.data, counts["hole"] + copied.hole
+    total = session.total_pages + copied.data + copied.zero + copied.hole + copied.lost
+    final = data
+    zeros = counts["zero"] + copied.zero
+    runs = session.lost_runs()
+    lost = sum(length for _, length in runs) // PAGE_BYTES + copied.lost
+    if method == DIRTY_LOGGING:
+        final = session.final_pages() + copied.data
+        zeros = total - final - holes - lost
+    return {
+        "region_bytes": sum(plan.region.length for plan in plan.regions) + copied.bytes,
+        "nonzero_bytes": final * PAGE_BYTES,
+        "pages_total": total,
+        "pages_saved": data,
+        "zero_pages": zeros,
+        "hole_pages": holes,
+        "duplicate_pages": data - final,
+        "faults": counts["faults"],
+        "rounds": session.rounds,
+        "arm_ns": session.arm_ns,
+        "pause_ns": session.pause_ns,
+        "arming_faults": counts["arming_faults"],
+        "fault_ns": session.fault_ns(),
+        "fault_histogram": session.fault_histogram(),
+        "spilled_bytes": session.pool.spilled_bytes,
+        "lost_pages": lost,
+        "lost_runs": runs,
+    }
 
 
 def _about_attached(parts: Resources) -> dict[str, Any]:

@@ -8,13 +8,24 @@ from dataclasses import dataclass, field
 
 from snapengine.capture.region_plan import Plan
 from snapengine.engine.session import Session
-from snapengine.engine.tracker import Tracker
 from snapengine.image.writer import Writer
 from snapengine.kernel.uffd import Uffd
 from snapengine.pipeline.encoder import Encoder
 from snapengine.regions import Region
 from snapengine.storage.sinks import Sink
 from snapengine.targets.base import AttachedTarget, Target
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened, in nanoseconds; 0: not yet, or never."""
+
+    began: int = 0
+    """The start of the capture, by CLOCK_MONOTONIC."""
+    stop: int = 0
+    """How long the target was paused."""
+    t_unix: int = 0
+    """T, by CLOCK_REALTIME."""
 
 
 @dataclass(slots=True)
@@ -35,8 +46,8 @@ class Resources:
     copied: list[tuple[Region, int]] = field(default_factory=list)
     """Regions that the engine does not see, and their first pages."""
     encoder: Encoder | None = None
-    tracker: Tracker | None = None
     warnings: list[str] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
 
     @property
     def attached(self) -> AttachedTarget | None:
