@@ -311,9 +311,9 @@ cdef class DirtyLog:
         one with the target paused.
 
         Returns ``(stop_ns, vmstate)``; vmstate is None if it did not converge within `max_rounds` rounds or
-        `max_seconds`. Until the `snapengine.base.latch.Latch` `wanted` is open, if there is one, the rounds go on
-        instead of ending; `max_rounds` does not count those, `max_seconds` does. A failure is left in ``Session.failure``; what the target's pause, resume and vmstate
-        raise is raised.
+        `max_seconds`. With `wanted` (a `snapengine.base.latch.Latch`) the rounds go on until it is open;
+        `max_rounds` does not count those, `max_seconds` does. A failure is left in ``Session.failure``; what
+        the target's pause, resume and vmstate raise is raised.
         """
         cdef capture_t *capture = self.session.capture
         cdef uint64_t begin = snap_now_ns()

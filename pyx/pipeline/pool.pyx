@@ -306,6 +306,13 @@ cdef void _keep(Arena memory):
     _kept = memory
 
 
+def check_room(uint64_t memory_limit, int lanes, int encoders):
+    """Raise ValueError if the limit is too small for so many capture and encoder threads."""
+    if memory_limit // (SMALL_SLOT_BYTES + MAP_BYTES) < <uint64_t>(2 * lanes + 2 + 2 * encoders):
+        raise ValueError(f"memory_limit: {memory_limit} bytes are too few for {lanes} capture threads "
+                         f"and {encoders} encoder threads")
+
+
 cdef class Pool:
     """Slots, queue and spill file of one capture.
 
@@ -331,10 +338,8 @@ cdef class Pool:
         cdef uint64_t n, ring, i
         if memory_limit < (SLOT_BYTES + MAP_BYTES) * (2 * least + 2 * encoders):
             slot_bytes = SMALL_SLOT_BYTES
+        check_room(memory_limit, lanes, encoders)
         n = memory_limit // (slot_bytes + MAP_BYTES)
-        if n < least + 2 * encoders:
-            raise ValueError(f"memory_limit: {memory_limit} bytes are too few for {lanes} capture threads "
-                             f"and {encoders} encoder threads")
         n = min(n - 2 * encoders, least + total_pages * PAGE // slot_bytes + 1)
         self.spill_file = tempfile.TemporaryFile(buffering=0, dir=spill_dir, prefix="snapengine-spill-")
         # A chunk is queued when 64 pages more would not fit, or when it is full: no more chunks than this

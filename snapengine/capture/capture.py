@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from snapengine.base.latch import Latch
 from snapengine.base.workers import Crew
+from snapengine.capture.arguments import check_before_open
 from snapengine.capture.dirty_logging import DirtyLogging
 from snapengine.capture.explain import explain, explain_end
 from snapengine.capture.finalize import finish_image
@@ -322,6 +323,7 @@ class Capture:
 
     def _make_parts(self) -> None:
         options, parts = self._options, self._parts
+        check_before_open(self._target, options, self._vmstate, self._session_extra)
         pid, regions = open_target(parts, self._sink_spec, options)
         parts.times.began = time.monotonic_ns()  # without the wait for a peer
         make_engine(parts, pid, regions, options, self._session_extra)

@@ -5,14 +5,14 @@ Runs on the caller's thread. What it makes is in `Resources` at once, so that a 
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import Any
 
+from snapengine.capture.arguments import NO_PAUSE, fault_threads, lacks, walkers
 from snapengine.capture.region_plan import Plan
 from snapengine.capture.resources import Resources
 from snapengine.engine.session import Session
-from snapengine.errors import HandoverError, UnsupportedError
+from snapengine.errors import HandoverError
 from snapengine.image.writer import Writer
 from snapengine.kernel import procfs
 from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
@@ -23,7 +23,6 @@ from snapengine.regions import Region, any_shared, total_bytes
 from snapengine.storage.sinks import open_sink
 
 TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
-SMALL_TARGET_BYTES = 16 << 20  # below, one thread is done before a second one has started
 
 
 def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, list[Region]]:
@@ -45,10 +44,10 @@ def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, lis
         parts.warnings += attached.warnings
         if tracking:  # dirty logging has nobody who reads events
             wanted |= sum(FEATURES[name] for name in attached.events) & int(supported_features())
-    if not tracking and not parts.target.can_pause:
+    if not tracking and not parts.target.can_pause:  # some targets know it only now
         if handed_over:
             raise HandoverError("dirty logging needs a peer that can pause: it announced no pause and resume")
-        raise ValueError("dirty logging needs a target that can pause: give pause and resume")
+        raise ValueError(NO_PAUSE)
     if not (tracking and any_shared(regions)):
         wanted &= ~FEATURES["EVENT_FORK"]
     if handed_over:  # its owner has negotiated
@@ -72,25 +71,17 @@ def make_engine(
     parts.warnings += _pins(pid)
     plan = parts.plan = _plan(parts, pid, regions, uffd.features)
     tracking = options.method == WRITE_TRACKING
-    lanes = options.fault_threads or min(4, len(os.sched_getaffinity(0)))
     parts.session = Session(
         plan.regions, uffd.fd, uffd.features, pid, parts.pidfd,
-        memory_limit=options.memory_limit, fault_threads=lanes if tracking else 1,
-        encoders=options.encoders, walkers=_walkers(options, regions) if tracking else 1,
+        memory_limit=options.memory_limit, fault_threads=fault_threads(options),
+        encoders=options.encoders, walkers=walkers(options, total_bytes(regions)),
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
         target_stopped=tracking and parts.attached is not None and parts.attached.stands,
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it
-    if not tracking and not parts.session.has_scan:
-        raise UnsupportedError(errno.EOPNOTSUPP, "dirty logging needs PAGEMAP_SCAN (Linux 6.7)")
     if tracking and not parts.session.checks_protection:
-        text = f"this kernel lacks {PAGEMAP_WP_BIT.name} (Linux {PAGEMAP_WP_BIT.since})"
-        if options.strict:
-            raise UnsupportedError(
-                errno.EOPNOTSUPP, f"{text}: whether pages were lost cannot be told, so strict is refused"
-            )
-        parts.warnings.append(f"{text}: {UNCHECKED}")
+        parts.warnings.append(f"{lacks(PAGEMAP_WP_BIT)}: {UNCHECKED}")
     parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.copied = plan.place(parts.attached.copied_regions)
@@ -116,13 +107,6 @@ def _two_step(parts: Resources, options: Options, regions: list[Region]) -> bool
         return options.arming == TWO_STEP
     stopped = parts.attached is not None and parts.attached.stops_first
     return not stopped and total_bytes(regions) >= TWO_STEP_BYTES
-
-
-def _walkers(options: Options, regions: list[Region]) -> int:
-    if options.walk_threads:
-        return options.walk_threads
-    small = total_bytes(regions) < SMALL_TARGET_BYTES
-    return 1 if small else min(2, len(os.sched_getaffinity(0)))
 
 
 def _pins(pid: int) -> list[str]:

@@ -1,6 +1,8 @@
 SLOT_BYTES: int
 SMALL_SLOT_BYTES: int
 
+def check_room(memory_limit: int, lanes: int, encoders: int) -> None: ...
+
 class Pool:
     def __init__(
         self, memory_limit: int, total_pages: int, lanes: int, encoders: int, spill_dir: str | None = None
