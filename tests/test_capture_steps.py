@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import struct
@@ -24,6 +23,7 @@ from waitkit import PATIENCE_S
 import snapengine
 from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING
+from snapengine.storage.sinks import Sink
 
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 MIB = 1 << 20
@@ -346,30 +346,27 @@ def test_dirty_logging_whose_target_fails(tmp_path, fails):
 
 
 def test_dirty_logging_that_does_not_converge(tmp_path):
-    """There is no T, and `fix` says so."""
+    """There is no T, and `fix` says so. Each write into the sink, in the middle of a round, makes all dirty."""
     memory = anonymous(48 * MIB)
     content = np.frombuffer(memory, "u1")
+    content[:] = 1
+
+    class Dirtying(Sink):
+        def __init__(self):
+            super().__init__("dirtying")
+            self.fd = -2  # no descriptor: `write` is called
+
+        def write(self, data):
+            content[::4096] = 2
+
     target = Target(memory)
     capture = snapengine.snapshot(
-        target, tmp_path / "image", method=DIRTY_LOGGING, max_rounds=2, rate_limit=96 * MIB,
-        memory_limit=16 * MIB, downtime_limit=0.001,
-    )  # fmt: skip
-    stop = threading.Event()
-
-    def write():
-        while not stop.is_set():
-            ctypes.memset(content.ctypes.data, 2, len(content))  # without the GIL
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        capture.prepare()
-        assert capture.fix() is False
-        assert capture.wait(PATIENCE_S)
-        capture.go_on()
-    finally:
-        stop.set()
-        writer.join()
+        target, Dirtying(), method=DIRTY_LOGGING, max_rounds=1, memory_limit=16 * MIB, downtime_limit=1e-9
+    )
+    capture.prepare()
+    assert capture.fix() is False
+    assert capture.wait(PATIENCE_S)
+    capture.go_on()
     assert capture.result.status == "not-converged"
     assert capture.result.t_unix_ns == 0
     assert target.calls == ["not-converged"]
