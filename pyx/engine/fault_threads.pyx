@@ -14,9 +14,8 @@ from snapengine.base.atomics cimport (
     snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
 )
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
-from snapengine.engine.events cimport (
-    WATCH_PID, WATCH_STOP, wake_fault_threads, handle_event, defer_fault, drain_events, read_messages,
-)
+from snapengine.engine.events cimport defer_fault, drain_events, handle_event, read_messages
+from snapengine.engine.watch cimport WATCH_PID, WATCH_STOP, wake_fault_threads
 from snapengine.base.histogram cimport histogram_add
 from snapengine.engine.prearm cimport may_serve, prearm_fault
 from snapengine.image.format cimport SNAP_HOLE, SNAP_LOST

@@ -1,12 +1,13 @@
-"""Dirty logging: who answers missing faults.
+"""Dirty logging: the thread that answers missing faults.
 
-Shared memory is registered for them, since a page that is punched out of its file and touched again comes
-back as zeros under the protection of before: in WP_ASYNC mode no scan of the page tables tells that it has
-changed (Linux 6.18). Filled by UFFDIO_ZEROPAGE it is not protected, so the next scan reports it as written.
+Shared memory is registered for missing faults for one reason: a page that is punched out of its file and
+touched again returns as zeros with its earlier protection, and in WP_ASYNC mode no scan of the page tables
+reports it as written (Linux 6.18). A page that UFFDIO_ZEROPAGE fills is not protected, so the next scan
+reports it.
 
-One thread, which waits for nothing of the target's: the thread that copies may itself touch a missing page.
-It ends when `stopping` is set (release, by the caller of stop_missing; read with acquire) and the stop event
-written to. If the process ends, the kernel releases who waits.
+This thread never touches the target's memory. The thread that copies does, and may itself wait for a missing
+page. `stopping` (release, by the caller of stop_missing; read with acquire) and a write to the stop event end
+it. If the process ends, the kernel releases all waiters.
 """
 
 from snapengine.base.atomics cimport snap_load, snap_store

@@ -26,7 +26,7 @@ from libc.stdint cimport uint64_t
 
 from snapengine.base.atomics cimport snap_load, snap_peek, snap_store, snap_swap
 from snapengine.engine.fault_threads cimport serve_deferred, serve_round
-from snapengine.engine.events cimport wake_fault_threads, watch_target
+from snapengine.engine.watch cimport wake_fault_threads, watch_target
 from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.engine.state cimport capture_fail
 

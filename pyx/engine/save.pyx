@@ -10,7 +10,8 @@ from libc.errno cimport EAGAIN, ENOENT, ESRCH
 
 from snapengine.base.atomics cimport snap_clz, snap_ctz, snap_fetch_or, snap_load
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_run, bits_test
-from snapengine.engine.events cimport wake_fault_threads, drain_events
+from snapengine.engine.events cimport drain_events
+from snapengine.engine.watch cimport wake_fault_threads
 from snapengine.image.format cimport SNAP_HOLE
 from snapengine.pipeline.pool cimport lane_room
 from snapengine.base.pthreads cimport snap_sleep_ns

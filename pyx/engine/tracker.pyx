@@ -23,7 +23,8 @@ from posix.unistd cimport close, getpid, write
 
 from snapengine.engine.arming cimport arm
 from snapengine.base.atomics cimport snap_leave, snap_load, snap_store
-from snapengine.engine.events cimport WATCH_PID, WATCH_STOP, close_all, watch
+from snapengine.engine.events cimport close_all
+from snapengine.engine.watch cimport WATCH_PID, WATCH_STOP, watch
 from snapengine.engine.fault_threads cimport answer_missing, fault_thread, serve_deferred
 from snapengine.engine.parallel cimport help_parallel
 from snapengine.pipeline.pool cimport lane_close, lane_open, pool_end
