@@ -2,6 +2,7 @@
 
 import pytest
 from patientkit import PeerTarget
+from waitkit import attempts
 
 import snapengine
 from snapengine.guest.image import check_image
@@ -43,6 +44,9 @@ def test_a_round_of_dirty_logging_does_not_wait_for_compression(guest, tmp_path)
 def test_writers_that_fault_are_not_held_up(guest, tmp_path, always):
     options = SLOW | {"compress": "zstd:15:always"} if always else SLOW
     with guest(GuestParams(size=32 * MIB)) as socket:
-        result, kinds = save(socket, tmp_path / "image", **options)
-    assert result.faults > 0
-    assert (kinds["raw"] == 0) == always
+        # The writers may get no CPU while the queue is full: then nobody is held up.
+        for _ in attempts("no writer faulted while chunks waited for compression"):
+            result, kinds = save(socket, tmp_path / "image", **options)
+            assert not (always and kinds["raw"])
+            if result.faults and (always or kinds["raw"]):
+                break
