@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,10 +88,10 @@ def _docstring(path: Path) -> str:
     if path.suffix == ".pxd":
         comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
         return " ".join(line.lstrip("# ") for line in comment)
-    start = text.find('"""') + 3
-    if text[: start - 3].strip():
-        return ""
-    return text[start : text.index('"""', start)]
+    if path.suffix == ".py":
+        return ast.get_docstring(ast.parse(text)) or ""
+    found = re.match(r'\s*(?:#[^\n]*\n\s*)*r?"""(.*?)"""', text, re.DOTALL)
+    return found[1] if found else ""
 
 
 def _first_sentence(text: str) -> str:

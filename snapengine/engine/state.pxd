@@ -1,3 +1,4 @@
+# Who writes each word that two threads share, and in which order: docs/how/threads.md.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from snapengine.base.histogram cimport histogram_t
