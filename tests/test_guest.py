@@ -131,6 +131,13 @@ def test_life_cycle(path: Path) -> None:
             guest.stats()
 
 
+def test_the_child_imports_the_same_package(guest: GuestProcess) -> None:
+    environment = Path(f"/proc/{guest.pid}/environ").read_bytes().split(b"\0")
+    (path,) = [entry for entry in environment if entry.startswith(b"PYTHONPATH=")]
+    first = path.removeprefix(b"PYTHONPATH=").split(b":")[0].decode()
+    assert (Path(first) / "snapengine/__init__.py").is_file()
+
+
 def test_hand_over_and_controls(path: Path, guest: GuestProcess) -> None:
     target = PeerTarget(path)
     pid, uffd, (region,) = target.open(1)
@@ -198,7 +205,7 @@ def test_paused_cut_is_exact(path: Path, guest: GuestProcess) -> None:
         moves(guest)
         engine.target.pause()
         late = MinimalImage(image.regions, engine.target.vmstate(), image.data)
-        assert "it stood paused after" in str(check_image(late).violation)
+        assert "the guest was paused after" in str(check_image(late).violation)
 
 
 def test_check_image_prefers_restore_into(path: Path, guest: GuestProcess) -> None:
@@ -229,7 +236,7 @@ def test_guest_answers_while_its_writers_stand_in_faults(path: Path, guest: Gues
         engine.protect()
         stand(guest)
         counts = guest.stats()["writes"]
-        with pytest.raises(SnapengineError, match="a writer did not stand within 4 s"):
+        with pytest.raises(SnapengineError, match="a writer did not pause within 4 s"):
             guest.pause()
         assert guest.stats()["writes"] == counts
         engine.protect(False)
@@ -292,7 +299,7 @@ def test_signal_ends_it_with_its_counters(path: Path, number: int) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None
         first = process.stdout.readline()
-        assert first == f"guest {process.pid}: 4 MiB; hands over at {path}\n"
+        assert first == f"guest {process.pid}: 4 MiB; engines: {path}\n"
         process.send_signal(number)
         assert process.stdout.readline().startswith(f"guest {process.pid}: ")
         assert process.wait(PATIENCE_S) == 0
@@ -409,7 +416,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
 def test_guest_that_cannot_start(path: Path) -> None:
     with huge_pages(0):
         params = GuestParams(size=(int(hugekit.KNOB.read_text()) + 8) * 2 * MIB, pages="2m")
-        with pytest.raises(SnapengineError, match="guest: start: it has ended"):
+        with pytest.raises(SnapengineError, match="guest: start: the process has ended"):
             GuestProcess(path, params)
 
 

@@ -252,7 +252,7 @@ def test_counts_of_a_paused_guest(model: Model) -> None:
     off = [model.progress[0], model.progress[1] + 1, model.progress[2]]
     report = check_cut(model.ram, PARAMS, off)
     assert report.violation == (
-        f"thread 1: the image ends at write {model.progress[1]}, it stood paused after {off[1]}"
+        f"thread 1: the image ends at write {model.progress[1]}, the guest was paused after {off[1]}"
     )
     stood = [model.progress[0], model.progress[1] + 1, model.progress[2]]
     model.write(1, 2)

@@ -19,7 +19,7 @@ static inline uint32_t guest_load32(const uint32_t *p) { return __atomic_load_n(
 static inline void guest_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 static inline void guest_add32(uint32_t *p, uint32_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
 
-/* A store the compiler neither merges, drops nor moves across another one; x86 (TSO) keeps the order. */
+/* A store that the compiler does not merge, drop or reorder; x86 (TSO) keeps the order. */
 static inline void guest_put(uint64_t *p, uint64_t v) {
     *(volatile uint64_t *)p = v;
     __asm__ volatile("" ::: "memory");
@@ -34,7 +34,7 @@ static inline int64_t guest_now_ns(void) {
 static inline uint64_t guest_ticks(void) { return __rdtsc(); }
 
 /* Returns when *p != value, at a wake-up, or at `deadline_ns` of CLOCK_MONOTONIC (INT64_MAX: never).
- * May return early: look again. */
+ * May return early: the caller checks again. */
 static inline void guest_wait(uint32_t *p, uint32_t value, int64_t deadline_ns) {
     struct timespec t = {deadline_ns / 1000000000, deadline_ns % 1000000000};
     syscall(SYS_futex, p, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, value,

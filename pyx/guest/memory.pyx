@@ -1,9 +1,8 @@
 # cython: cdivision=True
-"""The RAM of a guest: a mapping of chosen pages with its initial content.
+"""The RAM of a guest: a mapping with its initial content.
 
-Owns one mapping and, with backing "memfd", its descriptor. Life cycle: the constructor maps and fills,
-`close()` (idempotent) unmaps; the memory is readable and writable as a buffer until then. Nothing here
-starts a thread; the writers are guestwriters.
+Owns one mapping and, with backing "memfd", its descriptor. Life cycle: the constructor maps and fills the
+memory, which is a writable buffer until `close()` (idempotent) unmaps it. Only `GuestWriters` starts threads.
 """
 
 import fcntl
@@ -42,14 +41,13 @@ cdef class GuestMemory:
     Raises
     ------
     OSError
-        The memory cannot be had; ENOMEM with ``pages="2m"`` means too few huge pages in
-        /proc/sys/vm/nr_hugepages.
+        The memory cannot be mapped. ENOMEM with ``pages="2m"``: raise /proc/sys/vm/nr_hugepages.
     """
     cdef readonly object params
     cdef readonly uint64_t addr
     cdef readonly uint64_t length
     cdef readonly int memfd
-    cdef bint made                  # False: `memfd` is 0 and means nothing, as an argument was wrong
+    cdef bint initialized                  # False after a wrong argument: `memfd` is 0 and not ours
     cdef Pattern pattern
     cdef void *reserved           # address space; `addr` is its first multiple of 2 MiB
     cdef uint64_t reserved_length
@@ -57,7 +55,7 @@ cdef class GuestMemory:
 
     def __cinit__(self, params not None):
         self.memfd = -1
-        self.made = True
+        self.initialized = True
         self.params = params
         self.pattern = pattern_of(params)
         self.length = params.size
@@ -83,7 +81,7 @@ cdef class GuestMemory:
             flags |= MAP_PRIVATE | MAP_ANONYMOUS
         if hugetlb:
             flags |= MAP_HUGETLB | MAP_HUGE_2MB
-        # Huge pages need an aligned address, which mmap() does not promise for the other mappings.
+        # Huge pages need an aligned address; mmap() aligns hugetlb mappings only.
         self.reserved_length = self.length + HUGE_BYTES
         addr = mmap(NULL, self.reserved_length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if addr == MAP_FAILED:
@@ -109,7 +107,7 @@ cdef class GuestMemory:
         return 0
 
     def close(self):
-        """Unmap. BufferError while a memoryview of it, or a set of writers, is alive."""
+        """Unmap the memory. Raises BufferError while a memoryview or GuestWriters uses it."""
         cdef void *reserved = self.reserved
         if self.exports:
             raise BufferError("the memory is in use")
@@ -123,7 +121,7 @@ cdef class GuestMemory:
     def __dealloc__(self):
         if self.reserved != NULL:
             munmap(self.reserved, self.reserved_length)
-        if self.made and self.memfd >= 0:
+        if self.initialized and self.memfd >= 0:
             os.close(self.memfd)
 
     def __enter__(self):
@@ -143,7 +141,7 @@ cdef class GuestMemory:
 
 
 cdef int sealed_memfd(uint64_t length, bint hugetlb) except -1:
-    """A memfd that can no longer change its size: who maps it elsewhere is safe from SIGBUS."""
+    """A memfd with a sealed size: a process that maps it cannot get SIGBUS."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if hugetlb:
         flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB

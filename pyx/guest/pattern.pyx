@@ -1,11 +1,11 @@
 # cython: cdivision=True, boundscheck=False
 """The content and the order of writes of a guest's memory, as a function of its parameters.
 
-Pure functions, any thread. The guest fills its RAM and the checker verifies an image with the same code;
-nothing is stored but the parameters.
+Pure functions, any thread. The guest fills its RAM and the checker verifies an image with the same code, so
+only the parameters are stored.
 
 A page is 512 words of 8 bytes. Words 0 ... 8 and 511 are the mark of the last write; they are 0 in a page
-that was never written, also in a filled one. The other words never change.
+that was never written, even if it is filled. The other words never change.
 """
 
 from libc.string cimport memset
@@ -16,11 +16,11 @@ _CLASSES = {HOLE: "hole", ZERO: "zero", FILLED: "filled"}
 cdef enum:
     ZERO_UNIT_PAGES = 8     # zero pages come in runs, as they do in real memory
     HOLE_UNIT_PAGES = 16
-    HUGE_PAGES = 512        # a touched page of a huge page populates all of it
+    HUGE_PAGES = 512        # touching a page of a huge page populates all of it
 
 
 cdef Pattern pattern_of(object params) except *:
-    """The struct of a GuestParams (which has checked its own ranges)."""
+    """The struct of a GuestParams, whose constructor has checked the ranges."""
     cdef Pattern p
     p.seed = params.seed
     p.pages = params.size // (8 * PAGE_WORDS)
@@ -35,7 +35,7 @@ cdef Pattern pattern_of(object params) except *:
 
 
 cdef PageClass page_class(const Pattern *p, uint64_t page) noexcept nogil:
-    # Holes evenly spread, so that their share is exact also in a small guest of huge pages.
+    # Holes are evenly spread, so that their share is exact even in a small guest with huge pages.
     cdef uint64_t unit = page // p.hole_unit_pages + p.seed % 100
     if unit * p.hole_percent % 100 < p.hole_percent:
         return HOLE
@@ -49,14 +49,14 @@ cdef inline uint64_t page_key(const Pattern *p, uint64_t page) noexcept nogil:
 
 
 cdef inline uint64_t filled_word(const Pattern *p, uint64_t key, uint64_t word) noexcept nogil:
-    # Compressible: one random word in four between words that repeat; zstd level 1 makes 4:1 of it.
+    # Compressible: every fourth word is random, the others repeat; zstd level 1 compresses this 4:1.
     if p.incompressible or word % 4 == 0:
         return mix(key + word * <uint64_t>0x9E3779B97F4A7C15)
     return key * (word % 4)
 
 
 cdef void fill_page(const Pattern *p, uint64_t page, uint64_t *words) noexcept nogil:
-    """The initial content. A hole is not to be touched: it is the caller who leaves it out."""
+    """The initial content. The caller must skip holes, which are not to be touched."""
     cdef uint64_t key = page_key(p, page), word
     if page_class(p, page) != FILLED:
         memset(words, 0, 8 * PAGE_WORDS)
@@ -79,7 +79,7 @@ cdef int64_t body_mismatch(const Pattern *p, uint64_t page, const uint64_t *word
 
 
 def class_of(params, uint64_t page):
-    """``"hole"``, ``"zero"`` or ``"filled"``: what the page is before the first write."""
+    """The page before the first write: ``"hole"``, ``"zero"`` or ``"filled"``."""
     cdef Pattern p = pattern_of(params)
     if page >= p.pages:
         raise IndexError(f"page {page} of {p.pages}")

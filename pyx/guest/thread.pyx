@@ -1,17 +1,17 @@
 # cython: cdivision=True, boundscheck=False
-"""The writer threads of a guest: what one of them does, and how it is stopped.
+"""The writer threads of a guest: their loop, and how they are paused and stopped.
 
-The threads hold no Python state, block all signals, allocate nothing and take no lock; a thread that faults
-on a protected page sleeps in the kernel and nobody else does.
+The threads hold no Python state, block all signals, allocate nothing and take no lock. A thread that faults
+on a protected page sleeps in the kernel; the others go on.
 
-Who writes what, all else only reads it:
-    control: command (generation << 2 | mode)
-    writer:  its progress, ack, counters; wakers (added to by every writer)
+Each shared word has one kind of writer:
+    control thread: command (generation << 2 | mode)
+    writer thread:  its own progress, ack and counters; `acks`, which every writer increments
 
-Pause: control stores a new command; a writer that meets it between two writes stores it into its `ack`,
-bumps `wakers` and sleeps until the command changes. Control waits until every ack equals that command.
-An ack belongs to one generation, so that of an earlier pause cannot be taken for the new one; and both
-sides sleep by futex on the value they have looked at, so no wake-up is lost.
+Pause: the control thread stores a new command. A writer that reads it between two writes stores it into its
+`ack`, increments `acks` and sleeps until the command changes. The control thread waits until every ack equals
+the command. The generation tells an ack of an earlier pause from a new one. Both sides sleep by futex on the
+value that they have read, so no wake-up is lost.
 """
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
@@ -54,10 +54,10 @@ cdef void count_stall(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil
 
 
 cdef void next_bin(const Shared *s, Writer *w, uint64_t ticks) noexcept nogil:
-    # Set anew from the clock at every bin, so that the error of ns_per_tick does not add up.
+    # Computed from the clock at every bin, so that the error of ns_per_tick does not accumulate.
     cdef int64_t now = guest_now_ns()
     w.bin_end = ticks + <uint64_t>((BIN_NS - now % BIN_NS) / s.ns_per_tick)
-    if w.bin_at != <uint64_t>(now // BIN_NS):  # else the ticks were a little ahead of the clock
+    if w.bin_at != <uint64_t>(now // BIN_NS):  # equal if the tick counter was slightly ahead of the clock
         w.bin_at = now // BIN_NS
         guest_store(&w.bins[w.bin_at % BINS], w.bin_at << 24)
 
@@ -78,7 +78,7 @@ cdef void write_one(Shared *s, Writer *w) noexcept nogil:
 
 
 cdef void pace(Shared *s, Writer *w, uint32_t command) noexcept nogil:
-    """Refill the budget, or sleep towards its time. The caller looks at the command again after it."""
+    """Refill the budget, or sleep until the next batch is due. The caller then reads the command again."""
     cdef int64_t now
     cdef int64_t batch_ns
     if s.interval_ns == 0:
@@ -91,16 +91,16 @@ cdef void pace(Shared *s, Writer *w, uint32_t command) noexcept nogil:
     batch_ns = <int64_t>(s.batch * s.interval_ns)
     w.budget = s.batch
     w.due_ns += batch_ns
-    # Absolute time, so that late wake-ups do not add up; but work lost in a stall stays lost, or the rate
-    # after it would hide it.
+    # The due time is absolute, so that late wake-ups do not accumulate. But writes lost in a stall are not
+    # made up for: a higher rate afterwards would hide the loss.
     if w.due_ns + 2 * batch_ns < now:
         w.due_ns = now
 
 
-cdef void stand(Shared *s, Writer *w, uint32_t command) noexcept nogil:
+cdef void pause_here(Shared *s, Writer *w, uint32_t command) noexcept nogil:
     guest_store32(&w.ack, command)
-    guest_add32(&s.wakers, 1)
-    guest_wake(&s.wakers)
+    guest_add32(&s.acks, 1)
+    guest_wake(&s.acks)
     guest_wait(&s.command, command, INT64_MAX)
     w.due_ns = guest_now_ns()
 
@@ -114,7 +114,7 @@ cdef void *writer_main(void *argument) noexcept nogil:
         if command & MODE_MASK == STOP:
             return NULL
         if command & MODE_MASK == PAUSE:
-            stand(s, w, command)
+            pause_here(s, w, command)
         elif w.budget == 0:
             pace(s, w, command)
         else:
@@ -123,7 +123,7 @@ cdef void *writer_main(void *argument) noexcept nogil:
 
 
 cdef double measure_tick() noexcept nogil:
-    """Nanoseconds per tick of the time-stamp counter, which is constant on every x86-64 of today."""
+    """Nanoseconds per tick of the time-stamp counter, whose rate is constant on current x86-64."""
     cdef int64_t from_ns = guest_now_ns()
     cdef uint64_t from_ticks = guest_ticks()
     cdef uint32_t word = 0
@@ -136,7 +136,7 @@ cdef int start_writer(Shared *s, uint32_t index) noexcept nogil:
     cdef Writer *w = &s.writers[index]
     w.shared = s
     w.index = index
-    w.ack = STOP  # no command that a writer acknowledges
+    w.ack = STOP  # never a command that a writer acknowledges
     return snap_thread_start(&w.thread, writer_main, w)
 
 
@@ -149,10 +149,10 @@ cdef void give_command(Shared *s, uint32_t mode) noexcept nogil:
     guest_wake(&s.command)
 
 
-cdef bint wait_standing(Shared *s, int64_t deadline_ns) noexcept nogil:
+cdef bint wait_paused(Shared *s, int64_t deadline_ns) noexcept nogil:
     cdef uint32_t seen, t, command = s.command
     while True:
-        seen = guest_load32(&s.wakers)
+        seen = guest_load32(&s.acks)
         for t in range(s.pattern.threads):
             if guest_load32(&s.writers[t].ack) != command:
                 break
@@ -160,4 +160,4 @@ cdef bint wait_standing(Shared *s, int64_t deadline_ns) noexcept nogil:
             return True
         if guest_now_ns() >= deadline_ns:
             return False
-        guest_wait(&s.wakers, seen, deadline_ns)
+        guest_wait(&s.acks, seen, deadline_ns)

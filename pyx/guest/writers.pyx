@@ -1,9 +1,9 @@
 # cython: cdivision=True, boundscheck=False
-"""Threads that write a guest's pages in an order that a cut can be checked against (`guest.check`).
+"""Threads that write a guest's pages in an order that `snapengine.guest.check` can verify.
 
-Owns the threads (guestthread) and one block of words that they share, mapped and never part of the guest's
-RAM. The methods are for one control thread; they never touch the RAM, so it goes on answering while the
-writers stand in faults.
+Owns the threads (`snapengine.guest.thread`) and the memory that they share, which is not part of the guest's
+RAM. One control thread calls the methods. They never touch the RAM, so they return even while the writers are
+blocked in page faults.
 """
 
 import time
@@ -17,7 +17,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from snapengine.guest.pattern cimport pattern_of
 from snapengine.guest.thread cimport (
     BATCH_NS, BIN_NS, BINS, BUCKETS, MODE_MASK, PAUSE, RUN, STALL_NS, STOP, Shared, Writer, give_command,
-    join_writer, measure_tick, start_writer, wait_standing,
+    join_writer, measure_tick, start_writer, wait_paused,
 )
 from snapengine.base.oserror cimport raise_oserror
 
@@ -28,22 +28,22 @@ cdef extern from "guest/guestsync.h" nogil:
 
 
 cdef class GuestWriters:
-    """The writers of a GuestMemory. They stand until the first `resume()`.
+    """The writers of a GuestMemory, paused until the first `resume()`.
 
     Parameters
     ----------
     memory : GuestMemory
-        Held (exported) until `close()`.
+        It cannot be closed before the writers.
     rate : int | None
-        Pages per second of all threads together; None: as fast as they can; 0: they never write.
+        Pages per second of all threads together; None: no limit; 0: none.
     """
     cdef readonly object params
     cdef readonly object rate
     cdef readonly bint paused
     cdef readonly int64_t started_ns      # CLOCK_MONOTONIC
-    cdef object view                      # a memoryview of the RAM; the threads hold a reference
+    cdef object view                      # a memoryview of the RAM, referenced while threads run
     cdef Shared *shared
-    cdef bint holding
+    cdef bint referenced
     cdef uint32_t alive                   # threads that were created and not yet joined
 
     def __cinit__(self, memory not None, rate=None):
@@ -52,7 +52,7 @@ cdef class GuestWriters:
         if block == MAP_FAILED:
             raise_oserror(errno, "mmap")
         self.shared = <Shared *>block
-        memset(block, 0, sizeof(Shared))  # touched now, not in a write that is timed
+        memset(block, 0, sizeof(Shared))  # touched here, and not in a timed write
         self.view = memoryview(memory)
         self.params = memory.params
         self.rate = rate
@@ -63,9 +63,9 @@ cdef class GuestWriters:
         cdef Shared *s = self.shared
         cdef int err
         if self.alive:
-            raise RuntimeError("these writers have been started")
+            raise RuntimeError("the writers were already started")
         if rate is not None and (type(rate) is not int or rate < 0):
-            raise ValueError("rate: pages per second, 0 or more, or None")
+            raise ValueError("rate: must be pages per second, 0 or more, or None")
         with nogil:
             s.ns_per_tick = measure_tick()
         s.stall_ticks = <uint64_t>(STALL_NS / s.ns_per_tick)
@@ -74,9 +74,9 @@ cdef class GuestWriters:
         s.command = PAUSE
         self.paused = True
         self.started_ns = time.monotonic_ns()
-        # Threads that nobody closes leak with their RAM, but do not crash: not even at exit.
+        # Without close() the threads and their RAM leak, but nothing crashes, not even at exit.
         Py_INCREF(self.view)
-        self.holding = True
+        self.referenced = True
         for t in range(s.pattern.threads):
             err = start_writer(s, t)
             if err:
@@ -85,43 +85,43 @@ cdef class GuestWriters:
             self.alive += 1
 
     def pause(self, timeout: float = 5.0):
-        """Return when every writer stands between two writes.
+        """Pause the writers; returns when each is between two writes.
 
         Raises
         ------
         TimeoutError
-            A writer did not come to stand within `timeout` seconds (it waits in a page fault). The others
-            go on writing.
+            A writer did not pause within `timeout` seconds because it is blocked in a page fault. All
+            writers are resumed.
         """
         cdef int64_t deadline = time.monotonic_ns() + <int64_t>(timeout * 1e9)
-        cdef bint standing
+        cdef bint all_paused
         self._check()
         if self.shared.command & MODE_MASK != PAUSE:
             give_command(self.shared, PAUSE)
         with nogil:
-            standing = wait_standing(self.shared, deadline)
-        if not standing:
+            all_paused = wait_paused(self.shared, deadline)
+        if not all_paused:
             self.paused = False
             give_command(self.shared, RUN)
-            text = f"a writer did not stand within {timeout:g} s (it waits in a page fault)"
+            text = f"a writer did not pause within {timeout:g} s: it is blocked in a page fault"
             raise TimeoutError(ETIMEDOUT, text)
         self.paused = True
 
     def resume(self):
-        """Let the writers go on."""
+        """Resume the writers."""
         self._check()
         self.paused = False
         if self.rate != 0:
             give_command(self.shared, RUN)
 
     def counts(self):
-        """Writes completed so far, per thread."""
+        """Completed writes per thread."""
         self._check()
         return [guest_load(&self.shared.writers[t].progress) for t in range(self.shared.pattern.threads)]
 
     def stalls(self):
-        """Figures of the writes that took more than 3 us, over all threads: a dict of `count`, `sum_ns`,
-        `max_ns` and `histogram`, a list of (least ns of the bucket, writes)."""
+        """Writes of all threads that took more than 3 us: a dict of `count`, `sum_ns`, `max_ns` and
+        `histogram`, a list of (lower bound of the bucket in ns, writes)."""
         cdef uint64_t[BUCKETS] total
         cdef Writer *w
         cdef uint64_t count = 0, sum_ns = 0, max_ns = 0
@@ -138,8 +138,8 @@ cdef class GuestWriters:
         return {"count": count, "sum_ns": sum_ns, "max_ns": max_ns, "histogram": histogram}
 
     def bins(self, int64_t since_ns=0):
-        """Writes of all threads per 10 ms: a list of (CLOCK_MONOTONIC ns of the bin's begin, writes), sorted,
-        bins without a write left out; at most the last 80 s, from `since_ns` on."""
+        """Writes of all threads per 10 ms since `since_ns`, at most of the last 80 s: a sorted list of
+        (start of the bin in ns of CLOCK_MONOTONIC, writes), without empty bins."""
         cdef uint64_t packed
         self._check()
         total = {}
@@ -152,7 +152,7 @@ cdef class GuestWriters:
         return sorted(total.items())
 
     def close(self):
-        """Stop and join the threads (idempotent). Waits for a writer that stands in a page fault: release
+        """Stop and join the threads (idempotent). Waits for a writer that is blocked in a page fault: release
         the memory first."""
         cdef uint32_t t
         if self.shared == NULL:
@@ -162,8 +162,8 @@ cdef class GuestWriters:
             for t in range(self.alive):
                 join_writer(self.shared, t)
         self.alive = 0
-        if self.holding:
-            self.holding = False
+        if self.referenced:
+            self.referenced = False
             Py_DECREF(self.view)
         munmap(self.shared, sizeof(Shared))
         self.shared = NULL

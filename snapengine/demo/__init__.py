@@ -1,1 +1,1 @@
-"""Both methods on a busy guest, side by side."""
+"""The demo: write tracking and dirty logging side by side, on a guest that writes."""

@@ -1,4 +1,4 @@
-"""The picture of the demo: image size and time against the write rate, both methods. Needs matplotlib."""
+"""The picture of the demo: image size and time over the write rate, by both methods. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tick(row: Row) -> float:
-    """What stands for the row's write rate on the axis: both methods' runs at full speed are one tick."""
+    """The key of the row's place on the axis: all runs at full speed share one tick."""
     return math.inf if row.at_most else row.write_rate
 
 
@@ -29,7 +29,7 @@ def tick_label(row: Row) -> str:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], ticks: dict[float, str], values: Sequence[float]) -> None:
-    """One line a method over evenly spaced rates; hollow markers where the capture gave up."""
+    """One line per method over evenly spaced rates; a hollow marker where the capture gave up."""
     places = {rate: place for place, rate in enumerate(ticks)}
     for method, (color, marker) in STYLES.items():
         points = [
@@ -53,9 +53,9 @@ def _lines(axes: Axes, rows: Sequence[Row], ticks: dict[float, str], values: Seq
 
 
 def _nonzero_line(axes: Axes, rows: Sequence[Row], ticks: dict[float, str]) -> None:
-    """The least that an image must hold: what was not zero when it was saved, at each rate."""
+    """The least size of an image at each rate: the bytes that were not zero at T."""
     nonzero = {tick(row): row.result.nonzero_bytes / MIB for row in rows}
-    # The two methods save different instants; the earlier one says what the memory was at the start.
+    # The two methods save different instants; that of write tracking is nearer to the start.
     nonzero |= {
         tick(row): row.result.nonzero_bytes / MIB for row in rows if row.result.method == WRITE_TRACKING
     }
@@ -68,7 +68,7 @@ def _nonzero_line(axes: Axes, rows: Sequence[Row], ticks: dict[float, str]) -> N
 def _frame(axes: Axes, ticks: dict[float, str], title: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=13)
     axes.set_xticks(range(len(ticks)), list(ticks.values()))
-    axes.set_xlabel("pages that the guest writes a second")
+    axes.set_xlabel("pages that the guest writes per second")
     axes.set_ylabel(ylabel)
     axes.set_xlim(-0.3, len(ticks) - 0.7)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
@@ -79,12 +79,12 @@ def _frame(axes: Axes, ticks: dict[float, str], title: str, ylabel: str) -> None
 
 
 def draw(rows: Sequence[Row], path: str, subtitle: str = "") -> None:
-    """Draw `rows` into `path`; the suffix says the form (PNG, SVG, PDF)."""
+    """Draw `rows` into `path`; the suffix selects the format (PNG, SVG, PDF)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    ticks = {tick(row): tick_label(row) for row in reversed(rows)}  # of two rates for one tick, the first
+    ticks = {tick(row): tick_label(row) for row in reversed(rows)}  # the first of two rates with one tick
     ticks = dict(reversed(ticks.items()))
     # The rectangle leaves room for the labels at the ends of the lines.
     figure = Figure(figsize=(11, 8), layout=ConstrainedLayoutEngine(rect=(0, 0, 0.97, 1)))
@@ -96,7 +96,7 @@ def draw(rows: Sequence[Row], path: str, subtitle: str = "") -> None:
     _frame(size, ticks, "Size of the image", "MiB written")
 
     _lines(time, rows, ticks, [row.result.duration_ns / 1e9 for row in rows])
-    _frame(time, ticks, "Time until the image was complete, or given up", "seconds")
+    _frame(time, ticks, "Time until the image was complete or the capture gave up", "seconds")
     if subtitle:
         figure.suptitle(subtitle, x=0.01, ha="left", fontsize=11, color=GREY)
     figure.savefig(path, dpi=110)

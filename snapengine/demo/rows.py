@@ -1,4 +1,4 @@
-"""The rows of the demo: what one is, its JSON, and the table."""
+"""The rows of the demo, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Row:
 
     result: Result
     write_rate: float
-    """Pages that the guest writes a second, undisturbed; 0: it does not write."""
+    """Pages that the guest writes per second without a capture; 0: none."""
     at_most: bool
-    """The guest writes as fast as it can; `write_rate` was measured."""
+    """The guest writes at full speed; `write_rate` was measured."""
     consistent: bool | None
-    """The restored memory is a state that the guest had at one instant; None: there is no image."""
+    """The restored memory is the guest's state at one instant; None: there is no image."""
     stall_ns: dict[str, int]
-    """``p50``, ``p99``, ``max`` of the writes that took more than 3 microseconds during the capture; a pause
-    of the guest counts for the last."""
+    """``p50``, ``p99`` and ``max`` of the writes that took more than 3 microseconds during the capture.
+    ``max`` includes a pause of the guest."""
     writes_kept: float | None
-    """Writes during the capture, as a share of the undisturbed ones; None at rate 0."""
+    """Write rate during the capture / without it; None at rate 0."""
 
     @property
     def completed(self) -> bool:
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The image as a multiple of the memory that is not zero."""
+        """Image size / bytes that are not zero."""
         return self.result.image_bytes / max(self.result.nonzero_bytes, 1)
 
     @property
@@ -49,7 +49,7 @@ class Row:
         return ("max " if self.at_most else "") + format_count(self.write_rate)
 
     def to_json(self) -> dict[str, Any]:
-        """The figures of the capture, and those of the guest."""
+        """The figures of the capture and of the guest."""
         return self.result.to_json() | {
             "write_rate": round(self.write_rate),
             "consistent": self.consistent,
@@ -77,7 +77,7 @@ def cells(row: Row) -> list[str]:
 
 
 def print_rows(rows: Sequence[Row], out: TextIO | None = None) -> None:
-    """The table of all rows, an empty line between two write rates."""
+    """Print all rows, with an empty line between two write rates."""
     lines: list[list[str]] = []
     for before, row in zip([None, *rows[:-1]], rows, strict=True):
         if before is not None and before.rate_text != row.rate_text:
@@ -88,7 +88,7 @@ def print_rows(rows: Sequence[Row], out: TextIO | None = None) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What the table shows, one line a method."""
+    """One line per method that sums up the table."""
     lines = []
     for method in dict.fromkeys(row.result.method for row in rows):
         own = [row for row in rows if row.result.method == method]

@@ -1,4 +1,4 @@
-"""One measurement of the demo: a guest, one live capture of it, and the proof that the image is right."""
+"""One measurement of the demo: a guest, one live capture of it, and the check of the image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Stats = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What the guest did between two looks at its counters."""
+    """The guest between two readings of its counters."""
 
     before: Stats
     after: Stats
@@ -40,9 +40,9 @@ class Span:
         return writes * 1e9 / nanoseconds
 
     def stalls(self) -> dict[str, int]:
-        """``p50``, ``p99`` and ``max`` of the writes that were held up meanwhile (0 if none was).
+        """``p50``, ``p99`` and ``max`` of the stalled writes; 0 if there were none.
 
-        From histograms with buckets an eighth wide; only a new record is exact.
+        From histograms with eight buckets per power of two; only a new maximum is exact.
         """
         earlier = {floor: count for floor, count in self.before["stalls"]["histogram"]}
         counts = [
@@ -58,33 +58,33 @@ class Span:
 
 
 def percentile(counts: list[tuple[int, int]], share: float) -> int:
-    """The value below which `share` of them lie; `counts` are (value, how many), sorted."""
-    wanted = share * sum(count for _, count in counts)
+    """The least value that `share` of the values do not exceed; `counts`: sorted (value, count)."""
+    rank = share * sum(count for _, count in counts)
     seen = 0
     for value, count in counts:
         seen += count
-        if seen >= wanted:
+        if seen >= rank:
             return value
     return counts[-1][0]
 
 
-def watch(guest: GuestProcess, seconds: float) -> Span:
-    """The guest undisturbed for a while."""
+def observe(guest: GuestProcess, seconds: float) -> Span:
+    """Observe the guest without a capture."""
     before = guest.stats()
     time.sleep(seconds)
     return Span(before, guest.stats())
 
 
 def capture(guest: GuestProcess, socket: Path, options: Options, image: Path) -> tuple[Result, Span]:
-    """One live capture, and what the guest did while it ran."""
+    """One live capture, and the guest's counters around it."""
     before = guest.stats()
     with snapshot(PeerTarget(socket, method=options.method), str(image), options) as running:
         follow(running)
     return running.result, Span(before, guest.stats())
 
 
-def prove(image: Path) -> bool:
-    """Verify every checksum, restore the memory, and check that it is a state the guest once had."""
+def is_consistent(image: Path) -> bool:
+    """Verify every checksum, restore the memory, and check that it is a consistent cut."""
     with open_image(image) as opened:
         opened.verify()
         report = check_image(opened)
@@ -94,18 +94,18 @@ def prove(image: Path) -> bool:
 
 
 def measure(params: GuestParams, rate: int | None, options: Options, socket: Path, image: Path) -> Row:
-    """One row. `rate` is in pages a second, None for full speed; the image stays in `image`."""
+    """Measure one row. `rate`: pages per second, None for full speed. The image is left in `image`."""
     with GuestProcess(socket, params, rate) as guest:
         time.sleep(SETTLE_SECONDS)
-        undisturbed = watch(guest, UNDISTURBED_SECONDS).writes_per_second
+        undisturbed = observe(guest, UNDISTURBED_SECONDS).writes_per_second
         result, span = capture(guest, socket, options, image)
     stalls = span.stalls()
-    stalls["max"] = max(stalls["max"], result.stop_ns)  # a pause holds every writer up, between two writes
+    stalls["max"] = max(stalls["max"], result.stop_ns)  # a pause stalls every writer between two writes
     return Row(
         result=result,
         write_rate=undisturbed if rate is None else rate,
         at_most=rate is None,
-        consistent=prove(image) if result.status == COMPLETED else None,
+        consistent=is_consistent(image) if result.status == COMPLETED else None,
         stall_ns=stalls,
         writes_kept=span.writes_per_second / undisturbed if undisturbed else None,
     )

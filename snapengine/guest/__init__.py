@@ -1,1 +1,1 @@
-"""An embedded guest that writes to its memory, and the oracle that proves whether an image is consistent."""
+"""A guest process that writes to its memory, and the oracle that checks whether an image is consistent."""

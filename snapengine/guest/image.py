@@ -1,4 +1,4 @@
-"""Is an image of the embedded guest a consistent cut?"""
+"""Check whether an image of the embedded guest is a consistent cut."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from snapengine.guest.check import CutReport, check_cut
 from snapengine.guest.loop import BLOB, REGION
 from snapengine.guest.params import GuestParams
 
-PIECE_BYTES = 4 << 20
+READ_BYTES = 4 << 20
 
 
 class ImageRegion(Protocol):
-    """What `check_image` asks of a region."""
+    """What `check_image` needs of a region."""
 
     @property
     def name(self) -> str: ...
@@ -25,7 +25,7 @@ class ImageRegion(Protocol):
 
 
 class Image(Protocol):
-    """What `check_image` asks of an image. `restore_into(region, buffer)` is used where there is one."""
+    """What `check_image` needs of an image. It uses `restore_into(region, buffer)` if the image has it."""
 
     @property
     def regions(self) -> Sequence[Any]: ...
@@ -37,12 +37,12 @@ class Image(Protocol):
 def check_image(image: Image) -> CutReport:
     """Run the oracle on an image of a guest.
 
-    If the guest was paused when it told its state, the cut must be exactly there.
+    If the guest was paused when it reported its state, the cut must be exactly at its write counts.
 
     Raises
     ------
     ImageError
-        It is no image of a guest, or what it says of the guest is malformed.
+        It is not an image of a guest, or the guest's state in it is malformed.
     """
     if BLOB not in image.vmstate:
         raise ImageError(f"not an image of a snapengine guest: it has no vmstate {BLOB!r}")
@@ -51,7 +51,7 @@ def check_image(image: Image) -> CutReport:
         params = GuestParams.from_json(state.object("params").members)
         writes = _writes(state, params.threads) if state.flag("paused") else None
     except ValueError as error:
-        raise ImageError(f"the guest's own state (vmstate {BLOB!r}): {error}") from None
+        raise ImageError(f"malformed guest state (vmstate {BLOB!r}): {error}") from None
     regions = [region for region in image.regions if region.name == REGION]
     if len(regions) != 1 or regions[0].length != params.size:
         raise ImageError(f"not an image of a snapengine guest: no region {REGION!r} of {params.size} bytes")
@@ -61,7 +61,7 @@ def check_image(image: Image) -> CutReport:
 
 
 def _writes(state: Fields, threads: int) -> list[int]:
-    """How many writes each thread has done."""
+    """Completed writes of each thread."""
     counts = state.integers("writes", 63)
     if len(counts) != threads:
         raise ValueError(f"'writes' has {len(counts)} numbers for {threads} threads")
@@ -73,6 +73,6 @@ def _load(image: Image, region: Any, ram: mmap.mmap) -> None:
     if restore_into is not None:
         restore_into(region, ram)
         return
-    for offset in range(0, len(ram), PIECE_BYTES):
-        length = min(PIECE_BYTES, len(ram) - offset)
+    for offset in range(0, len(ram), READ_BYTES):
+        length = min(READ_BYTES, len(ram) - offset)
         ram[offset : offset + length] = image.read(region, offset, length)

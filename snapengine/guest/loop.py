@@ -1,7 +1,7 @@
-"""The control thread of the embedded guest: engines, its parent, signals and time in one loop.
+"""The control thread of the embedded guest: one event loop for engines, the parent, signals and timeouts.
 
-This thread never touches the guest's RAM, which may be protected at any time: it reads the writers'
-counters only. So it answers an engine, and its parent, also while every writer stands in a fault.
+This thread reads the writers' counters but never touches the guest's RAM, which may be write-protected at any
+time. So it answers an engine and the parent even while every writer is blocked in a page fault.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ RETRY_SECONDS = 0.01
 SEND_SECONDS = 5.0
 PAUSE_SECONDS = 4.0
 MAX_LINE_BYTES = 1 << 16
-FORK_PIECE_BYTES = 1 << 20
+FORK_WRITE_BYTES = 1 << 20
 
 
 class Guest:
-    """RAM and its writers, and the answers to commands about them."""
+    """RAM, its writers, and the commands that act on them."""
 
     def __init__(self, params: GuestParams, rate: int | None) -> None:
         self.params = params
@@ -44,7 +44,7 @@ class Guest:
         self.writers = GuestWriters(self.memory, rate)
         self.handovers = 0
         self.ended: dict[str, int] = {}
-        """How the snapshots of this guest ended: status -> count; "lost" for an engine that went away."""
+        """Number of snapshots by their final status; "lost" counts engines that disconnected."""
 
     def region(self) -> Region:
         """The RAM as a region of this process."""
@@ -60,7 +60,7 @@ class Guest:
         )
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start; times are ns of CLOCK_MONOTONIC."""
+        """Counters since the start. Times are nanoseconds of CLOCK_MONOTONIC."""
         return {
             "pid": os.getpid(),
             "started_ns": self.writers.started_ns,
@@ -73,7 +73,7 @@ class Guest:
         }
 
     def vmstate(self) -> bytes:
-        """What the checker of an image needs: the parameters, and the counts at this moment."""
+        """The state that `check_image` needs: the parameters and the current write counts."""
         state = {
             "params": self.params.to_json(),
             "rate": self.writers.rate,
@@ -83,8 +83,10 @@ class Guest:
         return json.dumps(state).encode()
 
     def fork(self, path: str) -> int:
-        """What programs without a snapshot engine do: a forked child writes the RAM, copied on write, into a
-        file and ends. Returns its process id; it is reaped at the next fork, or with the guest."""
+        """Save by fork and copy-on-write: a forked child writes the RAM into a file and exits.
+
+        Returns the child's process id. The child is reaped at the next fork, or when the guest ends.
+        """
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)
         child = os.fork()
@@ -92,14 +94,14 @@ class Guest:
             return child
         try:
             with open(path, "wb", buffering=0) as file, memoryview(self.memory) as ram:
-                for start in range(0, len(ram), FORK_PIECE_BYTES):
-                    file.write(ram[start : start + FORK_PIECE_BYTES])
+                for start in range(0, len(ram), FORK_WRITE_BYTES):
+                    file.write(ram[start : start + FORK_WRITE_BYTES])
             os._exit(0)
         finally:
             os._exit(1)
 
     def answer(self, line: bytes, *, parent: bool = False) -> dict[str, Any]:
-        """Do what a control line says. ``fork`` only for the `parent`: it writes a file."""
+        """Execute a control line. Only the `parent` may ``fork``, because that writes a file."""
         try:
             request = strict_json(line, "command")
             command = request.get("cmd") if isinstance(request, dict) else None
@@ -123,9 +125,9 @@ class Guest:
 
 
 class GuestLoop:
-    """Runs a guest until a signal, the end of its parent, or `duration` seconds.
+    """Runs a guest until a signal arrives, its parent ends, or `duration` seconds have passed.
 
-    With `stdio` the parent may write control lines to stdin and reads the answers from stdout; the end of
+    With `stdio` the parent writes control lines to stdin and reads the answers from stdout. End of file on
     stdin ends the guest.
     """
 
@@ -140,56 +142,56 @@ class GuestLoop:
         self._selector = selectors.DefaultSelector()
         self._stopping = False
         self._engine: socket.socket | None = None
-        self._greeted = False
+        self._handed_over = False
         self._paused = False
         self._buffers: dict[str, bytearray] = {"engine": bytearray(), "stdin": bytearray()}
-        self._next_try = 0.0
-        self._complaint = ""
+        self._next_connect = 0.0
+        self._last_error = ""
 
     def run(self) -> None:
-        """The loop."""
+        """Run the event loop."""
         self._selector.register(self._signals.fd, selectors.EVENT_READ, self._signals.drain)
         if self._stdio:
             self._selector.register(0, selectors.EVENT_READ, self._read_stdin)
         self.guest.writers.resume()
         while not (self._stopping or self._signals.received) and time.monotonic() < self._deadline:
             self._connect()
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._select_timeout()):
                 handler: Callable[[], None] = key.data
                 handler()
-        self._drop("lost")
+        self._disconnect("lost")
         self._selector.close()
 
-    def _patience(self) -> float | None:
+    def _select_timeout(self) -> float | None:
         until = self._deadline
         if self._engine is None:
-            until = min(until, self._next_try)
+            until = min(until, self._next_connect)
         return None if until == float("inf") else max(0.0, until - time.monotonic())
 
     def _connect(self) -> None:
-        if self._engine is not None or time.monotonic() < self._next_try:
+        if self._engine is not None or time.monotonic() < self._next_connect:
             return
-        self._next_try = time.monotonic() + RETRY_SECONDS
+        self._next_connect = time.monotonic() + RETRY_SECONDS
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             sock.connect(self._path)
-        except OSError:  # nobody there yet, or a stale socket, or its backlog is full
+        except OSError:  # no engine is listening, the socket is stale, or its backlog is full
             sock.close()
             return
         sock.settimeout(SEND_SECONDS)
-        self._engine, self._greeted, self._paused = sock, False, False
+        self._engine, self._handed_over, self._paused = sock, False, False
         self._buffers["engine"].clear()
         self._selector.register(sock, selectors.EVENT_READ, self._read_engine)
 
-    def _drop(self, status: str) -> None:
-        """Be rid of the engine. Writers that it left paused go on."""
+    def _disconnect(self, status: str) -> None:
+        """Disconnect the engine. Resume the writers if it left them paused."""
         sock, self._engine = self._engine, None
         if sock is None:
             return
         self._selector.unregister(sock)
         sock.close()
-        if self._greeted:
+        if self._handed_over:
             self.guest.ended[status] = self.guest.ended.get(status, 0) + 1
         if self._paused:
             self.guest.writers.resume()
@@ -200,23 +202,23 @@ class GuestLoop:
             data = self._engine.recv(MAX_LINE_BYTES)
             lines = self._lines("engine", data)
             for line in lines:
-                if not self._greeted:
+                if not self._handed_over:
                     self._hand_over(line)
-                elif not self._obey(line):
+                elif not self._handle_command(line):
                     return
         except (ConnectionError, TimeoutError):
             data = b""
         except (OSError, SnapengineError) as error:
             data = b""
-            self._complain(str(error))
+            self._print_error(str(error))
         if not data:
-            self._drop("lost")
+            self._disconnect("lost")
 
-    def _complain(self, text: str) -> None:
-        """On stderr, once: the next engine may be a few milliseconds away and meet the same."""
-        if text != self._complaint:
+    def _print_error(self, text: str) -> None:
+        """Print to stderr, but not the same error again: the next engine may connect within milliseconds."""
+        if text != self._last_error:
             print(f"snapengine guest: {text}", file=sys.stderr, flush=True)
-        self._complaint = text
+        self._last_error = text
 
     def _hand_over(self, greeting: bytes) -> None:
         assert self._engine is not None
@@ -226,19 +228,19 @@ class GuestLoop:
             raise HandoverError("greeting: features: not an integer of 64 bits")
         region = self.guest.region()
         memfds = [region.memfd] if region.memfd >= 0 else []
-        # Closed here at once: whoever held a copy would keep the RAM protected after the engine's death.
+        # Close our copy at once: the RAM stays protected after the engine's death while any copy is open.
         with Uffd(features & supported_features()) as uffd:
             offer = encode_offer([region], memfds, CONTROLS)
             socket.send_fds(self._engine, [offer], [uffd.fd, *memfds])
-        self._greeted = True
+        self._handed_over = True
         self.guest.handovers += 1
 
-    def _obey(self, line: bytes) -> bool:
+    def _handle_command(self, line: bytes) -> bool:
         assert self._engine is not None
         request = strict_json(line, "command")
         command = request.get("cmd") if isinstance(request, dict) else None
         if command == "done":
-            self._drop(str(request.get("status", ""))[:40])
+            self._disconnect(str(request.get("status", ""))[:40])
             return False
         answer = self.guest.answer(line)
         if command in ("pause", "resume"):
@@ -264,7 +266,7 @@ class GuestLoop:
 
 
 def write_line(message: dict[str, Any]) -> None:
-    """One line of JSON on stdout, all of it."""
+    """Write one line of JSON to stdout, completely."""
     data = json.dumps(message).encode() + b"\n"
     while data:
         data = data[os.write(1, data) :]

@@ -1,7 +1,7 @@
-"""`snapengine guest`: a process that owns RAM, dirties it, and hands itself over to engines like a VMM.
+"""`snapengine guest`: a process that writes to its RAM and hands the RAM over to engines, as a VMM does.
 
-Its memory tells by itself whether an image of it is a consistent cut (`check_image`). `GuestProcess` starts
-one for tests and measurements.
+`check_image` finds out from an image alone whether it is a consistent cut. `GuestProcess` starts a guest for
+tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["GuestProcess", "add_arguments", "check_image", "main", "run"]
 EPILOG = """\
 examples:
   snapengine guest --socket /tmp/g.sock --size 1G --threads 2 --rate 100000
-      1 GiB, two writers, together 100000 pages a second; every engine that listens at
-      /tmp/g.sock gets it (snapengine save --socket /tmp/g.sock vm.img)
+      1 GiB and two writers, together 100000 pages a second; the guest connects to every engine
+      that listens at /tmp/g.sock (snapengine save --socket /tmp/g.sock vm.img)
   snapengine guest --socket /tmp/g.sock --size 256M --backing memfd --pages thp --rate max \\
       --pattern hot --hot-size 16M --zero 30 --holes 20 --duration 60 --json
-      shared memory of transparent huge pages, as fast as one writer can, only 16 MiB of it;
-      a third zero pages, a fifth never touched; counters as JSON after a minute
+      shared memory in transparent huge pages; one writer at full speed within 16 MiB;
+      30 % zero pages, 20 % never touched; prints counters as JSON after a minute
 
 exit codes:
   0  ended by --duration, SIGINT or SIGTERM
-  1  error (one line on stderr says what and why)
-  2  wrong usage
+  1  error (one line on stderr gives the reason)
+  2  usage error
 """
 
 
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PAGES_PER_S",
         help="pages written a second by all writers together; max: no limit; 0: none (default 10000)",
     )
-    add("--pattern", choices=PATTERNS, default="uniform", help="which pages (default uniform)")
-    add("--hot-size", type=_size, default=0, metavar="SIZE", help="with --pattern hot: the hot set")
-    add("--zero", type=int, default=0, metavar="PERCENT", help="share of populated zero pages")
-    add("--holes", type=int, default=0, metavar="PERCENT", help="share never touched before a writer does")
-    add("--incompressible", action="store_true", help="random content; else zstd makes a quarter of it")
-    add("--seed", type=int, default=1, metavar="N", help="of the content and the order of writes (default 1)")
-    add("--duration", type=float, default=0.0, metavar="SECONDS", help="end by itself (default: never)")
+    add("--pattern", choices=PATTERNS, default="uniform", help="order of the written pages (default uniform)")
+    add("--hot-size", type=_size, default=0, metavar="SIZE", help="size of the hot set, with --pattern hot")
+    add("--zero", type=int, default=0, metavar="PERCENT", help="share of pages that are populated and zero")
+    add("--holes", type=int, default=0, metavar="PERCENT", help="share of pages not populated at start")
+    add("--incompressible", action="store_true", help="random content (default: zstd makes 4:1 of it)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of content and write order (default 1)")
+    add("--duration", type=float, default=0.0, metavar="SECONDS", help="end after this time (default: never)")
     add("--json", action="store_true", help="print the counters as JSON at the end")
     add("--stdio", action="store_true", help=argparse.SUPPRESS)  # for GuestProcess
 
@@ -94,20 +94,22 @@ def run(args: argparse.Namespace) -> int:
         if args.stdio:
             write_line({"ready": True, "pid": os.getpid()})
         elif not args.json:
-            print(f"guest {os.getpid()}: {params.size >> 20} MiB; hands over at {args.socket}", flush=True)
+            print(f"guest {os.getpid()}: {params.size >> 20} MiB; engines: {args.socket}", flush=True)
         GuestLoop(guest, args.socket, signals, args.stdio, args.duration).run()
         _finish(guest, args.json)
     return 0
 
 
 def _finish(guest: Guest, as_json: bool) -> None:
-    """Print the counters and stop. Writers that stand in a fault cannot be joined, only be ended with the
-    process; it ends at once then."""
+    """Print the counters and stop.
+
+    A writer that is blocked in a page fault cannot be joined. Then the process exits without joining.
+    """
     try:
         guest.writers.pause(1.0)
-        stuck = False
+        blocked = False
     except TimeoutError:
-        stuck = True
+        blocked = True
     stats: dict[str, Any] = guest.stats()
     with contextlib.suppress(BrokenPipeError):
         if as_json:
@@ -115,7 +117,7 @@ def _finish(guest: Guest, as_json: bool) -> None:
         else:
             print(f"guest {stats['pid']}: {sum(stats['writes'])} writes, {stats['handovers']} handovers")
             sys.stdout.flush()
-    if stuck:
+    if blocked:
         os._exit(0)
     guest.writers.close()
     guest.memory.close()
@@ -137,11 +139,11 @@ def _rate(text: str) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`snapengine guest` as a program of its own."""
+    """Entry point of `python -m snapengine.guest`."""
     from snapengine.report.terminal import Parser
 
     parser = Parser(
-        prog="snapengine guest", description="A process that owns RAM, writes it and hands itself over."
+        prog="snapengine guest", description="A process that writes to its RAM and hands it over to engines."
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

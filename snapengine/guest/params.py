@@ -1,6 +1,6 @@
-"""What defines a guest's memory: with these numbers its content after any number of writes is known.
+"""Parameters that determine a guest's memory: its content after any number of writes follows from them.
 
-The guest puts them into its vmstate, the checker of a cut takes them from there.
+The guest stores them in its vmstate; `check_image` reads them from there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PATTERNS = ("uniform", "hot", "sequential")
 
 @dataclass(frozen=True, slots=True)
 class GuestParams:
-    """The memory of a guest and the order of its writes (not their speed).
+    """The memory of a guest and the order of its writes (not their rate).
 
     Raises
     ------
     ValueError
-        A field is out of range; the text names it.
+        A field is out of range; the message names it.
     """
 
     size: int
@@ -42,9 +42,9 @@ class GuestParams:
     zero_percent: int = 0
     """Share of the RAM that is populated and all zeros."""
     hole_percent: int = 0
-    """Share of the RAM that is never touched before the writers do."""
+    """Share of the RAM that is not populated until a writer touches it."""
     incompressible: bool = False
-    """Random bytes instead of such as zstd makes a quarter of."""
+    """Random bytes, instead of content that zstd compresses to a quarter."""
     seed: int = 1
     """0 ... 2**63 - 1."""
 

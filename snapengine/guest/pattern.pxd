@@ -1,4 +1,4 @@
-# The guest's memory as a function of its parameters; guest, writers and checker share it.
+# The guest's memory as a function of its parameters. The guest, its writers and the checker share it.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from * nogil:
@@ -13,7 +13,7 @@ cdef enum:
     MAX_THREADS = 8
     PAGE_WORDS = 512
     CLOCK_WORD = 1        # words 1 ... 8: the vector clock
-    BODY_WORD = 9         # first word that no write changes
+    BODY_WORD = 9         # the first word that no write changes
     LAST_WORD = 511
 
 cdef enum PatternKind:
@@ -26,7 +26,7 @@ cdef struct Pattern:
     uint64_t seed
     uint64_t pages            # of 4096 bytes
     uint64_t hot_pages        # of one thread
-    uint64_t hole_unit_pages  # holes come in units of so many pages
+    uint64_t hole_unit_pages  # the size of a hole is a multiple of this
     uint32_t threads
     uint32_t kind             # PatternKind
     uint32_t zero_percent
@@ -35,7 +35,7 @@ cdef struct Pattern:
 
 cdef Pattern pattern_of(object params) except *
 cdef void fill_page(const Pattern *p, uint64_t page, uint64_t *words) noexcept nogil
-# The first word of the body (no mark) that is not the initial content, or -1; `expected` gets that content.
+# The first word of the body that differs from the initial content, or -1; `expected` is set to that content.
 cdef int64_t body_mismatch(const Pattern *p, uint64_t page, const uint64_t *words,
                            uint64_t *expected) noexcept nogil
 cdef PageClass page_class(const Pattern *p, uint64_t page) noexcept nogil
@@ -60,7 +60,7 @@ cdef inline uint64_t page_of_write(const Pattern *p, uint32_t thread, uint64_t k
         index = (k - 1) % owned
     elif p.kind == UNIFORM:
         index = guest_mulhi(mix(random), owned)
-    else:  # the same place for every thread, so that the hot set is one run of pages
+    else:  # the same start for every thread, so that the hot set is one run of pages
         index = guest_mulhi(mix(p.seed), owned) + guest_mulhi(mix(random), p.hot_pages)
         if index >= owned:
             index -= owned

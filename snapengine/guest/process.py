@@ -1,4 +1,4 @@
-"""Start an embedded guest as a child process, ask it for its counters, and reap it."""
+"""Run an embedded guest as a child process: start it, read its counters, end it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CLOSE_SECONDS = 10.0
 
 
 class GuestProcess:
-    """A guest in a process of its own, ready when the constructor returns. A context manager.
+    """A guest in a child process, ready when the constructor returns. A context manager.
 
     Parameters
     ----------
     path
-        The Unix socket at which it looks for engines.
+        The Unix socket where engines listen; the guest connects to them.
     params
-        Its memory.
+        The guest's memory.
     rate
-        Pages written per second, None for as many as possible, 0 for none.
+        Pages written per second; None: no limit, 0: none.
     timeout
-        Seconds that it may take to be ready, and to answer.
+        Seconds to wait until the guest is ready, and for each answer.
 
     Raises
     ------
     SnapengineError
-        It did not start, has ended, or did not answer in time.
+        The guest did not start, has ended, or did not answer in time.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class GuestProcess:
         self._timeout = timeout
         self._pending = b""
         environment = dict(os.environ)
-        package = str(Path(__file__).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parent.parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(
             [package, *filter(None, [environment.get("PYTHONPATH")])]
         )
@@ -72,29 +72,29 @@ class GuestProcess:
         return self._process.pid
 
     def stats(self) -> dict[str, Any]:
-        """Its counters (`Guest.stats`): ``writes`` per thread, ``stalls``, ``handovers``, ``ended``, ..."""
+        """Counters (`Guest.stats`): ``writes`` per thread, ``stalls``, ``handovers``, ``ended``, ..."""
         stats: dict[str, Any] = self._request("stats")["stats"]
         return stats
 
     def bins(self, since_ns: int = 0) -> list[tuple[int, int]]:
-        """Writes per 10 ms: (ns of CLOCK_MONOTONIC, writes), bins without one left out, the last 80 s."""
+        """Writes per 10 ms of the last 80 s: (ns of CLOCK_MONOTONIC, writes), without empty bins."""
         return [(at, writes) for at, writes in self._request("bins", since_ns=since_ns)["bins"]]
 
     def fork(self, path: str | os.PathLike[str]) -> int:
-        """Have a forked child write its RAM into a file (`Guest.fork`); its process id, at once."""
+        """Save the RAM by a forked child (`Guest.fork`); returns the child's process id without waiting."""
         return int(self._request("fork", path=os.fspath(path))["child"])
 
     def pause(self) -> list[int]:
-        """Stop the writers; return their writes so far."""
+        """Pause the writers; returns the number of writes of each."""
         writes: list[int] = self._request("pause")["writes"]
         return writes
 
     def resume(self) -> None:
-        """Let the writers go on."""
+        """Resume the writers."""
         self._request("resume")
 
     def close(self) -> dict[str, Any]:
-        """End it, reap it, and return its last counters; {} if it had ended already. Idempotent."""
+        """End and reap the guest; returns its last counters, {} if it had already ended. Idempotent."""
         try:
             if self._process.poll() is None and self._process.stdin is not None:
                 self._process.stdin.close()
@@ -106,7 +106,7 @@ class GuestProcess:
         return {}
 
     def kill(self) -> None:
-        """SIGKILL it and reap it."""
+        """Send SIGKILL and reap the guest."""
         self._process.kill()
         self._reap()
 
@@ -133,11 +133,11 @@ class GuestProcess:
 
     def _request(self, command: str, **arguments: Any) -> dict[str, Any]:
         if self._process.stdin is None or self._process.stdin.closed:
-            raise SnapengineError(f"guest: {command}: it has been closed")
+            raise SnapengineError(f"guest: {command}: the guest was closed")
         try:
             self._process.stdin.write(json.dumps({"cmd": command, **arguments}).encode() + b"\n")
         except BrokenPipeError:
-            raise SnapengineError(f"guest: {command}: it has ended") from None
+            raise SnapengineError(f"guest: {command}: the process has ended") from None
         answer = self._receive(command)
         if not answer["ok"]:
             raise SnapengineError(f"guest: {command}: {answer['error']}")
@@ -152,7 +152,7 @@ class GuestProcess:
                 raise SnapengineError(f"guest: {what}: no answer in {self._timeout:g} s")
             data = os.read(descriptor, 1 << 16)
             if not data:
-                raise SnapengineError(f"guest: {what}: it has ended")
+                raise SnapengineError(f"guest: {what}: the process has ended")
             self._pending += data
         line, self._pending = self._pending.split(b"\n", 1)
         answer: dict[str, Any] = json.loads(line)

@@ -1,4 +1,4 @@
-"""The signals that end a guest, and the end of its parent."""
+"""Signals that end a guest; the parent's death is one of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, PARENT_SIGNAL)
 class EndSignals:
     """While entered, SIGTERM, SIGINT and the end of the parent process only set `received`.
 
-    Main thread only. To be entered before anybody is told of the process, so that no signal finds it
-    unprepared.
+    Main thread only. Enter it before the process announces itself, so that no signal arrives unhandled.
     """
 
     def __init__(self) -> None:
@@ -29,11 +28,11 @@ class EndSignals:
 
     @property
     def fd(self) -> int:
-        """Becomes readable with every signal, so that a select() cannot miss one."""
+        """Becomes readable at every signal, so that select() cannot miss one."""
         return self._read.fileno()
 
     def drain(self) -> None:
-        """Make `fd` not readable."""
+        """Empty `fd`, so that it is no longer readable."""
         with contextlib.suppress(BlockingIOError):
             self._read.recv(4096)
 
@@ -44,7 +43,7 @@ class EndSignals:
         self._old_fd = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._old = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         _prctl(PR_SET_PDEATHSIG, PARENT_SIGNAL)
-        self._on_signal(PARENT_SIGNAL, None)  # it may have ended before
+        self._on_signal(PARENT_SIGNAL, None)  # the parent may have ended before prctl()
         return self
 
     def __exit__(
@@ -61,7 +60,7 @@ class EndSignals:
         self._write.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # The kernel tells when the *thread* that started us ends: of no interest while its process lives.
+        # The kernel signals the end of the *thread* that started us; ignore it while its process lives.
         if number != PARENT_SIGNAL or os.getppid() != self._parent:
             self.received = True
 

@@ -1,4 +1,4 @@
-# The native threads of GuestWriters, and the words that they share with its control thread.
+# The native threads of GuestWriters, and the memory that they share with the control thread.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from snapengine.guest.pattern cimport MAX_THREADS, Pattern
@@ -10,29 +10,29 @@ cdef enum:
     BUCKETS = 512
     BINS = 8192                     # of 10 ms: the last 80 s
     BIN_NS = 10_000_000
-    STALL_NS = 3_000                # a slower write counts as stalled
+    STALL_NS = 3_000                # a write that takes longer counts as a stall
     BATCH_NS = 1_000_000            # throttled writers sleep about once a millisecond
 
 cdef struct Writer:
-    uint64_t progress               # writes completed; on a cache line of its own
+    uint64_t progress               # completed writes; alone on its cache line
     uint64_t[7] pad
     Shared *shared
     pthread_t thread
     uint32_t index
-    uint32_t ack                    # the last command that this writer stood still for
+    uint32_t ack                    # the last command for which this writer paused
     int64_t due_ns                  # throttled: when the next batch is due
     uint64_t budget                 # writes left in the batch
     uint64_t bin_end                # ticks
-    uint64_t bin_at                 # 10 ms of CLOCK_MONOTONIC since 0
+    uint64_t bin_at                 # CLOCK_MONOTONIC / 10 ms
     uint64_t stalls
     uint64_t stalled_ns
     uint64_t max_ns
     uint64_t[BUCKETS] histogram     # of stalled writes, ns
-    uint64_t[BINS] bins             # bin_at << 24 | writes, in one word: readable at any time
+    uint64_t[BINS] bins             # bin_at << 24 | writes: one word, so readable at any time
 
 cdef struct Shared:
     uint32_t command
-    uint32_t wakers
+    uint32_t acks                   # a futex word: incremented with every ack
     uint64_t *ram
     Pattern pattern
     double ns_per_tick
@@ -44,5 +44,5 @@ cdef struct Shared:
 cdef int start_writer(Shared *s, uint32_t index) noexcept nogil         # an errno value, or 0
 cdef void join_writer(Shared *s, uint32_t index) noexcept nogil
 cdef void give_command(Shared *s, uint32_t mode) noexcept nogil         # control only
-cdef bint wait_standing(Shared *s, int64_t deadline_ns) noexcept nogil  # did all meet the last command?
+cdef bint wait_paused(Shared *s, int64_t deadline_ns) noexcept nogil  # False after the deadline
 cdef double measure_tick() noexcept nogil
