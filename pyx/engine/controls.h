@@ -1,5 +1,6 @@
-/* Negative controls: a build with SNAPENGINE_CONTROLS can make a capture wrong on purpose, so that tests show that
- * the oracle finds it. In every other build the conditions are constants, and the compiler removes them. */
+/* Negative controls. A build with SNAPENGINE_CONTROLS can make a capture inconsistent on purpose; tests use
+ * it to prove that the oracle detects this. In every other build the conditions are constants, and the
+ * compiler removes them. */
 #ifndef SNAPENGINE_CONTROLS_H
 #define SNAPENGINE_CONTROLS_H
 

@@ -1,7 +1,7 @@
-"""Figures of a capture: sums over its threads, times of faults, lost memory.
+"""Counters of a capture: sums over its threads, service times of faults, lost memory.
 
-Each counter is written by its own thread only, with relaxed stores; a sum that is read meanwhile may be of
-several moments.
+Each counter is written by its own thread alone, with relaxed stores. A sum that is read while the threads run
+may combine values of different moments.
 """
 
 from libc.stdint cimport uint64_t

@@ -1,11 +1,12 @@
-"""Fault threads: a write to a page not yet saved is saved first, out of order.
+"""Fault threads: when a write hits a page that is not saved yet, they save it first, out of order.
 
-Before T nothing is saved: with two-step arming a fault is noted and let go (`pyx/engine/prearm`), until the
-walk fixes T; otherwise, and from then on, faults wait for T. (A writer that is let go once its page is saved
-could write to memory not yet protected, and the image would hold the later write without the earlier one.)
-Fault threads never wait for the sink, the encoders or the GIL.
+Before T nothing is saved. With two-step arming a fault is recorded and released ("pre-arming",
+`pyx/engine/prearm`) until the first walker ends pre-arming to fix T. From then on, and without two-step
+arming from the start, faults wait for T. (If a page were saved and its writer released before T, the writer
+could go on to write to memory that is not protected yet, and the image would hold the later write without the
+earlier one.) Fault threads never wait for the sink, the encoders or the GIL.
 
-While the first walker looks for faults itself (`pyx/engine/polling`) it serves them by the same functions.
+While the first walker polls for faults (`pyx/engine/polling`), it serves them by the same functions.
 """
 
 from libc.errno cimport EAGAIN, ENOMEM, ESRCH
@@ -49,25 +50,27 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef int SPINS = 10000
-cdef uint64_t LATE_MOST = 1024      # where the file is not what is mapped they would fault again for ever
-# A fault thread runs for microseconds at a time while a writer waits for it: it should not queue behind the
-# walk or an encoder.
+# The limit of `capture.late`: if the mapping does not show the file, such a page would fault again for ever.
+cdef uint64_t LATE_MAX = 1024
+# A fault thread runs for microseconds at a time while a writer waits for it. It should not queue behind a
+# walker or an encoder.
 cdef int FAULT_NICE = -15
 cdef uint64_t FAULT_SLICE_NS = 100000
 
 
 cdef void _leave_to_kernel(capture_t *capture, uint64_t uffd, uint64_t addr) noexcept nogil:
-    """The file system is full, or a cgroup has reached its limit. Without us the kernel would make room, or
-    end who wrote by SIGBUS; with us it would fault again for ever. So the page is registered for writes only
-    (and anew, since a smaller mode is not taken: Linux 6.18); what fills it is seen as a write. Dirty logging
-    scans under the lock."""
+    """The file system is full, or a cgroup has reached its limit. Without write tracking the kernel would
+    reclaim memory, or raise SIGBUS in the writer; with it the page would fault again for ever. So the page is
+    registered for write faults only. It must be unregistered first, since the kernel does not accept a
+    smaller mode (Linux 6.18). Filling the page is then seen as a write. The lock is held because dirty
+    logging scans under it."""
     cdef int fd = capture.uffds[uffd]
     cdef int err = 0
     pthread_mutex_lock(&capture.lock)
     if uffd_unregister(fd, addr, PAGE) == 0:
         err = uffd_register(fd, addr, PAGE, UFFDIO_REGISTER_MODE_WP)
     pthread_mutex_unlock(&capture.lock)
-    if err and uffd == 0:               # what is written there from now on would not be seen
+    if err and uffd == 0:               # later writes to the page would not be tracked
         capture_fail(capture, err, "UFFDIO_REGISTER", addr)
     uffd_wake(fd, addr, PAGE)
 
@@ -89,7 +92,7 @@ cdef void fill_missing(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t
     elif err == ENOMEM:
         _leave_to_kernel(capture, uffd, addr)
     elif err:
-        # EEXIST: another thread filled it; anything else: let the writer try again.
+        # EEXIST: another thread has filled it. On any other error the writer tries again.
         uffd_wake(capture.uffds[uffd], addr, PAGE)
 
 
@@ -97,15 +100,15 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
                          uint64_t addr) noexcept nogil:
     cdef uint64_t bit = <uint64_t>1 << (page & 63)
     cdef int err
-    # Private memory: `present` says what was a hole at T, and the walk puts it down. Shared memory: the
-    # file will tell no more once the page exists, so the hole is claimed and put down here. A page that
-    # exists in the file does not fault as missing: so it is a hole of T, or has been punched out since.
-    # Where the whole unit was a hole, the walk knows that, too.
+    # Private memory: `present` says which pages were holes at T, and the walk records them. Shared memory:
+    # once the page exists, the file no longer shows that it was a hole, so the hole is claimed and recorded
+    # here. A page that exists in the file does not raise a missing fault. So the page was a hole at T, or has
+    # been punched out since. A unit that was a hole as a whole is recorded by the walk.
     if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
             and not bits_test(capture.claimed, page):
-        if snap_peek(&capture.late) < LATE_MOST and is_late(region, page):
+        if snap_peek(&capture.late) < LATE_MAX and is_late(region, page):
             snap_add(&capture.late, 1)
-            uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if it has to
+            uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if the page is missing
             return
         err = lane_room(capture.pool, &lane.slot, 1, False)
         if err:
@@ -118,7 +121,7 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
 
 cdef void _prearm(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region, uint64_t page,
                   uint64_t addr, bint missing) noexcept nogil:
-    """A fault before T. Noted first: once the page is let go it may be written to."""
+    """A fault before T. The page is recorded before it is released: after that it may be written to."""
     cdef uint64_t first, n, start, length
     prearm_fault(capture, region, page, &first, &n)
     snap_bump(&lane.arming_faults, 1)
@@ -130,7 +133,7 @@ cdef void _prearm(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *reg
 
 
 cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
-    """The page of a fault, and what read-around takes along. True if the capture has failed."""
+    """Save the page of a fault, and the pages that read-around adds. True if the capture has failed."""
     cdef uint64_t window = page & ~<uint64_t>63
     cdef uint64_t first, n, mask, data, won
     cdef int err
@@ -150,16 +153,17 @@ cdef bint _save_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t
 cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *region,
                        uint64_t page) noexcept nogil:
     cdef uint64_t first, n, addr, length
-    cdef int spins = SPINS if lane.serving else 0   # it may be this thread that copies the page
+    cdef int spins = SPINS if lane.serving else 0   # a serving walker may itself hold the page's claim
     unit_of(capture, region, page, &first, &n)
     unit_range(region, first, n, &addr, &length)
-    # Where nothing was at T nothing has to be saved: a child's marker, or a page that has moved there.
+    # A unit that held nothing at T has nothing to save: a child's marker, or a page that has moved there.
     if snap_load(&capture.failed) or not bits_test(capture.filled, first >> 9):
         release(capture, lane, uffd, addr, length)
         return
     if not bits_test(capture.claimed, first):
         if n > 1 and lane.serving:
-            # That takes 2 MiB or more, and this walker may hold claimed pages: not its business.
+            # Saving the unit copies 2 MiB or more, while this walker may hold claimed pages: leave it to the
+            # fault threads.
             wake_fault_threads(capture)
             uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
             return
@@ -168,8 +172,9 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
         if n > 1 and claim_unit(capture, first, n):
             save_unit(capture, lane, region, first, n)
     if uffd:
-        # A child's page is released by nobody else. Who claimed it is copying and waits for nothing.
-        # Not for ever, though: the answer that it needs may be in this thread's own list.
+        # No other thread releases a child's page. The thread that claimed it is copying it, and normally
+        # waits for nothing. The wait is limited all the same: that thread may itself need an answer to a
+        # fault that this thread has deferred.
         while not bits_test(capture.saved, first) and not snap_load(&capture.failed) and spins < SPINS:
             snap_pause()
             spins += 1
@@ -178,9 +183,9 @@ cdef void _serve_write(capture_t *capture, lane_t *lane, uint64_t uffd, region_t
         else:
             uffd_wake(capture.uffds[uffd], addr, length)    # it faults again
     elif bits_test(capture.saved, first):
-        # Saved by another thread, perhaps before this message was read: releasing again is harmless.
+        # Another thread saved it, perhaps before this message was read. Releasing it again is harmless.
         release(capture, lane, 0, addr, length)
-    # else: the thread that copies it releases it, and wakes all that wait.
+    # else: the thread that copies the page releases it, and wakes all waiting threads.
 
 
 cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg *message) noexcept nogil:
@@ -189,11 +194,13 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
     cdef region_t *region = region_at(capture, addr)
     cdef uint64_t page
     if region == NULL:
-        # Registered by the target's own doing, not part of this capture: let it go on.
+        # The target itself registered or moved this memory, it is not part of the capture: release the
+        # writer.
         if missing:
             fill_missing(capture, lane, uffd, addr)
         elif capture.attached:
-            # It has moved here: who read of that unregisters it, and not before it is known to be lost.
+            # The page has moved here. The thread that read the event unregisters it, after the page has been
+            # invalidated at its old place.
             uffd_wake(capture.uffds[uffd], addr, PAGE)
         else:
             release(capture, lane, uffd, addr, PAGE)
@@ -258,7 +265,7 @@ cdef void answer_missing(capture_t *capture, lane_t *lane) noexcept nogil:
 
 
 cdef bint await_arming(capture_t *capture, bint prearming) noexcept nogil:
-    """Wait for T, or (`prearming`) for the time when faults are noted. False if the capture ended before."""
+    """Wait for T or, with `prearming`, for pre-arming to begin. False if the capture has ended before."""
     pthread_mutex_lock(&capture.lock)
     while not snap_load(&capture.armed) and not snap_load(&capture.stopping) \
             and not (prearming and snap_load(&capture.prearm.active)):
@@ -268,8 +275,8 @@ cdef bint await_arming(capture_t *capture, bint prearming) noexcept nogil:
 
 
 cdef bint _begin_serving(capture_t *capture, lane_t *lane, uint64_t *seen) noexcept nogil:
-    """Busy from here on, which T waits for; not before T if it is being fixed. False: the capture has
-    ended."""
+    """Set this thread busy: the end of pre-arming waits for busy threads. While T is being fixed, this thread
+    waits for T first. False if the capture has ended."""
     while True:
         seen[0] = snap_now_ns()
         snap_store_seq(&lane.busy_since, seen[0])
@@ -286,8 +293,8 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i, n
     snap_name_thread("snap-fault")
     snap_nice_slice(FAULT_NICE, FAULT_SLICE_NS)
-    # Not bound to CPUs: with one bound to each, a fault often waited for the one whose CPU the walk or an
-    # encoder was using (p99 300 µs; 60 µs like this).
+    # Fault threads are not bound to CPUs. With one thread bound to each CPU, a fault often waited for the
+    # thread whose CPU a walker or an encoder was using (p99 300 µs; 60 µs without binding).
     if not snap_control(capture.serve_before_t) and not await_arming(capture, True):
         return
     while not snap_load(&capture.stopping):
@@ -303,7 +310,7 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
                 _serve_uffd(capture, lane, word, seen)
         serve_deferred(capture, lane)
         snap_store_seq(&lane.busy_since, 0)
-        if lane.n_deferred:             # T was being fixed; nobody else knows of these
+        if lane.n_deferred:             # T was being fixed; no other thread serves these
             if not _begin_serving(capture, lane, &seen):
                 return
             serve_deferred(capture, lane)
@@ -313,5 +320,5 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
 cdef void *fault_thread(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     _serve_until_stopped(lane.capture, lane)
-    snap_leave(&lane.capture.running)   # the last that the walk waits for
+    snap_leave(&lane.capture.running)   # the last access: the first walker waits for it
     return NULL

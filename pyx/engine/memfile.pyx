@@ -1,9 +1,10 @@
-"""Shared memory is a file: which of its pages exist, whether this or that process has mapped them or not.
+"""Existing pages of shared memory, whichever process has mapped them.
 
-By SEEK_DATA and SEEK_HOLE of its descriptor (lseek(2)), which know swapped pages too, or by mincore(2) of a
-mapping of this process. hugetlb files have neither. No answer allocates a page.
+Shared memory is a file. Its existing pages are found by SEEK_DATA and SEEK_HOLE of its descriptor (lseek(2)),
+which include swapped pages, or by mincore(2) of a mapping of this process. hugetlb files support neither. No
+query allocates a page.
 
-Runs on capture threads; keeps no state.
+Runs on capture threads. Keeps no state.
 """
 
 from libc.errno cimport ENXIO, errno
@@ -75,7 +76,7 @@ cdef void add_existing(capture_t *capture, region_t *region) noexcept nogil:
         if data < 0 and errno == ENXIO:
             return
         edge = lseek(region.file, data, SEEK_HOLE) if data >= 0 else -1
-        # An answer that tells nothing: all of it counts as data.
+        # On any other error the rest of the region counts as data.
         offset = data - region.file_offset if data >= 0 else offset
         if offset >= size:
             return

@@ -1,11 +1,11 @@
-"""Work of arming in pieces, which all walkers take: protecting, protecting again, scanning the page tables.
+"""Parallel arming: all walkers take pieces of protecting, protecting again, and scanning the page tables.
 
-The kernel takes its locks for reading there, and two threads are nearly twice as fast (protecting 1 GiB of 4
-KiB pages: 22 ms by one, 14 ms by two). It is done when the last piece is, whoever did it.
+The kernel takes its locks for reading there, so two threads are nearly twice as fast (protecting 1 GiB of 4
+KiB pages: 22 ms by one, 14 ms by two). The work is done when its last piece is, whichever walker did it.
 
-`piece_work`, `pieces`, `pieces_taken` and `pieces_busy` are changed under `capture.lock`. A walker that stops
-between taking a piece and giving it back keeps T from coming: nobody is served, everybody waits, and the
-death of the process releases the target.
+`work`, `pieces`, `taken` and `busy` of `capture.parallel` are changed under `capture.lock`. If a walker stops
+between taking a piece and finishing it, T never comes: no fault is served, writers wait, and the kernel
+releases the target when the process ends.
 """
 
 from snapengine.base.atomics cimport snap_load, snap_load_seq, snap_pause, snap_peek
@@ -18,16 +18,17 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
     int sched_getcpu()
 
-cdef uint64_t SPIN_NS = 20000000   # nobody spins for longer: T comes sooner, or is late anyway
-# In the pause walkers go before writers, which soon wait for T anyway. Not before that: a writer that does
-# not get to run does not meet what is protected. With a short slice the other walkers are there at once.
+cdef uint64_t SPIN_NS = 20000000   # no walker spins for longer; T normally comes sooner
+# In the pause walkers get a higher priority than writers, which soon wait for T anyway. Before the pause they
+# do not: a writer that gets no CPU does not touch the pages that are protected already. With a short slice
+# the other walkers get a CPU at once.
 cdef int PAUSE_NICE = -15
 cdef uint64_t PAUSE_SLICE_NS = 100000
 cdef int SPINS = 20                 # about 1 µs
 
 
 cdef bint _take(capture_t *capture, piece_work_t *work, uint64_t *piece) noexcept nogil:
-    """With the lock held."""
+    """Called with the lock held."""
     if capture.parallel.taken == capture.parallel.pieces or snap_load(&capture.failed):
         return False
     work[0] = <piece_work_t>capture.parallel.work
@@ -38,7 +39,7 @@ cdef bint _take(capture_t *capture, piece_work_t *work, uint64_t *piece) noexcep
 
 
 cdef bint _work_one(capture_t *capture, lane_t *lane) noexcept nogil:
-    """With the lock held, before and after. False if no piece was left."""
+    """Called with the lock held; releases it while it works. False if no piece was left."""
     cdef piece_work_t work = NULL
     cdef uint64_t piece = 0
     if not _take(capture, &work, &piece):
@@ -53,7 +54,7 @@ cdef bint _work_one(capture_t *capture, lane_t *lane) noexcept nogil:
 
 
 cdef void run_parallel(capture_t *capture, lane_t *lane, piece_work_t work, uint64_t pieces) noexcept nogil:
-    if pieces == 1:                 # the others would come too late
+    if pieces == 1:                 # waking another walker would take longer
         work(capture, lane, 0)
         return
     pthread_mutex_lock(&capture.lock)
@@ -78,8 +79,8 @@ cdef void begin_spinning(capture_t *capture) noexcept nogil:
 
 
 cdef void _wait(capture_t *capture, pthread_cond_t *changed) noexcept nogil:
-    """With the lock held, before and after, like pthread_cond_wait(), which takes 30 to 50 µs to wake up: in
-    the pause that is as long as what there is to do."""
+    """Called with the lock held; releases it while it waits. A wake-up by pthread_cond_wait() takes 30 to 50
+    µs, as long as the work of the pause itself, so walkers spin there."""
     cdef int _i
     if not capture.parallel.spin_until_ns or snap_now_ns() > capture.parallel.spin_until_ns:
         pthread_cond_wait(changed, &capture.lock)
@@ -92,9 +93,9 @@ cdef void _wait(capture_t *capture, pthread_cond_t *changed) noexcept nogil:
 
 
 cdef bint _may_help(capture_t *capture) noexcept nogil:
-    """Before the pause nothing spins_now. Once writers meet what is protected already, and CPUs are scarce,
-    they and the fault threads need the one that this walker would take (two CPUs, one writer: p50 and p99 of
-    a stall in arming 57 and 123 µs with it, 18 and 65 without)."""
+    """Before the pause no walker spins. Once writers have met protected pages, and CPUs are scarce, the
+    writers and the fault threads need the CPU that this walker would take (two CPUs, one writer: p50 and p99
+    of a stall in arming are 57 and 123 µs with this walker, 18 and 65 µs without it)."""
     cdef int i
     if not capture.parallel.cpus_scarce or not snap_load_seq(&capture.prearm.active):
         return True
@@ -114,8 +115,8 @@ cdef void help_parallel(capture_t *capture, lane_t *lane) noexcept nogil:
         if capture.parallel.spin_until_ns and not spins_now:
             spins_now = True
             snap_nice_slice(PAUSE_NICE, PAUSE_SLICE_NS)
-            # Where the first walker runs this one only waits; in half of all cases it had been put there, and
-            # the pause took 2.3 instead of 1.3 ms.
+            # On the first walker's CPU this walker would only wait. Half of the time the scheduler had put it
+            # there, and the pause took 2.3 instead of 1.3 ms.
             moved = snap_leave_cpu(capture.parallel.spin_cpu, &before)
         if not _may_help(capture) or not _work_one(capture, lane):
             _wait(capture, &capture.parallel.wanted)
@@ -129,7 +130,7 @@ cdef uint64_t spans(capture_t *capture) noexcept nogil:
 
 
 cdef int first_region(capture_t *capture, uint64_t page) noexcept nogil:
-    """The first that ends behind `page`: they ascend by page number."""
+    """Regions are in ascending order of page numbers."""
     cdef int low = 0
     cdef int high = capture.n_regions
     cdef int middle

@@ -1,25 +1,29 @@
-"""The first walker's own look for faults, between two windows of the walk.
+"""Polling: the first walker reads page faults itself, between two windows of the walk.
 
-A fault that a fault thread serves takes a wake-up, a CPU from somebody, and a way back. While writers fault
-all the time the walk runs all the time, too, and reading the userfaultfd costs it 0.3 µs: so it serves them
-itself, a page each, and the fault threads sleep. One writer at full speed over 1 GiB, two CPUs, no sink: p99
-of its stalls 65 instead of 98 to 164 µs, in the same time.
+When a fault thread serves a fault, it must be woken, needs a CPU, and must hand it back. While writers fault
+all the time, the walk runs all the time, too, and one read of the userfaultfd costs it 0.3 µs. So the walker
+serves the faults itself, one page each, and the fault threads sleep. One writer at full speed over 1 GiB, two
+CPUs, no sink: p99 of its stalls is 65 instead of 98 to 164 µs, and the capture takes the same time.
 
-    first walker   look ► window ► look ► window ► no room: stop_polling ► wait ► look ...
+    first walker   poll ► window ► poll ► window ► no room: stop_polling ► wait ► poll ...
     fault threads  (sleep: the epoll does not watch the descriptor)      │► serve │ (sleep)
 
-`looked_ns` is written by the first walker alone, release: when it last looked, 0 if it does not. It is not
-0 whenever the epoll does not watch the userfaultfd: it is set before and cleared after. The warden reads it
-(acquire). If the walker stops anywhere in between, as it reads a page that the target has just discarded or
-gets no CPU, the warden finds it overdue and makes the epoll watch again: writers wait a few milliseconds, not
-for ever. `called` is set (release) after that, also by a walker that can release nothing before an event is
-read. The first walker takes it back, and leaves the faults to the fault threads for a while: where one page
-was discarded there are more. Who calls may be late, so that the walker looks again already: then both serve,
-until it has seen it.
+`polled_ns` is the time of the last poll, or 0 if the walker does not poll. The first walker alone writes it
+(release). It is set before the epoll stops watching the userfaultfd, and cleared after the epoll watches it
+again: so it is not 0 whenever the userfaultfd is not watched. The watchdog reads it (acquire). The walker may
+stop at any point in between, because it reads a page that the target has just discarded, or gets no CPU. Then
+the watchdog finds the poll overdue and makes the epoll watch the userfaultfd again: writers wait for a few
+milliseconds, not for ever.
 
-Only for memory of this process (another one's pages take twice as long: looks would be rare), and only for
-its own userfaultfd: those of forked children stay with the fault threads. So do huge pages: to save one takes
-as long as ten windows.
+`wake_requested` is set (release) after the epoll watches the userfaultfd again, by the watchdog, by a walker
+that can release no page before an event is read, or by the first walker when it reads a fault on a huge page.
+The first walker clears it, and leaves the faults to the fault threads for a while: where one page was
+discarded, more are likely to follow. The request can arrive after the walker has resumed polling. Both then
+serve faults until the walker sees the request.
+
+The first walker polls only for memory of this process: a page of another process takes twice as long to copy,
+and polls would be rare. It polls only the target's own userfaultfd: the fault threads serve those of forked
+children. They also serve huge pages, since saving one takes as long as ten windows.
 """
 
 from libc.stdint cimport uint64_t

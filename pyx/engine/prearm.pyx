@@ -1,22 +1,23 @@
-"""Two-step arming: what writers hit between the first protection and T.
+"""Two-step arming: pages that writers dirty between the first protection and T.
 
-Protecting 1 GiB of 4 KiB pages takes 16 ms, in which a writer that meets a protected page would wait for T.
-So the memory is protected while the target runs, and a fault is answered: the page is noted here and let go,
-not copied. At T only what was hit is protected again, so the pause follows the hot set and not the memory.
+Protecting 1 GiB of 4 KiB pages takes 16 ms, in which a writer that faults on a protected page would wait for
+T. So the first protection runs while the target runs, and faults are served meanwhile ("pre-arming"): the
+page is recorded here and released, not copied. At T only the recorded pages are protected again, so the
+length of the pause follows the hot set and not the size of the memory.
 
     first walker  register, protect all ─────────► prearm_stop ► reprotect ► T
     fault threads        prearm_fault, release  … ──►│ none any more     faults wait │► claim, copy, release
 
-It is as consistent as protecting all at once. No page is copied before T; at T every page is protected; and
-from the first reprotect() until T no fault is answered, so a write that completes before T met a page
-that was not protected yet, and is in the image with all that it depends on.
+This is as consistent as protecting everything at once. No page is copied before T. At T every page is
+protected. From the first reprotect() until T no fault is served. So a write that completes before T found
+its page unprotected, and it is in the image with all writes that it depends on.
 
-`hits` is written by fault threads (atomic or) before the page is let go, and read when they have stopped.
-`noting` is written by the first walker; each fault thread stores `busy_since` and then loads `noting`, the
-walker stores `noting` and then loads every `busy_since`, all four sequentially consistent: either the thread
-sees that noting has ended, or the walker sees that it is busy and waits. If the fault thread stops in
-between, T does not come; if the walker does, writers wait. The end of the process releases the target in
-both cases.
+`prearm.dirty` is written by fault threads (atomic or) before the page is released, and read when no fault
+thread is busy any more. `prearm.active` is written by the first walker. Each fault thread stores `busy_since`
+and then loads `active`; the walker stores `active` and then loads every `busy_since`. All four accesses are
+sequentially consistent: either the thread sees that pre-arming has ended, or the walker sees that the thread
+is busy and waits. If the fault thread stops in between, T does not come. If the walker does, writers wait. In
+both cases the kernel releases the target when the process ends.
 """
 
 from snapengine.base.atomics cimport snap_fetch_or, snap_load, snap_load_seq, snap_pause, snap_store_seq
@@ -28,7 +29,7 @@ from snapengine.engine.save cimport unit_of
 cdef extern from "engine/controls.h" nogil:
     bint snap_control(bint on)
 
-cdef int SPINS = 2000               # some 20 µs: what a fault thread in the middle of a release needs
+cdef int SPINS = 2000               # about 20 µs: the time that a fault thread needs to finish a release
 
 
 cdef bint may_serve(capture_t *capture) noexcept nogil:
@@ -60,4 +61,4 @@ cdef void prearm_stop(capture_t *capture) noexcept nogil:
             if spins < SPINS:
                 snap_pause()
             else:
-                snap_sleep_ns(20000)    # it may wait for this CPU
+                snap_sleep_ns(20000)    # the fault thread may need this CPU

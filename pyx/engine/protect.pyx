@@ -1,4 +1,4 @@
-"""Write-protecting a range while the target runs: in parts, past holes, beside a fork."""
+"""Write-protecting a range while the target runs: in parts, past unmapped parts, and during a fork."""
 
 from libc.errno cimport EAGAIN, ENOENT
 
@@ -19,9 +19,9 @@ cdef int protect_range(capture_t *capture, lane_t *lane, uint64_t addr, uint64_t
             err = protect_mapped(capture.uffds[0], capture.maps, &capture.failed, addr,
                                  min(piece, end - addr))
         if err == EAGAIN:
-            # A fork is under way in the target: its event must be read before anything is protected.
-            # Faults that come along are kept until T, or noted at once: T may wait for their threads to
-            # pause.
+            # The target forks: the event must be read before the kernel protects anything. Faults that are
+            # read along with it are deferred until T. During pre-arming they are recorded and released at
+            # once, since T may wait until their writers pause.
             if snap_load(&capture.failed):
                 return err
             drain_events(capture, lane)

@@ -1,9 +1,8 @@
-"""Claimed pages: copy, publish as saved, release. The heart that walk and fault threads share.
+"""Saving claimed pages: copy, publish as saved, release. Used by walkers and fault threads.
 
-The order is the whole correctness of write tracking:
-  claim (0→1, one winner) → copy → `saved` (release store) → unprotect.
-A page is unprotected by the thread that copied it, or by one that has seen `saved` (acquire). If a
-thread stops after its claim, the page stays protected and its writers wait; nobody else releases it.
+The correctness of write tracking is this order: claim (0→1, one winner) → copy → `saved` (release store) →
+unprotect. A page is unprotected by the thread that copied it, or by a thread that has seen `saved` (acquire).
+If a thread stops after its claim, the page stays protected and its writers wait; no other thread releases it.
 """
 
 from libc.errno cimport EAGAIN, ENOENT, ESRCH
@@ -20,7 +19,7 @@ from snapengine.engine.source cimport copy_run, copy_window, put_pages
 from snapengine.kernel.uffd cimport uffd_unprotect, uffd_wake
 
 cdef uint64_t PAGE = 4096
-cdef uint64_t RUN = 64              # pages copied between two looks at the clock and the pool
+cdef uint64_t RUN = 64              # pages copied between two requests for room in the pool
 
 
 cdef void unit_of(capture_t *capture, region_t *region, uint64_t page, uint64_t *first,
@@ -51,7 +50,8 @@ cdef void unit_range(region_t *region, uint64_t first, uint64_t n, uint64_t *add
 
 
 cdef bint claim_unit(capture_t *capture, uint64_t first, uint64_t n) noexcept nogil:
-    """The unit's first page stands for all: which units exist is fixed at T, so all threads ask there."""
+    """The claim of the first page decides for the whole unit: the units are fixed at T, so all threads claim
+    the same page first."""
     cdef uint64_t page, count
     if not bits_claim(capture.claimed, first >> 6, <uint64_t>1 << (first & 63)):
         return False
@@ -73,7 +73,7 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
             break
         if snap_load(&capture.failed):
             return
-        # An event waits: a fault thread reads it; a walker leaves that to them once they serve.
+        # An event is pending. Fault threads read it. After T a walker leaves that to them.
         if not lane.walks or not snap_load(&capture.armed):
             drain_events(capture, lane)
         else:
@@ -81,14 +81,14 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
                 wake_fault_threads(capture)
             snap_sleep_ns(20000)
     if err == ENOENT and length > PAGE:
-        # Part of the run is unmapped by now: the rest must still be released, past any event, and who waits
-        # for what is unmapped must be woken.
+        # Part of the run has been unmapped. The rest must still be released, even while events are pending,
+        # and threads that wait for an unmapped page must be woken.
         for offset in range(length // PAGE):
             release(capture, lane, uffd, addr + offset * PAGE, PAGE)
     elif err == ENOENT:
         uffd_wake(capture.uffds[uffd], addr, length)
     elif err == ESRCH:
-        if uffd == 0:               # of a forked child: it has ended, and waits for nothing
+        if uffd == 0:               # otherwise a forked child has ended, and no thread of it waits
             capture_fail(capture, ESRCH, "the target ended", addr)
     elif err:
         capture_fail(capture, err, "UFFDIO_WRITEPROTECT", addr)
@@ -96,8 +96,9 @@ cdef void release(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr
 
 cdef void _release_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                           uint64_t mask) noexcept nogil:
-    """In one call if all between is saved, too, and may be released by who has seen that: a call takes 1 µs,
-    and 10 while the target runs on another CPU, whose TLB is flushed."""
+    """Release the pages in `mask`. One call is enough if all pages between them are saved, too: a thread that
+    has seen that may release them. A call takes 1 µs, or 10 µs while the target runs on another CPU, whose
+    TLB is flushed."""
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t n = 64 - snap_clz(mask) - first
     if not bits_mask(first, n) & ~snap_load(&capture.saved[page >> 6]):
@@ -149,7 +150,7 @@ cdef int save_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t 
     cdef int err
     while page < first + n:
         count = min(RUN, first + n - page)
-        # No wait for the sink here: the unit is claimed, its writers may be waiting for us.
+        # Do not wait for the sink here: the unit is claimed, and its writers may be waiting.
         err = lane_room(capture.pool, &lane.slot, RUN, False)
         if err:
             capture_fail(capture, err, "spill file", 0)

@@ -1,7 +1,7 @@
-"""What capture threads share: how a page, its region and its address are found, and how a capture fails.
+"""State that capture threads share: lookups by page and by address, and the failure of a capture.
 
-The structs are in the .pxd, each word with its writer; docs/how has the table. Nothing here allocates or
-takes the GIL.
+The structs are in `snapengine/engine/state.pxd`, which names the writer of each word. Nothing here allocates
+memory or takes the GIL.
 """
 
 from snapengine.base.atomics cimport snap_swap_if

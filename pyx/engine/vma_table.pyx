@@ -1,7 +1,7 @@
 """The mappings of an attached target at T, in order: /proc/PID/maps parsed without the GIL or an allocation.
 
-Only for kernels without PROCMAP_QUERY. Written by the first walker right after T, read by all walkers, which
-scan then. Source: proc_pid_maps(5).
+Used only on kernels without PROCMAP_QUERY. The first walker writes the table right after T; all walkers read
+it in the scans that follow. Source: proc_pid_maps(5).
 """
 
 from libc.errno cimport E2BIG, EINTR, EIO, ENOENT, errno
@@ -12,7 +12,7 @@ from snapengine.kernel.procmaps_line cimport maps_file_t, maps_line_t, parse_fil
 from snapengine.kernel.procmap_query cimport next_vma
 
 cdef enum:
-    TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each up to four characters long
+    TEXT_BYTES = 32768              # a line has a path of up to 4096 bytes, each shown as up to 4 characters
 
 
 cdef bint _parse(const char *text, const char *end, vma_t *vma) noexcept nogil:
@@ -28,7 +28,8 @@ cdef bint _parse(const char *text, const char *end, vma_t *vma) noexcept nogil:
 
 
 cdef int _take_lines(capture_t *capture, const char *text, uint64_t length, uint64_t *used) noexcept nogil:
-    """The whole lines of a piece. A mapping that has grown between two pieces is in both: once is enough."""
+    """Parse the complete lines of a chunk. A mapping that has grown between two reads appears in both chunks:
+    the part that is in the table already is cut off."""
     cdef const char *line = text
     cdef const char *end
     cdef vma_t vma

@@ -1,19 +1,20 @@
-"""The walk: every page that no writer asked for first, in order.
+"""The walk: saves, in order, every page that was not saved by a write fault first.
 
-Walkers take units of 2 MiB from one counter and save what is unclaimed in them; of those that held nothing at
-T they take all that lie in a row, and put them down as one hole. Two ways to save:
+Walkers take units of 2 MiB from one counter and save the unclaimed pages in them. A row of units that held
+nothing at T is taken at once and recorded as one hole. There are two ways to save a unit:
 
-- While writers fault: in runs of 64 pages, each released at once, so that a writer that runs into the
-  walk waits for one short copy.
-- While nobody faults: the unit as a whole, released by one UFFDIO_UNREGISTER. That clears the
-  protection as UFFDIO_WRITEPROTECT would (per GiB of 4 KiB pages: 30 ms, against 37 ms in runs of 64),
-  and nothing is left to unregister at the end (27 ms more).
+- While writers fault: in runs of 64 pages, each released at once, so that a writer that faults on a page
+  which the walk has claimed waits for one short copy.
+- While no writer faults: the unit as a whole, released by one UFFDIO_UNREGISTER. That clears the protection
+  as UFFDIO_WRITEPROTECT would (per GiB of 4 KiB pages: 30 ms, against 37 ms in runs of 64), and leaves
+  nothing to unregister at the end (which takes 27 ms more).
 
-Not so of an attached process: a unit that is unregistered is a mapping of its own, and mremap() of
-memory that reaches over its edge fails (EFAULT). A target that cooperates does not move what it handed over.
+Units of an attached process are not unregistered: such a unit becomes a mapping of its own, and an mremap()
+of a range that crosses its edge fails (EFAULT). A target that cooperates does not move the memory it handed
+over.
 
-Unregistering releases every page of the unit, so it waits for `saved` of every one: a page that a
-fault thread has claimed and still copies keeps the unit registered.
+Unregistering releases every page of the unit, so it requires `saved` of every page: a page that a fault
+thread has claimed and still copies keeps the unit registered.
 """
 
 from libc.stdint cimport uint64_t
@@ -35,12 +36,13 @@ cdef extern from "<sched.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT_PAGES = 512
-cdef uint64_t CALM_NS = 500000
-cdef uint64_t CALM_MOST_NS = 4000000
+cdef uint64_t FAULT_CHECK_NS = 500000
+cdef uint64_t FAULT_CHECK_MAX_NS = 4000000
 
 
 cdef bint _shared_with_another(capture_t *capture, int place, uint64_t addr) noexcept nogil:
-    """Whether another region than that at `place` has bytes in the page at `addr`: then a neighbour has."""
+    """Whether another region than the one at `place` has bytes in the page at `addr`. Such a region is a
+    neighbour by address."""
     cdef region_t *other
     cdef int at
     for at in range(max(place - 1, 0), min(place + 2, capture.n_regions)):
@@ -50,35 +52,36 @@ cdef bint _shared_with_another(capture_t *capture, int place, uint64_t addr) noe
     return False
 
 
-cdef uint64_t _edge(region_t *region, int which, uint64_t *addr) noexcept nogil:
-    """Page number and address of its first or last page."""
+cdef uint64_t _edge_page(region_t *region, int which, uint64_t *addr) noexcept nogil:
+    """Page number and address of the region's first or last page."""
     cdef uint64_t page = region.first_page + (region.pages - 1 if which else 0)
     addr[0] = page_addr(region, page)
     return page
 
 
 cdef void claim_shared_pages(capture_t *capture) noexcept nogil:
-    """Pages in which one region ends and another begins: unprotecting such a page for the one would let
-    the other's bytes change. They are claimed before any fault is served; who faults on one waits."""
+    """A page can hold the end of one region and the beginning of another. If it were unprotected once it is
+    saved for one region, the bytes of the other could change. So such pages are claimed before any fault is
+    served, and writers that fault on one wait."""
     cdef int i, which
     cdef uint64_t page, addr
     for i in range(capture.n_regions):
         for which in range(2):
-            page = _edge(region_by_addr(capture, i), which, &addr)
+            page = _edge_page(region_by_addr(capture, i), which, &addr)
             if _shared_with_another(capture, i, addr):
                 bits_claim(capture.claimed, page >> 6, <uint64_t>1 << (page & 63))
                 note_filled(capture, page, 1)
 
 
 cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
-    """Copy them for every region first; only then call them saved, and release them."""
+    """All shared pages are copied for every region first. Only then are they set as saved, and released."""
     cdef int i, which, err
     cdef uint64_t page, addr, bit
     cdef region_t *region
     for i in range(capture.n_regions):
         region = region_by_addr(capture, i)
         for which in range(2):
-            page = _edge(region, which, &addr)
+            page = _edge_page(region, which, &addr)
             if not _shared_with_another(capture, i, addr) or (which and region.pages == 1):
                 continue
             bit = <uint64_t>1 << (page & 63)
@@ -92,32 +95,33 @@ cdef int save_shared_pages(capture_t *capture, lane_t *lane) noexcept nogil:
                 return err
     for i in range(capture.n_regions):
         for which in range(2):
-            page = _edge(region_by_addr(capture, i), which, &addr)
+            page = _edge_page(region_by_addr(capture, i), which, &addr)
             if _shared_with_another(capture, i, addr):
                 bits_claim(capture.saved, page >> 6, <uint64_t>1 << (page & 63))
     for i in range(capture.n_regions):
         for which in range(2):
-            _edge(region_by_addr(capture, i), which, &addr)
+            _edge_page(region_by_addr(capture, i), which, &addr)
             if _shared_with_another(capture, i, addr):
                 release(capture, lane, 0, addr, PAGE)
     return 0
 
 
-cdef bint _calm(capture_t *capture, lane_t *lane) noexcept nogil:
-    """Whether no fault was served since this walker last asked."""
+cdef bint _no_new_faults(capture_t *capture, lane_t *lane) noexcept nogil:
+    """Whether no fault was served since this walker's last call."""
     cdef uint64_t faults = 0
     cdef int i
-    cdef bint calm
+    cdef bint no_faults
     for i in range(capture.n_fault_lanes + 1):
         faults += snap_peek(&capture.lanes[i].faults)
-    calm = lane.asked and faults == lane.faults_seen
-    lane.asked = True
+    no_faults = lane.has_faults_seen and faults == lane.faults_seen
+    lane.has_faults_seen = True
     lane.faults_seen = faults
-    return calm
+    return no_faults
 
 
-cdef bint _dense(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
-    """Whether the unit at `page` lies whole in the region, and every page of it was populated at T."""
+cdef bint _fully_populated(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """Whether the unit at `page` lies completely inside the region, and every page of it was populated at
+    T."""
     cdef uint64_t word
     if page & (UNIT_PAGES - 1) or page + UNIT_PAGES > region.first_page + region.pages:
         return False
@@ -129,7 +133,7 @@ cdef bint _dense(capture_t *capture, lane_t *lane, region_t *region, uint64_t pa
 
 cdef int _save_runs(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                     uint64_t *won) noexcept nogil:
-    """Copy the unit's won pages, in runs as long as the slot has room."""
+    """Copy the pages in `won`, in runs as long as the slot has room for."""
     cdef uint64_t first = 0
     cdef uint64_t n, part
     cdef int err
@@ -177,7 +181,7 @@ cdef void _release_unit(capture_t *capture, lane_t *lane, region_t *region, uint
         first += n + 1
 
 
-cdef int _save_together(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+cdef int _save_whole_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
     cdef uint64_t won[8]
     cdef uint64_t i
     for i in range(8):
@@ -192,7 +196,7 @@ cdef int _save_together(capture_t *capture, lane_t *lane, region_t *region, uint
 
 cdef int _copy_polling(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t won,
                        uint64_t data) noexcept nogil:
-    """In parts, with a look for faults between two of them. What is served then goes into the same slot."""
+    """Copy in parts, with a poll for faults between two parts. Pages of the faults go into the same slot."""
     cdef uint64_t size = capture.polling.every_pages
     cdef uint64_t first = 0
     cdef uint64_t part
@@ -217,12 +221,12 @@ cdef int _copy_polling(capture_t *capture, lane_t *lane, region_t *region, uint6
 
 
 cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t end,
-                       bint looks) noexcept nogil:
+                       bint polls) noexcept nogil:
     cdef uint64_t n, mask, data, won
     cdef uint64_t window
     cdef int err
     while page < end:
-        if looks:
+        if polls:
             poll_faults(capture, lane)
         if lane.index == 0 and lane_waits(capture.pool, &lane.slot, 64):
             stop_polling(capture)
@@ -238,7 +242,7 @@ cdef int _save_windows(capture_t *capture, lane_t *lane, region_t *region, uint6
         won = bits_claim(capture.claimed, page >> 6, mask)
         data &= won
         if won:
-            if looks:
+            if polls:
                 err = _copy_polling(capture, lane, region, window, won, data)
             else:
                 err = copy_claimed(capture, lane, region, window, won, data)
@@ -253,14 +257,15 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
                     uint64_t end) noexcept nogil:
     cdef uint64_t first, n
     cdef int err
-    cdef bint calm = _calm(capture, lane)
-    cdef bint looks
+    cdef bint no_faults = _no_new_faults(capture, lane)
+    cdef bint polls
     unit_of(capture, region, page, &first, &n)
-    looks = lane.index == 0 and n == 1 and not calm and capture.polling.every_pages != 0
-    if lane.index == 0 and not looks:
+    polls = lane.index == 0 and n == 1 and not no_faults and capture.polling.every_pages != 0
+    if lane.index == 0 and not polls:
         stop_polling(capture)
     if n > 1:
-        # For all of it and all walkers: a claimed unit does not wait for the sink; what is lacking is spilled
+        # Wait for enough slots for whole units of all walkers. A claimed unit does not wait for the sink:
+        # pages without a slot go to the spill file.
         pool_await(capture.pool, (n * PAGE // capture.pool.slot_bytes + 1)
                    * <uint64_t>(capture.n_lanes - capture.n_fault_lanes - 1))
         err = lane_room(capture.pool, &lane.slot, 64, True)
@@ -269,26 +274,27 @@ cdef int _walk_unit(capture_t *capture, lane_t *lane, region_t *region, uint64_t
         if snap_load(&capture.failed):
             return 1
         return claim_unit(capture, first, n) and save_unit(capture, lane, region, first, n)
-    # Room first: a claimed unit must not wait for the sink, nor go to the spill file.
-    if calm and pool_has_room(capture.pool, 3) and _dense(capture, lane, region, page):
-        return _save_together(capture, lane, region, page)
-    return _save_windows(capture, lane, region, page, end, looks)
+    # Check the room first: a claimed unit must neither wait for the sink nor go to the spill file.
+    if no_faults and pool_has_room(capture.pool, 3) and _fully_populated(capture, lane, region, page):
+        return _save_whole_unit(capture, lane, region, page)
+    return _save_windows(capture, lane, region, page, end, polls)
 
 
-cdef void _await_calm(capture_t *capture, lane_t *lane) noexcept nogil:
-    """While writers fault, one walker is enough, and a second would take the CPU that a released writer needs
-    (two CPUs, 256 MiB at full speed: p99 of a stall 460 µs). Even to ask for calm takes it: more and more
-    rarely."""
-    cdef uint64_t nap = CALM_NS
-    while not _calm(capture, lane) and not snap_load(&capture.failed) \
+cdef void _await_no_faults(capture_t *capture, lane_t *lane) noexcept nogil:
+    """While writers fault, one walker is enough. A second would take the CPU that a released writer needs
+    (two CPUs, 256 MiB at full speed: p99 of a stall 460 µs). Even this check needs the CPU, so its interval
+    doubles up to FAULT_CHECK_MAX_NS."""
+    cdef uint64_t nap = FAULT_CHECK_NS
+    while not _no_new_faults(capture, lane) and not snap_load(&capture.failed) \
             and snap_peek(&capture.next_unit) * UNIT_PAGES < capture.page_end:
         snap_sleep_ns(nap)
-        nap = min(2 * nap, CALM_MOST_NS)
+        nap = min(2 * nap, FAULT_CHECK_MAX_NS)
 
 
 cdef region_t *_take_units(capture_t *capture, uint64_t *page, uint64_t *end) noexcept nogil:
-    """The next unit that may hold something, or all empty ones up to that, within one region: [page, end).
-    NULL: none is left. Regions ascend by page number, and no two of them lie in one unit."""
+    """Take the next unit that may hold something, or the row of empty units before it, within one region:
+    [page, end). NULL: no unit is left. Regions are in ascending order of page numbers, and no two regions
+    share a unit."""
     cdef uint64_t taken, unit, after
     cdef region_t *region
     cdef int i
@@ -310,7 +316,7 @@ cdef region_t *_take_units(capture_t *capture, uint64_t *page, uint64_t *end) no
 
 
 cdef int _put_holes(capture_t *capture, lane_t *lane, uint64_t page, uint64_t end) noexcept nogil:
-    """Units that held nothing at T. No page of them is claimed: who faults there is let go at once."""
+    """Units that held nothing at T. Their pages are not claimed: a fault there is released at once."""
     cdef uint64_t n
     cdef int err
     while page < end and not snap_load(&capture.failed):
@@ -333,7 +339,7 @@ cdef void _walk_units(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     while not snap_load(&capture.failed):
         if lane.index:
-            _await_calm(capture, lane)
+            _await_no_faults(capture, lane)
         sched_yield()
         region = _take_units(capture, &page, &end)
         if region == NULL:

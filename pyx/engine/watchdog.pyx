@@ -1,11 +1,10 @@
-"""The warden: a thread that waits for nothing of the target's, and helps those that do.
+"""The watchdog: a thread that never waits for the target, and serves faults when no other thread can.
 
-- A fault thread that reads a page which the target has just discarded faults itself, as missing. Another
-  fault thread answers it; if all of them read such pages at one time, the warden does, so that no target can
-  hang us, nor itself.
-- While the first walker looks for faults itself (`pyx/engine/polling`), the fault threads sleep. If it has
-  not
-  looked for long, since it reads such a page or got no CPU, they are called.
+- A fault thread that reads a page which the target has just discarded takes a missing fault itself. Another
+  fault thread serves it. If all of them read such pages at the same time, the watchdog serves them, so that
+  no target can hang the engine or itself.
+- While the first walker polls for faults (`pyx/engine/polling`), the fault threads sleep. If its poll is
+  overdue, since it reads such a page or gets no CPU, the watchdog wakes the fault threads.
 """
 
 from libc.stdint cimport uint64_t
@@ -24,7 +23,7 @@ from snapengine.kernel.uffd cimport uffd_wake
 cdef uint64_t PAGE = 4096
 cdef uint64_t STUCK_NS = 20000000
 cdef int TICK_MS = 10
-cdef int LOOK_TICK_MS = 2           # where the first walker may look for faults itself
+cdef int POLL_TICK_MS = 2           # where the first walker may poll for faults
 
 
 cdef bint _all_stuck(capture_t *capture) noexcept nogil:
@@ -42,7 +41,7 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef region_t *region
     cdef pollfd stop
     cdef uint64_t addr, uffd, page
-    cdef int tick = LOOK_TICK_MS if capture.polling.every_pages else TICK_MS
+    cdef int tick = POLL_TICK_MS if capture.polling.every_pages else TICK_MS
     snap_name_thread("snap-watchdog")
     if not await_arming(capture, False):
         return
@@ -65,7 +64,7 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
                     region == NULL or region.presence == PRESENCE_BITS or bits_test(capture.claimed, page)):
                 fill_missing(capture, lane, uffd, addr)
             else:
-                uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: a message for the others
+                uffd_wake(capture.uffds[uffd], addr, PAGE)   # it faults again: fault threads get the message
 
 
 cdef void *watchdog_thread(void *arg) noexcept nogil:

@@ -1,6 +1,7 @@
 from snapengine.engine.state cimport capture_t
 
-# Figures of a capture, for Python. Counters may be read while the threads run; the rest after their end.
+# Counters of a capture, for Python. sum_counters may be called while the threads run, the others after they
+# have ended.
 cdef dict sum_counters(capture_t *capture)
 cdef object count_final_pages(capture_t *capture)
 cdef dict fault_quantiles(capture_t *capture)
