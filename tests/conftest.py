@@ -21,6 +21,9 @@ for _signal, _default in (
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _default)
 
+# The width that the tests' own output has, which pytest-xdist sets for its workers.
+os.environ.pop("COLUMNS", None)
+
 CI = os.environ.get("CI") == "true"
 _skipped: list[str] = []
 _skipped_modules: list[str] = []
