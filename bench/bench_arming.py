@@ -1,4 +1,4 @@
-"""The pause at T of a guest with a small hot set in a large memory, by the ways of arming, in alternation."""
+"""Pause at T of a guest with a small hot set in a large memory: plain against two-step arming, alternated."""
 
 import pytest
 from benchkit import ROUNDS, Samples, size

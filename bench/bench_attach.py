@@ -1,4 +1,4 @@
-"""Attaching: how long threads stand, arming against the bare ioctls, and what a writer loses against fork."""
+"""Attaching: how long threads are stopped, arming against bare ioctls, and lost work against fork."""
 
 import os
 import time
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="attach")]
 
 @pytest.mark.parametrize("threads", [1, 3])
 def bench_injection(benchmark, start_guest, threads):
-    """One thread of a busy process stands while it opens a userfaultfd; nothing is tracked with it."""
+    """How long one thread of a busy process is stopped to open a userfaultfd, which tracks nothing."""
     guest, _ = start_guest(GuestParams(size=SIZE, threads=threads, incompressible=True), None)
     samples = Samples()
     benchmark.extra_info.update(size=SIZE, threads=threads, samples=samples)
@@ -39,7 +39,7 @@ def bench_injection(benchmark, start_guest, threads):
 
 
 def bench_attach_arm(benchmark, start_guest):
-    """arm_ns of a soft cut, and one register and one protect call for the same memory; the writers sleep."""
+    """arm_ns of a soft cut against one register and one protect call for the same memory, without writes."""
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), 0)
     addr = guest_ram(guest.pid, SIZE)
     samples = Samples()
@@ -65,7 +65,7 @@ def bench_attach_arm(benchmark, start_guest):
 
 
 def ended(pid):
-    """Whether a child of somebody else's has ended."""
+    """Whether a process that is not our child has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
             return stat.read().rpartition(")")[2].split()[0] == "Z"
@@ -74,7 +74,7 @@ def ended(pid):
 
 
 def bench_lost_work(benchmark, start_guest, tmpfs):
-    """A writer at full speed over everything: attach and save, or fork and let the child write the file."""
+    """Lost work of a writer at full speed: attach and save, against a forked child that writes the file."""
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), None)
     samples, work = Samples(), {}
     options = Options(memory_limit=LIMIT, spill_dir=str(tmpfs.parent))
@@ -95,7 +95,7 @@ def bench_lost_work(benchmark, start_guest, tmpfs):
         for name, save in (("attach", attach), ("fork", fork)):
             rate = undisturbed(guest.bins)
             tmpfs.unlink(missing_ok=True)
-            warm_file(tmpfs, SIZE + SIZE // 64)  # now: the host takes free memory back within a second
+            warm_file(tmpfs, SIZE + SIZE // 64)  # here, as the host takes back free memory within a second
             began = time.monotonic_ns()
             save()
             done = time.monotonic_ns()

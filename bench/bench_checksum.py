@@ -1,4 +1,4 @@
-"""The checksum of the format, CRC-32C by libcrc32c, against XXH3-64 by python-xxhash, on 1 MiB."""
+"""The checksum of the image format, CRC-32C, against XXH3-64 of python-xxhash, on 1 MiB."""
 
 import pytest
 from benchkit import MIB
@@ -11,7 +11,7 @@ BLOCK = bytes(range(256)) * (MIB // 256)
 
 
 def note_rate(benchmark):
-    """Bytes a second of each round."""
+    """Bytes per second of each round."""
     rates = [MIB / seconds for seconds in benchmark.stats.stats.data]
     benchmark.extra_info["samples"] = {"checksum_rate": rates}
 

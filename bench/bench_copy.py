@@ -1,23 +1,23 @@
-"""Copy rate without writers into the null sink, against one memcpy of the same bytes, in alternation."""
+"""Idle capture into the null sink against one memcpy of the same bytes, alternated."""
 
 import time
 
 import pytest
-from benchkit import PIECE, ROUNDS, Samples, guest_ram, huge_pages, protect_floor, size, small_pages
+from benchkit import BATCH_BYTES, ROUNDS, Samples, guest_ram, huge_pages, protect_floor, size, small_pages
 
 import snapengine
 from snapengine.guest.params import GuestParams
 from snapengine.handover.peer import PeerTarget
 
 SIZE = size("COPY_SIZE", "1G")
-LEAST = ("ioctl_protect_ns", "memcpy_ns", "ioctl_unprotect_64_ns")
+MINIMUM = ("ioctl_protect_ns", "memcpy_ns", "ioctl_unprotect_64_ns")
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="copy")]
 
 
 @pytest.fixture(scope="module")
 def destination(floors):
-    """As many bytes to copy into, warm."""
+    """A destination of the same size, populated."""
     memory = huge_pages(SIZE)
     floors.fill(memory, 1)
     return memory
@@ -25,7 +25,7 @@ def destination(floors):
 
 @pytest.fixture(scope="module")
 def small_destination(floors):
-    """The same in 4 KiB pages, as a program has that copies its state into an ordinary second buffer."""
+    """The same in 4 KiB pages, like a program's ordinary second buffer."""
     memory = small_pages(SIZE)
     floors.fill(memory, 1)
     return memory
@@ -33,14 +33,14 @@ def small_destination(floors):
 
 @pytest.fixture(scope="module")
 def source(floors):
-    """The bytes, warm, in 4 KiB pages."""
+    """The source, populated, in 4 KiB pages."""
     memory = small_pages(SIZE)
     floors.fill(memory)
     return memory
 
 
 def save(make_target, samples):
-    """One capture into the null sink, with its time in parts."""
+    """One capture into the null sink; notes the time of each part."""
     began = time.monotonic_ns()
     with snapengine.snapshot(make_target(), "null:") as capture:
         at_t = time.monotonic_ns()
@@ -57,7 +57,7 @@ def save(make_target, samples):
 
 
 def measure(benchmark, make_target, floor, best="memcpy_ns"):
-    """Alternate `floor`, which returns samples, with captures; the first pair only warms.
+    """Alternate `floor`, which returns samples, with captures. The first pair is not counted.
 
     `best`: the sample that is the floor of a capture.
     """
@@ -74,8 +74,8 @@ def measure(benchmark, make_target, floor, best="memcpy_ns"):
     if "process_vm_readv_ns" in samples:
         pairs = zip(samples["process_vm_readv_ns"], samples["capture_ns"], strict=True)
         samples["process_vm_readv_ratio"] = [read / capture for read, capture in pairs]
-    if "ioctl_protect_ns" in samples:  # the least that one thread needs: protect, copy, un-protect
-        parts = zip(*(samples[name] for name in LEAST), samples["capture_ns"], strict=True)
+    if "ioctl_protect_ns" in samples:  # the minimum for one thread: protect, copy, un-protect
+        parts = zip(*(samples[name] for name in MINIMUM), samples["capture_ns"], strict=True)
         samples["least_work_ratio"] = [sum(least) / capture for *least, capture in parts]
 
 
@@ -94,10 +94,10 @@ def bench_copy_own_buffer(benchmark, floors, source, destination, small_destinat
 def bench_copy_guest(benchmark, floors, source, destination, small_destination, start_guest, backing):
     guest, socket = start_guest(GuestParams(size=SIZE, backing=backing, incompressible=True), 0)
     addr = guest_ram(guest.pid, SIZE)
-    piece = memoryview(destination)[:PIECE]
+    buffer = memoryview(destination)[:BATCH_BYTES]
 
     def floor():
-        read = floors.vm_read_ns(guest.pid, addr, SIZE, piece)
+        read = floors.vm_read_ns(guest.pid, addr, SIZE, buffer)
         return {
             "memcpy_ns": floors.copy_ns(destination, source),
             "memcpy_4k_ns": floors.copy_ns(small_destination, source),

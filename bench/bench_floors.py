@@ -1,4 +1,4 @@
-"""What the machine can do at best: the floors that all other figures are compared with."""
+"""Floors: the best that the machine can do, which all other figures are compared with."""
 
 import os
 
@@ -25,14 +25,14 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.benchmark(group="floors")]
 
 @pytest.fixture
 def source(floors):
-    """Bytes in 4 KiB pages, warm."""
+    """Memory in 4 KiB pages, populated."""
     memory = small_pages(SIZE)
     floors.fill(memory)
     return memory
 
 
 def repeat(benchmark, measure):
-    """ROUNDS rounds of `measure`, which returns samples; the first one only warms."""
+    """ROUNDS rounds of `measure`, which returns samples, after one that is not counted."""
     samples = Samples()
     benchmark.extra_info.update(size=SIZE, samples=samples)
     measure()
@@ -40,12 +40,12 @@ def repeat(benchmark, measure):
 
 
 def rate(ns):
-    """Bytes a second over all of the memory."""
+    """Bytes per second, of a time for all of the memory."""
     return SIZE * 1e9 / ns
 
 
 def per_gib(ns):
-    """Nanoseconds for a GiB, of one call over all of the memory."""
+    """Nanoseconds per GiB, of a time for all of the memory."""
     return ns * GIB / SIZE
 
 
@@ -69,7 +69,7 @@ def bench_floor_memcpy(benchmark, floors, source):
 
 
 def ioctl_ns(floors, tracked, name, unit):
-    """Nanoseconds of one protect and of one un-protect ioctl over `unit` bytes."""
+    """Nanoseconds of one protect and one un-protect ioctl over `unit` bytes."""
     calls = tracked[2] // unit
     pairs = (("protect", True), ("unprotect", False))
     return {f"{word}_{name}_ns": floors.write_protect_ns(*tracked, unit, on) / calls for word, on in pairs}
@@ -90,7 +90,7 @@ def bench_floor_protect(benchmark, floors, source):
 
 
 def bench_floor_protect_busy(benchmark, floors, source):
-    """While a thread of this process runs on another CPU, which has to flush its TLB for each ioctl."""
+    """While a thread of this process runs on another CPU, so that each ioctl flushes that CPU's TLB."""
     part = min(SIZE, 64 * MIB)
     with GuestMemory(GuestParams(size=MIB)) as other, GuestWriters(other) as writers:
         writers.resume()
@@ -108,14 +108,14 @@ def bench_floor_protect_busy(benchmark, floors, source):
 def bench_floor_protect_huge(benchmark, floors):
     memory = huge_pages(SIZE)
     floors.fill(memory)
-    with protected(floors, memory) as tracked:  # a mapping of its own: a neighbour could have merged with it
+    with protected(floors, memory) as tracked:  # registering splits it off from neighbours
         if huge_share(os.getpid(), tracked[1]) < HUGE_ENOUGH:
             pytest.skip("the kernel gave no huge pages: see /sys/kernel/mm/transparent_hugepage/enabled")
         repeat(benchmark, lambda: ioctl_ns(floors, tracked, "huge_page", HUGE))
 
 
 def bench_floor_faults(benchmark, floors):
-    """A write fault, by who serves it. The writer is on the first CPU."""
+    """A write fault, by the thread that serves it. The writer runs on the first CPU."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two CPUs")
     memory = small_pages(FAULTS)
@@ -136,7 +136,7 @@ def bench_floor_faults(benchmark, floors):
 
 
 def bench_floor_vm_read(benchmark, floors, start_guest):
-    """process_vm_readv() of another process's private memory, by the length of the runs."""
+    """process_vm_readv() of another process's private memory, by bytes per call."""
     guest, _ = start_guest(GuestParams(size=SIZE, incompressible=True), 0)
     addr = guest_ram(guest.pid, SIZE)
     buffer = huge_pages(RUNS["64_mib"])
@@ -145,8 +145,8 @@ def bench_floor_vm_read(benchmark, floors, start_guest):
     def measure():
         taken = {}
         for name, length in RUNS.items():
-            piece = memoryview(buffer)[:length]
-            taken[f"vm_read_{name}_rate"] = rate(floors.vm_read_ns(guest.pid, addr, SIZE, piece))
+            part = memoryview(buffer)[:length]
+            taken[f"vm_read_{name}_rate"] = rate(floors.vm_read_ns(guest.pid, addr, SIZE, part))
         return taken
 
     repeat(benchmark, measure)

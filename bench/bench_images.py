@@ -1,4 +1,4 @@
-"""Dirty logging against write tracking: the image on a guest that writes, over write rate and sink rate."""
+"""Image size by write tracking and by dirty logging, over the guest's write rate and the sink's rate."""
 
 import pytest
 from benchkit import MIB, size
@@ -18,7 +18,7 @@ FIGURES = (
 
 @pytest.fixture(scope="module", params=[0, 1000, 10_000, 50_000, None], ids=lambda rate: f"rate-{rate}")
 def writing_guest(request, tmp_path_factory):
-    """(write rate, socket) of a guest whose writers run."""
+    """(Write rate, socket) of a running guest."""
     path = tmp_path_factory.mktemp("guest") / "socket"
     params = GuestParams(size=SIZE, zero_percent=20, hole_percent=10)
     with GuestProcess(path, params, request.param):
@@ -49,4 +49,4 @@ def bench_image(benchmark, writing_guest, sink_rate, method):
     )  # fmt: skip
     if method == WRITE_TRACKING:
         assert result.duplicate_pages == 0
-        assert SIZE < 64 * MIB or ratio <= 1.005  # the fixed parts weigh more in a tiny image
+        assert SIZE < 64 * MIB or ratio <= 1.005  # fixed parts dominate a small image

@@ -1,6 +1,6 @@
-"""Many mappings against one of the same memory, a reservation against none: start, stop, the engine's memory.
+"""Many mappings against one of the same size, and memory with a reservation against memory without.
 
-Another process holds the memory, and is captured by attaching to it; the two are taken in turns.
+Another process holds the memory and is captured by attaching. The two variants alternate.
 """
 
 import os
@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.benchmark(group="mappings")]
 
 @pytest.fixture
 def start_target():
-    """``start_target(reserved, used, parts, each)``: its pid; ended after the bench."""
+    """``start_target(reserved, used, parts, each)``: the pid of a process that ends after the bench."""
     started = []
 
     def start(reserved, used, parts=0, each=4 * KIB):
@@ -59,7 +59,7 @@ def start_target():
 
 
 def start_of(pid, cut):
-    """CPU time of this process until T, and the capture's figures."""
+    """CPU time of this process until T, and the result."""
     began = time.process_time_ns()
     with snapengine.snapshot(ProcessTarget(pid, cut=cut), "null:") as capture:
         start_ns = time.process_time_ns() - began
@@ -67,7 +67,7 @@ def start_of(pid, cut):
 
 
 def alternate(samples, pids, cut):
-    """One round: each in its turn, and how they compare."""
+    """One round: capture both, and note the ratios."""
     found = {}
     for name, pid in pids.items():
         start_ns, result = start_of(pid, cut)
@@ -82,7 +82,7 @@ def alternate(samples, pids, cut):
 
 @pytest.mark.parametrize("cut", ["soft", "stop"])
 def bench_mappings(benchmark, start_target, cut):
-    """So many mappings of `EACH` bytes, and one with as many bytes in all."""
+    """MAPPINGS mappings of EACH bytes, against one of the same total size."""
     used = MAPPINGS * EACH
     pids = {"one": start_target(used, used), "many": start_target(2 * used, 2 * used, MAPPINGS, EACH)}
     samples = Samples()
@@ -93,7 +93,7 @@ def bench_mappings(benchmark, start_target, cut):
 
 @pytest.mark.parametrize("cut", ["soft", "stop"])
 def bench_reservation(benchmark, start_target, cut):
-    """`RESERVED` bytes of which `USED` are used, and those alone."""
+    """RESERVED bytes of which USED are populated, against USED bytes alone."""
     pids = {"none": start_target(USED, USED), "reserved": start_target(RESERVED, USED)}
     samples = Samples()
     alternate(Samples(), pids, cut)

@@ -1,7 +1,7 @@
-"""`make bench-peers`: ours against loops of other engines' shapes and against fork, in alternation.
+"""`make bench-peers`: our engine against loops of other engines' shapes and against fork, alternated.
 
-Not a part of `make bench` (see conftest.py). All save the same memory of this process, which a native thread
-writes to at full speed, in random order, all the time; it times its own writes.
+Not a part of `make bench` (see conftest.py). All of them save the same memory of this process, while a native
+thread writes to it at full speed in random order and times its own writes.
 """
 
 import os
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.timeout(480), pytest.mark.benchmark(group="peers")]
 
 
 def save_ours(memory, path, at_t):
-    """One capture by the engine; calls `at_t` at T."""
+    """One capture by our engine; calls `at_t` at T."""
     options = Options(memory_limit=LIMIT, spill_dir=str(TMPFS))
     with snapengine.snapshot(memory, path or "null:", options) as capture:
         at_t()
@@ -39,13 +39,13 @@ def save_ours(memory, path, at_t):
 
 @pytest.fixture(scope="module")
 def ways(native):
-    """All that are compared, ours first."""
+    """The compared ways by name, ours first."""
     return {"ours": save_ours} | shapes.ways(floorkit.load_loops())
 
 
 @pytest.fixture(scope="module")
 def busy():
-    """(Memory in 4 KiB pages, its writer at full speed)."""
+    """(Memory in 4 KiB pages, its writer, which runs at full speed)."""
     params = GuestParams(size=SIZE, incompressible=True)
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         writers.resume()
@@ -53,12 +53,12 @@ def busy():
 
 
 def spread_between(before, after):
-    """Of the writes that have ended between two of the writer's `stalls`: count, p50, p99, longest."""
+    """Count, p50, p99 and longest of the stalls between two readings of the writer's `stalls`."""
     return spread(stalls_between({"stalls": before}, {"stalls": after}))
 
 
 class AfterT:
-    """The writer's `stalls` when the write that waited for T has ended (or for fork to return)."""
+    """Reads the writer's `stalls` after the write that was blocked at T (or by fork) has completed."""
 
     def __init__(self, writers):
         self._writers = writers
@@ -66,7 +66,7 @@ class AfterT:
         self.stalls = None
 
     def __call__(self):
-        """At T. It returns at once: with some ways it is this thread that has to serve the write."""
+        """Call at T. Does not block: for some ways the calling thread has to serve that write."""
         self._at_t = self._writers.counts()
         self._thread.start()
 
@@ -76,12 +76,12 @@ class AfterT:
         self.stalls = self._writers.stalls()
 
     def join(self):
-        """Wait for it."""
+        """Wait until `stalls` is there."""
         self._thread.join()
 
 
 def measure(way, memory, writers, path):
-    """One save, and what the writer saw of it; work lost counts until TAIL_S after."""
+    """One save, and its effect on the writer; lost work is counted until TAIL_S after the end."""
     watched, calm = time.monotonic_ns(), writers.stalls()
     time.sleep(BEFORE_S)
     began, before = time.monotonic_ns(), writers.stalls()
@@ -127,7 +127,7 @@ def compared(runs):
 @pytest.mark.parametrize("sink", ["tmpfs", "null"])
 def bench_peers(benchmark, ways, busy, tmp_path, sink):
     if sink == "tmpfs" and not is_tmpfs(TMPFS):
-        pytest.skip(f"{TMPFS} is no tmpfs: set SNAPENGINE_BENCH_TMPFS")
+        pytest.skip(f"{TMPFS} is not a tmpfs: set SNAPENGINE_BENCH_TMPFS")
     path = TMPFS / f"snapengine-bench-{tmp_path.name}" if sink == "tmpfs" else None
     runs = {way: [] for way in ways}
     benchmark.extra_info.update(size=SIZE, sink=sink, runs=runs, load=os.getloadavg()[0])

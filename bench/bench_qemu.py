@@ -1,6 +1,6 @@
-"""`make bench-qemu`: machines of stock QEMU, saved live by QEMU's own ways and by ours, in alternation.
+"""`make bench-qemu`: machines of stock QEMU, saved live by QEMU itself and by our engine, alternated.
 
-Not a part of `make bench` (see conftest.py). One machine per hot set; every way saves each of them.
+Not a part of `make bench` (see conftest.py). One machine per hot set; every way saves it.
 """
 
 import os
@@ -16,7 +16,7 @@ from sweepkit import MIB, START, Sweep
 SIZE = size("QEMU_SIZE", "1G")
 ROUNDS = int(os.environ.get("SNAPENGINE_BENCH_QEMU_ROUNDS", "3"))
 ACCEL = os.environ.get("SNAPENGINE_BENCH_QEMU_ACCEL") or ("kvm" if kvm_usable() else "tcg")
-NOISE = 0.5  # every page is data; zstd can take half of it
+NOISE = 0.5  # every page has data; zstd can halve it
 HOT_SETS = (31 * MIB, MAIN, SIZE - START)
 SINK_RATES = (0, 200 * MIB)
 HUGE_ENOUGH = 0.95
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.timeout(480), pytest.mark.benchmark(group="qemu")]
 
 @pytest.fixture(scope="module")
 def machines():
-    """Starts machines, and ends them after the module; skips without QEMU."""
+    """Starts machines and ends them after the module. Skips without QEMU."""
     if find_qemu() is None:
         pytest.skip("no QEMU: qemu-system-x86_64 is not in PATH, and QEMU is not set")
     with Machines() as started:
@@ -39,7 +39,7 @@ def sweep(hot):
 
 @pytest.fixture(scope="module", params=HOT_SETS, ids=lambda hot: f"hot-{hot // MIB}")
 def hot_machine(request, machines):
-    """(Bytes of the hot set, the running machine), RAM in huge pages."""
+    """(Bytes of the hot set, a running machine with its RAM in huge pages)."""
     machine = machines(sweep(request.param), accel=ACCEL).ready()
     yield request.param, machine
     machine.kill()
@@ -47,7 +47,7 @@ def hot_machine(request, machines):
 
 @pytest.fixture
 def small_machine(machines):
-    """The running machine whose RAM is in 4 KiB pages; its hot set is MAIN."""
+    """A running machine with its RAM in 4 KiB pages and a hot set of MAIN bytes."""
     with no_huge_pages():
         machine = machines(sweep(MAIN), accel=ACCEL)
     yield machine.ready()
@@ -55,13 +55,13 @@ def small_machine(machines):
 
 
 def settle(machine, huge, path):
-    """Every way begins with the same memory: background-snapshot leaves small pages behind."""
+    """Give every way the same memory: background-snapshot leaves the RAM in small pages."""
     path.unlink(missing_ok=True)
     warm_file(path, SIZE + SIZE // 64)
     if huge and huge_share(machine.pid, machine.ram_address) < HUGE_ENOUGH:
         first = -(-machine.ram_address // HUGE) * HUGE
         collapse(machine.pid, first, machine.ram_address + SIZE - first)
-    machine.wait_progress(machine.guest.pages)  # the mappings of KVM are made anew by a sweep
+    machine.wait_progress(machine.guest.pages)  # a sweep populates KVM's page tables again
 
 
 def compared(ours, background):
@@ -75,7 +75,7 @@ def compared(ours, background):
 
 
 def compare(benchmark, machine, ways, path, rounds, hot, sink_rate=0, huge=True):
-    """Save by each of `ways` in turn, `rounds` times."""
+    """Save by each of `ways` in turn, in `rounds` rounds."""
     runs = {way: [] for way in ways}
     benchmark.extra_info.update(
         size=SIZE, hot=hot, sink_rate=sink_rate, huge=huge, accel=ACCEL, runs=runs,

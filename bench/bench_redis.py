@@ -1,4 +1,4 @@
-"""redis-server under SETs: saved by its own BGSAVE, and by attaching to it, in alternation."""
+"""redis-server under SET commands: its own BGSAVE against a capture by attaching, alternated."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ class Client:
 
 
 class Load(threading.Thread):
-    """SETs of random keys until it is stopped; the latency of each, in ns."""
+    """Sets random keys until it is stopped; notes the latency of each command in ns."""
 
     def __init__(self, path, keys):
         super().__init__()
@@ -98,7 +98,7 @@ def redis(tmp_path, tmpfs):
 
 
 def fill(client, keys):
-    """One key at a time is slow: a thousand to a message."""
+    """Set all keys, a thousand per message."""
     value = bytes(range(250)) * (VALUE_BYTES // 250)
     for first in range(0, keys, 1000):
         last = min(first + 1000, keys)

@@ -1,4 +1,4 @@
-"""An image back into a warm buffer, against one memcpy of the same bytes into it, in alternation."""
+"""Restoring an image into a populated buffer, against one memcpy of the same bytes, alternated."""
 
 import os
 import time
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="restore")]
 
 @pytest.fixture
 def destination(floors):
-    """As many bytes, warm, in 4 KiB pages."""
+    """A destination of the same size in 4 KiB pages, populated."""
     with small_pages(SIZE) as memory:
         floors.fill(memory, 1)
         yield memory
@@ -32,7 +32,7 @@ def noise(length):
 
 
 def measure(benchmark, floors, memory, path, destination, options):
-    """Alternate memcpy with restoring; the first pair only warms, and shows that it is the same memory."""
+    """Alternate memcpy and restoring. The first restore is not counted; its result is compared."""
     samples = Samples()
     benchmark.extra_info.update(size=SIZE, samples=samples, floors={"restore_ns": "memcpy_ns"})
     warm_file(path, SIZE)
@@ -58,7 +58,7 @@ def measure(benchmark, floors, memory, path, destination, options):
 
 
 def bench_restore(benchmark, floors, tmpfs, destination):
-    """Stored raw."""
+    """Without compression."""
     with noise(SIZE) as memory:
         samples = measure(benchmark, floors, memory, tmpfs, destination, {})
     export(samples, tmpfs)
@@ -70,7 +70,7 @@ def bench_restore_zstd(benchmark, floors, tmpfs, destination):
 
 
 def export(samples, path):
-    """The same image as a raw file in the tmpfs."""
+    """Export the image as a raw file into the tmpfs."""
     output = path.with_suffix(".raw")
     for _ in range(min(3, ROUNDS)):
         warm_file(output, SIZE)

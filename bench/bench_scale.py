@@ -1,6 +1,6 @@
-"""Copy rate against the size of the memory: into the null sink, without writers, beside memcpy.
+"""Idle capture into the null sink against memcpy, over the size of the memory.
 
-memcpy is measured in pieces into a buffer that is used again and again: so nothing but the source is large.
+memcpy copies every part into the same buffer, so that only the source is large.
 """
 
 import time
@@ -19,7 +19,7 @@ FLOORS = {"capture_largest_ns": "memcpy_largest_ns"}
 
 @pytest.fixture
 def source(floors):
-    """The bytes, warm, in 4 KiB pages."""
+    """The source, populated, in 4 KiB pages."""
     if needed_bytes() > available_bytes():
         pytest.skip(f"less than {needed_bytes() >> 30} GiB available: set SNAPENGINE_BENCH_SCALE_SIZE")
     with small_pages(SIZES[-1]) as memory:
@@ -28,7 +28,7 @@ def source(floors):
 
 
 def needed_bytes():
-    """Bytes of memory that the largest size takes."""
+    """Memory that the largest size needs."""
     return SIZES[-1] + WINDOW + HEADROOM
 
 
@@ -39,9 +39,9 @@ def available_bytes():
 
 
 def memcpy_ns(floors, window, view):
-    """memcpy of all of `view`, piece by piece."""
-    pieces = (view[at : at + len(window)] for at in range(0, len(view), len(window)))
-    return sum(floors.copy_ns(window, piece) for piece in pieces)
+    """memcpy of all of `view`, part by part into `window`."""
+    parts = (view[at : at + len(window)] for at in range(0, len(view), len(window)))
+    return sum(floors.copy_ns(window, part) for part in parts)
 
 
 def capture_ns(view):

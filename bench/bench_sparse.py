@@ -1,4 +1,4 @@
-"""A sparse mapping: what arming costs, and the page tables that it adds."""
+"""A sparse mapping: time of arming, and page tables that it adds."""
 
 import pytest
 from benchkit import KIB, MIB, ROUNDS, Samples, process_status, size, small_pages
@@ -13,7 +13,7 @@ RUN = 64 * KIB
 @pytest.mark.timeout(300)
 @pytest.mark.benchmark(group="sparse")
 def bench_sparse(benchmark):
-    """Written are runs of 64 KiB, evenly spread."""
+    """The written memory is in runs of 64 KiB, evenly spread."""
     memory = small_pages(SIZE)
     for start in range(0, SIZE, SIZE // (WRITTEN // RUN)):
         memory[start : start + RUN] = b"\x5a" * RUN

@@ -1,6 +1,6 @@
-"""How long a write waits for the engine, as the writer measures it, with the floor in alternation.
+"""How long a write waits for the engine, measured by the writer, alternated with the floor.
 
-The floor is a fault loop with one blocked handler per CPU that does nothing but its duty.
+The floor is a minimal fault loop with one blocked handler per CPU.
 """
 
 import time
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="stalls")]
 
 @pytest.fixture(scope="module")
 def fault_memory(floors):
-    """What the floor's writer writes to, warm."""
+    """The memory of the floor's writer, populated."""
     memory = small_pages(min(SIZE, FLOOR_SIZE))
     floors.fill(memory)
     return memory
@@ -41,7 +41,7 @@ def floor(floors, memory):
 
 
 def by_buckets(values):
-    """The histogram of single times, in the buckets of a guest's."""
+    """A histogram of single times, with the buckets of a guest's histogram."""
     histogram = {}
     for value in values:
         add_up(histogram, {bucket_floor(bucket_number(value)): 1})
@@ -49,7 +49,7 @@ def by_buckets(values):
 
 
 def wait_saved(capture):
-    """Until the last page is saved."""
+    """Wait until the last page is saved."""
     while (progress := capture.progress()).pages_done < progress.pages_total:
         if progress.phase == "done":
             break
@@ -57,7 +57,7 @@ def wait_saved(capture):
 
 
 def save(guest, socket, rate_limit):
-    """One capture and the guest's stalls from before it until its last page was saved."""
+    """One capture, and the guest's stalls from its start until the last page was saved."""
     options = Options(memory_limit=LIMIT, rate_limit=rate_limit)
     before = guest.stats()
     with snapengine.snapshot(PeerTarget(socket), "null:", options) as capture:
@@ -67,7 +67,7 @@ def save(guest, socket, rate_limit):
 
 
 def bench_stalls(benchmark, floors, fault_memory, start_guest):
-    """Throttled sink against free sink."""
+    """A throttled sink against one without limit."""
     guest, socket = start_guest(GuestParams(size=SIZE), None)
     samples = Samples()
 
@@ -89,7 +89,7 @@ def bench_stalls(benchmark, floors, fault_memory, start_guest):
 
 @pytest.mark.parametrize("length", [SIZE, LARGE], ids=["small", "large"])
 def bench_writer_stalls(benchmark, floors, fault_memory, start_guest, length):
-    """Between T and the last page, without what began in arming; and whether writer and engine agree."""
+    """Stalls between T and the last page, without those that began in arming, by writer and engine."""
     guest, socket = start_guest(GuestParams(size=length, incompressible=True), None)
     samples, histograms = Samples(), {"ours": {}, "floor": {}, "engine": {}}
     benchmark.extra_info.update(size=length, memory_limit=LIMIT, samples=samples, floors=FLOORS)

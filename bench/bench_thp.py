@@ -1,4 +1,4 @@
-"""Huge pages stay huge: the share of memory in them before and after a capture, where no writer hits them."""
+"""Share of memory in huge pages before and after a capture without writers."""
 
 import os
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.benchmark(group="thp")]
 
 
 def measure(benchmark, make_target, pid, addr):
-    """Captures of the same memory one after the other: what one splits, the next one finds split."""
+    """Capture the same memory repeatedly: a huge page that one capture splits stays split."""
     samples = Samples()
     benchmark.extra_info.update(size=SIZE, samples=samples)
     first = huge_share(pid, addr)

@@ -1,4 +1,4 @@
-"""Into a tmpfs: with a writer at full speed over all of the memory, and zstd against no compression."""
+"""Capture into a tmpfs: with a writer at full speed over all of the memory; zstd against no compression."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="tmpfs")]
 
 
 def resident_without_slots():
-    """VmRSS, when the slots that the last capture left for the next one are as few as can be."""
+    """VmRSS with the fewest slots: a capture keeps its slots for the next one."""
     with small_pages(MIB) as memory, snapengine.snapshot(memory, "null:", memory_limit=MIN_MEMORY_LIMIT):
         pass
     gc.collect()
@@ -28,8 +28,10 @@ def resident_without_slots():
 
 
 def save(socket, path, samples, options, resident):
-    """One capture; the engine is this process, so its memory is what this process grows by beyond
-    `resident`, which must be from before the first capture: each leaves its slots for the next one."""
+    """One capture. The engine's memory is the growth of this process beyond `resident`.
+
+    `resident` must be from before the first capture, as each keeps its slots for the next one.
+    """
     shared = process_status("RssShmem")
     reset_peak()
     began = time.monotonic_ns()
@@ -52,7 +54,7 @@ def save(socket, path, samples, options, resident):
 
 
 def make_room(path, length):
-    """Free memory that the host has already given, and a heap without garbage."""
+    """Make sure that free memory is backed by the host, and that the heap has no garbage."""
     path.unlink(missing_ok=True)
     warm_file(path, length + length // 64)
     gc.collect()
@@ -60,14 +62,14 @@ def make_room(path, length):
 
 @pytest.fixture(scope="module")
 def source(floors):
-    """As many bytes as the guest has, warm."""
+    """Populated memory of the guest's size."""
     with small_pages(SIZE) as memory:
         floors.fill(memory)
         yield memory
 
 
 def pwrite_ns(source, path):
-    """The floor: the same bytes by one thread into a new file, while the guest writes as it does to us."""
+    """The floor: one thread writes as many bytes into a new file, beside the same guest."""
     with memoryview(source) as view, open(path, "wb", buffering=0) as file:
         began = time.monotonic_ns()
         for at in range(0, len(view), MIB):
@@ -92,12 +94,12 @@ def bench_full_speed_writer(benchmark, start_guest, tmpfs, source, backing):
         make_room(tmpfs, SIZE)
 
     benchmark.pedantic(save, args=(socket, tmpfs, samples, options, resident), setup=floor, rounds=ROUNDS)
-    if backing == "memfd":  # the guest's RAM, mapped here, counts as ours in VmHWM
+    if backing == "memfd":  # VmHWM includes the guest's RAM, which is mapped here
         del samples["grown_bytes"], samples["grown_over_limit_bytes"]
 
 
 def bench_zstd(benchmark, start_guest, tmpfs):
-    """Alternates the two. The bytes shrink to a quarter; nobody writes, so no chunk is stored raw."""
+    """The content compresses 4:1; the guest does not write, so no chunk is stored raw."""
     _, socket = start_guest(GuestParams(size=ZSTD_SIZE), 0)
     both = {"none": Samples(), "zstd:1": Samples()}
 

@@ -1,6 +1,6 @@
-"""zstd on two threads into a tmpfs, in alternation with others on the same bytes.
+"""zstd on two threads into a tmpfs, alternated with others on the same bytes.
 
-Level 1 against the command ``zstd -1 -T2``; the level that follows the sink against fixed ones, by its rate.
+zstd:1 against the command ``zstd -1 -T2``; zstd:auto, which follows the sink's rate, against fixed levels.
 """
 
 import shutil
@@ -24,14 +24,14 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.benchmark(group="zstd")]
 
 @pytest.fixture(params=KINDS)
 def memory(request):
-    """The bytes."""
+    """The memory to save."""
     with packable(request.param, SIZE) as buffer:
         yield buffer
 
 
 @pytest.fixture
 def source(memory, tmpfs):
-    """The same bytes as a file."""
+    """The same memory as a file."""
     path = tmpfs.with_suffix(".in")
     path.write_bytes(memory)
     yield path
@@ -39,14 +39,14 @@ def source(memory, tmpfs):
 
 
 def command(source, output):
-    """The whole process, as one would start it; of its work, reading the file corresponds to our copy."""
+    """The whole command, as a user starts it. Its reading of the file corresponds to our copy."""
     began = time.monotonic_ns()
     subprocess.run(["zstd", "-1", "-T2", "-f", "-q", str(source), "-o", str(output)], check=True)
     return {"command_ns": time.monotonic_ns() - began, "command_bytes": output.stat().st_size}
 
 
 def capture(memory, path):
-    """A snapshot of this process's buffer; nobody writes to it."""
+    """A capture of a buffer of this process, without writers."""
     began = time.monotonic_ns()
     with snapengine.snapshot(memory, path, OPTIONS) as running:
         pass
@@ -79,7 +79,7 @@ def bench_zstd_command(benchmark, memory, source, tmpfs):
 
 
 def by_level(memory, path, way, rate_limit):
-    """A snapshot with ``zstd:WAY`` into a sink of so many bytes a second (0: no limit)."""
+    """A capture with ``zstd:WAY`` into a sink of `rate_limit` bytes per second (0: no limit)."""
     options = Options(compress=f"zstd:{way}", encoder_threads=2, rate_limit=rate_limit)
     began = time.monotonic_ns()
     with snapengine.snapshot(memory, path, options) as running:
@@ -90,7 +90,7 @@ def by_level(memory, path, way, rate_limit):
 
 @pytest.mark.parametrize("rate_limit", [50 * MIB, 200 * MIB, 0], ids=["50M", "200M", "none"])
 def bench_zstd_auto(benchmark, rate_limit, tmpfs):
-    """On text and code: the pages of a guest are as large at any level."""
+    """On text and code; a guest's pages compress to the same size at every level."""
     samples = Samples()
     benchmark.extra_info.update(size=AUTO_SIZE, rate_limit=rate_limit, samples=samples)
     with packable("files", AUTO_SIZE) as memory:

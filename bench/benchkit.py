@@ -1,4 +1,4 @@
-"""What the benches share: sizes from the environment, warm memory, and what /proc says of this process."""
+"""Shared by the benches: sizes from the environment, memory, and figures of this process from /proc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 TMPFS = Path(os.environ.get("SNAPENGINE_BENCH_TMPFS", "/dev/shm"))
 ROUNDS = int(os.environ.get("SNAPENGINE_BENCH_ROUNDS", "5"))
-PIECE = 64 * 4096
+BATCH_BYTES = 64 * 4096
 MAP_NORESERVE = 0x4000  # linux/mman.h; Python's mmap has it from 3.13 on
 
 
@@ -28,7 +28,7 @@ def size(name: str, default: str) -> int:
 
 
 def small_pages(length: int) -> mmap.mmap:
-    """`length` bytes of private memory in 4 KiB pages, not yet touched."""
+    """`length` bytes of private memory in 4 KiB pages, not populated."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = mmap.mmap(-1, length, flags=flags)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -36,20 +36,20 @@ def small_pages(length: int) -> mmap.mmap:
 
 
 def huge_pages(length: int) -> mmap.mmap:
-    """`length` bytes of private memory in huge pages where the kernel has them, not yet touched."""
+    """`length` bytes of private memory, not populated, in huge pages if the kernel has them."""
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class Samples(dict[str, list[float]]):
-    """Named figures, one value per round, in `extra_info["samples"]` of a benchmark.
+    """Named samples with one value per round, for `extra_info["samples"]` of a benchmark.
 
     The name ends with the unit: ``_ns``, ``_bytes``, ``_rate`` (bytes per second) or ``_ratio``.
     """
 
     def note(self, **values: float) -> None:
-        """One value each."""
+        """Append one value to each."""
         for name, value in values.items():
             self.setdefault(name, []).append(value)
 
@@ -63,7 +63,7 @@ def process_status(name: str) -> int:
 
 
 def reset_peak() -> None:
-    """Let VmHWM, the peak of VmRSS, begin anew (proc(5): clear_refs)."""
+    """Reset VmHWM, the peak of VmRSS (proc(5): clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -74,7 +74,7 @@ def is_tmpfs(path: Path) -> bool:
 
 
 def warm_file(path: Path, length: int) -> None:
-    """Write and delete a file: the host gives the memory that the next file there will take."""
+    """Write and delete a file, so that the host backs the memory that the next file will use."""
     block = bytes(4 * MIB)
     with open(path, "wb", buffering=0) as file:
         for _ in range(0, length, len(block)):
@@ -83,14 +83,14 @@ def warm_file(path: Path, length: int) -> None:
 
 
 def guest_ram(pid: int, length: int) -> int:
-    """Where the RAM of a guest begins: its only mapping of that length (neighbours may have merged)."""
+    """The address of a guest's RAM: the smallest mapping that holds `length` (it may have merged)."""
     fitting = [mapping for mapping in read_maps(pid) if mapping.end - mapping.start >= length]
     return min(fitting, key=lambda mapping: mapping.end - mapping.start).start
 
 
 @contextmanager
 def protected(floors: ModuleType, memory: mmap.mmap, sync: bool = False) -> Iterator[tuple[int, int, int]]:
-    """A userfaultfd with `memory` registered: (descriptor, address, length). `sync`: reads of it block."""
+    """A userfaultfd with `memory` registered: (descriptor, address, length). `sync`: read(2) blocks."""
     addr, length = floors.address_of(memory), len(memory)
     with Uffd(FEATURES["PAGEFAULT_FLAG_WP"]) as uffd:
         os.set_blocking(uffd.fd, sync)
@@ -99,10 +99,10 @@ def protected(floors: ModuleType, memory: mmap.mmap, sync: bool = False) -> Iter
 
 
 def protect_floor(floors: ModuleType, memory: mmap.mmap) -> dict[str, float]:
-    """Nanoseconds of the bare ioctls over `memory`: protect all, un-protect all or 64 pages at a time."""
+    """Nanoseconds of bare ioctls over `memory`: protect all, un-protect all, un-protect 64 pages per call."""
     with protected(floors, memory) as (fd, addr, length):
         whole = floors.write_protect_ns(fd, addr, length, length, True)
         release = floors.write_protect_ns(fd, addr, length, length, False)
         floors.write_protect_ns(fd, addr, length, length, True)
-        pieces = floors.write_protect_ns(fd, addr, length, PIECE, False)
-    return {"ioctl_protect_ns": whole, "ioctl_unprotect_ns": release, "ioctl_unprotect_64_ns": pieces}
+        batches = floors.write_protect_ns(fd, addr, length, BATCH_BYTES, False)
+    return {"ioctl_protect_ns": whole, "ioctl_unprotect_ns": release, "ioctl_unprotect_64_ns": batches}

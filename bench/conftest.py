@@ -14,7 +14,7 @@ APART = ("bench_qemu", "bench_peers")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The comparisons with others take minutes: they run only if they are named."""
+    """The comparisons with other engines take minutes: they run only if they are named."""
     if collection_path.stem in APART:
         return not any(collection_path.stem in argument for argument in config.args)
     return None
@@ -22,7 +22,7 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def requires_uffd():
-    """Skip where this user may not use userfaultfd."""
+    """Skip if this user may not use userfaultfd."""
     try:
         supported_features()
     except SnapengineError as error:
@@ -31,20 +31,22 @@ def requires_uffd():
 
 @pytest.fixture(scope="session")
 def native():
-    """The native modules of the bench are built."""
+    """Builds the native modules of the bench."""
     floorkit.build()
 
 
 @pytest.fixture(scope="session")
 def floors(native):
-    """What the modules of floors offer."""
+    """The functions of the floors' modules."""
     return floorkit.load_floors()
 
 
 @pytest.fixture
 def start_guest(tmp_path_factory):
-    """``start_guest(params, rate)``: (GuestProcess, socket path); ended after the bench, so that the next one
-    has the CPUs for itself."""
+    """``start_guest(params, rate)``: (GuestProcess, socket path).
+
+    The guest ends after the bench, so that it takes no CPU from the next one.
+    """
     with contextlib.ExitStack() as stack:
 
         def start(params, rate):
@@ -56,9 +58,9 @@ def start_guest(tmp_path_factory):
 
 @pytest.fixture
 def tmpfs(tmp_path):
-    """A path for an image in memory, removed afterwards."""
+    """A path for an image in a tmpfs, removed after the bench."""
     if not is_tmpfs(TMPFS):
-        pytest.skip(f"{TMPFS} is no tmpfs: set SNAPENGINE_BENCH_TMPFS")
+        pytest.skip(f"{TMPFS} is not a tmpfs: set SNAPENGINE_BENCH_TMPFS")
     path = TMPFS / f"snapengine-bench-{tmp_path.name}"
     yield path
     path.unlink(missing_ok=True)

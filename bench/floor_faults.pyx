@@ -1,5 +1,5 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
-"""The floor of a write fault that another thread serves. Not shipped (setup_floors.py)."""
+"""Floor of a write fault that another thread serves. Not shipped (setup_floors.py)."""
 
 from array import array
 
@@ -20,12 +20,11 @@ cdef uint64_t PAGE = 4096
 
 
 cdef class FaultLoop:
-    """The least that serving a write fault takes: read the message, memcpy the page, un-protect it.
+    """The minimal fault handler: read the message, memcpy the page, un-protect it.
 
-    `fd` is a userfaultfd that has `length` bytes at `addr` registered and protected. Its handlers sleep in
-    read(2), or with O_NONBLOCK call it without a pause. Threads that call `serve` are the handlers; then
-    `run` writes to one page after another. A handler ends when it has served one of the last pages, of
-    which there is one for each.
+    `fd` is a userfaultfd with `length` bytes at `addr` registered and protected. Threads that call `serve`
+    are the handlers: they block in read(2), or poll if `fd` has O_NONBLOCK. `run` then writes to one page
+    after another. The last pages, one per handler, end the handlers: each returns after serving one of them.
     """
     cdef int fd
     cdef uint64_t addr, length, last
@@ -39,7 +38,7 @@ cdef class FaultLoop:
         self.last = addr + length - handlers * PAGE
 
     def serve(self, int cpu):
-        """A handler, on the cpu-th usable CPU, until `run` ends it."""
+        """Handle faults on the cpu-th usable CPU until `run` ends."""
         cdef char[4096] page
         with nogil:
             snap_pin_to(cpu)
@@ -47,7 +46,7 @@ cdef class FaultLoop:
                 pass
 
     cdef uint64_t _serve_one(self, char *page) noexcept nogil:
-        # The address that was served; 0 if there was none, ~0 after an error.
+        # Returns the served address, 0 if there was no fault, ~0 after an error.
         cdef uffd_msg message
         cdef uint64_t at
         cdef ssize_t got = read(self.fd, &message, sizeof(message))
@@ -55,7 +54,7 @@ cdef class FaultLoop:
             return 0
         if got != sizeof(message) or message.event != UFFD_EVENT_PAGEFAULT:
             self.err = errno if got < 0 else EIO
-            uffd_unregister(self.fd, self.addr, self.length)  # or the writer waits for ever
+            uffd_unregister(self.fd, self.addr, self.length)  # otherwise the writer blocks forever
             return ~<uint64_t>0
         at = message.arg.pagefault.address & ~(PAGE - 1)
         memcpy(page, <const void *><uintptr_t>at, PAGE)
@@ -63,7 +62,7 @@ cdef class FaultLoop:
         return at
 
     def run(self, int cpu=-1):
-        """Write, on the cpu-th usable CPU unless that is negative: an array of nanoseconds for each write."""
+        """Write on the cpu-th usable CPU (negative: any); returns an array of nanoseconds per write."""
         cdef uint64_t count = self.length // PAGE - self.handlers
         cdef uint64_t i, began
         cdef uint64_t[::1] taken

@@ -1,5 +1,5 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
-"""The floor of fork and copy-on-write. Not shipped (setup_floors.py)."""
+"""Floor of fork and copy-on-write. Not shipped (setup_floors.py)."""
 
 from array import array
 
@@ -19,7 +19,7 @@ cdef uint64_t PAGE = 4096
 
 
 cdef pid_t fork_waiting(int *ends) noexcept nogil:
-    """A child that does nothing until the other end of the pipe is closed; only system calls happen in it."""
+    """Fork a child that waits until the other end of the pipe is closed. It only does system calls."""
     cdef pid_t child = fork()
     cdef char byte
     if child == 0:
@@ -30,9 +30,9 @@ cdef pid_t fork_waiting(int *ends) noexcept nogil:
 
 
 def fork_and_write_ns(unsigned char[::1] memory not None):
-    """(nanoseconds of fork(), array of those of the first write to each page while the child lives).
+    """(Nanoseconds of fork(), array of nanoseconds of the first write to each page while the child lives).
 
-    fork() copies the page tables of the whole process, so nothing else of size should be mapped.
+    fork() copies the page tables of the whole process, so nothing else that is large should be mapped.
     """
     cdef uint64_t count = memory.shape[0] // PAGE, i, began, forked
     cdef uint64_t[::1] taken

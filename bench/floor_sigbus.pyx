@@ -1,8 +1,8 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
-"""The floor of a write fault that the faulting thread serves itself, in a handler of SIGBUS.
+"""Floor of a write fault that the faulting thread serves itself, in a SIGBUS handler.
 
-Not shipped (setup_floors.py). With UFFD_FEATURE_SIGBUS no message is queued and no thread is woken; the
-price is a signal handler in the target. One call of `sigbus_faults_ns` at a time.
+Not shipped (setup_floors.py). With UFFD_FEATURE_SIGBUS no message is queued and no thread is woken, but the
+target needs a signal handler. `sigbus_faults_ns` is not reentrant.
 """
 
 from array import array
@@ -35,7 +35,7 @@ cdef void serve_in_place(int number, siginfo_t *info, void *context) noexcept no
     cdef uint64_t at = <uint64_t><uintptr_t>info.si_addr & ~(PAGE - 1)
     cdef sigaction_t default
     memcpy(sigbus_copy, <const void *><uintptr_t>at, PAGE)
-    if uffd_unprotect(sigbus_fd, at, PAGE):  # not a page of ours: the write is repeated, and ends the process
+    if uffd_unprotect(sigbus_fd, at, PAGE):  # not our page: the repeated write ends the process
         memset(&default, 0, sizeof(default))
         default.sa_handler = SIG_DFL
         sigaction(SIGBUS, &default, NULL)
@@ -68,9 +68,9 @@ cdef void write_all(uint64_t addr, uint64_t[::1] taken) noexcept nogil:
 
 
 def sigbus_faults_ns(uint64_t addr, uint64_t length, int cpu=-1):
-    """Protect, then write to each page: an array of the nanoseconds of each write.
+    """Protect the memory, then write to each page; returns an array of nanoseconds per write.
 
-    `cpu`: bind the calling thread to the cpu-th usable CPU first. SIGBUS has its old handler back after it.
+    `cpu`: first bind the calling thread to the cpu-th usable CPU. The old SIGBUS handler is restored.
     """
     cdef sigaction_t mine, before
     cdef int err

@@ -1,4 +1,4 @@
-"""Builds and loads the native modules of the bench, and runs the loops that need threads."""
+"""Builds and loads the native modules of the bench, and runs loops that need threads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SERVED_IN_S = 30.0
 
 
 def build() -> None:
-    """Compile what is older than its source into build/bench/ (never a part of the wheel)."""
+    """Compile changed modules into build/bench/. They are not part of the wheel."""
     subprocess.run([sys.executable, str(ROOT / "bench/setup_floors.py")], check=True)
 
 
 def load(name: str) -> ModuleType:
-    """One built module."""
+    """Import a built module."""
     (path,) = (ROOT / "build/bench").glob(f"{name}.*.so")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -34,7 +34,7 @@ def load(name: str) -> ModuleType:
 
 
 def load_floors() -> SimpleNamespace:
-    """What all modules of floors offer, under their names."""
+    """The functions of all floors' modules by name."""
     found: dict[str, Any] = {}
     for module in map(load, FLOORS):
         found.update({name: value for name, value in vars(module).items() if not name.startswith("_")})
@@ -42,12 +42,12 @@ def load_floors() -> SimpleNamespace:
 
 
 def load_loops() -> SimpleNamespace:
-    """The modules of the peers' loops, under their names."""
+    """The modules of the peers' loops by name."""
     return SimpleNamespace(**{name: load(name) for name in LOOPS})
 
 
 def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What `call` returns in a thread of its own: a CPU that it binds itself to ends with it."""
+    """Run `call` in a new thread and return its result. A CPU affinity that it sets ends with the thread."""
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(call(*arguments)), daemon=True)
     thread.start()
@@ -60,8 +60,10 @@ def in_thread(call: Callable[..., Any], *arguments: Any) -> Any:
 def fault_ns(
     floors: SimpleNamespace, tracked: tuple[int, int, int], cpus: Sequence[int], writer_cpu: int = 0
 ) -> Sequence[int]:
-    """Nanoseconds of each write to protected memory, with a handler on each of `cpus` (numbers of usable
-    CPUs). `tracked`: (descriptor, address, length) as `benchkit.protected` gives it."""
+    """Nanoseconds of each write to protected memory, with a handler on each of `cpus`.
+
+    `cpus` are indices of usable CPUs; `tracked` is the (descriptor, address, length) of `benchkit.protected`.
+    """
     fd, addr, length = tracked
     floors.write_protect_ns(fd, addr, length, length, True)
     loop = floors.FaultLoop(fd, addr, length, len(cpus))
@@ -75,7 +77,7 @@ def fault_ns(
 
 
 def spread_ns(name: str, taken: Sequence[int]) -> dict[str, float]:
-    """Three samples of single times: median, p99 and the longest."""
+    """Median, p99 and longest of single times, as samples."""
     order = sorted(taken)
     return {
         f"{name}_p50_ns": order[len(order) // 2],

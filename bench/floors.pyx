@@ -1,8 +1,8 @@
 # cython: cdivision=True, boundscheck=False, wraparound=False
-"""The floors of memory: what copying, reading and testing it takes at best, in as little code as possible.
+"""Floors of copying, reading and zero-testing memory, in as little code as possible.
 
-Not shipped: setup_floors.py builds it into build/bench/. Buffers must have been touched before; all
-results are nanoseconds of CLOCK_MONOTONIC.
+Not shipped: setup_floors.py builds it into build/bench/. Buffers must be populated. All results are
+nanoseconds of CLOCK_MONOTONIC.
 """
 
 from libc.errno cimport errno
@@ -17,7 +17,7 @@ from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_now_ns, snap
 
 cdef extern from * nogil:
     """
-    /* Reads all of it: that is what a zero page costs. A page of data is left at its first words. */
+    /* Reads the whole page, as testing a zero page does. */
     __attribute__((target_clones("avx2", "default"), optimize("O3")))
     static int floor_nonzero(const unsigned long *words) {
         unsigned long seen = 0;
@@ -36,7 +36,7 @@ cdef struct Part:
     char *dst
     const char *src
     size_t length
-    uint64_t *ready             # threads that are about to begin
+    uint64_t *ready             # threads that are ready to start
     uint64_t threads
     uint64_t began
     uint64_t ended
@@ -44,19 +44,19 @@ cdef struct Part:
 
 
 def address_of(const unsigned char[::1] data not None):
-    """Where a buffer lies."""
+    """The address of a buffer."""
     return <uintptr_t>&data[0]
 
 
 def fill(unsigned char[::1] data not None, int value=0x5A):
-    """Touch every byte."""
+    """Write every byte."""
     cdef uint64_t length = data.shape[0]
     with nogil:
         memset(&data[0], value, length)
 
 
 def copy_ns(unsigned char[::1] dst not None, const unsigned char[::1] src not None):
-    """One memcpy() of the whole buffer by this thread."""
+    """One memcpy() of the whole buffer."""
     cdef uint64_t length = src.shape[0]
     cdef uint64_t began
     if dst.shape[0] < src.shape[0]:
@@ -80,7 +80,7 @@ cdef void *copy_part(void *argument) noexcept nogil:
 
 
 cdef int start_parts(Part *parts, int threads, char *dst, const char *src, size_t length) noexcept nogil:
-    """Threads that wait for each other before they begin. Returns an errno value."""
+    """Start threads that wait for each other before they copy. Returns an errno value."""
     cdef size_t each = length // threads
     cdef int i, err = 0
     for i in range(threads):
@@ -91,19 +91,19 @@ cdef int start_parts(Part *parts, int threads, char *dst, const char *src, size_
         parts[i].threads = threads
         err = snap_thread_start(&parts[i].thread, copy_part, &parts[i])
         if err:
-            parts[0].ready[0] = threads  # those that run wait for no one
+            parts[0].ready[0] = threads  # do not let started threads wait
             break
     parts[0].threads = i if err else threads
     return err
 
 
 def copy_by_threads_ns(unsigned char[::1] dst not None, const unsigned char[::1] src not None, int threads):
-    """memcpy() of the buffer by `threads` at one time, from the first that begins to the last that ends."""
+    """memcpy() of the buffer by `threads` in parallel, from the first start to the last end."""
     cdef Part[MAX_THREADS] parts
     cdef uint64_t ready = 0, began, ended
     cdef int err, i
     if dst.shape[0] < src.shape[0] or not 1 <= threads <= MAX_THREADS:
-        raise ValueError("dst is smaller than src, or threads not in 1 ... 16")
+        raise ValueError("dst is smaller than src, or threads is not in 1 ... 16")
     parts[0].ready = &ready
     with nogil:
         err = start_parts(parts, threads, <char *>&dst[0], <const char *>&src[0], src.shape[0])
@@ -118,7 +118,7 @@ def copy_by_threads_ns(unsigned char[::1] dst not None, const unsigned char[::1]
 
 
 def zero_test_ns(const unsigned char[::1] data not None):
-    """Ask of each page whether it holds anything but zeros: (nanoseconds, pages that do)."""
+    """Test each page for zeros: (nanoseconds, pages that are not zero)."""
     cdef uint64_t pages = data.shape[0] // PAGE, page, began, found = 0
     with nogil:
         began = snap_now_ns()
@@ -129,7 +129,7 @@ def zero_test_ns(const unsigned char[::1] data not None):
 
 
 def vm_read_ns(pid_t pid, uint64_t addr, uint64_t length, unsigned char[::1] dst not None):
-    """process_vm_readv() of `length` bytes of another process, each call as much as `dst` holds."""
+    """process_vm_readv() of `length` bytes of another process, with calls of the size of `dst`."""
     cdef iovec local, remote
     cdef uint64_t at = 0, began
     cdef ssize_t got = 0

@@ -1,4 +1,4 @@
-"""Huge pages of another process: how much of a range has them, giving them back, and starting without."""
+"""Huge pages of another process: measure their share, collapse into them, and start without them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextlib.contextmanager
 def no_huge_pages() -> Iterator[None]:
-    """Programs started in the block never get transparent huge pages (prctl(2): inherited over execve)."""
+    """Programs started in the block get no transparent huge pages (prctl(2): inherited over execve)."""
     _disable(1)
     try:
         yield
@@ -32,7 +32,7 @@ def _disable(value: int) -> None:
 
 
 def huge_share(pid: int, addr: int) -> float:
-    """The part of the private mapping at `addr` that is in huge pages, as the page tables have it: 0 to 1."""
+    """The share, 0 to 1, of the private mapping at `addr` that is mapped by huge pages."""
     values, inside = {"Rss": 0, "AnonHugePages": 0}, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         name, _, rest = line.partition(" ")
@@ -45,16 +45,16 @@ def huge_share(pid: int, addr: int) -> float:
 
 
 def collapse(pid: int, addr: int, length: int) -> int:
-    """Make huge pages of a range, as khugepaged would in time; how many it was refused.
+    """Collapse a range into huge pages, as khugepaged would; returns how many calls were refused.
 
-    The kernel stops at the first piece that it cannot do, so each is asked for by itself.
+    The kernel stops at the first huge page that it cannot make, so there is a call for each.
     """
     pidfd = os.pidfd_open(pid)
     refused = 0
     try:
         for at in range(addr, addr + length - HUGE + 1, HUGE):
-            piece = ctypes.create_string_buffer(struct.pack("QQ", at, HUGE), 16)
-            refused += _libc.syscall(SYS_PROCESS_MADVISE, pidfd, piece, 1, MADV_COLLAPSE, 0) < 0
+            vector = ctypes.create_string_buffer(struct.pack("QQ", at, HUGE), 16)
+            refused += _libc.syscall(SYS_PROCESS_MADVISE, pidfd, vector, 1, MADV_COLLAPSE, 0) < 0
     finally:
         os.close(pidfd)
     return refused

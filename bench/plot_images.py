@@ -1,4 +1,4 @@
-"""The size of the image against the write rate, a panel per sink rate, a line per method."""
+"""Image size over write rate; a panel per sink rate, a line per method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from snapengine.result import COMPLETED
 
 
 def rate_label(rate: int | None) -> str:
-    """Pages a second, short."""
+    """Pages per second, short."""
     return "max" if rate is None else f"{rate // 1000}k" if rate else "0"
 
 
 def by_rate(info: dict[str, Any]) -> float:
-    """Write rates in order, "max" last."""
+    """A sort key: "max" is last."""
     return math.inf if info["write_rate"] is None else info["write_rate"]
 
 
@@ -32,7 +32,7 @@ def ratio_of(info: dict[str, Any]) -> float:
 
 
 def draw_line(axes: Axes, infos: Sequence[dict[str, Any]], method: str, rates: Sequence[float]) -> None:
-    """One method at one sink rate; hollow markers where it gave up."""
+    """One method at one sink rate; a hollow marker where it gave up."""
     color, marker = STYLES[method]
     rows = sorted((info for info in infos if info["method"] == method), key=by_rate)
     if not rows:
@@ -52,7 +52,7 @@ def draw_line(axes: Axes, infos: Sequence[dict[str, Any]], method: str, rates: S
 
 
 def draw_images(infos: Sequence[dict[str, Any]], path: Path) -> None:
-    """Image size against write rate, a panel per sink rate, a line per method."""
+    """Draw the picture into `path`."""
     sinks = sorted({info["sink_rate"] for info in infos}, key=lambda rate: -(rate or math.inf))
     rates = sorted({*map(by_rate, infos)})
     ticks = [rate_label(None if rate == math.inf else int(rate)) for rate in rates]
@@ -71,5 +71,5 @@ def draw_images(infos: Sequence[dict[str, Any]], path: Path) -> None:
         clean(axes, "y")
     panels[0].set_ylim(0.8, max(2.0, max(ratio_of(info) for info in infos) * 1.3))
     panels[0].set_ylabel("image / bytes that are not zero")
-    figure.supxlabel("pages that the guest writes a second", fontsize=10)
+    figure.supxlabel("pages that the guest writes per second", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""Copy rate against the size of the memory; what a page costs by how many are done in one call."""
+"""Copy rate over the size of the memory; time per page over pages per call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {"protect": "protect", "unprotect": "un-protect", "vm_read": "process_vm
 
 
 def _line(axes: Axes, points: Sequence[tuple[int, list[float]]], label: str, color: str) -> None:
-    """Medians as a line, the range of the rounds behind it."""
+    """A line of medians over the range of the rounds."""
     places, rounds = [place for place, _ in points], [values for _, values in points]
     axes.plot(places, [median(values) for values in rounds], "o-", color=color, label=label)
     lowest, highest = [min(values) for values in rounds], [max(values) for values in rounds]
@@ -28,9 +28,9 @@ def _line(axes: Axes, points: Sequence[tuple[int, list[float]]], label: str, col
 
 
 def draw_sizes(info: dict[str, Any], path: Path) -> None:
-    """Medians and the range of the rounds."""
+    """Draw the copy rates of captures and memcpy over size."""
     sizes = sorted(int(length) for length in info["by_size"])
-    figure = new_figure(7, 4.6, "Copy rate of an idle memory into nowhere (medians, ranges)")
+    figure = new_figure(7, 4.6, "Copy rate of idle memory into the null sink (medians, ranges)")
     axes = figure.subplots()
     for name, (label, color) in LINES.items():
         rates = [[length / taken for taken in info["by_size"][str(length)][name]] for length in sizes]
@@ -46,7 +46,7 @@ def draw_sizes(info: dict[str, Any], path: Path) -> None:
 
 
 def page_costs(samples: dict[str, list[float]], call: str) -> list[tuple[int, list[float]]]:
-    """(Pages in a call, nanoseconds a page in each round), from whichever of the samples there are."""
+    """(Pages per call, nanoseconds per page in each round) for the samples that exist."""
     found = []
     for name, pages in BATCHES.items():
         if f"{call}_{name}_ns" in samples:
@@ -57,11 +57,11 @@ def page_costs(samples: dict[str, list[float]], call: str) -> list[tuple[int, li
 
 
 def draw_batches(samples: dict[str, list[float]], path: Path) -> bool:
-    """`samples` of all floors. False if none of them is of a call by batch size."""
+    """Draw time per page over pages per call. Returns False if `samples`, of all floors, have none."""
     lines = {call: costs for call in CALLS if (costs := page_costs(samples, call))}
     if not lines:
         return False
-    figure = new_figure(7, 4.6, "What a 4 KiB page costs by how many are done in one call (medians, ranges)")
+    figure = new_figure(7, 4.6, "Time per 4 KiB page over pages per call (medians, ranges)")
     axes = figure.subplots()
     for call, costs in lines.items():
         _line(axes, costs, NAMES[call], CALLS[call])
@@ -75,8 +75,8 @@ def draw_batches(samples: dict[str, list[float]], path: Path) -> bool:
     ticks = sorted({pages for costs in lines.values() for pages, _ in costs})
     axes.set_xticks(ticks, [str(pages) for pages in ticks])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("pages in one call")
-    axes.set_ylabel("ns a page")
+    axes.set_xlabel("pages per call")
+    axes.set_ylabel("ns per page")
     axes.legend(frameon=False, fontsize=9)
     clean(axes, "both")
     figure.savefig(path, dpi=110)

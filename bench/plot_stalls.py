@@ -1,4 +1,4 @@
-"""The writer's stalls after T as a histogram, against the floor's."""
+"""Histogram of the writer's stalls after T, and the floor's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LABELS = {
     "ours": ("ours, as the writer measures it", OURS),
     "floor": ("floor: one blocked handler per core", FLOOR),
 }
-BUCKETS_PER_STEP = 1.125  # 8 buckets for each power of two: the next one begins at most so much later
+BUCKETS_PER_STEP = 1.125  # 8 buckets per power of two: the largest ratio of two neighbours
 
 
 def shares(histogram: dict[int, int]) -> tuple[list[float], list[float]]:
-    """Edges and heights, a share of all values each, for a line of steps."""
+    """Edges and heights of a step line; a height is a share of all values."""
     total = sum(histogram.values())
     edges, heights = [], []
     for floor, count in sorted(histogram.items()):
-        if edges and floor > edges[-1] * BUCKETS_PER_STEP * 1.01:  # buckets without a value between
+        if edges and floor > edges[-1] * BUCKETS_PER_STEP * 1.01:  # empty buckets between
             edges.append(edges[-1] * BUCKETS_PER_STEP)
             heights.append(0.0)
         edges.append(float(floor))
@@ -33,7 +33,7 @@ def shares(histogram: dict[int, int]) -> tuple[list[float], list[float]]:
 
 
 def draw_stalls(infos: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel per size of the guest. Logarithmic both ways: the few long ones are what matters."""
+    """Draw a panel per guest size. Both axes are logarithmic, so that the few long stalls show."""
     infos = sorted(infos, key=lambda info: info["size"])
     title = "How long a write waits while a snapshot is saved (shares of all stalls, after T)"
     figure = new_figure(5.6 * len(infos), 4.6, title)

@@ -1,4 +1,4 @@
-"""What the guest writes per 10 ms around a snapshot: saved by us, and by fork and copy-on-write."""
+"""Writes of the guest per 10 ms around a snapshot: by our engine, and by fork and copy-on-write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PANELS = {
 
 
 def draw_work(info: dict[str, Any], path: Path) -> None:
-    """The last round, ways below each other on the same axes."""
+    """Draw the last round, a panel per way."""
     title = f"Pages that a guest of {info['size'] // MIB} MiB writes, per 10 ms, at full speed over all of it"
     figure = new_figure(9, 5.6, title)
     panels = figure.subplots(len(PANELS), 1, sharex=True, sharey=True)

@@ -17,7 +17,7 @@ Info = dict[str, Any]
 
 
 def draw(benches: Sequence[dict[str, Any]], room: Path) -> Iterator[Path]:
-    """All that there is data for; the pictures' paths."""
+    """Draw every picture that there is data for; yields their paths."""
     infos = [bench["extra_info"] for bench in benches]
     images = [bench["extra_info"] for bench in benches if bench["group"] == "images"]
     if images:

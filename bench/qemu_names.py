@@ -3,7 +3,7 @@
 OURS = "ours"
 BACKGROUND = "QEMU background-snapshot"
 QEMU_ROUNDS = ("QEMU dirty logging", "QEMU mapped-ram")
-"""Ways by rounds: they may not converge, and leave the machine stopped."""
+"""Iterative ways: they may not converge, and they leave the machine stopped."""
 OUR_ROUNDS = "ours, dirty logging"
 ZSTD = "ours, zstd:1"
 STREAM = "ours, QEMU's stream"

@@ -25,7 +25,7 @@ Info = dict[str, Any]
 
 
 def draw_images(infos: Sequence[Info], path: Path) -> None:
-    """Image size over the hot set, a panel per sink rate, a line per way."""
+    """Image size over hot set: a panel per sink rate, a line per way."""
     infos = [info for info in infos if info["huge"]]
     sinks, hots = sorted({info["sink_rate"] for info in infos}), sorted({info["hot"] for info in infos})
     title = "Image of a running QEMU machine (hollow: gave up, no image)"
@@ -58,7 +58,7 @@ def draw_images(infos: Sequence[Info], path: Path) -> None:
 
 
 def draw_work(info: Info, path: Path) -> None:
-    """Pages that the guest writes, per 10 ms around a snapshot: QEMU's, and ours on the same axes."""
+    """Writes of the guest per 10 ms around a snapshot by QEMU and by our engine, on the same axes."""
     figure = new_figure(9, 5.6, f"Pages the guest writes, per 10 ms; hot set {info['hot'] // MIB} MiB")
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for axes, way in zip(panels, (BACKGROUND, OURS), strict=True):
@@ -77,7 +77,7 @@ def draw_work(info: Info, path: Path) -> None:
 
 
 def draw_stops(infos: Sequence[Info], path: Path) -> None:
-    """How long the guest stood: by way, and of ours the parts."""
+    """How long the guest was stopped, by way, and the parts of our stop."""
     title = "How long the guest was stopped (medians; hot set 127 MiB, sink without limit)"
     figure = new_figure(11, 3.8, title)
     left, right = figure.subplots(1, 2)
@@ -104,7 +104,7 @@ def draw_stops(infos: Sequence[Info], path: Path) -> None:
 
 
 def main(source: str = "build/bench-qemu.json", directory: str = "build/bench") -> None:
-    """Draw all that there is data for."""
+    """Draw every picture that there is data for."""
     infos = [bench["extra_info"] for bench in json.loads(Path(source).read_text())["benchmarks"]]
     judged = [info for info in infos if info["hot"] == MAIN and not info["sink_rate"]]
     room = Path(directory)

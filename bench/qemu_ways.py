@@ -1,4 +1,4 @@
-"""The ways to save a running QEMU machine, QEMU's own and ours, measured alike: `measure`."""
+"""The ways to save a running QEMU machine: QEMU's own and ours, measured in the same manner."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ ATTACHED: dict[str, dict[str, str]] = {
     ZSTD: {"compress": "zstd:1"},
     OUR_ROUNDS: {"method": DIRTY_LOGGING},
 }
-LIMIT_S = 8.0  # rounds that have not converged by then do not
-# background-snapshot ends by itself; once it was cancelled, a guest of QEMU 7.2 may stand still for good.
+LIMIT_S = 8.0  # a way that has not converged by then is given up
+# background-snapshot always ends. After cancelling it, a guest of QEMU 7.2 may never run again.
 BACKGROUND_LIMIT_S = 60.0
 
 
 def ways(qemu: str) -> list[str]:
-    """Those that work with this QEMU."""
+    """The ways that this QEMU supports."""
     here = qemu_native.methods(qemu)
     return [way for way in WAYS if NATIVE.get(way) in (None, *here)]
 
 
 def measure(machine: Machine, way: str, path: Path, sink_rate: int = 0) -> dict[str, Any]:
-    """Save the running machine into `path` once, and leave it running; the figures.
+    """Save the running machine into `path`, leave it running, and return the figures.
 
-    `sink_rate`: bytes a second that the sink takes, 0 for no limit. Unlimited, QEMU's stream goes through
-    ``cat`` and ours into the file, each as its users do it; limited, both through the same program.
+    `sink_rate`: bytes per second of the sink, 0 for no limit. Without limit QEMU's stream goes through
+    ``cat`` and ours directly into the file, as users would do it; with a limit both go through one program.
     """
     seen = len(machine.qmp.events)
     if way in NATIVE:
@@ -55,10 +55,10 @@ def measure(machine: Machine, way: str, path: Path, sink_rate: int = 0) -> dict[
         work = run.guest
     else:
         figures, work = _ours(machine, way, path, sink_rate)
-    machine.qmp("query-status")  # what comes before the answer are the events until now
+    machine.qmp("query-status")  # events until now precede the answer
     stopped = _stopped_ns(machine.qmp.events[seen:])
     if stopped is not None and way not in QEMU_ROUNDS:
-        figures["stop_ns"] = stopped  # QEMU's rounds end in a stop that lasts until somebody notices
+        figures["stop_ns"] = stopped  # QEMU's iterative ways leave the machine stopped
     return figures | {
         "rate_before": work.rate_before,
         "rate_during": work.rate_during,
@@ -106,7 +106,7 @@ def _ns(seconds: float | None) -> float | None:
 
 
 def _stopped_ns(events: list[dict[str, Any]]) -> int | None:
-    """From the first STOP to the next RESUME, by QEMU's clock."""
+    """Time from the first STOP to the next RESUME, by QEMU's clock."""
     at: dict[str, int] = {}
     for event in events:
         stamp = event["timestamp"]

@@ -1,4 +1,4 @@
-"""Build the floors and the peers' loops: `python bench/setup_floors.py` leaves them in build/bench/."""
+"""Build the floors and the peers' loops into build/bench/: `python bench/setup_floors.py`."""
 
 import os
 import sys
@@ -14,25 +14,25 @@ C_DIR = ROOT / "build/cython/bench"
 
 
 def sources() -> list[str]:
-    """Of every module, relative to the root of the repository."""
+    """The sources of all modules, relative to the repository."""
     found = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.pyx")]
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def interfaces() -> list[Path]:
-    """What the modules are compiled against."""
+    """The interfaces that the modules are compiled against."""
     found = [path for suffix in ("pxd", "h") for path in (ROOT / "snapengine").rglob(f"*.{suffix}")]
     return [*found, *(ROOT / "bench/peers").glob("*.pxd")]
 
 
 def interfaces_changed() -> bool:
-    """cythonize() compares a module with its source only."""
+    """Whether to compile again: cythonize() compares a module with its source only."""
     newest = max(path.stat().st_mtime for path in interfaces())
     return any(path.stat().st_mtime < newest for path in C_DIR.rglob("*.c"))
 
 
 def build() -> None:
-    """Compile into build/bench/, relative to the root of the repository, what is older than its source."""
+    """Compile the modules that have changed."""
     before = Path.cwd()
     os.chdir(ROOT)
     try:

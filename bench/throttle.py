@@ -1,18 +1,18 @@
-"""A sink of limited speed for programs that write into a pipe: copies input to output at BYTES_PER_SECOND.
+"""A sink with limited rate for programs that write into a pipe.
 
-``throttle.py BYTES_PER_SECOND``. It never gets ahead of the rate by more than one piece.
+``throttle.py BYTES_PER_SECOND`` copies stdin to stdout, and is at most READ_BYTES ahead of the rate.
 """
 
 import sys
 import time
 
-PIECE = 1 << 20
+READ_BYTES = 1 << 20
 
 
 def main(rate: int) -> None:
     begin, copied = time.monotonic(), 0
-    while piece := sys.stdin.buffer.read1(PIECE):
-        copied += sys.stdout.buffer.write(piece)
+    while data := sys.stdin.buffer.read1(READ_BYTES):
+        copied += sys.stdout.buffer.write(data)
         early = begin + copied / rate - time.monotonic()
         if early > 0:
             sys.stdout.buffer.flush()

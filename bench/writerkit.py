@@ -1,4 +1,4 @@
-"""What a guest's writers saw of a snapshot: stalls of single writes, work lost, and writes per 10 ms."""
+"""Effect of a snapshot on a guest's writers: stalls of single writes, lost work, and writes per 10 ms."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 BASELINE_S = 1.0
 POLL_S = 0.0005
 BIN_NS = 10_000_000
-Histogram = dict[int, int]  # least ns of the bucket -> count
+Histogram = dict[int, int]  # lower bound of the bucket in ns -> count
 Bins = Sequence[tuple[int, int]]
 
 
 def stalls_between(before: dict[str, Any], after: dict[str, Any]) -> Histogram:
-    """The stalls that have ended between two `stats` of a guest."""
+    """The stalls that ended between two `stats` of a guest."""
     counts = dict(map(tuple, after["stalls"]["histogram"]))
     for floor, count in before["stalls"]["histogram"]:
         counts[floor] -= count
@@ -22,7 +22,7 @@ def stalls_between(before: dict[str, Any], after: dict[str, Any]) -> Histogram:
 
 
 def quantile(histogram: Histogram, share: float) -> int:
-    """The least ns of the bucket that a share of the values does not exceed; 0 if it is empty."""
+    """The lower bound of the bucket with that quantile, in ns; 0 if the histogram is empty."""
     total, seen = sum(histogram.values()), 0
     for floor, count in sorted(histogram.items()):
         seen += count
@@ -42,16 +42,16 @@ def spread(histogram: Histogram) -> dict[str, int]:
 
 
 def stall_quantiles(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
-    """Of a guest's stalls between two of its `stats`: count, p50 and p99 (least ns of the bucket)."""
+    """Count, p50 and p99 of a guest's stalls between two of its `stats`."""
     found = spread(stalls_between(before, after))
     return {name: found[name] for name in ("stalls", "p50_ns", "p99_ns")}
 
 
 def after_arming(stats: Callable[[], dict[str, Any]], timeout_s: float = 5.0) -> dict[str, Any]:
-    """A guest's `stats` that leave out every stall that began before T. Call it after T.
+    """A guest's `stats` after every stall that began before T has ended. Call it after T.
 
-    A write that was caught by arming ends some time after T. Once every writer has completed a write since a
-    reading that was itself taken after T, whatever it stood in at T has ended, and is in `stats`.
+    A write that is blocked by arming completes some time after T. When every writer has completed a write
+    since a reading that was taken after T, the write that was blocked at T is complete and in `stats`.
     """
     first = stats()
     deadline = time.monotonic() + timeout_s
@@ -64,16 +64,16 @@ def after_arming(stats: Callable[[], dict[str, Any]], timeout_s: float = 5.0) ->
 
 
 def agreement(stalls: Histogram, faults: Iterable[tuple[int, int]]) -> dict[str, float]:
-    """Whether what a writer measured of its own stores is what the engine says of its faults.
+    """Compare the writer's measurement of its own stores with the engine's measurement of its faults.
 
-    `stalls` are those after T: `faults` has none of before, but for the one that each writer waits in at T.
-    Each fault of a write is one stall, so the counts agree if the smaller is nearly the larger. A stall
-    without a fault is a write that the walk released before a fault thread had read of it (the kernel takes
-    the message back), or one that the scheduler or an interrupt held up. Times cannot be equal:
-    the engine's clock runs from its reading of a fault to the ioctl that releases it, the writer's also over
-    the trap, the wake-up of the fault thread before, and its own wake-up and wait for a CPU after. So no
-    quantile of the writer's may lie below the engine's (but for a bucket's width), and what lies above is
-    what the engine cannot see.
+    `stalls` are those after T. `faults` has none from before T, except the one that blocks each writer at T.
+    Each write fault is one stall, so both counts should be nearly equal. A stall without a fault is a write
+    that the walk released before a fault thread read its message (the kernel then withdraws the message), or
+    a write that the scheduler or an interrupt delayed.
+
+    Times differ: the engine measures from reading a fault to the ioctl that releases it. The writer's time
+    also includes the trap, the fault thread's wake-up, and its own wake-up and wait for a CPU. So no quantile
+    of the writer may be below the engine's by more than a bucket.
     """
     engine = dict(faults)
     counts = sorted((sum(stalls.values()), sum(engine.values())))
@@ -90,18 +90,17 @@ def add_up(total: Histogram, other: Histogram) -> None:
 
 
 def written(bins: Bins, until_ns: int) -> int:
-    """Writes in the bins that begin before a moment."""
+    """Writes in the bins that begin before `until_ns`."""
     return sum(writes for at, writes in bins if at < until_ns)
 
 
 def lost_work_ms(bins: Bins, began_ns: int, ended_ns: int, rate: float) -> float:
-    """Milliseconds of work at `rate` (writes a second) that were not done between two moments: the integral
-    of the writes that are missing."""
+    """Milliseconds of lost work: missing writes between two times / `rate` (writes per second)."""
     return (ended_ns - began_ns) / 1e6 - written(bins, ended_ns) / rate * 1e3
 
 
 def undisturbed(bins_since: Callable[[int], Bins]) -> float:
-    """Writes a second, measured now for BASELINE_S."""
+    """Writes per second, measured now for BASELINE_S."""
     began = time.monotonic_ns()
     time.sleep(BASELINE_S)
     ended = time.monotonic_ns()
@@ -109,7 +108,7 @@ def undisturbed(bins_since: Callable[[int], Bins]) -> float:
 
 
 def bins_around(bins: Bins, began_ns: int, ended_ns: int) -> dict[str, Any]:
-    """For a picture: writes per bin, times in ns from the snapshot's begin, and when it ended."""
+    """For a picture: writes per bin, with times in ns since the snapshot began, and its end."""
     first, last = bins[0][0], bins[-1][0]
     by_time = dict(bins)
     times = range(first, last + BIN_NS, BIN_NS)

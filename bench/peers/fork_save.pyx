@@ -1,5 +1,5 @@
 # cython: cdivision=True
-"""Fork and copy-on-write, as Redis saves: the child writes the memory and ends.
+"""Save by fork and copy-on-write, as Redis does: the child writes the memory and exits.
 
 Not shipped (setup_floors.py).
 """
@@ -14,18 +14,18 @@ from posix.wait cimport WEXITSTATUS, WIFEXITED, waitpid
 from snapengine.base.oserror cimport raise_oserror
 
 cdef enum:
-    PIECE = 1 << 18             # fits the second-level cache, with its copy
+    WRITE_BYTES = 1 << 18             # fits into the second-level cache together with its copy
 
-cdef char[PIECE] copy
+cdef char[WRITE_BYTES] copy
 
 
 cdef int write_all(int sink, uint64_t addr, uint64_t length) noexcept nogil:
-    """In the child of a program with threads: nothing but system calls. The exit code: an errno value."""
+    """Runs in the child of a multithreaded program: system calls only. Returns an errno value."""
     cdef uint64_t at = 0
     cdef size_t size
     cdef ssize_t done
     while at < length:
-        size = min(length - at, <uint64_t>PIECE)
+        size = min(length - at, <uint64_t>WRITE_BYTES)
         done = size
         if sink < 0:
             memcpy(copy, <const void *><uintptr_t>(addr + at), size)
@@ -38,9 +38,9 @@ cdef int write_all(int sink, uint64_t addr, uint64_t length) noexcept nogil:
 
 
 def start(int sink, uint64_t addr, uint64_t length):
-    """Fork a child that writes the memory into `sink` (negative: copies it, and that goes nowhere), and ends.
+    """Fork a child that writes the memory into `sink` (negative: only copies it) and exits.
 
-    Its process id, for `finish`. Raises OSError.
+    Returns its process id, for `finish`. Raises OSError.
     """
     cdef pid_t child
     with nogil:
@@ -53,7 +53,7 @@ def start(int sink, uint64_t addr, uint64_t length):
 
 
 def finish(pid_t child):
-    """Wait for the end of a child. Raises OSError if it failed."""
+    """Wait for the child. Raises OSError if it failed."""
     cdef int status = 0, err = 0
     with nogil:
         if waitpid(child, &status, 0) != child:

@@ -1,10 +1,10 @@
 # cython: cdivision=True
-"""A loop of the shape of forkd's live snapshots: a handler thread, and one mutex over the whole bulk pass.
+"""A loop with the structure of forkd's live snapshots: one handler thread, one mutex for the bulk pass.
 
-The bulk pass holds the mutex from its first page to its last, writes one page per call, and releases none;
-the memory is released when it has ended. The handler releases a page that has been saved at once, and wants
-the mutex for one that has not; so does every later fault wait then, as there is one handler. A page counts as
-saved after it was written, never before: the image is one of T. Ours, to compare with; not shipped
+The bulk pass holds the mutex from the first page to the last and writes one page per call. It un-protects
+nothing; all memory is un-protected after it. The handler un-protects a saved page at once, and takes the
+mutex for one that is not saved: then it, and with it every later fault, waits for the end of the pass. A page
+is marked as saved after it was written, so the image is consistent. Own code for comparison; not shipped
 (setup_floors.py).
 """
 
@@ -116,11 +116,10 @@ cdef int save_all(Branch *b) noexcept nogil:
 
 
 def save(int uffd, int sink, uint64_t addr, uint64_t length):
-    """Write protected memory into `sink`, each page at its offset; the number of faults served.
+    """Write the protected memory into `sink`, each page at its offset; returns the number of served faults.
 
-    `sink`: a descriptor; negative: pages are copied, and go nowhere.
-    `uffd`: non-blocking, has the memory registered and protected. Raises OSError; closing `uffd` then
-    releases what is still protected.
+    `sink`: a descriptor; negative: pages are only copied. `uffd`: non-blocking, with the memory registered
+    and protected. Raises OSError; then closing `uffd` un-protects the rest.
     """
     cdef Branch b
     cdef int err
@@ -134,5 +133,5 @@ def save(int uffd, int sink, uint64_t addr, uint64_t length):
     pthread_mutex_destroy(&b.mutex)
     free(b.saved)
     if err:
-        raise_oserror(err, b"a loop of forkd's shape")
+        raise_oserror(err, b"forkd-shape")
     return b.faults

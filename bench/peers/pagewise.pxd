@@ -1,4 +1,4 @@
-# What the loops share that save memory page by page: one write(2) and one ioctl for each.
+# Shared by the loops that save memory page by page, with one write(2) and one ioctl for each page.
 from libc.errno cimport EIO, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
@@ -10,7 +10,7 @@ cdef enum:
     PAGE = 4096
 
 
-# Put a page to its place in the raw image; nowhere if `sink` is negative. An errno value, or 0.
+# Write a page to its offset in the raw image (not if `sink` is negative). Returns an errno value, or 0.
 cdef inline int write_page(int sink, const char *data, uint64_t page) noexcept nogil:
     cdef ssize_t done
     if sink < 0:
@@ -21,7 +21,7 @@ cdef inline int write_page(int sink, const char *data, uint64_t page) noexcept n
     return errno if done < 0 else EIO
 
 
-# The page of the next fault, or -1 if there is none to be read now.
+# The page of the next fault, or -1 if there is none.
 cdef inline int64_t next_fault(int uffd, uint64_t addr) noexcept nogil:
     cdef uffd_msg message
     if read(uffd, &message, sizeof(message)) != sizeof(message) or message.event != UFFD_EVENT_PAGEFAULT:

@@ -1,4 +1,4 @@
-"""QEMU's own live snapshots of a running machine, measured: what they take, and what the guest loses."""
+"""Measures QEMU's own live snapshots of a running machine, and the work that the guest loses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qemukit import Machine, qemu_version
 from qmpkit import QmpError
 
 THROTTLE = Path(__file__).resolve().parent.parent / "throttle.py"
-UNLIMITED = 1 << 40  # bytes per second; 0 means "off" in some versions only
+UNLIMITED = 1 << 40  # bytes per second; 0 means "no limit" in some versions only
 POLL_S = 0.002
 GIVE_UP_S = 10
 ENDED = ("completed", "failed", "cancelled")
@@ -29,16 +29,16 @@ SINCE = {"dirty-logging": (7, 2, 0), "mapped-ram": (9, 0, 0), "background-snapsh
 
 @dataclass(frozen=True)
 class GuestWork:
-    """The guest around a snapshot: rates in pages per second, `bins` (before and during) of 10 ms each."""
+    """The guest's work around a snapshot: rates in pages per second, bins of 10 ms."""
 
     rate_before: float
     rate_during: float
     lost_pages: float
-    """What it would have written at `rate_before` during the snapshot, less what it has written."""
+    """Pages that it would have written at `rate_before` during the snapshot, minus those it wrote."""
     longest_gap_before_ns: int
     longest_gap_ns: int
     longest_wait_ns: int
-    """The longest time without a sample: the figures above know no better than that."""
+    """The longest time without a sample, which limits the precision of the gaps."""
     bins_before: np.ndarray[Any, np.dtype[np.float64]]
     bins: np.ndarray[Any, np.dtype[np.float64]]
 
@@ -54,20 +54,20 @@ class NativeRun:
     total_s: float
     downtime_s: float | None
     image_bytes: int
-    """Of the file, as it is when QEMU has ended; of mapped-ram what it takes on disk, as it has holes."""
+    """Size of the file after QEMU's migration; for mapped-ram, which has holes, its allocated blocks."""
     guest: GuestWork
     reported: dict[str, Any]
 
 
 def methods(qemu: str) -> list[str]:
-    """Those that this QEMU has, of the newest last."""
+    """The methods that this QEMU has, the newest last."""
     return [method for method, since in SINCE.items() if qemu_version(qemu) >= since]
 
 
 def guest_work(progress: Progress, begin_ns: int, end_ns: int, resumed_ns: int) -> GuestWork:
-    """The figures of a guest whose samples begin before a snapshot, which took from `begin_ns` to `end_ns`.
+    """The guest's work around a snapshot from `begin_ns` to `end_ns`; `progress` begins before.
 
-    `resumed_ns`: when the guest certainly ran again, if it stood at the end.
+    `resumed_ns`: a time when the guest ran again, if it was stopped at the end.
     """
     before = progress.between(0, begin_ns)
     during = progress.between(begin_ns, end_ns)
@@ -97,9 +97,9 @@ def save(
 ) -> NativeRun:
     """Let QEMU save the running machine into `path`, and leave it running.
 
-    After `limit_s` it is cancelled (`completed` is false then). `sink_rate`: bytes per second that the sink
-    takes, 0 for no limit: for a stream a pipe through throttle.py; for mapped-ram, whose file must be
-    seekable, the max-bandwidth of QEMU. `before_s`: how long the guest is watched before.
+    After `limit_s` it is cancelled, and `completed` is false. `sink_rate`: bytes per second of the sink, 0
+    for no limit. A stream is limited by a pipe through throttle.py; mapped-ram, which needs a seekable file,
+    by QEMU's max-bandwidth. `before_s`: how long the guest is observed before.
     """
     path.unlink(missing_ok=True)
     uri = f"file:{path}" if method == "mapped-ram" else f"exec:{_sink(path, sink_rate)}"
@@ -145,7 +145,7 @@ def _size(path: Path, method: str) -> int:
 
 
 def _wait(machine: Machine, begin_ns: int, limit_s: float) -> tuple[dict[str, Any], str]:
-    """The last query-migrate, and why it did not complete; after `limit_s` it is cancelled."""
+    """The last query-migrate, and why it did not complete. Cancels the migration after `limit_s`."""
     why = ""
     end_ns = begin_ns + int(limit_s * 1e9)
     while True:
@@ -153,7 +153,7 @@ def _wait(machine: Machine, begin_ns: int, limit_s: float) -> tuple[dict[str, An
         if info.get("status") in ENDED:
             return info, why or info.get("error-desc", "")
         if time.monotonic_ns() > end_ns:
-            assert not why, f"it cannot be cancelled: {info}"
+            assert not why, f"the migration cannot be cancelled: {info}"
             rounds = info.get("ram", {}).get("dirty-sync-count")
             why = f"not converged in {limit_s:g} s ({rounds} rounds)"
             machine.qmp("migrate_cancel")
@@ -161,15 +161,15 @@ def _wait(machine: Machine, begin_ns: int, limit_s: float) -> tuple[dict[str, An
         time.sleep(POLL_S)
 
 
-def _set_capabilities(machine: Machine, wanted: list[str]) -> None:
-    """Those on, all others of this module off; a version that lacks one has it off."""
+def _set_capabilities(machine: Machine, enabled: list[str]) -> None:
+    """Enable these capabilities and disable the others that this module uses, if QEMU has them."""
     known = {entry["capability"] for entry in machine.qmp("query-migrate-capabilities")}
-    missing = set(wanted) - known
+    missing = set(enabled) - known
     if missing:
         raise QmpError("Unsupported", f"this QEMU has no {', '.join(missing)}")
     names = sorted({name for names in CAPABILITIES.values() for name in names} & known)
     # Off before on: two of them may exclude each other.
     for state in (False, True):
-        chosen = [{"capability": name, "state": state} for name in names if (name in wanted) is state]
+        chosen = [{"capability": name, "state": state} for name in names if (name in enabled) is state]
         if chosen:
             machine.qmp("migrate-set-capabilities", capabilities=chosen)

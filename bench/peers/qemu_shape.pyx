@@ -1,9 +1,9 @@
 # cython: cdivision=True
-"""A loop of the shape of QEMU's background-snapshot: one thread, one page per ioctl and per write.
+"""A loop with the structure of QEMU's background-snapshot: one thread, one page per ioctl and per write.
 
-Before each page it asks the userfaultfd, without waiting, for a fault: that page is next, else the next one
-of the scan. Each is copied, released and written, in this order: a writer does not wait for the sink. Ours,
-to compare with; not shipped (setup_floors.py).
+Before each page it polls the userfaultfd. If there is a fault, its page is next, otherwise the next page of
+the scan. Each page is copied, un-protected and written in this order, so a writer does not wait for the sink.
+Own code for comparison; not shipped (setup_floors.py).
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint64_t
@@ -17,7 +17,7 @@ cdef struct Scan:
     int uffd
     int sink
     uint64_t addr
-    uint64_t next               # the scan has come so far
+    uint64_t next               # the next page of the scan
     uint64_t faults
     uint8_t *saved              # one byte per page
     char[4096] copy
@@ -35,7 +35,7 @@ cdef int save_page(Scan *s, uint64_t page) noexcept nogil:
 
 cdef uint64_t choose(Scan *s) noexcept nogil:
     cdef int64_t fault = next_fault(s.uffd, s.addr)
-    # A writer that was released, but has not run yet, leaves its message behind.
+    # A writer that was released but has not run yet leaves its message in the queue.
     if fault >= 0 and not s.saved[fault]:
         s.faults += 1
         return fault
@@ -55,11 +55,10 @@ cdef int save_all(Scan *s, uint64_t pages) noexcept nogil:
 
 
 def save(int uffd, int sink, uint64_t addr, uint64_t length):
-    """Write protected memory into `sink`, each page at its offset; the number of faults served.
+    """Write the protected memory into `sink`, each page at its offset; returns the number of served faults.
 
-    `sink`: a descriptor; negative: pages are copied, and go nowhere.
-    `uffd`: non-blocking, has the memory registered and protected. Raises OSError; closing `uffd` then
-    releases what is still protected.
+    `sink`: a descriptor; negative: pages are only copied. `uffd`: non-blocking, with the memory registered
+    and protected. Raises OSError; then closing `uffd` un-protects the rest.
     """
     cdef Scan s
     cdef int err
@@ -71,5 +70,5 @@ def save(int uffd, int sink, uint64_t addr, uint64_t length):
         err = save_all(&s, length // PAGE)
     free(s.saved)
     if err:
-        raise_oserror(err, b"a loop of QEMU's shape")
+        raise_oserror(err, b"qemu-shape")
     return s.faults

@@ -1,4 +1,4 @@
-"""Ways to save memory of this process into a raw file or, with no path, into nothing."""
+"""Ways to save memory of this process into a raw file or, without a path, into the null sink."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Way = Callable[[GuestMemory, Path | None, Callable[[], Any]], dict[str, int]]
 
 
 def ways(loops: SimpleNamespace) -> dict[str, Way]:
-    """Each saves the memory, calls its last argument at T, and returns ``image_bytes`` and ``faults``.
+    """The ways by name. Each saves the memory, calls its last argument at T, and returns its figures.
 
-    `loops`: floorkit.load_loops().
+    `loops`: of floorkit.load_loops().
     """
     return {
         "qemu-shape": lambda *arguments: _by_pages(loops.qemu_shape, *arguments),
@@ -30,7 +30,7 @@ def ways(loops: SimpleNamespace) -> dict[str, Way]:
 def _by_pages(
     loop: ModuleType, memory: GuestMemory, path: Path | None, at_t: Callable[[], Any]
 ) -> dict[str, int]:
-    """T is when the protect ioctl has returned: no fault is served before."""
+    """T is the return of the protect ioctl: no fault is served before."""
     with _sink(path) as sink, Uffd(FEATURES["PAGEFAULT_FLAG_WP"]) as uffd:
         uffd.register(memory.addr, memory.length)
         uffd.protect(memory.addr, memory.length)
