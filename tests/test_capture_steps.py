@@ -346,7 +346,7 @@ def test_dirty_logging_whose_target_fails(tmp_path, fails):
 
 
 def test_dirty_logging_that_does_not_converge(tmp_path):
-    """There is no T, and `fix` says so. Each write into the sink, in the middle of a round, makes all dirty."""
+    """There is no T, and `fix` says so. Each write into the sink, within a round, makes all dirty."""
     memory = anonymous(48 * MIB)
     content = np.frombuffer(memory, "u1")
     content[:] = 1

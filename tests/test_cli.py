@@ -11,8 +11,8 @@ import sys
 import pytest
 from waitkit import PATIENCE_S, until
 
+from snapengine.cli.capture_options import make_options
 from snapengine.cli.command import describe, make_parser
-from snapengine.cli.common import make_options
 from snapengine.cli.save import exit_code
 from snapengine.errors import SinkError
 from snapengine.options import Options
@@ -107,7 +107,7 @@ def test_exit_codes_of_results():
 
 def test_figures_leave_out_what_is_zero():
     names = [name for name, _ in figures_rows(make_result())]
-    assert names == ["method", "status", "image", "memory", "pages", "time", "buffer, peak"]
+    assert names == ["method", "status", "instant", "image", "memory", "pages", "time", "buffer, peak"]
     rows = dict(figures_rows(make_result(faults=3, stop_ns=5, lost_pages=2, spilled_bytes=4096)))
     assert rows["faults"].startswith("3, served in p50 9.00 µs")
     assert rows["target paused"] == "5 ns"

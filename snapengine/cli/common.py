@@ -9,14 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from snapengine.cli.signals import SIGNALS
 from snapengine.report import streams
-from snapengine.report.terminal import EXIT_TIMEOUT, Parser, say
+from snapengine.report.terminal import EXIT_TIMEOUT, say
 
-if TYPE_CHECKING:
-    from snapengine.options import Options
 
 class Interrupted(KeyboardInterrupt):
     """A signal that ends the command. A KeyboardInterrupt, so that no `except Exception` swallows it."""
@@ -132,34 +130,6 @@ def add_timeout(parser: argparse.ArgumentParser, what: str = "give up, and relea
     parser.add_argument("--timeout", type=argument(parse_seconds), metavar="SECONDS",
         help=f"{what} when all of it has taken so long (default: no limit); exit code {EXIT_TIMEOUT}",
     )  # fmt: skip
-
-
-def parse_rate(text: str) -> int:
-    """Bytes a second. Raises ValueError: that little is a forgotten unit."""
-    from snapengine.base.units import parse_size
-
-    size = parse_size(text)
-    if 0 < size < LEAST_RATE:
-        raise ValueError(f"{size} bytes a second are less than 64K: say {text.strip().rstrip('Bb')}M for MiB")
-    return size
-
-
-LEAST_RATE = 64 << 10
-
-
-def make_options(args: argparse.Namespace) -> Options:
-    """The options that were given; the others keep the defaults of `Options`. Wrong ones are usage errors."""
-    from dataclasses import fields
-
-    from snapengine.options import Options
-
-    given = {f.name: getattr(args, f.name, None) for f in fields(Options)}
-    try:
-        return Options(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        field, colon, text = str(error).partition(":")
-        parser: Parser = args.parser
-        parser.error(f"--{field.replace('_', '-')}{colon}{text}")
 
 
 def check_output(spec: str) -> None:

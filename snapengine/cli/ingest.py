@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from snapengine.base.units import parse_size
-from snapengine.cli.common import add_timeout, argument, check_output, make_options, parse_rate
+from snapengine.cli.capture_options import LEFT_OUT, add_options, make_options
+from snapengine.cli.common import check_output
 from snapengine.cli.save import report
 from snapengine.errors import TimeLimitError
 from snapengine.report.terminal import EXIT_CODES, EXIT_OK, EXIT_TIMEOUT, raw
@@ -55,13 +55,10 @@ def add_ingest(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("--direct", action="store_true",
         help="write pages as they come: for background-snapshot, which sends each once, and which comes to "
         "its end even if we fail. Otherwise a file in --spill-dir keeps the last of each")  # fmt: skip
-    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
-        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
-    add("--memory-limit", type=argument(parse_size), metavar="SIZE", help="buffer before the sink (64M)")
-    add("--rate-limit", type=argument(parse_rate), metavar="SIZE",
-        help="most bytes a second into the sink (default: no limit)")  # fmt: skip
-    add("--spill-dir", metavar="DIR", help="where pages wait for the end of the stream (default: $TMPDIR)")
-    add_timeout(parser, "give up (with --direct: and read the stream to its end, so that QEMU is not left)")
+    add_options(parser, LEFT_OUT["ingest"], {
+        "spill_dir": "where pages wait for the end of the stream (default: $TMPDIR)",
+        "timeout": "give up (with --direct: and read the stream to its end, so that QEMU is not left)",
+    })
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from snapengine.base.units import parse_seconds, parse_size
-from snapengine.cli.common import add_timeout, argument, check_output, make_options, parse_rate
+from snapengine.base.units import parse_seconds
+from snapengine.cli.capture_options import LEFT_OUT, add_options, make_options
+from snapengine.cli.common import argument, check_output
 from snapengine.cli.save import exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
-from snapengine.options import ARMING, METHODS
 from snapengine.report.terminal import EXIT_CODES, raw, say
 
 if TYPE_CHECKING:
@@ -44,36 +44,24 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "save", help="save a running machine", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
-    size, seconds = argument(parse_size), argument(parse_seconds)
+    seconds = argument(parse_seconds)
     add = parser.add_argument
     add("sink", metavar="SINK", help="where the image goes")
     add("--qmp", required=True, metavar="SOCKET", help="QEMU's monitor: a Unix socket")
     add("--pid", type=int, default=0, metavar="PID", help="QEMU's process (default: who listens at SOCKET)")
-    add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
     add("--via-migration", action="store_true",
         help="do not attach: QEMU saves itself, by background-snapshot "
         "(dirty-logging: by migrate, and with KVM only)")  # fmt: skip
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
         help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
         "the file that it had stays as it was then; may be repeated")  # fmt: skip
-    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
-        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
-    add("--arming", choices=ARMING,
-        help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
-        "which is that for 64 MiB and more)")  # fmt: skip
-    add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
-    add("--rate-limit", type=argument(parse_rate), metavar="SIZE", help="most bytes a second into the sink")
-    add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
-    add("--strict", action="store_true", default=None, help="fail if QEMU discards memory before it is saved")
-    add("--downtime-limit", type=seconds, metavar="SECONDS",
-        help="dirty logging: longest pause of the last round (default 0.3)")  # fmt: skip
-    add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
-    add("--max-seconds", type=seconds, metavar="SECONDS", help="dirty logging: give up after so long")
+    add_options(parser, LEFT_OUT["qemu save"], {
+        "strict": "fail if QEMU discards memory before it is saved",
+    })
     add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
         help="longest wait for the one thread of QEMU that opens the userfaultfd (default 1)")  # fmt: skip
     add("--monitor-timeout", type=seconds, default=60.0, metavar="SECONDS",
         help="longest wait for the answer of QEMU's monitor to one command (default 60)")  # fmt: skip
-    add_timeout(parser)
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)

@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from snapengine.base.names import from_argument
-from snapengine.base.units import parse_seconds, parse_size
-from snapengine.cli.common import (
-    add_timeout,
-    after_the_image,
-    argument,
-    check_output,
-    make_options,
-    parse_rate,
-)
-from snapengine.options import ARMING, METHODS, Options
+from snapengine.base.units import parse_seconds
+from snapengine.cli.capture_options import FLAGS, LEFT_OUT, add_options, make_options
+from snapengine.cli.common import after_the_image, argument, check_output
+from snapengine.options import METHODS, Options
 from snapengine.report.terminal import (
     EXIT_CODES,
     EXIT_LOST,
@@ -71,7 +65,7 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     parser = commands.add_parser(
         "save", help=line, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
     )
-    size, seconds = argument(parse_size), argument(parse_seconds)
+    seconds = argument(parse_seconds)
     add = parser.add_argument
     add("sink", metavar="SINK", help="where the image goes (see below)")
     whom = parser.add_mutually_exclusive_group(required=True)
@@ -82,33 +76,16 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("--cut", choices=("soft", "stop"),
         help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while "
         "the memory is protected, and saves registers and what cannot be protected")  # fmt: skip
-    add("--copy-limit", type=size, metavar="SIZE",
-        help="--pid: most memory to copy while all stand (default 64M)")  # fmt: skip
-    add("--strict", action="store_true", default=None,
-        help="fail if the target discards memory before it is saved")  # fmt: skip
-    add("--method", choices=METHODS, default=METHODS[0], help="default: %(default)s")
-    add("--compress", metavar="none|zstd[:LEVEL|:auto][:always]",
-        help="default: none; auto: a level that follows the speed of the output")  # fmt: skip
-    add("--arming", choices=ARMING,
-        help="two-step: protect before T, and at T only what was written to meanwhile (default: auto, "
-        "which is that for 64 MiB and more)")  # fmt: skip
-    add("--memory-limit", type=size, metavar="SIZE", help="buffer before the sink (default 64M)")
-    add("--rate-limit", type=argument(parse_rate), metavar="SIZE",
-        help="most bytes a second into the sink (default: no limit)")  # fmt: skip
-    add("--spill-dir", metavar="DIR", help="where what exceeds the buffer is spilled (default: $TMPDIR)")
+    add_options(parser, LEFT_OUT["save"], {
+        "copy_limit": f"--pid: {FLAGS['copy_limit']['help']}",
+        "strict": "fail if the target discards memory before it is saved",
+    })
     add("--vmstate", type=argument(parse_vmstate), action="append", default=[], metavar="NAME=FILE",
         help="store FILE in the image as the blob NAME; may be repeated")  # fmt: skip
-    add("--fault-threads", type=int, metavar="N", help="threads that serve write faults (default: one a CPU)")
-    add("--downtime-limit", type=seconds, metavar="SECONDS",
-        help="dirty logging: longest pause of the last round (default 0.3)")  # fmt: skip
-    add("--max-rounds", type=int, metavar="N", help="dirty logging: give up after N rounds (default 30)")
-    add("--max-seconds", type=seconds, metavar="SECONDS",
-        help="dirty logging: give up after so many seconds (default 300)")  # fmt: skip
     add("--peer-timeout", type=seconds, default=60.0, metavar="SECONDS",
         help="--socket: wait so long for the peer (default 60)")  # fmt: skip
     add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
         help="--pid: longest wait for threads to stop, after which all is undone (default 1)")  # fmt: skip
-    add_timeout(parser)
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)
