@@ -5,11 +5,14 @@ A room imports from the rooms that its line in `ALLOWED` names, and from itself.
 """
 
 import ast
+import importlib
 import re
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
+
+import snapengine
 
 VALUES = {"errors", "options", "regions", "result"}
 FACE = {"", "capi"}  # `snapengine` itself and its C API: what callers import, so it may import everything
@@ -141,3 +144,21 @@ def test_a_planted_violation_is_found(repository, module, text):
 def test_the_names_in_this_table_are_python(repository):
     for module, _ in sources(repository):
         ast.parse(f"import snapengine.{module}" if module else "import snapengine")
+
+
+@pytest.mark.parametrize(
+    ("room", "names"),
+    {
+        "capture": {"Capture", "Progress", "snapshot"},
+        "handover": {"PeerTarget"},
+        "process": {"ProcessTarget"},
+        "targets": {"BufferTarget", "Target"},
+    }.items(),
+)
+def test_a_room_offers_what_callers_need(room, names):
+    """The same objects as the package itself, and no other name."""
+    module = importlib.import_module(f"snapengine.{room}")
+    assert set(module.__all__) == names
+    for name in names:
+        assert getattr(module, name) is getattr(snapengine, name)
+    assert not hasattr(module, "nothing")

@@ -94,6 +94,8 @@ def check_userfaultfd(host: Host) -> Check:
 def check_features(host: Host) -> Iterator[Check]:
     """Each UFFD_FEATURE that is used."""
     for row in UFFD_FEATURES.values():
+        if not row.purpose:
+            continue
         name = f"  {row.name}"
         if host.features is None:
             why = f"for {row.purpose}; userfaultfd cannot be asked"

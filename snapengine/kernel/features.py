@@ -13,11 +13,14 @@ class KernelFeature:
     name: str
     since: str
     """The Linux release that brought it."""
-    purpose: str
-    without: str
+    purpose: str = ""
+    """What a capture uses it for; "": nothing."""
+    without: str = ""
     """What a capture does on a kernel that lacks it."""
     needed: bool = False
     """Write tracking does not work at all without it."""
+    bit: int = -1
+    """Of a userfaultfd feature: the number of its bit."""
 
 
 UFFD_FEATURES = {
@@ -25,23 +28,40 @@ UFFD_FEATURES = {
     for row in (
         KernelFeature(
             "PAGEFAULT_FLAG_WP", "5.7", "write protection: the base of everything",
-            "nothing can be tracked", True,
+            "nothing can be tracked", needed=True, bit=0,
         ),
         KernelFeature(
             "WP_HUGETLBFS_SHMEM", "5.19", "shared memory (memfd, tmpfs) and hugetlb memory",
-            "such memory is refused; save the rest of a process with --regions anon,heap,stack,files",
+            "such memory is refused; save the rest of a process with --regions anon,heap,stack,files", bit=12,
         ),
-        KernelFeature("WP_ASYNC", "6.7", "dirty logging", "dirty logging is refused; write tracking works"),
+        KernelFeature(
+            "WP_ASYNC", "6.7", "dirty logging", "dirty logging is refused; write tracking works", bit=15
+        ),
         KernelFeature(
             "MISSING_SHMEM", "4.11", "finds what is punched out of shared memory, and large holes",
-            "shared memory that is punched out and filled again after T is saved as zeros",
+            "shared memory that is punched out and filled again after T is saved as zeros", bit=5,
         ),
         KernelFeature(
             "EVENT_FORK", "4.11", "targets that fork during a snapshot",
-            "what a forked child writes to shared memory is not seen",
+            "what a forked child writes to shared memory is not seen", bit=1,
         ),
+        KernelFeature(
+            "EVENT_REMAP", "4.11", "processes that move shared memory during a snapshot",
+            "what a process writes to shared memory that it has moved is not seen", bit=2,
+        ),
+        KernelFeature(
+            "EVENT_REMOVE", "4.11", "processes that discard private memory of files during a snapshot",
+            "such memory may be saved as the file has it", bit=3,
+        ),
+        KernelFeature("MISSING_HUGETLBFS", "4.11", bit=4),
+        KernelFeature("EVENT_UNMAP", "4.11", bit=6),
+        KernelFeature("MINOR_HUGETLBFS", "5.13", bit=9),
+        KernelFeature("MINOR_SHMEM", "5.14", bit=10),
+        KernelFeature("WP_UNPOPULATED", "6.4", bit=13),
+        KernelFeature("POISON", "6.6", bit=14),
     )
 }  # fmt: skip
+"""All that this package knows by name, those that a capture uses first."""
 
 PAGEMAP_SCAN = KernelFeature(
     "PAGEMAP_SCAN", "6.7", "finds populated, huge and written pages",
