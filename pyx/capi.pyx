@@ -37,7 +37,7 @@ _METHODS = {SNAPENGINE_WRITE_TRACKING: WRITE_TRACKING, SNAPENGINE_DIRTY_LOGGING:
 
 
 cdef class _Callback:
-    """pause or resume: a C function, called without the GIL, since the writers it stops may want it."""
+    """pause or resume: a C function, called without the GIL, which the writers it stops may need."""
 
     cdef callback_t function
     cdef void *context

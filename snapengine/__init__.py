@@ -79,8 +79,8 @@ _PLACES = {
     "open_image": "image.image",
     "snapshot": "capture.capture",
 }
-"""Name and module: each is imported when it is first asked for, as submodules are, so that `import
-snapengine` costs next to nothing. The capsule `_C_API` is importable only by this name."""
+"""Name and module. Each is imported when it is first used, as submodules are: `import snapengine` costs
+almost nothing. The capsule `_C_API` is importable only by this name."""
 
 __all__ = [
     "AlreadyTrackedError",

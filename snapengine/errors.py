@@ -56,7 +56,7 @@ class AlreadyTrackedError(RegisterError):
 
 
 class AttachError(SnapengineError, OSError):
-    """A running process cannot be attached to; the text says which and why. ``errno``: ESRCH no such
+    """A running process cannot be attached to; the text names it and the reason. ``errno``: ESRCH no such
     process, EPERM not allowed, EBUSY traced already, ETIMEDOUT it did not stop, EOPNOTSUPP never possible."""
 
 
@@ -81,11 +81,11 @@ class CaptureCancelled(SnapengineError):
 
 
 class TimeLimitError(CaptureCancelled, TimeoutError):
-    """It was not done within its `timeout`; the target is released and no image is left."""
+    """The capture took longer than its `timeout`; the target is released and no image is left."""
 
 
 class StreamError(SnapengineError, ValueError):
-    """A virtual machine's migration stream is cut, damaged, or holds what this package does not know.
+    """A virtual machine's migration stream is truncated, damaged, or holds something unknown.
 
     ``offset`` is the byte offset in the stream of what is refused.
     """
@@ -104,9 +104,9 @@ class ImageError(SnapengineError, ValueError):
 
 
 class NoSuchRegionError(ImageError, KeyError):
-    """The image has no region of that name or number, or several of the name; the text has those it has."""
+    """The image has no region of that name or number, or several of that name; the text lists its regions."""
 
-    __str__ = Exception.__str__  # KeyError's would put the text into quotes
+    __str__ = Exception.__str__  # KeyError's puts the text into quotes
 
 
 class TruncatedImageError(ImageError):

@@ -1,4 +1,4 @@
-"""How to take a snapshot: one frozen dataclass, each field with when to change it."""
+"""The options of a capture: one frozen dataclass; each field says when to change it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARMING = (AUTO, PLAIN, TWO_STEP)
 
 MIB = 1 << 20
 MIN_MEMORY_LIMIT = 16 * MIB
-MAX_TIMEOUT = 1e7  # what a timer of Python's takes on any host
+MAX_TIMEOUT = 1e7  # the most that Python's timers take on any host
 COPY_LIMIT = 64 * MIB
 _ZSTD = re.compile(r"zstd(?::(-?\d+|auto))?(:always)?$")
 
@@ -32,32 +32,33 @@ class Options:
     """
 
     method: str = WRITE_TRACKING
-    """``"write-tracking"`` (the state at the start, every page once) or ``"dirty-logging"`` (the
-    state at the end, in rounds; the target must be able to pause). Change it to compare."""
+    """``"write-tracking"`` (the state at the start, every page once) or ``"dirty-logging"`` (the state at the
+    end, in rounds; the target must be able to pause). Change it to compare the two."""
 
     compress: str = "none"
     """``"none"``, ``"zstd"`` or ``"zstd:LEVEL"`` (-7 ... 22, default 1). Use zstd when the sink is slower
-    than the CPU, or when space counts. ``"zstd:auto"``: a level of 1 ... 6 that follows the sink, the
-    highest that does not take longer than writing: into a slow sink a smaller image in less time, at the
-    price of CPU time. Chunks that do not shrink are stored raw. So are those that would hold the target up,
-    where raw is faster by the costs measured so far: while its writers fault more than once a millisecond and
-    the walk waits for room; with dirty logging whenever a round waits for room. With ``":always"`` behind it
-    (``"zstd:3:always"``) those are compressed too: the smallest image, at the price of more faults or
-    longer rounds."""
+    than the CPU, or when space counts. ``"zstd:auto"``: the highest level of 1 ... 6 that does not take
+    longer than writing. A slow sink then gets a smaller image in less time, at the price of CPU time. Chunks
+    that do not shrink are stored raw. Chunks are also stored raw while compression would delay the target and
+    raw is faster by the costs measured so far: while writers fault more than once a millisecond and the walk
+    waits for room; with dirty logging whenever a round waits for room. With the suffix ``":always"``
+    (``"zstd:3:always"``) those are compressed too: the smallest image, at the price of more faults or longer
+    rounds."""
 
     arming: str = AUTO
-    """Write tracking: ``"plain"`` (all is protected at T, and who writes meanwhile waits: 16 ms per GiB of
-    4 KiB pages) or ``"two-step"`` (protected before; at T only what was written to meanwhile, so the pause
-    follows the hot set). ``"auto"``: two-step from 64 MiB on, where the target runs while it is armed."""
+    """Write tracking: ``"plain"`` (all memory is protected at T; writers wait meanwhile: 16 ms per GiB of 4
+    KiB pages) or ``"two-step"`` (memory is protected before T, and at T again only what was written to since,
+    so the pause follows the hot set). ``"auto"``: two-step from 64 MiB on, if the target runs while it is
+    armed."""
 
     memory_limit: int = 64 * MIB
     """Bytes of buffer between the capture threads and the sink (at least 16 MiB). Raise it to take
     bursts without a spill file; what exceeds it goes to `spill_dir`."""
 
     copy_limit: int = COPY_LIMIT
-    """Attached processes: most bytes to copy while all threads stand, of memory that the kernel does not
-    write-protect (1 ms per 8 MiB). Only pages that the process has of its own count, not the size of its
-    mappings. What is too much is not in the image, and the result says so: raise it then."""
+    """Attached processes: most bytes to copy while all threads are stopped, of memory that the kernel does
+    not write-protect (1 ms per 8 MiB). Only private pages of the process count, not the size of its mappings.
+    What exceeds the limit is not in the image, and the result says so: raise the limit then."""
 
     rate_limit: int = 0
     """Most bytes a second into the sink; 0: no limit. Set it to leave bandwidth to others."""
@@ -71,7 +72,7 @@ class Options:
 
     walk_threads: int = 0
     """Threads that save the pages that nobody writes to (at most 16); 0: two, or one where only one CPU
-    is usable. Set 1 to leave the other CPUs to the target, at the price of a longer capture."""
+    is usable or the memory is small. Set 1 to leave the other CPUs to the target; it takes longer then."""
 
     encoder_threads: int = 0
     """Threads that checksum, compress and write (one at a time); 0: two, or one where nothing is compressed:
@@ -93,8 +94,8 @@ class Options:
 
     timeout: float = 0.0
     """Most seconds for the whole capture, from the wait for a peer to the commit of the sink; 0: no limit.
-    When they are over the target is released, nothing is left of the image, and `TimeLimitError` is raised.
-    What the limit cannot break off is a write of a Python-level sink and an fsync."""
+    After that the target is released, nothing is left of the image, and `TimeLimitError` is raised. The limit
+    cannot interrupt a write of a Python-level sink, nor an fsync."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -147,5 +148,5 @@ class Options:
 
     @property
     def compress_always(self) -> bool:
-        """Whether to compress also where storing raw would hold the target up less."""
+        """Whether to compress even where storing raw would delay the target less."""
         return self.compress.endswith(":always")

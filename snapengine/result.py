@@ -48,12 +48,12 @@ class Result:
     """Write and missing faults served."""
     rounds: int
     arm_ns: int
-    """From the first registration until faults are served; a wait for the target to be paused is left out."""
+    """From the first registration until faults are served, without the wait for the target's pause."""
     stop_ns: int
     """How long the target was paused; 0 if it never was."""
     duration_ns: int
     fault_ns: dict[str, int]
-    """``p50``, ``p99``, ``max``: from the engine seeing a fault to its release."""
+    """``p50``, ``p99``, ``max``: from reading a fault to its release."""
     peak_buffer_bytes: int
     spilled_bytes: int
     lost_pages: int = 0
@@ -63,10 +63,10 @@ class Result:
     warnings: list[str] = field(default_factory=list)
 
     cut: str = ""
-    """Of an attached process: ``"soft"`` (no thread stopped while its memory was protected; registers are
-    not part of the image) or ``"stop"`` (all of them stood)."""
+    """Of an attached process: ``"soft"`` (no thread was stopped while its memory was protected; the image has
+    no registers) or ``"stop"`` (all threads were stopped)."""
     injection_ns: int = 0
-    """Of an attached process: how long one thread stood before the capture, to open the userfaultfd."""
+    """Of an attached process: how long one thread was stopped before the capture to open the userfaultfd."""
     not_captured: list[dict[str, Any]] = field(default_factory=list)
     """Mappings of an attached process that are not in the image: ``start``, ``end``, ``perms``, ``path`` and
     ``reason``."""
@@ -74,7 +74,7 @@ class Result:
     pause_ns: int = 0
     """The part of ``arm_ns`` in which no fault was answered: the longest that a writer waited for T."""
     arming_faults: int = 0
-    """Faults before T that were noted and let go (two-step arming); not among ``faults``."""
+    """Faults before T that were recorded and released (two-step arming); not among ``faults``."""
 
     t_monotonic_ns: int = 0
     """The instant T by CLOCK_MONOTONIC (`time.monotonic_ns`), in nanoseconds. Comparable on this host until
@@ -84,7 +84,7 @@ class Result:
     converted with readings of both clocks taken after T, as soon as the target runs again. 0: not known."""
 
     stop_parts_ns: dict[str, int] = field(default_factory=dict)
-    """Of a QEMU machine: what its stop was spent on (see `snapengine.qemu.target.QemuTarget`)."""
+    """Of a QEMU machine: the parts of its stop (see `snapengine.qemu.target.QemuTarget`)."""
 
     fault_histogram: list[tuple[int, int]] = field(default_factory=list)
     """All of the times of `fault_ns`: (least ns of the bucket, faults), ascending; 8 buckets for each power
@@ -98,10 +98,10 @@ class Result:
 
 
 def fitted_parts(parts: dict[str, int], whole_ns: int) -> dict[str, int]:
-    """The parts of a machine's stop, made no more than the guest stood (``"guest"`` is that itself).
+    """The parts of a machine's stop, reduced to a sum of at most `whole_ns`. ``"guest"``, the whole, is kept.
 
-    QEMU's commands take longer than its guest stands: it ran until QEMU came to `stop`, and ran again before
-    `cont` was answered.
+    QEMU's commands take longer than the guest is stopped: it runs until QEMU handles `stop`, and runs again
+    before `cont` is answered.
     """
     found = dict(parts)
     excess = sum(ns for name, ns in found.items() if name != "guest") - whole_ns

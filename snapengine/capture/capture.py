@@ -1,8 +1,8 @@
-"""One snapshot, from arm to result: owns the threads, gives progress and the result.
+"""One snapshot, from arming to its result: the steps, the threads, the progress and the result.
 
-The caller's thread opens the target, makes everything, arms, and returns at T. A finisher thread then
-waits for the capture threads and the encoders, writes the end of the image and commits the sink. Whatever
-fails, at any line, the target is released first and the sink is aborted.
+The caller's thread opens the target, allocates all resources, arms, and returns after T. A finisher thread
+waits for the capture threads and the encoders, writes the end of the image and commits the sink. After any
+failure the target is released first, then the sink is aborted.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def snapshot(
     Returns
     -------
     Capture
-        A context manager. Its block is entered once T is fixed and runs while the pages are saved; leaving
-        it waits for the image. With dirty logging the block is entered at once and T lies at the end.
-        A block that raises cancels the capture, and nothing of the image is left; unless the image was
-        complete by then: a complete image is consistent, whatever came after T, and stays. `Capture.result`
-        tells which it was: it returns the figures, or raises `CaptureCancelled`.
+        A context manager. Its block is entered once T is fixed, and runs while the pages are saved. Leaving
+        the block waits for the image. With dirty logging the block is entered at once, and T is at the end.
+        An exception in the block cancels the capture and leaves no image, unless the image is complete
+        already: it is consistent and stays. `Capture.result` returns the figures in that case, and raises
+        `CaptureCancelled` otherwise.
 
     Raises
     ------
@@ -133,7 +133,7 @@ class Capture:
     `max_seconds` counts from `prepare`.
     """
 
-    _session_extra: ClassVar[dict[str, Any]] = {}  # the negative control of the tests arms otherwise
+    _session_extra: ClassVar[dict[str, Any]] = {}  # the negative controls of the tests change the arming
 
     def __init__(self, target: Target, sink: Any, options: Options, vmstate: dict[str, bytes]) -> None:
         self._target = target
@@ -212,7 +212,7 @@ class Capture:
         return True
 
     def _wait_for_end(self) -> None:
-        """Until all is cleaned up, and no thread of the capture is left."""
+        """Wait until everything is cleaned up and no thread of the capture is left."""
         self._done.wait()
         self._finisher.wait()
         self._limiter.wait()
@@ -266,8 +266,8 @@ class Capture:
     # -- the steps, on the caller's threads --
 
     def _step(self, name: str, before: str, work: Callable[[], bool], after: str) -> bool:
-        """Do the work of a step. The handler of a signal may raise between any two lines here: from the line
-        that sets `_last_step` on, that ends the capture."""
+        """Do the work of a step. A signal handler may raise between any two lines. After `_last_step` is set,
+        such an exception ends the capture."""
         if self._stepping == threading.get_ident():
             raise RuntimeError(f"{name}() within another step of the capture")
         this = object()
@@ -363,7 +363,7 @@ class Capture:
         return True
 
     def _begin_image(self) -> None:
-        """Not before T of write tracking: a sink that does not read must not keep a target stopped."""
+        """Write the header. With write tracking after T: a slow sink must not keep the target stopped."""
         parts = self._parts
         assert parts.plan is not None
         assert parts.writer is not None
@@ -419,7 +419,7 @@ class Capture:
             self._done.set()
 
     def _give_up(self) -> None:
-        """There will be no image: what waits for a slow sink need not reach it."""
+        """There will be no image: discard what still waits for the sink."""
         assert self._parts.writer is not None
         self._raise_failure()
         self._given_up = True
@@ -448,9 +448,8 @@ class Capture:
     def _note_failure(self, caught: BaseException) -> None:
         """A step failed.
 
-        An interrupt is neither kept nor named by whoever it is raised through: its traceback has their
-        variables, and together they would keep what those held, such as a file in the middle of being read,
-        until the garbage collector runs.
+        An interrupt is not stored: its traceback refers to the variables of every frame that it passed. A
+        stored one would keep their objects, such as an open file, until the garbage collector runs.
         """
         if isinstance(caught, Exception):
             self._error = self._error or self._in_words(caught)
@@ -476,7 +475,7 @@ class Capture:
         if self._parts.session is not None:
             self._parts.session.fail(errno.ECANCELED)
         if isinstance(self._engine, WriteTracking):
-            self._engine.join()  # before anything that its threads use is closed
+            self._engine.join()  # its threads use what is closed next
         self._stop_encoders()
         try:
             self._clean_up("cancelled" if self._cancelled else "failed")
@@ -486,14 +485,14 @@ class Capture:
             self._limiter.wait()
 
     def _stop_engine(self) -> None:
-        """Have it release the target, and the finisher thread clean up."""
+        """Make the engine release the target and the finisher thread clean up."""
         if self._parts.session is not None and not self._done.is_set():
             self._parts.session.fail(errno.ECANCELED)
         if self._engine is not None:
             self._engine.let_go()
 
     def _stop_encoders(self) -> None:
-        """The capture has failed: wait for the threads that use the pool and the sink, closed next."""
+        """The capture has failed: end the threads that use the pool and the sink, which are closed next."""
         if self._parts.session is not None:
             self._parts.session.fail(errno.ECANCELED)
         if self._parts.writer is not None:

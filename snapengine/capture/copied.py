@@ -1,4 +1,4 @@
-"""Pages that were copied while an attached process was stopped, written beside what the engine saved."""
+"""Writes the pages that were copied while an attached process was stopped. The engine does not see them."""
 
 from __future__ import annotations
 

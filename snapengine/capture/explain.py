@@ -1,4 +1,4 @@
-"""What an errno of the engine means, in words: which call, which mapping, why."""
+"""From an errno of the engine to an exception that names the call, the mapping and the reason."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def explain(err: int, call: str, addr: int, plan: Plan) -> SnapengineError:
 
 
 def explain_end(error: BaseException, resources: Resources) -> BaseException:
-    """`error`, or that the target process has ended: it may do so between any two looks at it, whatever that
-    looks like then."""
+    """`error`, or `TargetGoneError` if the target process has ended: its end can appear as any error."""
     pid = int(getattr(resources.target, "pid", 0))
     ours = isinstance(error, TargetGoneError | SinkError | UnsupportedError)
     if not pid or ours or not isinstance(error, OSError | HandoverError | MachineError):

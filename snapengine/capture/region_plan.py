@@ -1,4 +1,4 @@
-"""From a target's regions to how each is tracked and read: the decisions, made before anything is armed."""
+"""Decides how each region of a target is tracked and read, before anything is armed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
         attached: bool = False,
         mappings: list[Mapping] | None = None,
     ) -> None:
-        """``mappings``: all of the target, as when its regions were listed; None: they are read."""
+        """``mappings``: all mappings of the target when its regions were listed; None: they are read."""
         self._listed = regions
         self.pid = pid
         self.attached = attached
@@ -63,7 +63,7 @@ class Plan:
         try:
             self.regions = lay_out(regions, mappings, partial(self._uncovered, mappings), self._decide)
             _refuse_shared_units(self.regions)
-            self._look_for_other_mappings(mappings)
+            self._warn_of_other_mappings(mappings)
         except BaseException:
             self.close()
             raise
@@ -110,10 +110,11 @@ class Plan:
 
     def _decide(self, plan: RegionPlan, covered: list[Mapping]) -> None:
         self._how_to_read(plan, covered)
-        self._need(plan)
+        self._check_features(plan)
 
     def _what_is_left(self, mappings: list[Mapping], region: Region) -> list[Mapping]:
-        """Of a region of which the target has unmapped a part since it was listed: that is found lost."""
+        """The mappings left of a region that the target has partly unmapped since it was listed. The unmapped
+        part is reported as lost."""
         end = region.addr + region.length
         left = touching(mappings, region.addr, end)
         shared = is_shared(region.kind)
@@ -155,7 +156,7 @@ class Plan:
         region = plan.region
         file, offset = self._open_shared(plan, covered)
         if region.kind == "hugetlb-shared":
-            # A load from a hole of a hugetlb file takes a page from the pool, or kills us with SIGBUS.
+            # A load from a hole of a hugetlb file allocates a page from the pool, or raises SIGBUS here.
             plan.reading = "process" if self.pid else "memory"
             if file >= 0:
                 plan.reading, plan.presence = "file", "all"
@@ -166,15 +167,15 @@ class Plan:
         else:
             plan.presence = "all" if self.pid or self._swap_in_use else "mincore"
             plan.reading = "process" if self.pid else "memory"
-        # What is punched out and touched again faults as missing, before it is filled with zeros.
+        # A page that is punched out and touched again raises a missing fault before it is zero-filled.
         plan.missing = plan.presence in ("seek", "mincore") and self._offers_missing()
         plan.file, plan.file_offset = file, offset
         # Shared memory that the target unmaps goes on in its file, where others may write it unseen; and in
         # memory of our own, another mapping may have come to its place.
         plan.check = self.attached or plan.reading == "memory"
         if self.pid and plan.presence == "seek":
-            # Through a mapping here each page would have to be mapped first, and unmapped at the end, which
-            # costs more than the copy; and a target that cuts its file short would kill us.
+            # pread() instead of a mapping in this process: mapping and unmapping each page costs more than
+            # the copy, and a target that truncates its file would raise SIGBUS here.
             plan.reading = "file"
             if self.attached and not self.features & FEATURES["WP_ASYNC"]:
                 # Others may fill its holes after T. (Dirty logging copies the file as it is at T.)
@@ -185,8 +186,8 @@ class Plan:
         return bool(self.features & FEATURES["MISSING_SHMEM"]) or (self.pid != 0 and not self.attached)
 
     def _open_shared(self, plan: RegionPlan, covered: list[Mapping]) -> tuple[int, int]:
-        """The memory's file and the offset of the region's first page in it; (-1, 0) if it has none that
-        we may open. Opened anew, so that the target's file position stays as it is."""
+        """The memory's file and the offset of the region's first page in it; (-1, 0) if there is none that
+        may be opened. It is reopened, so that the target's file position does not change."""
         region, mapping = plan.region, covered[0]
         if region.memfd >= 0:
             file = self._open(f"/proc/self/fd/{region.memfd}")
@@ -206,11 +207,11 @@ class Plan:
             if (file := self._open(self._path_of(mapping))) >= 0:
                 return file
         if os.path.lexists(self._path_of(covered[0])):
-            return -1  # it is still there: we may not open it
+            return -1  # it still exists and may not be opened
         try:
             mappings = read_maps(self.pid or "self")
         except (FileNotFoundError, ProcessLookupError):
-            return -1  # it has ended, which is found when it is armed
+            return -1  # it has ended: arming reports that
         for mapping in touching(mappings, region.addr, region.addr + region.length):
             if _continues(covered[0], mapping) and (file := self._open(self._path_of(mapping))) >= 0:
                 return file
@@ -223,7 +224,7 @@ class Plan:
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return -1  # map_files wants CAP_CHECKPOINT_RESTORE; without, mincore() answers
+            return -1  # map_files needs CAP_CHECKPOINT_RESTORE; without it mincore() is used
         self._fds.append(file)
         return file
 
@@ -234,7 +235,7 @@ class Plan:
         return holes > SPARSE_HOLE_BYTES and not rounds and bool(self.features & FEATURES["MISSING_SHMEM"])
 
     def _map_shadow(self, plan: RegionPlan, file: int, offset: int) -> None:
-        """A mapping of the same huge pages in this process loses what is punched out of their file."""
+        """Map the same huge pages in this process: what is punched out of the file leaves the mapping."""
         size = plan.region.page_size
         whole = plan.addr % size == 0 and plan.pages * PAGE_BYTES % size == 0 and offset % size == 0
         if not whole:
@@ -243,7 +244,7 @@ class Plan:
         self._views.append(view)
         plan.shadow = view.addr
 
-    def _look_for_other_mappings(self, mappings: list[Mapping]) -> None:
+    def _warn_of_other_mappings(self, mappings: list[Mapping]) -> None:
         """Shared memory that is mapped twice can be written through the other mapping, unseen."""
         seen: dict[tuple[str, int], list[_Part]] = defaultdict(list)
         ours = set()
@@ -266,7 +267,7 @@ class Plan:
             if not parts or not other.shared or other.start in ours or "w" not in other.perms:
                 continue
             last = other.offset + other.end - other.start
-            # They do not overlap, so their ends ascend, too.
+            # The parts do not overlap, so their ends are in order as well.
             number = bisect.bisect_right(parts, other.offset, key=operator.itemgetter(1))
             while number < len(parts) and parts[number].start < last:
                 self.warnings.append(
@@ -277,11 +278,11 @@ class Plan:
 
     @cached_property
     def _swap_in_use(self) -> bool:
-        """mincore() calls a swapped-out page of shared memory absent, as it does a hole."""
+        """mincore() reports a swapped-out page of shared memory as absent, like a hole."""
         with open("/proc/swaps", encoding="utf-8") as lines:
             return len(lines.readlines()) > 1
 
-    def _need(self, plan: RegionPlan) -> None:
+    def _check_features(self, plan: RegionPlan) -> None:
         need = FEATURES["PAGEFAULT_FLAG_WP"]
         if plan.region.kind != "anon":
             need |= FEATURES["WP_HUGETLBFS_SHMEM"]
@@ -301,7 +302,7 @@ def _continues(mapping: Mapping, other: Mapping) -> bool:
 
 
 def _refuse_second_mapping(parts: list[_Part]) -> None:
-    """Of parts of one file, in order."""
+    """`parts`: of one file, in order."""
     for one, two in pairwise(parts):
         if one.end > two.start:
             raise RegisterError(
@@ -317,7 +318,7 @@ def _refuse_overlap(regions: list[Region]) -> None:
 
 
 def _refuse_shared_units(plans: list[RegionPlan]) -> None:
-    """Two regions in one huge page would be released together."""
+    """Releasing a huge page would release both regions."""
     if pair := first_shared_unit(plans):
         names = f"{pair[0].region.name!r} and {pair[1].region.name!r}"
         raise ValueError(f"regions {names} share a huge page: save them as one")

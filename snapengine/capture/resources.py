@@ -1,4 +1,4 @@
-"""Everything that one capture makes, and the one place that frees it."""
+"""The resources of one capture, and the one place that frees them."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Resources:
         return self.target if isinstance(self.target, AttachedTarget) else None
 
     def close(self, status: str) -> None:
-        """Free everything; every step is tried. Only after the threads that use them have ended."""
-        self.encoder = None  # its buffers, and below the pool's, go at once
+        """Free everything, even if a step fails. Only after the threads that use them have ended."""
+        self.encoder = None  # frees its buffers; the session frees the pool's
         with contextlib.ExitStack() as stack:
             if self.sink is not None:
                 stack.callback(self.sink.abort)

@@ -1,6 +1,6 @@
-"""Before a capture is armed: open the target, negotiate, plan, make the engine's parts.
+"""Set-up of a capture: open the target, negotiate the userfaultfd, plan, allocate the engine's parts.
 
-Runs on the caller's thread. What it makes is in `Resources` at once, so that a failure at any line frees it.
+Runs on the caller's thread. Each resource is stored in `Resources` at once, so that a failure frees it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, lis
     if attached is not None:
         if attached.copy_limit is None:
             attached.copy_limit = options.copy_limit
-        attached.check()  # says more than that this user may have no userfaultfd
+        attached.check()  # its error says more than that userfaultfd is not allowed
     wanted = _wanted_features(options.method)
     if attached is not None and (ahead := attached.look_ahead()) is not None:
         parts.plan = Plan(ahead, attached.pid, wanted, attached=True, mappings=attached.mappings)
@@ -42,9 +42,9 @@ def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, lis
     handed_over = parts.fd >= 0 and attached is None
     if attached is not None:
         parts.warnings += attached.warnings
-        if tracking:  # dirty logging has nobody who reads events
+        if tracking:  # with dirty logging no thread reads events
             wanted |= sum(FEATURES[name] for name in attached.events) & int(supported_features())
-    if not tracking and not parts.target.can_pause:  # some targets know it only now
+    if not tracking and not parts.target.can_pause:  # some targets learn it from their peer
         if handed_over:
             raise HandoverError("dirty logging needs a peer that can pause: it announced no pause and resume")
         raise ValueError(NO_PAUSE)
@@ -64,7 +64,7 @@ def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, lis
 def make_engine(
     parts: Resources, pid: int, regions: list[Region], options: Options, extra: dict[str, Any]
 ) -> None:
-    """What saves and writes: plan, session, writer, encoder. ``extra``: arguments of the session."""
+    """Make plan, session, writer and encoder. ``extra``: arguments of the session."""
     uffd = parts.uffd
     assert uffd is not None
     assert parts.sink is not None
@@ -85,15 +85,15 @@ def make_engine(
     parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.copied = plan.place(parts.attached.copied_regions)
-    hurry = "writers" if tracking else "room"
+    urgent = "writers" if tracking else "room"
     parts.encoder = Encoder(
         parts.session.pool, parts.writer, options.zstd_level, options.encoders,
-        store_raw="never" if options.compress_always else hurry, follow_sink=options.level_follows_sink,
+        store_raw="never" if options.compress_always else urgent, follow_sink=options.level_follows_sink,
     )  # fmt: skip
 
 
 def _plan(parts: Resources, pid: int, regions: list[Region], features: int) -> Plan:
-    """As planned ahead, if nothing has changed since."""
+    """The plan that was made ahead, if nothing has changed since, or a new one."""
     if parts.plan is not None:
         if parts.plan.fits(regions, features):
             return parts.plan
@@ -110,7 +110,7 @@ def _two_step(parts: Resources, options: Options, regions: list[Region]) -> bool
 
 
 def _pins(pid: int) -> list[str]:
-    """Pages that a device or io_uring has pinned can change without a fault: a warning, if there are any."""
+    """A warning if devices or io_uring have pinned pages: they can write to them without a fault."""
     pinned = procfs.status(f"/proc/{pid or 'self'}/status").get("VmPin", "0 kB").split()[0]
     if pinned == "0":
         return []
@@ -119,7 +119,7 @@ def _pins(pid: int) -> list[str]:
 
 
 def _wanted_features(method: str) -> int:
-    """The feature bits to ask for, of those this kernel has."""
+    """The feature bits to request, of those that this kernel has."""
     base = FEATURES["PAGEFAULT_FLAG_WP"] | FEATURES["WP_HUGETLBFS_SHMEM"]
     if method == DIRTY_LOGGING:
         wanted = base | FEATURES["WP_ASYNC"] | FEATURES["MISSING_SHMEM"]

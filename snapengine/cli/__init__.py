@@ -1,7 +1,7 @@
 """The entry of the command `snapengine`.
 
-It imports next to nothing: from its first line on a signal ends the command without a traceback, and each
-command imports only what it needs (a machine of QEMU may be standing until `ingest` reads).
+It imports almost nothing, so that a signal ends the command without a traceback from the first line on. Each
+command imports only what it needs: a QEMU machine may be stopped until `ingest` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from snapengine.cli.signals import catch, end_at_once
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (`cli.common.EXIT_CODES`). Usage errors raise SystemExit(2).
 
-    Without `argv` this process is the command: signals that come once it is done do not change its exit code.
+    Without `argv` this process is the command: signals that arrive after its end do not change the exit code.
     """
     before = catch(end_at_once)
     after = signal.SIG_IGN if argv is None else None

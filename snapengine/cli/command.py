@@ -1,6 +1,6 @@
-"""Parsing, errors and exit codes of the command. Each subcommand is in a module beside this one.
+"""Parsing, errors and exit codes of the command. Each subcommand has its module in this package.
 
-Data goes to stdout, words go to stderr. An error is one line; SNAPENGINE_DEBUG=1 adds the traceback.
+Data goes to stdout, messages go to stderr. An error is one line; SNAPENGINE_DEBUG=1 adds the traceback.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "save": ("save", "save the memory of a running program"),
-    "ingest": ("ingest", "a migration stream of QEMU into an image"),
-    "info": ("image", "what is in an image"),
+    "ingest": ("ingest", "convert a QEMU migration stream to an image"),
+    "info": ("image", "show what is in an image"),
     "verify": ("image", "check every byte of an image"),
-    "restore": ("restore", "one region as raw bytes"),
-    "export": ("restore", "the memory as a raw file or an ELF core"),
-    "qemu": ("qemu", "virtual machines of QEMU"),
+    "restore": ("restore", "extract one region as raw bytes"),
+    "export": ("restore", "convert the memory to a raw file or an ELF core"),
+    "qemu": ("qemu", "save, restore and analyze QEMU machines"),
     "guest": ("tools", "run the embedded guest: a program that writes to its memory"),
-    "doctor": ("tools", "what this host can do"),
-    "demo": ("tools", "both methods on a busy guest, side by side"),
+    "doctor": ("tools", "check what this host supports"),
+    "demo": ("tools", "compare both methods on a busy guest"),
 }
-"""Module and one line of each."""
+"""Module and help line of each command."""
 
 DESCRIPTION = """\
 Live snapshots of memory: the state at one instant, saved while the program goes on writing.
@@ -37,14 +37,14 @@ Live snapshots of memory: the state at one instant, saved while the program goes
 
 
 def make_parser(command: str | None = None) -> Parser:
-    """The parser; `args.run(args)` of what it returns does the work. Of the other commands than `command` it
-    knows the names alone; None: it knows all."""
+    """The parser. `args.run(args)` of the parsed arguments does the work. With `command` the parser has the
+    options of that command only, and the names of the others."""
     from snapengine.report.terminal import EXIT_CODES, Parser, raw
 
     epilog = (
         "`snapengine COMMAND --help` has the options and examples of each command.\n\n"
         f"{EXIT_CODES}\n\nenvironment:\n"
-        "  SNAPENGINE_DEBUG=1  print the traceback of an error, too\n"
+        "  SNAPENGINE_DEBUG=1  also print the traceback of an error\n"
     )
     parser = Parser(prog="snapengine", description=DESCRIPTION, epilog=epilog, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"snapengine {__version__}")
@@ -80,7 +80,7 @@ def run_command(arguments: Sequence[str]) -> int:
 def _run(arguments: list[str]) -> int:
     from snapengine.cli.common import limit_time
 
-    if arguments[:1] == ["guest"]:  # has a parser of its own
+    if arguments[:1] == ["guest"]:  # it has its own parser
         from snapengine.guest import main as guest
 
         return guest.main(arguments[1:])
@@ -100,7 +100,7 @@ def _print_version() -> int:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one line that names the thing and the reason."""
+    """An error as one line that names the object and the reason."""
     from snapengine.base.names import one_line
     from snapengine.errors import SnapengineError
 
@@ -136,5 +136,5 @@ def _complain(text: str) -> None:
     say(text)
     try:
         sys.stdout.flush()
-    except OSError:  # what is left in its buffer cannot be written either
+    except OSError:  # the rest of its buffer cannot be written either
         streams.silence(sys.stdout)

@@ -33,10 +33,10 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Turn the first of `SIGNALS` into `Interrupted`, and ignore those that follow.
 
-    A second Ctrl-C must not break off the release of the target. Only SIGKILL ends that, and then the
-    kernel releases it. Outside the main thread, where Python allows no handlers, this does nothing.
+    A second Ctrl-C must not interrupt the release of the target. Only SIGKILL does, and then the kernel
+    releases it. Outside the main thread Python allows no handlers, and this does nothing.
 
-    Python drops an exception that is raised within a destructor or a callback; it is raised again then.
+    Python drops an exception that is raised in a destructor or a callback. It is raised again afterwards.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
@@ -71,7 +71,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _raise_soon(error: Interrupted) -> None:
-    """Not at once: what drops exceptions has not returned yet."""
+    """With a delay: the code that drops exceptions has not returned yet."""
 
     def again(signum: int, frame: FrameType | None) -> NoReturn:
         raise error
@@ -82,7 +82,7 @@ def _raise_soon(error: Interrupted) -> None:
 
 @contextlib.contextmanager
 def limit_time(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block, as a Ctrl-C would, when so many seconds have passed (None: never)."""
+    """Interrupt the block like a Ctrl-C after so many seconds (None: never)."""
 
     def expire(signum: int, frame: FrameType | None) -> NoReturn:
         _ignore_all()
@@ -101,7 +101,7 @@ def limit_time(seconds: float | None) -> Iterator[None]:
 
 
 def end_of_limit() -> None:
-    """What was waited for is there: from here on --timeout counts no more."""
+    """The awaited state is reached: --timeout no longer applies."""
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -128,12 +128,12 @@ def add_timeout(parser: argparse.ArgumentParser, what: str = "give up, and relea
     from snapengine.base.units import parse_seconds
 
     parser.add_argument("--timeout", type=argument(parse_seconds), metavar="SECONDS",
-        help=f"{what} when all of it has taken so long (default: no limit); exit code {EXIT_TIMEOUT}",
+        help=f"{what} after so long (default: no limit); exit code {EXIT_TIMEOUT}",
     )  # fmt: skip
 
 
 def check_output(spec: str) -> None:
-    """Raise SinkError for a standard stream that is closed: what is written there would go nowhere."""
+    """Raise SinkError for a closed standard stream: output to it would be lost."""
     from snapengine.errors import SinkError
 
     fd = {"-": 1, "fd:1": 1, "fd:2": 2}.get(spec)
@@ -142,8 +142,8 @@ def check_output(spec: str) -> None:
 
 
 def after_the_image(print_it: Callable[[], None]) -> None:
-    """Print what is known of a complete image. No fault of the output makes it another image: not that nobody
-    reads it, that its disk is full, or that the user does not wait for it."""
+    """Print the figures of a complete image. A failure of this output (no reader, a full disk, an interrupt)
+    does not change that the image is complete."""
     try:
         print_it()
         sys.stdout.flush()

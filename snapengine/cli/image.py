@@ -1,4 +1,4 @@
-"""`snapengine info` and `verify`: what is in an image, and is it whole."""
+"""`snapengine info` and `verify`: the contents of an image, and its check."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ machine (if it is one), the regions of memory, the named blobs.
 Checks the index, not every page: that is `verify`.
 """
 VERIFY = """\
-Read all of an image and check every checksum. Exit code 1 and the place of the fault if one is wrong.
+Read all of an image and check every checksum. If one is wrong: exit code 1 and the offset of the fault.
 """
 def add_info(commands: argparse._SubParsersAction[Any], line: str) -> None:
     """Add `info` to the command line."""
@@ -64,7 +64,7 @@ def add_image_command(
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Image]:
-    """The image of the command line. A pipe is copied into an unnamed file first: pages come in any order."""
+    """The image of the command line. A pipe is first copied into an unnamed file, for random access."""
     from snapengine.image import open_image
 
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`snapengine ingest`: a virtual machine's migration stream into an image."""
+"""`snapengine ingest`: converts a virtual machine's migration stream to an image."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from snapengine.report.terminal import EXIT_CODES, EXIT_OK, EXIT_TIMEOUT, raw
 EXPIRED_DRAIN_SECONDS = 5.0
 
 DESCRIPTION = """\
-Read a migration stream of QEMU to its end and make it an image: each page once, zero pages left out,
-checksummed and, with --compress, compressed. Works as the command of QEMU's `migrate "exec:..."`. Exit code
-0 means that the image is complete; if the stream is cut, or holds what is not known here, no image is left.
+Convert a QEMU migration stream to an image: each page once, zero pages left out, checksummed and, with
+--compress, compressed. Works as the command of QEMU's `migrate "exec:..."`. Exit code 0 means that the image
+is complete. A stream that is truncated, or holds something unknown, leaves no image.
 """
 EPILOG = f"""\
 STREAM is a file, or - for standard input. SINK is where the image goes: PATH, exec:COMMAND, fd:N, - or null:
 (see `snapengine save --help`).
 
-Figures are printed only if standard output is a terminal, or with --json: as a command of QEMU's, this
-shares QEMU's standard output.
+Figures are printed only to a terminal, or with --json: run by QEMU, this command shares QEMU's standard
+output. The instant T is not known: the stream does not tell it.
 
-The stream is believed. Without KVM, a plain `migrate` of a running guest (QEMU 7.2) now and then sends pages
-that are too old: take background-snapshot, or stop the guest first.
+The content of the stream is not checked against the machine. Without KVM, a plain `migrate` of a running
+guest (QEMU 7.2) sometimes sends pages that are too old: use background-snapshot, or stop the guest first.
 
 examples, in QEMU's monitor:
   migrate_set_capability background-snapshot on
@@ -53,11 +53,12 @@ def add_ingest(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
     add("sink", metavar="SINK", help="where the image goes")
     add("--direct", action="store_true",
-        help="write pages as they come: for background-snapshot, which sends each once, and which comes to "
-        "its end even if we fail. Otherwise a file in --spill-dir keeps the last of each")  # fmt: skip
+        help="write pages as they arrive: for background-snapshot, which sends each page once. After an "
+        "error the stream is still read to its end. Without --direct a file in --spill-dir keeps the "
+        "last version of each page")  # fmt: skip
     add_options(parser, LEFT_OUT["ingest"], {
         "spill_dir": "where pages wait for the end of the stream (default: $TMPDIR)",
-        "timeout": "give up (with --direct: and read the stream to its end, so that QEMU is not left)",
+        "timeout": "give up (with --direct: and still read the stream to its end, for QEMU)",
     })
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")

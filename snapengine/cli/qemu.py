@@ -1,4 +1,4 @@
-"""`snapengine qemu`: what concerns QEMU's machines. The commands of the group are added here."""
+"""`snapengine qemu`: the group of commands for QEMU machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snapengine.cli.qemu_restore import add_restore
 from snapengine.cli.qemu_save import add_save
 from snapengine.report.terminal import raw
 
-DESCRIPTION = "Virtual machines of QEMU.\n"
+DESCRIPTION = "Save, restore and analyze QEMU machines.\n"
 EPILOG = "`snapengine qemu COMMAND --help` has the options and examples of each command.\n"
 
 

@@ -1,4 +1,4 @@
-"""`snapengine qemu analyze`: what is in a migration stream, and what it would take as an image."""
+"""`snapengine qemu analyze`: the contents of a migration stream, and its size as an image."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from snapengine.qemu.analyze import Analysis
 
 ANALYZE = """\
-Read a file that QEMU's `migrate "exec:cat > FILE"` wrote: what its sections take, how often each page of
-the RAM is in it, and what it would take as an image (made for that, raw and compressed, and thrown away).
+Analyze a file that QEMU's `migrate "exec:cat > FILE"` wrote: the sizes of its sections, how often it holds
+each page of the RAM, and its size as an image, raw and compressed (made for this purpose and discarded).
 """
 ANALYZE_EPILOG = f"""\
 examples:

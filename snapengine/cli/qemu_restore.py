@@ -1,4 +1,4 @@
-"""`snapengine qemu restore`: a machine goes on from its image."""
+"""`snapengine qemu restore`: starts a machine from its image."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored
 
 DESCRIPTION = """\
-Start QEMU and let it go on where the image has the machine. Give QEMU's command line as the machine that was
-saved had it (`snapengine info IMAGE` shows it), with the disks as they were then; -S and -incoming are added.
-QEMU runs on when this command has ended; its monitor is at --qmp.
+Start QEMU with the state of the machine in the image. Give the QEMU command line of the saved machine
+(`snapengine info IMAGE` shows it), with the disks as they were then; -S and -incoming are added. QEMU keeps
+running after this command has ended; its monitor is at --qmp.
 """
 EPILOG = f"""\
 Machines that differ (RAM blocks, sizes, devices, CPUs, machine type, QEMU's version) are refused, with what
-differs; --force tries all the same.
+differs; --force tries anyway.
 
 examples:
   snapengine qemu restore vm.img -- qemu-system-x86_64 -m 1G -drive file=vm.qcow2
@@ -43,11 +43,11 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     add("image", metavar="IMAGE", help="the image, a file")
     add("command", nargs="+", metavar="QEMU ARGUMENT...", help="QEMU's command line, behind --")
     add("--qmp", metavar="SOCKET", help="Unix socket for the machine's monitor (default: in a new directory)")
-    add("--paused", action="store_true", help="do not let the guest run yet")
-    add("--force", action="store_true", help="go on though the machine differs from the one that was saved")
+    add("--paused", action="store_true", help="leave the guest stopped")
+    add("--force", action="store_true", help="continue although the machine differs from the saved one")
     add("--foreground", action="store_true",
-        help="QEMU has the terminal; wait for its end, and end with its exit code")  # fmt: skip
-    add("--log", metavar="FILE", help="what QEMU prints goes there (default: nowhere)")
+        help="give QEMU the terminal, wait for its end, and return its exit code")  # fmt: skip
+    add("--log", metavar="FILE", help="file for QEMU's output (default: discarded)")
     add("--monitor-timeout", type=argument(parse_seconds), default=60.0, metavar="SECONDS",
         help="longest wait for the answer of QEMU's monitor to one command (default 60)")  # fmt: skip
     add_timeout(parser, "end QEMU, unless the machine is loaded,")

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from snapengine.result import Result
 
 DESCRIPTION = """\
-Save a virtual machine that stock QEMU (7.2 or newer) runs, while it goes on running. QEMU is attached to;
-the guest stands for a few milliseconds, in which the devices' state is taken and its RAM is protected, and
-runs on while the RAM is saved. The image holds the machine at one instant, every page once.
+Save a running virtual machine of stock QEMU (7.2 or newer). This command attaches to the QEMU process. The
+guest is stopped for a few milliseconds while the devices' state is taken and its RAM is protected, and runs
+while the RAM is saved. The image holds the machine at one instant, every page once.
 
-Who may not attach to QEMU's process has it save itself (--via-migration): slower, but compressed,
-checked and bounded as well.
+Without permission to attach, use QEMU's own migration (--via-migration). It is slower; the image is
+compressed, checked and bounded as well.
 """
 EPILOG = f"""\
 SINK is as in `snapengine save`: PATH, file:PATH, exec:COMMAND, fd:N, - or null:.
@@ -48,13 +48,14 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add = parser.add_argument
     add("sink", metavar="SINK", help="where the image goes")
     add("--qmp", required=True, metavar="SOCKET", help="QEMU's monitor: a Unix socket")
-    add("--pid", type=int, default=0, metavar="PID", help="QEMU's process (default: who listens at SOCKET)")
+    add("--pid", type=int, default=0, metavar="PID",
+        help="QEMU's process (default: the process that listens at SOCKET)")  # fmt: skip
     add("--via-migration", action="store_true",
-        help="do not attach: QEMU saves itself, by background-snapshot "
-        "(dirty-logging: by migrate, and with KVM only)")  # fmt: skip
+        help="do not attach: QEMU sends its own migration stream, by background-snapshot (dirty-logging: by "
+        "migrate, and with KVM only)")  # fmt: skip
     add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
-        help="take an external snapshot of this disk at the same instant: it goes on in FILE (qcow2), "
-        "the file that it had stays as it was then; may be repeated")  # fmt: skip
+        help="take an external snapshot of this disk at the same instant: QEMU then writes to FILE (qcow2), "
+        "and the previous file keeps the state at that instant; may be repeated")  # fmt: skip
     add_options(parser, LEFT_OUT["qemu save"], {
         "strict": "fail if QEMU discards memory before it is saved",
     })

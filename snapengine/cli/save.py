@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from snapengine.targets.base import Target
 
 DESCRIPTION = """\
-Save the memory of a running program, which goes on running while its pages are saved. The image holds
-the state at one instant. Either the program cooperates (--socket: a virtual machine monitor, or
-`snapengine guest`, connects to the Unix socket PATH and hands over its memory map and its
-userfaultfd), or it knows nothing of it (--pid: any process that this user may trace).
+Save the memory of a running program. The program keeps running while its pages are saved; the image holds
+the state at one instant. A program that cooperates (--socket) connects to the Unix socket PATH and hands
+over its memory map and its userfaultfd: a virtual machine monitor, or `snapengine guest`. Any other process
+that this user may trace is attached to (--pid).
 """
 EPILOG = f"""\
 SINK is where the image goes:
@@ -38,7 +38,7 @@ SINK is where the image goes:
   exec:COMMAND     the standard input of a shell command
   fd:N             an open file descriptor
   -                standard output; figures and --json then go to stderr
-  null:            nowhere: what a snapshot costs, and what it would find
+  null:            nowhere: to measure a snapshot
 
 LIST names what to save of a process: all, or some of anon, heap, stack, shared, files and START-END
 (hexadecimal), separated by commas. What is not saved is listed in the result, with the reason.
@@ -74,8 +74,8 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("--regions", type=argument(_regions), metavar="LIST",
         help="--pid: what to save (default: all)")  # fmt: skip
     add("--cut", choices=("soft", "stop"),
-        help="--pid: soft (default) stops one thread for a fraction of a millisecond; stop stops all while "
-        "the memory is protected, and saves registers and what cannot be protected")  # fmt: skip
+        help="--pid: soft stops one thread for a fraction of a millisecond; stop stops all threads while the "
+        "memory is protected, and saves registers and unprotectable memory, too (default: soft)")  # fmt: skip
     add_options(parser, LEFT_OUT["save"], {
         "copy_limit": f"--pid: {FLAGS['copy_limit']['help']}",
         "strict": "fail if the target discards memory before it is saved",
@@ -83,9 +83,9 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("--vmstate", type=argument(parse_vmstate), action="append", default=[], metavar="NAME=FILE",
         help="store FILE in the image as the blob NAME; may be repeated")  # fmt: skip
     add("--peer-timeout", type=seconds, default=60.0, metavar="SECONDS",
-        help="--socket: wait so long for the peer (default 60)")  # fmt: skip
+        help="--socket: longest wait for the peer (default: 60)")  # fmt: skip
     add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
-        help="--pid: longest wait for threads to stop, after which all is undone (default 1)")  # fmt: skip
+        help="--pid: longest wait for threads to stop; then everything is undone (default: 1)")  # fmt: skip
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
     parser.set_defaults(run=run, parser=parser)
@@ -111,7 +111,7 @@ def read_vmstate(pairs: list[tuple[str, Path]]) -> dict[str, bytes]:
 
 
 def exit_code(result: Result) -> int:
-    """0, or what is special about a capture that ended without an error."""
+    """0, or the code of a capture that did not converge or lost pages."""
     if result.status != COMPLETED:
         return EXIT_NOT_CONVERGED
     return EXIT_LOST if result.lost_pages else EXIT_OK

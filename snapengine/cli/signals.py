@@ -16,7 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def catch(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
-    """Set the handler of our signals that are not ignored (nohup, a shell's background job); those before."""
+    """Set the handler of those of `SIGNALS` that are not ignored (nohup, background jobs). Returns the
+    previous handlers."""
     before: dict[int, Any] = {}
     try:
         for number in SIGNALS:
@@ -28,6 +29,6 @@ def catch(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
 
 
 def end_at_once(signum: int, frame: FrameType | None) -> NoReturn:
-    """Nothing has begun: nothing is to be undone."""
+    """Exit at once: nothing has begun that would have to be undone."""
     os.write(2, f"snapengine: cancelled by {signal.Signals(signum).name}\n".encode())
     os._exit(128 + signum)

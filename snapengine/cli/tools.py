@@ -11,9 +11,9 @@ from snapengine.options import COPY_LIMIT
 from snapengine.report.terminal import EXIT_CODES, EXIT_ERROR, EXIT_OK, print_json, raw
 
 DOCTOR = """\
-Say what this host can do, feature by feature; for each "no", why, and what to do. With --pid: what a
-snapshot of that process would hold, mapping by mapping, what it would lack and why, how large the image
-can become, and about how long threads would stand. Nothing is stopped or changed.
+Check what this host supports, feature by feature; for each "no", why, and what to do. With --pid: which
+mappings a snapshot of that process would hold, which it would lack and why, the largest possible size of the
+image, and about how long threads would be stopped. Nothing is stopped or changed.
 """
 DOCTOR_EPILOG = """\
 examples:
@@ -31,8 +31,8 @@ bandwidth, verify and restore each image, prove the restored memory consistent, 
 """
 DEMO_EPILOG = f"""\
 The figures of a row: how many page writes a second the guest makes; the image, and its ratio to the
-memory that is not zero; how long writers stood (p50, p99, longest); what share of its undisturbed writes
-the guest still made while it was saved.
+memory that is not zero; how long writers waited (p50, p99, longest); the share of its undisturbed write rate
+that the guest kept while it was saved.
 
 examples:
   snapengine demo
@@ -58,7 +58,7 @@ def add_doctor(commands: argparse._SubParsersAction[Any], line: str) -> None:
     parser.add_argument("--pid", type=int, metavar="PID", help="look at this process")
     parser.add_argument("--all", action="store_true", help="--pid: list all mappings, not only the largest")
     parser.add_argument("--copy-limit", type=argument(parse_size), default=COPY_LIMIT, metavar="SIZE",
-                        help="--pid: as of save (default 64M)")  # fmt: skip
+                        help="--pid: --copy-limit of save (default: 64M)")  # fmt: skip
     parser.set_defaults(run=run_doctor, parser=parser)
 
 
@@ -104,7 +104,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """The main job."""
+    """Run the rounds and print the table."""
     from snapengine.demo import main as demo
 
     plan = demo.Plan(args.size, args.rates, args.sink_rate, args.keep)

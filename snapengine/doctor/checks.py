@@ -1,4 +1,4 @@
-"""What the facts of a host mean: one function per feature, from a `Host` to a `Check`. No I/O."""
+"""The verdicts: one function per feature, from a `Host` to a `Check`. No I/O."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Check:
 
     name: str
     ok: bool | None
-    """True: yes. False: no. None: not here, and nothing is wrong with that, or it could not be found out."""
+    """True: yes. False: no. None: absent, which is no problem, or unknown."""
     found: str
-    """What there is."""
+    """What was found."""
     why: str = ""
-    """What does not work without it, or what goes wrong with it."""
+    """What does not work without it, or what it breaks."""
     fix: str = ""
-    """What to do."""
+    """The remedy."""
     needed: bool = False
     """Write tracking does not work without it."""
 
@@ -58,18 +58,18 @@ def check_machine(host: Host) -> Check:
 
 
 def check_kernel(host: Host) -> Check:
-    """The release; the features themselves are asked one by one below."""
+    """The release. The features themselves are checked one by one below."""
     match = re.match(r"(\d+)\.(\d+)", host.release)
     if match is None:
         return Check("kernel", None, host.release or "unknown", "the release is not readable")
     if (int(match[1]), int(match[2])) >= (6, 7):
         return Check("kernel", True, host.release)
-    why = "6.7 is the first that has all that is used; what is missing below says what that means"
+    why = "6.7 is the first release with everything that is used; the rows below say what is missing"
     return Check("kernel", False, host.release, why, "use Linux 6.7 or newer")
 
 
 def check_userfaultfd(host: Host) -> Check:
-    """Whether this user may open one, and by which of the ways."""
+    """Whether this user may open one, and how."""
     name = "userfaultfd"
     if host.features is not None:
         if host.device == "open":
@@ -84,7 +84,7 @@ def check_userfaultfd(host: Host) -> Check:
         f"vm.unprivileged_userfaultfd={host.unprivileged.strip() or '?'}",
     ]
     if host.has_capability(CAP_SYS_PTRACE):
-        # The kernel never refuses root; the default profile of containers, and user namespaces, do.
+        # The kernel itself never refuses root. Seccomp profiles of containers and user namespaces do.
         why = "refused although this process has CAP_SYS_PTRACE: by a seccomp filter or a user namespace"
         fix = "allow userfaultfd in the container's seccomp profile, or pass /dev/userfaultfd into it"
         return Check(name, False, ", ".join(filter(None, found)), why, fix, True)
@@ -116,7 +116,7 @@ def check_pagemap_scan(host: Host) -> Check:
 
 
 def check_wp_bit(host: Host) -> Check:
-    """What the engine asks after each copy where there is no PAGEMAP_SCAN."""
+    """Tells after each copy whether the page is still protected, without PAGEMAP_SCAN."""
     return _from_table(PAGEMAP_WP_BIT, host.wp_bit or host.pagemap_scan is None, "missing")
 
 
@@ -202,7 +202,7 @@ def check_swap(host: Host) -> Check:
 
 
 def check_spill(host: Host) -> Check:
-    """Where pages go when the sink is slower than the writers."""
+    """Holds pages when the sink is slower than the writers."""
     found = f"{format_size(host.spill_free)} free in {host.spill_dir}"
     if host.spill_free >= GIB:
         return Check("spill directory", True, found)
@@ -225,7 +225,7 @@ def check_libraries(host: Host) -> Iterator[Check]:
         if found.startswith("missing"):
             yield Check(name, False, found, "it is a dependency", f"pip install {name}", True)
         elif "Python" in found:
-            why = "checksums in Python hold the sink up"
+            why = "checksums in Python slow the sink down"
             yield Check(name, False, found, why, f"install a wheel of {name} that has its C part", True)
         else:
             yield Check(name, True, found)

@@ -1,7 +1,6 @@
-"""What this host is: plain facts read from /proc, /sys and a few harmless calls. No judgement.
+"""Facts about this host, read from /proc, /sys and by a few harmless calls. No verdicts.
 
-Tests make a `Host` from texts; `read_host()` makes the one of this machine. A fact that cannot be read is
-None or empty.
+Tests make a `Host` from texts; `read_host()` reads this machine. A fact that cannot be read is None or empty.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`snapengine doctor --pid`: what a capture of a process would hold, mapping by mapping, before it is made.
+"""`snapengine doctor --pid`: which mappings a capture of a process would hold. Nothing is captured.
 
 Reads /proc only; stops nobody. The process runs on, so all of it is a moment old.
 """
@@ -195,11 +195,11 @@ def print_preflight(found: Preflight, *, everything: bool = False, out: TextIO |
     print_text(f"process {found.pid} ({printable(found.name)}), {found.threads} threads", out)
     print_text(f"image: at most {format_size(found.bound_bytes)} uncompressed (write tracking)", out)
     print_text(
-        f"soft cut: one thread stands for about {found.injection_ns / 1e6:.1f} ms; protecting takes about "
-        f"{found.arm_ns / 1e6:.1f} ms, in which writers may wait",
+        f"soft cut: one thread is stopped for about {found.injection_ns / 1e6:.1f} ms; "
+        f"protecting takes about {found.arm_ns / 1e6:.1f} ms, in which writers may wait",
         out,
     )
-    print_text(f"stop cut: all threads stand for about {found.stop_ns / 1e6:.0f} ms", out)
+    print_text(f"stop cut: all threads are stopped for about {found.stop_ns / 1e6:.0f} ms", out)
     for warning in found.warnings:
         print_text(f"warning: {warning}", out)
     print(file=out)

@@ -11,7 +11,7 @@ from snapengine.result import COMPLETED, Result, fitted_parts
 
 
 def figures_rows(result: Result) -> list[tuple[str, str]]:
-    """Name and value of what is worth a line; what is zero and usually is so is left out."""
+    """Name and value of each line. Figures that are usually zero are left out when they are."""
     rows = [
         ("method", without_controls(result.method)),
         ("status", without_controls(result.status)),
@@ -48,13 +48,13 @@ def _instant(result: Result) -> str:
 
 
 def _arming(result: Result) -> str:
-    """How long it took, and how long writers waited for T if that was less."""
+    """How long arming took, and how long writers waited for T if that was shorter."""
     less = f" (writers waited {format_ns(result.pause_ns)})" if 0 < result.pause_ns < result.arm_ns else ""
     return format_ns(result.arm_ns) + less
 
 
 def _pause(result: Result) -> str:
-    """The pause; what it was spent on, but for "guest", which is the sum by another clock."""
+    """The pause and its parts. "guest" is left out: it is their sum by another clock."""
     parts = fitted_parts(result.stop_parts_ns, result.stop_ns)  # images of earlier versions hold more
     spent = ((without_controls(name), ns) for name, ns in parts.items() if name != "guest")
     texts = [f"{name} {format_ns(ns)}" for name, ns in spent]

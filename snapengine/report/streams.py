@@ -1,6 +1,6 @@
-"""Standard output and error of the command, whatever they are: closed, of an ASCII locale, broken, full.
+"""Standard output and error of the command, which may be closed, broken, full, or of an ASCII locale.
 
-Imports next to nothing: every command begins here.
+Imports almost nothing: every command starts here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TextIO
 PLAIN = {
     "µ": "u", "\u202f": " ", "÷": "/", "→": "->",
 }  # fmt: skip
-"""What stands for a character of ours that an output's encoding lacks."""
+"""Replacements for characters that the output's encoding lacks."""
 ERRORS = "snapengine.plain"
 closed: set[int] = set()
-"""Standard descriptors that were closed when the command began: nothing that is written to them is kept."""
+"""Standard descriptors that were closed when the command began: output to them is lost."""
 
 
 def prepare() -> None:
-    """Make printing to both streams safe: no character can fail, and both are there.
+    """Make printing to both streams safe: both exist, and every character can be encoded.
 
-    Where a standard descriptor is closed, an image would get its number, and words would go into it.
+    A file opened later would get the number of a closed standard descriptor, and messages would go into it.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         closed.add(fd)
@@ -47,14 +47,14 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def is_broken(stream: TextIO) -> bool:
-    """Whether it is a pipe or socket that nobody reads any more."""
+    """Whether it is a pipe or socket without a reader."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def silence(stream: TextIO) -> None:
-    """It cannot be written to: keep the interpreter from failing once more when it flushes it at the end."""
+    """Redirect a broken stream to /dev/null, so that the interpreter's flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

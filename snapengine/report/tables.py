@@ -1,4 +1,4 @@
-"""Columns of text that fit the terminal: a cell that is too wide goes on in the next line, nothing is cut."""
+"""Tables that fit the terminal: a cell that is too wide continues on the next line, nothing is truncated."""
 
 from __future__ import annotations
 
@@ -128,5 +128,5 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def clean(text: str) -> str:
-    """A cell that cannot control the terminal."""
+    """`text` without characters that control the terminal."""
     return OURS.join(without_controls(part) for part in text.split(OURS))

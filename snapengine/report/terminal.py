@@ -1,4 +1,4 @@
-"""What the commands have in common on a terminal: exit codes, usage errors, JSON, words to the user."""
+"""Shared by the commands: exit codes, usage errors, JSON, messages to the user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(text: str, *, of: str = "snapengine") -> None:
-    """A word to the user. That nobody reads it changes nothing."""
+    """Print a message to the user. A broken stderr is ignored."""
     try:
         print(f"{of}: {one_line(text)}", file=sys.stderr, flush=True)
     except OSError:
@@ -58,7 +58,7 @@ def print_json(value: Any, file: TextIO | None = None) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no lone surrogates; what is left of them in an error's text is escaped."""
+    """Escape lone surrogates, which JSON does not have."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode() if not value.isascii() else value
     if isinstance(value, dict):
