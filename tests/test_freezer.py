@@ -65,12 +65,12 @@ def test_everything_stands_still(threads):
     with Target("compute", threads) as target:
         for _ in range(3):
             with Freezer(target.pid) as freezer:
-                assert freezer.frozen
+                assert freezer.stopped
                 assert {state_of(target.pid, tid) for tid in target.tids} == {"t"}
                 before = target.counters(threads)
                 time.sleep(0.03)
                 assert target.counters(threads) == before
-            assert not freezer.frozen
+            assert not freezer.stopped
             assert freezer.stop_ns > 30_000_000
         check_gone(target)
         target.check_running(min(threads, 3))
@@ -207,7 +207,7 @@ def test_it_can_be_used_again_and_from_any_thread():
             stopper = threading.Thread(target=freezer.stop)
             stopper.start()
             stopper.join()
-            assert freezer.frozen
+            assert freezer.stopped
             with pytest.raises(RuntimeError, match="stopped already"):
                 freezer.stop()
             freezer.resume()
@@ -265,7 +265,7 @@ def test_the_parent_of_a_vfork():
     with Target("odd", "vfork") as target:
         until(lambda: target.words[VALUES] and state_of(target.pid) == "D")
         with Freezer(target.pid) as freezer:
-            assert freezer.kin == [target.words[VALUES]]
+            assert freezer.sharers == [target.words[VALUES]]
             target.words[MEMORY] = 1
             time.sleep(0.02)
             assert state_of(target.pid) == "D"

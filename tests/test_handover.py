@@ -269,7 +269,7 @@ def test_bad_memfd(peer: Peer, kind: str) -> None:
     expected = {
         "pipe": "not a regular file",
         "small": "too few",
-        "other": "not what is mapped there",
+        "other": "another file is mapped there",
         "unsealed": "not sealed",
         "offset": "offset: not where the mapping begins",
     }[kind]
@@ -311,7 +311,7 @@ def test_private_memory(peer: Peer) -> None:
 def test_private_memory_with_memfd(peer: Peer) -> None:
     with GuestMemory(GuestParams(size=MIB)) as memory:
         peer.send(peer.message(base_host_virt_addr=memory.addr, memfd=1), [peer.uffd, peer.memory.memfd])
-        assert "a private mapping is not what the memfd holds" in peer.refused()
+        assert "the mapping is private, so its content is not the memfd's" in peer.refused()
 
 
 def test_peer_closes_early(peer: Peer) -> None:

@@ -65,7 +65,7 @@ def test_stale_socket_is_replaced(path: Path) -> None:
 
 def test_live_listener_is_refused_and_not_disturbed(path: Path) -> None:
     first = Listener(path)
-    with pytest.raises(UnsupportedError, match="somebody listens there already") as caught:
+    with pytest.raises(UnsupportedError, match="another process is listening there") as caught:
         Listener(path)
     assert caught.value.errno == 98
     with pytest.raises(HandoverError, match="no peer connected"):

@@ -193,10 +193,10 @@ def test_decisions(kind):
 
     for stop in (False, True):
         selection = select(1, [DECIDED[kind]], Selector(), stop=stop, facts=Facts(1))
-        (fate,) = selection.fates
+        (decision,) = selection.decisions
         wanted = ROWS[kind][2 if stop else 1]
-        left = "elsewhere" if fate.reason in ELSEWHERE else "named"
-        assert {"track": "tracked", "copy": "copied", "leave": left}[fate.action] == wanted
+        left = "elsewhere" if decision.reason in ELSEWHERE else "named"
+        assert {"track": "tracked", "copy": "copied", "leave": left}[decision.action] == wanted
 
 
 def test_vdso(saved):
@@ -284,8 +284,8 @@ def test_memory_that_is_mapped_twice(twice, tmp_path):
     assert first == second
     assert any(first)
     save(twice.pid, tmp_path / "part.img", regions=parse_regions(f"{one:x}-{one + PAGE:x}"))
-    fates = {row.start: (row.soft, row.stop) for row in examine_process(twice.pid).rows}
-    assert fates[one] == fates[two] == ("no", "copied")
+    decisions = {row.start: (row.soft, row.stop) for row in examine_process(twice.pid).rows}
+    assert decisions[one] == decisions[two] == ("no", "copied")
 
 
 def test_too_much_memory_that_is_mapped_twice(twice, tmp_path):
@@ -294,8 +294,8 @@ def test_too_much_memory_that_is_mapped_twice(twice, tmp_path):
     named = {item["start"]: item["reason"] for item in result.not_captured}
     assert "--copy-limit" in named[one]
     assert "--copy-limit" in named[two]
-    fates = {row.start: row.stop for row in examine_process(twice.pid, copy_limit=64 << 10).rows}
-    assert fates[one] == fates[two] == "no"
+    decisions = {row.start: row.stop for row in examine_process(twice.pid, copy_limit=64 << 10).rows}
+    assert decisions[one] == decisions[two] == "no"
 
 
 def test_a_userfaultfd_of_its_own(tmp_path):
@@ -348,12 +348,12 @@ def test_pages_of_its_own_count_not_the_size(tmp_path, limit, action):
     memory = private_file(tmp_path, 16 << 20, 5)
     (mapping,) = [m for m in read_maps() if m.path == str(tmp_path / "large")]
     selection = select(os.getpid(), [mapping], Selector(), stop=True, limit=limit)
-    (fate,) = selection.fates
-    assert fate.action == action
-    assert fate.cost == 5 * PAGE
-    assert not fate.whole
+    (decision,) = selection.decisions
+    assert decision.action == action
+    assert decision.cost == 5 * PAGE
+    assert not decision.whole
     if action == "leave":
-        assert "--copy-limit 16" in fate.reason
+        assert "--copy-limit 16" in decision.reason
     memory.close()
 
 

@@ -25,12 +25,12 @@ def counted(target, n):
 
 @pytest.mark.parametrize(("mode", "counters"), [("share", 2), ("threads", 3)])
 def test_who_shares_the_memory_stands(mode, counters):
-    with Target("kin", mode) as target:
+    with Target("sharer", mode) as target:
         counted(target, counters)
         other = target.words[VALUES]
         for _ in range(5):
             with Freezer(target.pid) as freezer:
-                assert freezer.kin == [other]
+                assert freezer.sharers == [other]
                 assert {state_of(other, int(tid)) for tid in os.listdir(f"/proc/{other}/task")} == {"t"}
                 before = target.counters(counters)
                 time.sleep(0.02)
@@ -43,10 +43,10 @@ def test_who_shares_the_memory_stands(mode, counters):
 
 def test_asked_of_the_one_it_is_shared_with():
     """The child's own snapshot stops its parent."""
-    with Target("kin", "share") as target:
+    with Target("sharer", "share") as target:
         counted(target, 2)
         with Freezer(target.words[VALUES]) as freezer:
-            assert freezer.kin == [target.pid]
+            assert freezer.sharers == [target.pid]
             assert state_of(target.pid) == "t"
             before = target.counters(2)
             time.sleep(0.02)
@@ -56,13 +56,13 @@ def test_asked_of_the_one_it_is_shared_with():
 
 def test_a_child_of_vfork_and_who_waits_for_it():
     """The waiting thread sleeps in the kernel, where no stop reaches it: nobody waits for it to stop."""
-    with Target("kin", "vfork") as target:
+    with Target("sharer", "vfork") as target:
         counted(target, 2)
         other = target.words[VALUES]
         waiting = next(tid for tid in target.tids if state_of(target.pid, tid) == "D")
         for _ in range(3):
             with Freezer(target.pid) as freezer:
-                assert freezer.kin == [other]
+                assert freezer.sharers == [other]
                 before = target.counters(3)
                 time.sleep(0.02)
                 assert target.counters(3) == before
@@ -80,7 +80,7 @@ def test_a_child_of_vfork_and_who_waits_for_it():
 
 
 def test_processes_that_come_and_go_meanwhile():
-    with Target("kin", "churn") as target:
+    with Target("sharer", "churn") as target:
         counted(target, 2)
         for _ in range(30):
             with Freezer(target.pid):
@@ -91,13 +91,13 @@ def test_processes_that_come_and_go_meanwhile():
 
 
 def test_one_that_is_traced_by_another():
-    with Target("kin", "share") as target:
+    with Target("sharer", "share") as target:
         counted(target, 2)
         other = target.words[VALUES]
         with traced(other):
             error = refuse_in(Freezer(target.pid).stop, AttachError)
             assert error.errno == errno.EBUSY
-            assert f"shares its memory with process {other} (kin), which is being traced" in str(error)
+            assert f"shares its memory with process {other} (sharer), which is being traced" in str(error)
         target.check_running(2)
         assert {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}
 
@@ -105,14 +105,14 @@ def test_one_that_is_traced_by_another():
 def test_other_processes_are_left_alone():
     """Neither a forked child, which has a copy of the memory, nor anybody else."""
     with Target("odd", "zombie") as target, Target("compute", 2) as other, Freezer(target.pid) as freezer:
-        assert freezer.kin == []
+        assert freezer.sharers == []
         other.check_running(2)
 
 
 @pytest.mark.usefixtures("requires_uffd")
 def test_a_stop_cut_is_one_state(tmp_path):
     """.data is copied, the anonymous page tracked: the other process writes to both in turn."""
-    with Target("kin", "share") as target:
+    with Target("sharer", "share") as target:
         counted(target, 2)
         for number in range(6):
             path = tmp_path / f"image{number}"
@@ -127,7 +127,7 @@ def test_a_stop_cut_is_one_state(tmp_path):
 
 @pytest.mark.usefixtures("requires_uffd")
 def test_rounds_end_in_one_state(tmp_path):
-    with Target("kin", "share") as target:
+    with Target("sharer", "share") as target:
         counted(target, 2)
         process = ProcessTarget(target.pid, method="dirty-logging", deadline=20)
         options = {"method": "dirty-logging", "max_rounds": 50}

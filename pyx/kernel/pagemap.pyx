@@ -1,7 +1,7 @@
 """PAGEMAP_SCAN (Linux 6.7): which pages are populated, huge, or written since they were protected.
 
-Sees the page tables of one process only: pages of a shared file that another process, or a write()
-through the file, has made are not "present" here. Source: Documentation/admin-guide/mm/pagemap.rst.
+It reads the page tables of one process only: a page of a shared file that another process or a write() has
+created is not "present" here. Source: Documentation/admin-guide/mm/pagemap.rst.
 """
 
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
@@ -20,8 +20,8 @@ from snapengine.kernel.linux cimport (
     PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, pm_scan_arg,
 )
 
-cdef uint64_t CALL_BYTES = <uint64_t>16 << 30     # 43 ms if it is all 4 KiB pages; then it asks `stop`
-cdef uint64_t CALL_ALIGN = 1 << 30                # no call ends inside of a huge page
+cdef uint64_t CALL_BYTES = <uint64_t>16 << 30     # 43 ms for 4 KiB pages only; then `stop` is checked
+cdef uint64_t CALL_ALIGN = 1 << 30                # no call ends inside a huge page
 
 CATEGORIES = {
     "WRITTEN": PAGE_IS_WRITTEN,
@@ -65,8 +65,9 @@ cdef int scan_step(scan_t *scan) noexcept nogil:
                 continue
             scan.err = errno
             return -1
-        # A full vector means that the walk may go on; walk_end can then lie before the last region
-        # found (the kernel flushes every 512), though that region is walked. Not full: it is done.
+        # A full vector means that there may be more. walk_end can then lie before the end of the last
+        # region (the kernel flushes every 512), though that region was walked. Otherwise the walk is
+        # complete.
         if found < SCAN_VECTOR:
             scan.next = arg.end
         else:
@@ -103,7 +104,7 @@ cdef int scan_written(int fd, uint64_t start, uint64_t end) noexcept nogil:
 
 
 cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil:
-    cdef page_region found[33]      # more cannot be apart from each other in 64 pages
+    cdef page_region found[33]      # 64 pages cannot have more separate runs
     cdef uint64_t first, last
     cdef long i
     cdef long regions = _scan_written(fd, start, start + n * 4096, found, 33, 0)
@@ -139,8 +140,8 @@ cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noex
 
 
 cdef bint _is_guard(uint64_t entry) noexcept nogil:
-    """A page that MADV_GUARD_INSTALL has made: nothing is there, and no access is allowed. Bit 58 says so
-    since Linux 6.15; before, to who may see it, the marker in its place (swap type 31, offset 4)."""
+    """A guard page of MADV_GUARD_INSTALL: it has no content, and allows no access. Bit 58 marks it since
+    Linux 6.15. Before, privileged readers see its marker (swap type 31, offset 4)."""
     cdef bint marker = entry & 31 == 31 and entry >> 5 & 4 != 0
     return entry >> 62 & 1 and (entry >> 58 & 1 or marker)
 
@@ -192,7 +193,7 @@ def has_wp_bits():
     """Whether /proc/PID/pagemap tells what is write-protected: bit 57 (Linux 5.14,
     Documentation/admin-guide/mm/pagemap.rst).
 
-    Asked of the release, since a page to try it with needs a userfaultfd, which this user may lack though the
+    Decided by the kernel release: a test page would need a userfaultfd, which this user may lack though the
     target has one.
     """
     major, minor = os.uname().release.split(".")[:2]
@@ -266,8 +267,8 @@ cdef list _runs_by_entries(int fd, uint64_t start, uint64_t end):
 
 
 def populated_runs(int fd, uint64_t start, uint64_t end, bint use_scan=True):
-    """What a process has in its page tables, or swapped out, as (start, end, categories): PRESENT, SWAPPED,
-    FILE and (with PAGEMAP_SCAN) HUGE. Guard pages are not among it.
+    """The present and swapped pages of a process as (start, end, categories): PRESENT, SWAPPED, FILE and
+    (with PAGEMAP_SCAN) HUGE. Guard pages are not among them.
 
     ``fd`` is an open /proc/PID/pagemap. Raises OSError.
     """

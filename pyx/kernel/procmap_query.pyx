@@ -1,7 +1,7 @@
 """One mapping of a process at a time: PROCMAP_QUERY (Linux 6.11).
 
-For capture threads: it takes no lock of the target for long, allocates nothing, and is current, where
-a list of all mappings is old when it has been read. Source: include/uapi/linux/fs.h.
+For capture threads: it holds the target's mmap lock only briefly, allocates nothing, and returns the current
+state, whereas a list of all mappings is outdated once it has been read. Source: include/uapi/linux/fs.h.
 """
 
 from libc.errno cimport EINTR, errno

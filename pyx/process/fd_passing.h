@@ -1,5 +1,6 @@
-/* A descriptor handed to another process over one of its own sockets: the page in that process which the calls
- * use, and our end. The page is made for it and unmapped afterwards: no byte of the process's own memory changes. */
+/* Pass a descriptor to another process over one of its own sockets: the layout of the page in that process
+ * which the calls use, and our end. The page is mapped for this purpose and unmapped afterwards, so that no
+ * byte of the process's own memory changes. */
 #ifndef SNAPENGINE_PASSING_H
 #define SNAPENGINE_PASSING_H
 
@@ -18,7 +19,7 @@ union snap_control {
     char bytes[CMSG_SPACE(sizeof(int))];
 };
 
-/* What is in the page. Addresses in it are the other process's. */
+/* The content of the page. Its addresses are those of the other process. */
 struct snap_passing {
     int pair[2]; /* socketpair(2) writes it */
     struct msghdr message;
@@ -28,9 +29,9 @@ struct snap_passing {
 };
 
 _Static_assert(offsetof(struct snap_passing, message) == 8, "PASSING_MESSAGE of inject.pyx");
-_Static_assert(sizeof(struct snap_passing) % 8 == 0, "it is read and written by words");
+_Static_assert(sizeof(struct snap_passing) % 8 == 0, "it is read and written in words");
 
-/* A message with room for one descriptor; `at` is where `passing` lies for whoever uses it. */
+/* A message with room for one descriptor; `at` is the address of `passing` in the process that uses it. */
 static inline void snap_passing_init(struct snap_passing *passing, uint64_t at) {
     memset(passing, 0, sizeof *passing);
     passing->part.iov_base = (void *)(at + offsetof(struct snap_passing, byte));
@@ -52,8 +53,8 @@ static inline int snap_passing_send(int socket, int fd) {
     return sendmsg(socket, &passing.message, MSG_DONTWAIT | MSG_NOSIGNAL) == 1 ? 0 : errno;
 }
 
-/* The descriptor that recvmsg(2) has put into the page; -1: there was no room for one, or a security module
- * has refused it. */
+/* The descriptor that recvmsg(2) has put into the page; -1: the descriptor table was full, or a security
+ * module refused it. */
 static inline int snap_passing_received(const struct snap_passing *passing) {
     int fd = -1;
     if (passing->message.msg_controllen >= CMSG_LEN(sizeof fd) &&

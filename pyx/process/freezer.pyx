@@ -1,20 +1,23 @@
 """All threads of another process stopped at one moment, and their registers.
 
-A thread of the freezer's own does all ptrace calls, because ptrace(2) binds a tracee to the OS thread that
-seized it: callers may be any. It holds no lock while it works, and its end lets go of everything, which is
-also the only way to let go of a thread that did not stop. If the whole process ends, by SIGKILL too, the
-kernel does the same: the target runs on.
+ptrace(2) binds a tracee to the OS thread that seized it. The freezer therefore has a thread of its own for
+all ptrace calls, and its methods may be called from any thread. That thread holds no lock while it works.
+When it ends, the kernel detaches all its tracees: that is the only way to detach from a thread that did not
+stop. The same happens if the whole process ends, even by SIGKILL: the target resumes.
 
-Processes that share its memory stand, too (`pyx/process/shared_mm`); their registers are not taken. Nor are
-those of a thread that waits for the child of its vfork: it stands in the kernel.
+Processes that share the target's memory are stopped too (`pyx/process/shared_mm`); their registers are not
+read. Nor are those of a thread that waits in the kernel for the child of its vfork.
 
-What it cannot stop: a thread in another uninterruptible sleep (a fault inside a system call on memory under
-somebody's userfaultfd, until that is answered): the deadline ends the attempt. Workers of io_uring are the
-kernel's own and cannot be traced, nor can requests of kernel AIO be held; they may go on writing to
-buffers that the target gave to the kernel: `snapengine.process.permissions.kernel_writers` names them.
+What it cannot stop:
+- a thread in another uninterruptible sleep, such as a fault inside a system call on memory under another
+  userfaultfd, until that is resolved. The deadline ends the attempt.
+- workers of io_uring, which are kernel threads and cannot be traced, and requests of kernel AIO. They may
+keep
+  writing to buffers that the target gave to the kernel; `snapengine.process.permissions.kernel_writers` names
+  them.
 
-While it stops threads this process gets SIGCHLD, as tracers do. A wait(-1) of another thread of this
-process may take a report away; the stop is then found by asking.
+While it stops threads, this process gets SIGCHLD, as every tracer does. A wait(-1) in another thread of this
+process may consume the report of a stop, which is then found by a query.
 """
 
 from libc.errno cimport ENOMEM, ESRCH, ETIMEDOUT
@@ -29,7 +32,7 @@ from snapengine.base.pthreads cimport (
     snap_thread_start,
 )
 from snapengine.process.stop_threads cimport (
-    FPREGS_BYTES, FROZEN, REGS_BYTES, STOPPING, THAWED, freezer_t, hold_still, thread_t,
+    FPREGS_BYTES, STOPPED, REGS_BYTES, STOPPING, RESUMED, freezer_t, stop_and_hold, thread_t,
 )
 
 import os
@@ -44,21 +47,21 @@ from snapengine.process.thread_state import ThreadState
 cdef class Freezer:
     """Stops a process: ``with Freezer(pid) as freezer: ...``, or `stop` and `resume`.
 
-    Any thread may call any method, one at a time. A process that was stopped (SIGSTOP) stays so after
-    `resume`. An object that is dropped resumes.
+    Any thread may call any method, one at a time. A process that was stopped by SIGSTOP stays stopped after
+    `resume`. Dropping the object resumes the process.
 
     Parameters
     ----------
     pid:
         A 64-bit process that this user may trace (ptrace(2)).
     deadline:
-        Seconds for all of its threads to stand still, after which it runs on and `stop` raises.
+        Seconds for all of its threads to stop. After that the process is resumed, and `stop` raises.
     """
 
     cdef freezer_t *state
     cdef pthread_t thread
     cdef bint running                   # `thread` is to be joined
-    cdef int owner                      # the pid that made it: a fork has no such thread
+    cdef int owner                      # the pid that made it: a forked child has no such thread
     cdef readonly int pid
     cdef readonly double deadline
 
@@ -71,29 +74,29 @@ cdef class Freezer:
         self.owner = getpid()
         self.pid = pid
         self.deadline = deadline
-        self.state.phase = THAWED
+        self.state.phase = RESUMED
 
     @property
-    def frozen(self):
-        """Whether the process stands still."""
-        return self.running and self.state.phase == FROZEN
+    def stopped(self):
+        """Whether the process is stopped by this object."""
+        return self.running and self.state.phase == STOPPED
 
     @property
-    def kin_known(self):
-        """Whether it could be told, of the last stop, which processes share the memory: if not, one of them
-        may run on."""
-        return not self.state.kin.unknown
+    def sharers_known(self):
+        """Whether it was known, at the last stop, which processes share the memory. If not, one of them may
+        have kept running."""
+        return not self.state.sharers.unknown
 
     @property
     def stop_ns(self):
-        """Nanoseconds from the first PTRACE_INTERRUPT until the last thread was let go, of the last stop.
-        A thread that waited for its turn on a CPU stood later than the interrupt."""
-        return 0 if self.running else self.state.frozen_ns
+        """Nanoseconds from the first PTRACE_INTERRUPT until the last thread was resumed, of the last stop.
+        A thread that waited for a CPU stopped later than the interrupt."""
+        return 0 if self.running else self.state.stopped_ns
 
     def stop(self, *, bint registers=True):
-        """Stop all threads. `registers`: take them, for `threads`; 10 µs a thread while it stands.
+        """Stop all threads. `registers`: read them for `threads`, which adds 10 µs a thread to the stop.
 
-        Raises AttachError (the text says why; after that nothing is stopped any more) or TargetGoneError.
+        Raises TargetGoneError or AttachError, whose text says why. After an error nothing is stopped.
         """
         cdef int err
         if self.running:
@@ -103,9 +106,9 @@ cdef class Freezer:
         self.state.limit_ns = <uint64_t>(max(self.deadline, 0.0) * 1e9)
         self.state.registers = registers
         self.state.n = self.state.err = self.state.at_tid = self.state.at_process = 0
-        self.state.thaw = False
+        self.state.resume = False
         self.state.phase = STOPPING
-        err = snap_thread_start(&self.thread, hold_still, self.state)
+        err = snap_thread_start(&self.thread, stop_and_hold, self.state)
         if err:
             raise OSError(err, f"pthread_create: {os.strerror(err)}")
         self.running = True
@@ -114,7 +117,7 @@ cdef class Freezer:
             while self.state.phase == STOPPING:
                 pthread_cond_wait(&self.state.changed, &self.state.lock)
             pthread_mutex_unlock(&self.state.lock)
-        if self.state.phase == THAWED:
+        if self.state.phase == RESUMED:
             self.resume()
             raise self._failure(info)
 
@@ -123,7 +126,7 @@ cdef class Freezer:
         if err == ENOMEM:
             return MemoryError()
         if self.state.at_process not in (0, info.pid):
-            return inject_policy.kin_not_stopped(info, self.state.at_process, tid, err)
+            return inject_policy.sharer_not_stopped(info, self.state.at_process, tid, err)
         if err == ETIMEDOUT:
             return inject_policy.nobody_stopped(info, {tid}, self.deadline)
         if err == ESRCH:
@@ -131,12 +134,12 @@ cdef class Freezer:
         return inject_policy.explain(info, tid, "seize", err, None)
 
     def resume(self):
-        """Let the process run on. Idempotent."""
+        """Resume the process. Idempotent."""
         if not self.running or self.owner != getpid():
             return
         with nogil:
             pthread_mutex_lock(&self.state.lock)
-            self.state.thaw = True
+            self.state.resume = True
             pthread_cond_broadcast(&self.state.changed)
             pthread_mutex_unlock(&self.state.lock)
             pthread_join(self.thread, NULL)
@@ -145,41 +148,43 @@ cdef class Freezer:
     def threads(self):
         """The `ThreadState` of every thread at the last stop, by tid; may be called after `resume`.
 
-        ``regs`` shows where the thread goes on. ``orig_rax`` is -1 where it computes. Otherwise it was in
-        that system call, and ``rax`` is its result, or says how the kernel is to go on with it: -512, -513
-        and -514 (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND) make the call again, -516
-        (ERESTART_RESTARTBLOCK) goes on with the time left. Calls that a stop ends with EINTR are
-        already set back to their syscall instruction.
+        ``regs`` shows where the thread continues. ``orig_rax`` is -1 for a thread in user code. Otherwise it
+        is the number of the system call that the thread was in, and ``rax`` is the result, or tells the
+        kernel how to restart the call: -512, -513 and -514 (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND)
+        repeat it, -516 (ERESTART_RESTARTBLOCK) continues with the time left. Calls that a stop ends with
+        EINTR are already set back to their syscall instruction.
         """
         cdef int i
         found = []
         for i in range(self.state.n):
-            if self.state.threads[i].standing and not self.state.threads[i].blind \
+            if self.state.threads[i].stopped and not self.state.threads[i].in_vfork \
                     and self.state.threads[i].process == self.pid:
                 found.append(self._thread(i))
         return sorted(found, key=lambda thread: thread.tid)
 
     def warnings(self):
-        """What of the last stop is not as it seems, in words; may be called after `resume`."""
+        """Limits of the last stop, as sentences for a user; may be called after `resume`."""
         cdef int i
         found = []
-        if self.state.kin.unknown:
+        if self.state.sharers.unknown:
             found.append(
-                "whether other processes share its memory cannot be told (kcmp(2) is not allowed or not "
-                "built in): one that does was not stopped"
+                "it is unknown whether other processes share its memory (kcmp(2) is not allowed or not "
+                "built in): such a process was not stopped"
             )
-        blind = [self.state.threads[i].tid for i in range(self.state.n)
-                 if self.state.threads[i].blind and self.state.threads[i].process == self.pid]
-        if blind:
-            tids = ", ".join(map(str, blind))
-            found.append(f"thread {tids} waits for the child of its vfork: its registers are not taken")
+        waiting = [self.state.threads[i].tid for i in range(self.state.n)
+                   if self.state.threads[i].in_vfork and self.state.threads[i].process == self.pid]
+        if waiting:
+            tids = ", ".join(map(str, waiting))
+            found.append(
+                f"thread {tids} waits for the child of its vfork: its registers are not in the image"
+            )
         return found
 
     @property
-    def kin(self):
-        """The processes that share the memory, and were stopped with it, of the last stop."""
+    def sharers(self):
+        """The processes that share the memory and were stopped too, at the last stop."""
         cdef int i
-        return [self.state.kin.processes[i] for i in range(self.state.kin.n)]
+        return [self.state.sharers.processes[i] for i in range(self.state.sharers.n)]
 
     cdef _thread(self, int i):
         cdef thread_t *thread = &self.state.threads[i]
@@ -206,11 +211,11 @@ cdef class Freezer:
         if self.state == NULL:
             return
         if self.owner != getpid():
-            return                      # a fork: the memory is shared with nobody, the thread is not here
+            return                      # a forked child: the thread does not exist here
         self.resume()
         pthread_cond_destroy(&self.state.changed)
         pthread_mutex_destroy(&self.state.lock)
         free(self.state.threads)
         free(self.state.area)
-        free(self.state.kin.processes)
+        free(self.state.sharers.processes)
         free(self.state)

@@ -1,21 +1,22 @@
-"""A userfaultfd of a process that does not cooperate: one of its threads is stopped and made to open it.
+"""Open a userfaultfd in a process that does not cooperate: stop one of its threads, and let that make the
+call.
 
-The stop runs in a helper process that shares our memory and descriptors (`snap_run_apart`), so a SIGKILL
-of this process leaves it running: it still closes the descriptor in the target, gives the thread its
-registers back and lets it go. What is left open is a SIGKILL of the helper itself (by its own pid, by a
-kill of the whole cgroup, by the OOM killer, which takes all who share the memory, or by the end of the pid
-namespace) between the first register changed and the last one restored: 0.4 ms (median of 90). The
-target then goes on with the registers of the injected call, which it hardly survives.
+The stop runs in a helper process that shares our memory and descriptors (`snap_run_in_helper`). It survives a
+SIGKILL of this process: it still closes the descriptor in the target, restores the thread's registers and
+detaches. One gap remains: a SIGKILL of the helper itself (by its own pid, of its whole cgroup, by the OOM
+killer, which kills all processes that share the memory, or by the end of the pid namespace) between the first
+changed register and the last restored one, 0.4 ms (median of 90). The target then continues with the
+registers of the injected call, and most likely crashes.
 
-The descriptor is opened in the target, copied here by pidfd_getfd(2) and closed there, in one stop. One
-that stayed there would keep the memory protected after our end, and block the target for ever.
+The descriptor is opened in the target, copied here by pidfd_getfd(2) and closed there, in one stop. If it
+stayed open there, it would keep the memory protected after our end, and block the target for ever.
 
-Two ways to open it. userfaultfd(2), where the target's user may call that: registers are all it takes.
-Otherwise /dev/userfaultfd is opened here and handed to the target, which makes USERFAULTFD_IOC_NEW with it:
-no file system, mount namespace, device cgroup or user of the target has a say. Handing over takes memory. It
-is a page of our own, mapped and unmapped by the stopped thread: what lies below its stack pointer belongs to
-others (a coroutine's stack inside an array), who run meanwhile. No byte of the target's own memory is
-ever written.
+There are two ways to open it. Where the target's user may call userfaultfd(2), registers are all it takes.
+Otherwise this process opens /dev/userfaultfd and hands it to the target, which calls USERFAULTFD_IOC_NEW on
+it. That depends on no file system, mount namespace, device cgroup or user of the target. Passing a descriptor
+needs memory: a page that the stopped thread maps and unmaps for us. The memory below its stack pointer may be
+in use by other threads (a coroutine's stack inside an array). No byte of the target's own memory is ever
+written.
 
 The helper allocates nothing, runs no Python and takes no lock: all of its data is in a job_t and on its
 own stack.
@@ -27,7 +28,7 @@ from libc.string cimport memset
 from posix.unistd cimport close
 
 from snapengine.kernel.ptrace cimport (
-    PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_hurry, snap_run_apart, snap_stand_apart,
+    PTRACE_O_SUSPEND_SECCOMP, PTRACE_O_TRACESYSGOOD, snap_boost_self, snap_leave_session, snap_run_in_helper,
 )
 from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.process.remotecall cimport (
@@ -80,7 +81,7 @@ cdef enum:
     GUARD_BYTES = 4096
     MAX_THREADS_TRIED = 8
 
-cdef uint64_t CALL_LIMIT_NS = 2000000000   # until a thread that stands, but does not run, is given up
+cdef uint64_t CALL_LIMIT_NS = 2000000000   # for a call by a thread that is stopped, but does not run
 
 Injected = namedtuple("Injected", "fd stop_ns tid")
 
@@ -112,20 +113,20 @@ cdef int _call(job_t *job, long call, const uint64_t *args, int64_t *result) noe
 
 
 cdef int _undo(job_t *job, long call, uint64_t a, uint64_t b) noexcept nogil:
-    """Without a limit: what stays open there may block the target for ever. In a cgroup that is frozen in
-    these microseconds it takes until the cgroup is thawed; to leave earlier would leave a thread whose
-    registers are ours."""
+    """A call that undoes another one. It has no time limit: what stays open in the target may block it for
+    ever. If its cgroup is frozen in these microseconds, this waits until the cgroup is thawed; to leave
+    earlier would leave the thread with our registers."""
     cdef uint64_t *args = [a, b, 0, 0, 0, 0]
     cdef int64_t result = 0
     return remote_call(&job.remote, call, args, 0, &result)
 
 
-cdef int _close_there(job_t *job, int64_t fd) noexcept nogil:
+cdef int _close_in_target(job_t *job, int64_t fd) noexcept nogil:
     return _undo(job, SYS_close, <uint64_t>fd, 0)
 
 
 cdef int _send_to(job_t *job, int there) noexcept nogil:
-    """The device, to the target's socket `there`, which we borrow."""
+    """Send the device to the target's socket `there`, through a copy of that descriptor."""
     cdef int ours = <int>c_syscall(SYS_pidfd_getfd, job.pidfd, there, 0)
     cdef int err
     if ours < 0:
@@ -149,8 +150,8 @@ cdef int _receive(job_t *job, uint64_t page, int socket, int64_t *device) noexce
 
 
 cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
-    """A socket pair in the target, of which one end brings the device. The other is closed before that
-    comes: never more than two descriptors at a time."""
+    """Pass the device through a socket pair in the target. The sending end is closed before the device is
+    received, so the target needs two free descriptors at most."""
     cdef uint64_t *args = [<uint64_t>AF_UNIX, <uint64_t>(SOCK_DGRAM | SOCK_CLOEXEC), 0, page, 0, 0]
     cdef snap_passing passing
     cdef int64_t result = 0
@@ -164,15 +165,15 @@ cdef int _pass_over(job_t *job, uint64_t page, int64_t *device) noexcept nogil:
     if err:
         return err
     sent = _send_to(job, passing.pair[1])
-    err = _close_there(job, passing.pair[1])
+    err = _close_in_target(job, passing.pair[1])
     if err == 0 and sent == 0:
         err = _receive(job, page, passing.pair[0], device)
-    return _close_there(job, passing.pair[0]) or sent or err
+    return _close_in_target(job, passing.pair[0]) or sent or err
 
 
 cdef int _pass_device(job_t *job, int64_t *device) noexcept nogil:
-    """The device into the target's table of descriptors. MAP_NORESERVE keeps the page from being merged with
-    a neighbour, so that to unmap it splits nothing."""
+    """Install the device in the target's descriptor table. MAP_NORESERVE keeps the page from being merged
+    with an adjacent mapping, so that unmapping it splits nothing."""
     cdef uint64_t *args = [0, PASSING_BYTES, <uint64_t>(PROT_READ | PROT_WRITE),
                            <uint64_t>(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE), <uint64_t>-1, 0]
     cdef int64_t page = 0
@@ -196,11 +197,11 @@ cdef int _open_by_device(job_t *job, int64_t *fd) noexcept nogil:
         args[0] = <uint64_t>device
         err = _call(job, SYS_ioctl, args, fd)
     if device >= 0:
-        err = _close_there(job, device) or err
+        err = _close_in_target(job, device) or err
     return err
 
 
-cdef int _open_there(job_t *job, int64_t *fd) noexcept nogil:
+cdef int _open_in_target(job_t *job, int64_t *fd) noexcept nogil:
     cdef uint64_t *args = [<uint64_t>(O_CLOEXEC | O_NONBLOCK), 0, 0, 0, 0, 0]
     if job.device >= 0:
         return _open_by_device(job, fd)
@@ -210,10 +211,10 @@ cdef int _open_there(job_t *job, int64_t *fd) noexcept nogil:
 
 cdef int _fetch(job_t *job) noexcept nogil:
     cdef int64_t there = -1
-    cdef int err = _open_there(job, &there)
+    cdef int err = _open_in_target(job, &there)
     if err:
         if there >= 0:
-            _close_there(job, there)
+            _close_in_target(job, there)
         return err
     job.step = STEP_GETFD
     job.fd = <int>c_syscall(SYS_pidfd_getfd, job.pidfd, <int>there, 0)
@@ -221,7 +222,7 @@ cdef int _fetch(job_t *job) noexcept nogil:
         err = errno
     else:
         job.step = STEP_CLOSE
-    return _close_there(job, there) or err
+    return _close_in_target(job, there) or err
 
 
 cdef int _inject(job_t *job) noexcept nogil:
@@ -243,13 +244,13 @@ cdef int _inject(job_t *job) noexcept nogil:
 
 cdef int _helper(void *arg) noexcept nogil:
     cdef job_t *job = <job_t *>arg
-    snap_stand_apart()
-    snap_hurry()
+    snap_leave_session()
+    snap_boost_self()
     job.err = _inject(job)
     return 0
 
 
-cdef int _run_apart(job_t *job) noexcept nogil:
+cdef int _run_in_helper(job_t *job) noexcept nogil:
     cdef size_t room = GUARD_BYTES + STACK_BYTES
     cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK
     cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, flags, -1, 0)
@@ -257,14 +258,14 @@ cdef int _run_apart(job_t *job) noexcept nogil:
     if stack == MAP_FAILED:
         return errno
     mprotect(stack, GUARD_BYTES, PROT_NONE)
-    err = snap_run_apart(_helper, job, stack, room)
+    err = snap_run_in_helper(_helper, job, stack, room)
     munmap(stack, room)
     return err
 
 
 def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device, bint repair):
-    """One stop of one thread: (step, errno, fd, stop_ns). `device`: what to hand over, or -1 for
-    userfaultfd(2)."""
+    """One stop of one thread: (step, errno, fd, stop_ns). `device`: the descriptor to hand over, or -1 to
+    call userfaultfd(2)."""
     cdef job_t job
     cdef int err
     memset(&job, 0, sizeof(job))
@@ -278,15 +279,15 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device
     job.fd = -1
     job.device = device
     with nogil:
-        err = _run_apart(&job)
+        err = _run_in_helper(&job)
     if err:
         raise OSError(err, f"clone: {os.strerror(err)}")
     return _STEPS[job.step], job.err, job.fd, job.stop_ns
 
 
 def _stop_and_open(info, ways, double deadline, bint repair):
-    """Try threads until one stops, and ways until one opens; (fd, ns stopped in all, tid)."""
-    cdef double left = deadline             # spent by waiting only: on a busy machine we get our turns late
+    """Try threads until one stops, and ways until one works; (fd, ns stopped in all, tid)."""
+    cdef double left = deadline             # only waiting counts: on a busy machine we run late
     stopped_ns = 0
     ways = list(ways)
     way = ways.pop(0)
@@ -300,11 +301,11 @@ def _stop_and_open(info, ways, double deadline, bint repair):
             insn = inject_policy.syscall_instruction(tid)
             pidfd = inject_policy.open_pidfd(info.pid, tid)
         except (FileNotFoundError, ProcessLookupError):
-            tried.add(tid)                  # a thread ends, the leader too, and its process lives on
+            tried.add(tid)                  # a thread, even the leader, may end before its process
             continue
         try:
-            # A thread that sleeps uninterruptibly must leave time for others; one that is only waiting
-            # for a CPU, among many, needs much itself.
+            # A thread in uninterruptible sleep must leave time for others. One that only waits for a CPU
+            # may itself need much of it.
             seconds = left if len(tids) == 1 else left / 2
             step, err, fd, stop_ns = _attempt(info, tid, pidfd, insn, seconds, way.device, repair)
         finally:
@@ -323,38 +324,38 @@ def _stop_and_open(info, ways, double deadline, bint repair):
 
 
 def inject_userfaultfd(pid, *, device=None, double deadline=1.0, info=None, bint _repair=True):
-    """Open a userfaultfd in process `pid` by one of its threads, and bring it here.
+    """Open a userfaultfd in process `pid` by one of its threads, and copy it to this process.
 
-    The thread stands for 0.3 to 0.6 ms, once; the others run. It notices nothing: registers, signal
-    mask, signals that come meanwhile, and the call it was in are kept (a write(2) that a pipe had taken in
-    part returns a short count, as after any stop). A stopped (SIGSTOP) process stays stopped.
+    The thread is stopped once, for 0.3 to 0.6 ms; the others run. Its registers, signal mask, pending signals
+    and interrupted system call are preserved. (A write(2) that a pipe had partly accepted returns a short
+    count, as after any stop.) A process that was stopped by SIGSTOP stays stopped.
 
     Parameters
     ----------
     pid:
         A 64-bit process whose memory this user may trace (ptrace(2)).
     device:
-        Path of a userfaultfd device node that this user can open; it is handed to the target. None:
-        userfaultfd(2), and where the target's user may not call that, /dev/userfaultfd.
+        Path of a userfaultfd device node that this user can open; it is handed to the target. None: call
+        userfaultfd(2), or use /dev/userfaultfd where the target's user may not call that.
     deadline:
         Seconds for a thread to stop. One in uninterruptible sleep, such as the parent of a vfork, does not.
     info:
-        What `snapengine.process.permissions.check` has said of it just now; None: it is asked here.
+        The current result of `snapengine.process.permissions.check`; None: it is called here.
 
     Returns
     -------
-    Injected: `fd`, ours, close-on-exec and non-blocking, before UFFDIO_API; `stop_ns`, nanoseconds from
-    PTRACE_INTERRUPT to PTRACE_DETACH, of all attempts (so it includes what a thread that shares its CPU
-    waited for its turn, after which it stopped); `tid`, the thread that was stopped.
+    Injected: `fd`, owned by the caller, close-on-exec and non-blocking, before UFFDIO_API; `stop_ns`,
+    nanoseconds from PTRACE_INTERRUPT to PTRACE_DETACH of all attempts, including the time in which a thread
+    waited for a CPU before it stopped; `tid`, the thread that was stopped.
 
     Raises
     ------
     AttachError
-        It cannot be attached to; the text says why.
+        The process cannot be attached to; the text says why.
     UffdPermissionError
-        The target may not open a userfaultfd in any way; the text names those that would be allowed.
+        The target may not open a userfaultfd in any way; the text says how to allow it.
     TargetGoneError
-        It ended.
+        The process ended.
     """
     info = permissions.check(pid) if info is None else info
     try:

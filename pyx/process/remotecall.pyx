@@ -1,11 +1,11 @@
-"""System calls made by a stopped thread of another process, which notices nothing of them.
+"""System calls made by a stopped thread of another process, without side effects on its program.
 
 Runs in the helper process of an injection; allocates nothing. The calls use PTRACE_SYSCALL, not single
-steps: a step ends in SIGTRAP, and forcing that on a program which ignores or blocks it resets its handler
+steps: a step ends in SIGTRAP, and where the program ignores or blocks SIGTRAP, the kernel resets its handler
 (kernel/signal.c, force_sig_info_to_task).
 
-All signals but SIGKILL and SIGSTOP are blocked in the thread meanwhile. They stay pending, or go to other
-threads, and come after PTRACE_DETACH; nothing is taken off a queue, so none is lost. That detach sets
+Meanwhile all signals but SIGKILL and SIGSTOP are blocked in the thread. They stay pending, or go to other
+threads, and are delivered after PTRACE_DETACH. Nothing is dequeued, so none is lost. The detach sets
 TIF_SIGPENDING, which also makes the kernel restart the call that the stop had interrupted.
 """
 
@@ -17,13 +17,13 @@ from snapengine.kernel.ptrace cimport (
     PTRACE_CONT, PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_GETREGS, PTRACE_GETSIGMASK,
     PTRACE_PEEKDATA, PTRACE_POKEDATA, PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SETREGS,
     PTRACE_SETSIGMASK, PTRACE_SYSCALL,
-    snap_await_child, snap_calm_thread, snap_favour_thread, snap_hurry_thread, snap_ptrace,
-    snap_sud_config, snap_unfavour_thread, user_regs_struct,
+    snap_await_child, snap_boost_thread, snap_ptrace, snap_raise_nice, snap_restore_nice, snap_sud_config,
+    snap_unboost_thread, user_regs_struct,
 )
 from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.process.tracee cimport (
-    ENDED, IN_SYSCALL, STANDING, stand_t, tracee_detach, tracee_interrupt, tracee_poll, tracee_seize,
-    tracee_settle,
+    TRACEE_ENDED, TRACEE_IN_SYSCALL, TRACEE_STOPPED, tracee_detach, tracee_interrupt, tracee_poll,
+    tracee_seize, tracee_settle, tracee_state_t,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -35,35 +35,35 @@ cdef extern from "<sys/syscall.h>" nogil:
 cdef enum:
     USER_CS_64 = 0x33               # arch/x86/include/asm/segment.h: __USER_CS
 
-cdef uint64_t LOOK_AGAIN_NS = 10000000
+cdef uint64_t POLL_NS = 10000000
 cdef uint64_t FOREVER = <uint64_t>-1
 
 
-cdef stand_t _await(int tid, int request, uint64_t until) noexcept nogil:
-    """The next stop of the thread, or RUNNING at the deadline."""
-    cdef stand_t state
+cdef tracee_state_t _await(int tid, int request, uint64_t until) noexcept nogil:
+    """The next stop of the thread, or TRACEE_RUNNING at the deadline."""
+    cdef tracee_state_t state
     cdef uint64_t now
     cdef int born
     while True:
         state = tracee_poll(tid, request, &born)
-        if state in (STANDING, IN_SYSCALL, ENDED):
+        if state in (TRACEE_STOPPED, TRACEE_IN_SYSCALL, TRACEE_ENDED):
             return state
         now = snap_now_ns()
         if now >= until:
             return state
-        snap_await_child(min(until - now, LOOK_AGAIN_NS))
+        snap_await_child(min(until - now, POLL_NS))
 
 
 cdef bint _is_the_target(remote_t *remote, int pidfd) noexcept nogil:
-    """The thread that we hold is one of the process that `pidfd` was opened for, not of a later one with
-    its number: both are alive now, and ours cannot go away unseen."""
+    """Whether the stopped thread belongs to the process of `pidfd`, not to a later one with the same pid.
+    Both are alive now, and a tracee cannot disappear unnoticed."""
     if c_syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) != 0:
         return False
     return c_syscall(SYS_tgkill, remote.pid, remote.tid, 0) == 0
 
 
-cdef void _quiet_dispatch(remote_t *remote) noexcept nogil:
-    """Syscall User Dispatch would turn our call into SIGSYS. Kernels without it leave `mode` at 0."""
+cdef void _disable_dispatch(remote_t *remote) noexcept nogil:
+    """Syscall User Dispatch would answer our call with SIGSYS. Kernels without it leave `mode` at 0."""
     cdef snap_sud_config off
     memset(&remote.dispatch, 0, sizeof(remote.dispatch))
     snap_ptrace(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(off), &remote.dispatch)
@@ -72,19 +72,19 @@ cdef void _quiet_dispatch(remote_t *remote) noexcept nogil:
         snap_ptrace(PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG, remote.tid, sizeof(off), &off)
 
 
-cdef int _stand(remote_t *remote, uint64_t limit_ns) noexcept nogil:
-    cdef stand_t state
+cdef int _stop(remote_t *remote, uint64_t limit_ns) noexcept nogil:
+    cdef tracee_state_t state
     cdef int err, nice
     remote.stopped_ns = snap_now_ns()
     err = tracee_interrupt(remote.tid)
     if err:
         return err
-    nice = snap_favour_thread(remote.tid)
+    nice = snap_raise_nice(remote.tid)
     state = _await(remote.tid, PTRACE_CONT, remote.stopped_ns + limit_ns)
-    snap_unfavour_thread(remote.tid, nice)
-    if state == STANDING:
+    snap_restore_nice(remote.tid, nice)
+    if state == TRACEE_STOPPED:
         return 0
-    return ESRCH if state == ENDED else ETIMEDOUT
+    return ESRCH if state == TRACEE_ENDED else ETIMEDOUT
 
 
 cdef int _take_over(remote_t *remote, int pidfd, bint repair, step_t *step) noexcept nogil:
@@ -103,8 +103,8 @@ cdef int _take_over(remote_t *remote, int pidfd, bint repair, step_t *step) noex
     if err == 0:
         err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(everything), &everything)
     if err == 0:
-        remote.scheduling = snap_hurry_thread(remote.tid)
-        _quiet_dispatch(remote)
+        remote.scheduling = snap_boost_thread(remote.tid)
+        _disable_dispatch(remote)
     return err
 
 
@@ -115,7 +115,7 @@ cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns
     if err:
         return err
     step[0] = STEP_STOP
-    err = _stand(remote, limit_ns)
+    err = _stop(remote, limit_ns)
     if err:
         return err
     err = _take_over(remote, pidfd, repair, step)
@@ -127,20 +127,20 @@ cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns
 cdef int _run_to_syscall_stop(int tid, uint64_t limit_ns) noexcept nogil:
     cdef uint64_t until = snap_now_ns() + limit_ns if limit_ns else FOREVER
     cdef bint given_up = False
-    cdef stand_t state
+    cdef tracee_state_t state
     cdef int err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)
     while err == 0:
         state = _await(tid, PTRACE_SYSCALL, until)
-        if state == IN_SYSCALL:
+        if state == TRACEE_IN_SYSCALL:
             return 0
-        if state == ENDED:
+        if state == TRACEE_ENDED:
             return ESRCH
-        if state == STANDING:
+        if state == TRACEE_STOPPED:
             if given_up:
                 return ETIMEDOUT
             err = snap_ptrace(PTRACE_SYSCALL, tid, 0, NULL)     # a group stop on the way
         elif not given_up:
-            # The freezer of cgroup v2 holds it; it still answers this.
+            # The cgroup v2 freezer keeps it from running, but it still stops for an interrupt.
             given_up = True
             err = tracee_interrupt(tid)
             until = FOREVER
@@ -152,7 +152,7 @@ cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t
     cdef user_regs_struct regs = remote.saved
     regs.rip = remote.insn
     regs.rax = <unsigned long long>call
-    regs.orig_rax = <unsigned long long>-1      # else the kernel would take our rip for a call to restart
+    regs.orig_rax = <unsigned long long>-1      # else the kernel would restart a call at our rip
     regs.rdi = args[0]
     regs.rsi = args[1]
     regs.rdx = args[2]
@@ -198,6 +198,6 @@ cdef int remote_release(remote_t *remote) noexcept nogil:
     cdef int err = snap_ptrace(PTRACE_SETREGS, remote.tid, 0, &remote.saved)
     if err == 0:
         err = snap_ptrace(PTRACE_SETSIGMASK, remote.tid, sizeof(remote.mask), &remote.mask)
-    snap_calm_thread(remote.tid, remote.scheduling)
+    snap_unboost_thread(remote.tid, remote.scheduling)
     tracee_detach(remote.tid)
     return err

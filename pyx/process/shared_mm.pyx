@@ -1,14 +1,14 @@
-"""Who else writes to a process's memory: processes that share it and are none of its threads.
+"""Other processes that share the memory of a process: they write to it without being its threads.
 
-A child of vfork(2) until it executes, and what runtimes and sandboxes make by clone(2) with CLONE_VM alone.
-They are in no list of the process. kcmp(2) compares the memory of two processes, so all processes of the
-machine are asked once (0.7 µs each with the listing), before anything is stopped. In the stop only those are
-asked that are younger than that list.
+Examples: a child of vfork(2) until it calls execve(2), and processes that runtimes and sandboxes make by
+clone(2) with CLONE_VM alone. No file in /proc/PID lists them. kcmp(2) tells whether two processes have the
+same memory, so every process of the machine is compared once (0.7 µs each with the listing), before anything
+is stopped. During the stop only processes newer than that list are compared.
 
-kcmp() is refused (EPERM) for a process that this user may not trace. Whether it may is a matter of the memory
-(PR_GET_DUMPABLE) and of the user: memory that processes of two users share is traceable for neither (to
-change the user makes it so, credentials(7)), unless they ask for it by PR_SET_DUMPABLE. So who is refused
-counts as one who does not share.
+kcmp() fails with EPERM for a process that this user may not trace. That depends on the memory
+(PR_GET_DUMPABLE) and on the user. Memory shared by processes of two users is traceable for neither of them,
+since changing the user clears the dumpable attribute (credentials(7)), unless they set it by PR_SET_DUMPABLE.
+So a process for which kcmp() is refused counts as one that does not share.
 
 Runs on the freezer's thread; allocates with realloc, takes no lock.
 """
@@ -31,36 +31,36 @@ cdef extern from "<linux/kcmp.h>" nogil:
 
 cdef enum:
     MORE_PROCESSES = 16
-    ASKED_ONE_BY_ONE = 20000        # 0.2 µs for an id that nobody has; beyond that a new list is cheaper
+    ASKED_ONE_BY_ONE = 20000        # 0.2 µs for an unused id; beyond that a new list is cheaper
 
 
-cdef bint _shares(kin_t *kin, int process) noexcept nogil:
-    return process != kin.pid and c_syscall(SYS_kcmp, kin.pid, process, KCMP_VM, 0, 0) == 0
+cdef bint _shares(sharers_t *sharers, int process) noexcept nogil:
+    return process != sharers.pid and c_syscall(SYS_kcmp, sharers.pid, process, KCMP_VM, 0, 0) == 0
 
 
-cdef bint _known(kin_t *kin, int task) noexcept nogil:
-    """A thread of the process, or of one that is listed."""
+cdef bint _known(sharers_t *sharers, int task) noexcept nogil:
+    """Whether it is a thread of the process, or of one that is listed already."""
     cdef int i
-    if c_syscall(SYS_tgkill, kin.pid, task, 0) == 0:
+    if c_syscall(SYS_tgkill, sharers.pid, task, 0) == 0:
         return True
-    for i in range(kin.n):
-        if kin.processes[i] == task or c_syscall(SYS_tgkill, kin.processes[i], task, 0) == 0:
+    for i in range(sharers.n):
+        if sharers.processes[i] == task or c_syscall(SYS_tgkill, sharers.processes[i], task, 0) == 0:
             return True
     return False
 
 
-cdef int _note(kin_t *kin, int process) noexcept nogil:
+cdef int _note(sharers_t *sharers, int process) noexcept nogil:
     cdef void *more
-    if not _shares(kin, process) or _known(kin, process):
+    if not _shares(sharers, process) or _known(sharers, process):
         return 0
-    if kin.n == kin.room:
-        more = realloc(kin.processes, (kin.room + MORE_PROCESSES) * sizeof(int))
+    if sharers.n == sharers.room:
+        more = realloc(sharers.processes, (sharers.room + MORE_PROCESSES) * sizeof(int))
         if more == NULL:
             return ENOMEM
-        kin.processes = <int *>more
-        kin.room += MORE_PROCESSES
-    kin.processes[kin.n] = process
-    kin.n += 1
+        sharers.processes = <int *>more
+        sharers.room += MORE_PROCESSES
+    sharers.processes[sharers.n] = process
+    sharers.n += 1
     return 0
 
 
@@ -69,7 +69,7 @@ cdef void *_say_id(void *arg) noexcept nogil:
 
 
 cdef int _newest_id(int *newest) noexcept nogil:
-    """The id of a thread made now: who came before has a lower one, until they begin anew at pid_max."""
+    """The id of a thread made now. Older threads have lower ids, until the ids wrap at pid_max."""
     cdef pthread_t thread
     cdef void *answer
     cdef int err = snap_thread_start(&thread, _say_id, NULL)
@@ -79,7 +79,7 @@ cdef int _newest_id(int *newest) noexcept nogil:
     return err
 
 
-cdef int _ask_all(kin_t *kin) noexcept nogil:
+cdef int _ask_all(sharers_t *sharers) noexcept nogil:
     cdef DIR *folder = opendir(b"/proc")
     cdef dirent *entry
     cdef int process
@@ -92,29 +92,30 @@ cdef int _ask_all(kin_t *kin) noexcept nogil:
             break
         process = atoi(entry.d_name)
         if process > 0:
-            err = _note(kin, process)
+            err = _note(sharers, process)
     closedir(folder)
     return err
 
 
-cdef int kin_list(kin_t *kin) noexcept nogil:
-    kin.n = 0
-    kin.unknown = c_syscall(SYS_kcmp, kin.pid, kin.pid, KCMP_VM, 0, 0) < 0 and errno in (ENOSYS, EPERM)
-    if kin.unknown:
+cdef int list_sharers(sharers_t *sharers) noexcept nogil:
+    sharers.n = 0
+    cdef long same = c_syscall(SYS_kcmp, sharers.pid, sharers.pid, KCMP_VM, 0, 0)
+    sharers.unknown = same < 0 and errno in (ENOSYS, EPERM)
+    if sharers.unknown:
         return 0
-    kin.newest = <int>c_syscall(SYS_gettid)
-    return _ask_all(kin)
+    sharers.newest = <int>c_syscall(SYS_gettid)
+    return _ask_all(sharers)
 
 
-cdef int kin_list_new(kin_t *kin) noexcept nogil:
+cdef int list_new_sharers(sharers_t *sharers) noexcept nogil:
     cdef int newest = 0, process
-    cdef int err = 0 if kin.unknown else _newest_id(&newest)
-    if kin.unknown or err:
+    cdef int err = 0 if sharers.unknown else _newest_id(&newest)
+    if sharers.unknown or err:
         return err
-    if not kin.newest < newest <= kin.newest + ASKED_ONE_BY_ONE:
-        err = _ask_all(kin)
+    if not sharers.newest < newest <= sharers.newest + ASKED_ONE_BY_ONE:
+        err = _ask_all(sharers)
     else:
-        for process in range(kin.newest + 1, newest):
-            err = err or _note(kin, process)
-    kin.newest = newest
+        for process in range(sharers.newest + 1, newest):
+            err = err or _note(sharers, process)
+    sharers.newest = newest
     return err

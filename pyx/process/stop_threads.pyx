@@ -1,12 +1,11 @@
-"""The thread that stops all threads of a process and holds them: seize, wait, take registers, let go.
+"""The thread that stops all threads of a process: seize, interrupt, wait, read registers, detach.
 
-ptrace(2) binds a tracee to the OS thread that seized it, so this one makes all those calls. It holds no lock
-while it works, and its end lets go of everything. `pyx/process/freezer` makes it and waits for it.
+ptrace(2) binds a tracee to the OS thread that seized it, so this thread makes all ptrace calls. It holds no
+lock while it works. Its end detaches from everything. `pyx/process/freezer` starts it and waits for it.
 
-Who writes to the memory is stopped, not only who is a thread of the process: `pyx/process/shared_mm` finds
-the processes that share it. The parent of a vfork sleeps in the kernel, where no stop reaches it, until its
-child has executed or ended; it is asked to stop all the same, and so cannot come back to its own code: it
-counts as standing.
+Other processes may share the memory and write to it: `pyx/process/shared_mm` finds them, and they are stopped
+too. The parent of a vfork sleeps in the kernel, where it cannot stop, until its child calls execve() or ends.
+It gets PTRACE_INTERRUPT all the same, so it cannot return to its own code, and counts as stopped.
 """
 
 from libc.errno cimport EAGAIN, EBUSY, ENOMEM, EPERM, ESRCH, ETIMEDOUT
@@ -16,11 +15,11 @@ from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
-from snapengine.process.shared_mm cimport kin_list, kin_list_new
+from snapengine.process.shared_mm cimport list_sharers, list_new_sharers
 from snapengine.kernel.processvm cimport iovec
 from snapengine.kernel.ptrace cimport (
     NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
-    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_hurry, snap_ptrace, snap_xstate_bytes,
+    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_boost_self, snap_ptrace, snap_xstate_bytes,
     user_regs_struct,
 )
 from snapengine.base.pthreads cimport (
@@ -28,8 +27,8 @@ from snapengine.base.pthreads cimport (
     snap_now_ns, snap_sleep_ns,
 )
 from snapengine.process.tracee cimport (
-    CLONED, ENDED, RUNNING, STANDING, stand_t, tracee_comm, tracee_detach, tracee_in_vfork, tracee_interrupt,
-    tracee_look, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
+    TRACEE_CLONED, TRACEE_ENDED, TRACEE_RUNNING, TRACEE_STOPPED, tracee_comm, tracee_detach, tracee_in_vfork,
+    tracee_interrupt, tracee_query, tracee_state_t, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -40,10 +39,10 @@ cdef extern from "<sys/syscall.h>" nogil:
 
 cdef enum:
     SPARE_THREADS = 64              # born while the others are being stopped
-    REFUSALS = 20                   # EPERM of a thread that exits is a matter of microseconds
+    REFUSALS = 20                   # a thread that exits refuses with EPERM for some microseconds
 
-cdef uint64_t POLL_NS = 20000       # between looks at threads that do not stand yet
-cdef uint64_t LOOK_NS = 2000000     # until a report counts as taken by another thread
+cdef uint64_t POLL_NS = 20000       # between polls of threads that have not stopped yet
+cdef uint64_t QUERY_NS = 2000000    # then a stop is queried: another thread may have consumed its report
 
 
 cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
@@ -74,25 +73,25 @@ cdef int _add(freezer_t *freezer, int process, int tid) noexcept nogil:
     return 0
 
 
-cdef void _blame(freezer_t *freezer, int process, int tid) noexcept nogil:
+cdef void _set_error_thread(freezer_t *freezer, int process, int tid) noexcept nogil:
     freezer.at_tid = tid
     freezer.at_process = process
 
 
 cdef int _seize_one(freezer_t *freezer, int process, int tid) noexcept nogil:
-    """0, or an errno; EPERM and EAGAIN may pass: the thread is ending."""
+    """0 or errno. EPERM and EAGAIN may be temporary: the thread is ending."""
     cdef int tracer = 0
     cdef int err = tracee_seize(tid, PTRACE_O_TRACECLONE)
     if err == 0:
         return _add(freezer, process, tid)
     if err == ESRCH:
         return 0
-    _blame(freezer, process, tid)
+    _set_error_thread(freezer, process, tid)
     if err != EPERM:
         return err
     err = tracee_refusal(process, tid, &tracer)
     if err == EBUSY and tracer == c_syscall(SYS_gettid):
-        return _add(freezer, process, tid)      # born to a thread that we trace
+        return _add(freezer, process, tid)      # created by a thread that we trace
     return err
 
 
@@ -120,19 +119,20 @@ cdef int _seize_threads(freezer_t *freezer, int process) noexcept nogil:
 
 
 cdef int _seize_new(freezer_t *freezer, bint *found) noexcept nogil:
-    """Seize the threads that are not ours yet, also of who shares the memory; `found`: there were some."""
+    """Seize the threads that are not seized yet, also of the processes that share the memory. `found`:
+    whether there were any."""
     cdef int before = freezer.n
     cdef int err = _seize_threads(freezer, freezer.pid)
     cdef int i
-    for i in range(freezer.kin.n):
+    for i in range(freezer.sharers.n):
         if err in (0, EPERM, EAGAIN):
-            err = _seize_threads(freezer, freezer.kin.processes[i]) or err
+            err = _seize_threads(freezer, freezer.sharers.processes[i]) or err
     found[0] = freezer.n > before
     return err
 
 
 cdef int _seize_all(freezer_t *freezer) noexcept nogil:
-    """Until a whole listing brings nothing new: threads that are seized report what they clone."""
+    """Until a complete listing contains nothing new. Seized threads report the threads that they create."""
     cdef uint64_t until = snap_now_ns() + freezer.limit_ns
     cdef bint found = True
     cdef int refused = 0
@@ -151,7 +151,7 @@ cdef int _seize_all(freezer_t *freezer) noexcept nogil:
 
 
 cdef int _make_room(freezer_t *freezer) noexcept nogil:
-    """Before anything stands still: first touches of memory are slow."""
+    """Before anything is stopped, since first touches of memory are slow."""
     cdef void *area
     if not freezer.registers or freezer.n <= freezer.area_room:
         return 0
@@ -165,52 +165,52 @@ cdef int _make_room(freezer_t *freezer) noexcept nogil:
     return 0
 
 
-cdef int _see(freezer_t *freezer, int i, stand_t state, int born) noexcept nogil:
+cdef int _note_state(freezer_t *freezer, int i, tracee_state_t state, int born) noexcept nogil:
     cdef int tid = freezer.threads[i].tid
-    if state == ENDED:
+    if state == TRACEE_ENDED:
         freezer.threads[i].gone = True
-    elif state == CLONED:
+    elif state == TRACEE_CLONED:
         return _add(freezer, freezer.threads[i].process, born)
-    elif state == STANDING:
-        # clone(2) of a process is reported like that of a thread; if it shares the memory, it is found again.
-        # again.
+    elif state == TRACEE_STOPPED:
+        # A new process is reported like a new thread. If it shares the memory, list_new_sharers finds it.
         if c_syscall(SYS_tgkill, freezer.threads[i].process, tid, 0) != 0:
             tracee_detach(tid)
             freezer.threads[i].gone = True
         else:
-            freezer.threads[i].standing = True
+            freezer.threads[i].stopped = True
     return 0
 
 
-cdef int _wait_standing(freezer_t *freezer) noexcept nogil:
+cdef int _wait_stopped(freezer_t *freezer) noexcept nogil:
     cdef uint64_t began = snap_now_ns()
     cdef uint64_t until = freezer.from_ns + freezer.limit_ns
-    cdef uint64_t look = began + LOOK_NS
+    cdef uint64_t query_at = began + QUERY_NS
     cdef uint64_t now
     cdef bint late
     cdef int i, waiting, err
     cdef int born = 0, tracer = 0
-    cdef stand_t state
+    cdef tracee_state_t state
     while True:
         now = snap_now_ns()
-        late = now >= look
+        late = now >= query_at
         if late:
-            look = now + LOOK_NS
+            query_at = now + QUERY_NS
         waiting = 0
         i = 0
         while i < freezer.n:
-            if not freezer.threads[i].standing and not freezer.threads[i].gone:
+            if not freezer.threads[i].stopped and not freezer.threads[i].gone:
                 waiting += 1
-                _blame(freezer, freezer.threads[i].process, freezer.threads[i].tid)
+                _set_error_thread(freezer, freezer.threads[i].process, freezer.threads[i].tid)
                 state = tracee_poll(freezer.at_tid, PTRACE_CONT, &born)
-                if state == RUNNING and late:
-                    state = tracee_look(freezer.at_tid, PTRACE_CONT, &born)
-                    # The end of a leader is not reported before that of the last thread.
-                    if state == RUNNING and tracee_refusal(freezer.at_process, freezer.at_tid, &tracer) == 0:
-                        state = ENDED
-                    elif state == RUNNING and tracee_in_vfork(freezer.at_process, freezer.at_tid):
-                        freezer.threads[i].standing = freezer.threads[i].blind = True
-                err = _see(freezer, i, state, born)
+                if state == TRACEE_RUNNING and late:
+                    state = tracee_query(freezer.at_tid, PTRACE_CONT, &born)
+                    # The end of the leader is reported only after that of the last thread.
+                    if state == TRACEE_RUNNING \
+                            and tracee_refusal(freezer.at_process, freezer.at_tid, &tracer) == 0:
+                        state = TRACEE_ENDED
+                    elif state == TRACEE_RUNNING and tracee_in_vfork(freezer.at_process, freezer.at_tid):
+                        freezer.threads[i].stopped = freezer.threads[i].in_vfork = True
+                err = _note_state(freezer, i, state, born)
                 if err:
                     return err
             i += 1
@@ -225,8 +225,8 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
     cdef int asked = 0, i
     cdef bint found = True
     cdef int err
-    freezer.kin.pid = freezer.pid
-    err = kin_list(&freezer.kin)                        # while all run: it takes the longest
+    freezer.sharers.pid = freezer.pid
+    err = list_sharers(&freezer.sharers)                        # while all run, since it takes the longest
     if err == 0:
         err = _seize_all(freezer)
     if err == 0:
@@ -234,11 +234,11 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
     freezer.from_ns = snap_now_ns()
     while err == 0 and found:
         for i in range(asked, freezer.n):
-            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, which the wait will see
+            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, as the wait will find
         asked = freezer.n
-        err = _wait_standing(freezer)
+        err = _wait_stopped(freezer)
         if err == 0:
-            err = kin_list_new(&freezer.kin)
+            err = list_new_sharers(&freezer.sharers)
         if err == 0:
             err = _seize_new(freezer, &found)
         if err in (EAGAIN, EPERM):
@@ -249,7 +249,7 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
 
 
 cdef uint64_t _regset(int tid, int kind, char *into, size_t room) noexcept nogil:
-    """The bytes that the kernel gave, 0 if it has none of that kind."""
+    """The bytes that the kernel returned; 0 if it has no such register set."""
     cdef iovec part
     part.iov_base = into
     part.iov_len = room
@@ -269,15 +269,15 @@ cdef void _capture(freezer_t *freezer, int i) noexcept nogil:
 
 
 cdef int _settle_all(freezer_t *freezer) noexcept nogil:
-    """Put every thread where it will go on, then take its registers: the image shows it so."""
+    """Set every thread to where it will continue, then read its registers for the image."""
     cdef user_regs_struct regs
     cdef int i
     cdef int err = _make_room(freezer)
     for i in range(freezer.n):
-        if err or not freezer.threads[i].standing or freezer.threads[i].blind:
+        if err or not freezer.threads[i].stopped or freezer.threads[i].in_vfork:
             continue
         if snap_ptrace(PTRACE_GETREGS, freezer.threads[i].tid, 0, &regs):
-            freezer.threads[i].standing = False         # SIGKILL takes a thread out of its stop
+            freezer.threads[i].stopped = False         # SIGKILL ends a ptrace stop
             freezer.threads[i].gone = True
             continue
         if tracee_settle(freezer.threads[i].process, freezer.threads[i].tid, &regs, False):
@@ -287,27 +287,27 @@ cdef int _settle_all(freezer_t *freezer) noexcept nogil:
     return err
 
 
-cdef void *hold_still(void *arg) noexcept nogil:
+cdef void *stop_and_hold(void *arg) noexcept nogil:
     cdef freezer_t *freezer = <freezer_t *>arg
     cdef int i
     snap_name_thread(b"snap-freezer")
-    snap_hurry()
+    snap_boost_self()
     freezer.err = _stop_all(freezer)
     if freezer.err == 0:
         freezer.err = _settle_all(freezer)
     if freezer.err == 0:
         pthread_mutex_lock(&freezer.lock)
-        freezer.phase = FROZEN
+        freezer.phase = STOPPED
         pthread_cond_broadcast(&freezer.changed)
-        while not freezer.thaw:
+        while not freezer.resume:
             pthread_cond_wait(&freezer.changed, &freezer.lock)
         pthread_mutex_unlock(&freezer.lock)
     for i in range(freezer.n):
         if not freezer.threads[i].gone:
-            tracee_detach(freezer.threads[i].tid)       # of one that did not stop: by our end
-    freezer.frozen_ns = snap_now_ns() - freezer.from_ns
+            tracee_detach(freezer.threads[i].tid)       # one that did not stop: by the end of this thread
+    freezer.stopped_ns = snap_now_ns() - freezer.from_ns
     pthread_mutex_lock(&freezer.lock)
-    freezer.phase = THAWED
+    freezer.phase = RESUMED
     pthread_cond_broadcast(&freezer.changed)
     pthread_mutex_unlock(&freezer.lock)
     return NULL

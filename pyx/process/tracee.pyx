@@ -1,12 +1,13 @@
-"""One stopped thread of another process: seize, see it stand, put right what the stop disturbed, let go.
+"""One thread of another process under ptrace(2): seize, interrupt, wait for its stop, repair side effects,
+detach.
 
-Runs in whatever thread or helper process traces; ptrace(2) binds a tracee to the OS thread that seized it.
+Runs in the thread or helper process that traces: ptrace(2) binds a tracee to the OS thread that seized it.
 Nothing here allocates, takes the GIL or blocks.
 
-A stop of PTRACE_INTERRUPT is seen on the way back to user mode, so a thread that was in a system call has
-its outcome in rax. orig_rax says which call it was, -1 that it was in none. The kernel itself restarts
-what ended with ERESTARTSYS and its kin, as long as both registers are as they were. Two things it does
-not put right are `tracee_settle`'s job; its comments say what and why.
+A thread stops for PTRACE_INTERRUPT on its way back to user mode. If it was in a system call, rax has the
+result and orig_rax the number of the call; otherwise orig_rax is -1. The kernel itself restarts calls that
+ended with ERESTARTSYS and the like, as long as both registers are unchanged. A ptrace stop has two more side
+effects, which the kernel does not undo; `tracee_settle` does, and its helpers say how.
 """
 
 from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
@@ -65,46 +66,46 @@ cdef int tracee_detach(int tid) noexcept nogil:
     return snap_ptrace(PTRACE_DETACH, tid, 0, NULL)
 
 
-cdef stand_t tracee_poll(int tid, int request, int *born) noexcept nogil:
+cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil:
     cdef int status = 0
     cdef pid_t seen = waitpid(tid, &status, __WALL | WNOHANG)
     if seen < 0:
-        return ENDED if errno == ECHILD else RUNNING
+        return TRACEE_ENDED if errno == ECHILD else TRACEE_RUNNING
     if seen == 0:
-        return RUNNING
+        return TRACEE_RUNNING
     if not WIFSTOPPED(status):
-        return ENDED
+        return TRACEE_ENDED
     return _classify(tid, request, status >> 16, WSTOPSIG(status), born)
 
 
-cdef stand_t tracee_look(int tid, int request, int *born) noexcept nogil:
+cdef tracee_state_t tracee_query(int tid, int request, int *born) noexcept nogil:
     cdef int info[32]                                   # siginfo_t: si_signo, si_errno, si_code
     cdef int err = snap_ptrace(PTRACE_GETSIGINFO, tid, 0, info)
     if err == EINVAL:
-        return STANDING                                 # a group stop has no siginfo
+        return TRACEE_STOPPED                                 # a group stop has no siginfo
     if err:
-        return RUNNING
+        return TRACEE_RUNNING
     return _classify(tid, request, info[2] >> 8 if info[2] > 0 else 0, info[0], born)
 
 
-cdef stand_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:
+cdef tracee_state_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:
     cdef unsigned long message = 0
     if event == PTRACE_EVENT_STOP:
-        return STANDING
+        return TRACEE_STOPPED
     if event == 0 and signal == (SIGTRAP | 0x80):         # PTRACE_O_TRACESYSGOOD
-        return IN_SYSCALL
+        return TRACEE_IN_SYSCALL
     if request == PTRACE_CONT:
-        # Any stop uses up the one that was asked for (kernel/signal.c, ptrace_stop).
+        # Any stop consumes the pending interrupt (kernel/signal.c, ptrace_stop), so ask again.
         tracee_interrupt(tid)
     if event == PTRACE_EVENT_CLONE:
         snap_ptrace(PTRACE_GETEVENTMSG, tid, 0, &message)
         born[0] = <int>message
         snap_ptrace(request, tid, 0, NULL)
-        return CLONED
-    # A signal that came before the stop: delivered now, with its siginfo, so none is lost or reordered.
-    # The stop follows once its handler's frame is set up.
+        return TRACEE_CLONED
+    # A signal arrived before the stop. It is delivered now, with its siginfo, so none is lost or reordered.
+    # The stop follows once the frame of its handler is set up.
     snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
-    return RUNNING
+    return TRACEE_RUNNING
 
 
 cdef ssize_t _read_file(int pid, int tid, const char *name, char *text, size_t room) noexcept nogil:
@@ -127,7 +128,8 @@ cdef uint64_t _number_after(const char *status, const char *name, int base) noex
 
 
 cdef bint _stat(int pid, int tid, char *state, unsigned *flags) noexcept nogil:
-    """Of /proc/PID/task/TID/stat; the state is 0 if it says neither. False: the thread is gone."""
+    """State and flags from /proc/PID/task/TID/stat; the state is 0 if they cannot be parsed. False: the
+    thread has ended."""
     cdef char text[STATUS_BYTES]
     cdef const char *after_name
     state[0] = 0
@@ -158,7 +160,7 @@ cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil:
 
 
 cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil:
-    cdef char text[32]                  # the name may hold line feeds, too: only the last one is not its
+    cdef char text[32]                  # a name may contain line feeds; only the last one is not part of it
     cdef ssize_t length = _read_file(pid, tid, b"comm", text, sizeof(text))
     if length > 0 and text[length - 1] == c"\n":
         length -= 1
@@ -168,8 +170,8 @@ cdef void tracee_comm(int pid, int tid, char comm[16]) noexcept nogil:
 
 
 cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) noexcept nogil:
-    """/proc, not PTRACE_GETSIGMASK: that gives the mask before sigsuspend or epoll_pwait changed it, and a
-    signal is due by the one that holds now."""
+    """From /proc: PTRACE_GETSIGMASK returns the mask from before sigsuspend or epoll_pwait changed it, but
+    the current mask decides which signals are delivered."""
     cdef char status[STATUS_BYTES]
     if _read_file(pid, tid, b"status", status, sizeof(status)) <= 0:
         return False
@@ -180,8 +182,8 @@ cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) 
 
 cdef bint _repeatable(long call) noexcept nogil:
     """Calls that a stop ends with EINTR (signal(7), "Interruption of system calls ... by stop signals")
-    before they have done anything: to make them again is to go on with them. Those of sockets do so only
-    with SO_RCVTIMEO or SO_SNDTIMEO. A relative timeout starts anew."""
+    before they have done anything, so that repeating them has the effect of continuing them. Calls on sockets
+    end so only with SO_RCVTIMEO or SO_SNDTIMEO. A relative timeout starts from the beginning."""
     return call in (
         SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_rt_sigtimedwait, SYS_semop, SYS_semtimedop,
         SYS_io_getevents, SYS_io_pgetevents, SYS_io_uring_enter, SYS_accept, SYS_accept4, SYS_connect,
@@ -191,10 +193,11 @@ cdef bint _repeatable(long call) noexcept nogil:
 
 
 cdef bint _repeat_call(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil:
-    """A program that sees EINTR may take it for a signal it waits for: it must see it for signals only.
+    """Repeat a call that our stop ended with EINTR: a program may take EINTR for a signal that it waits for.
 
-    A signal that is due is why the call ended, or may be: then EINTR stays. But one that is blocked by the
-    outer mask, which is in force from now on (`remasked`), is delivered inside the repeated call only.
+    If a signal is pending and not blocked, it may have ended the call, and EINTR stays. The exception is a
+    signal that is blocked by the outer mask, which is in force from now on (`remasked`): it is delivered only
+    inside the repeated call.
     """
     cdef uint64_t pending = 0, blocked = 0, outer = 0
     if <int64_t>regs.rax != -EINTR or not _repeatable(<long>regs.orig_rax):
@@ -206,7 +209,7 @@ cdef bint _repeat_call(int pid, int tid, user_regs_struct *regs, bint remasked) 
             return False
     regs.rax = regs.orig_rax
     regs.rip -= 2                                   # the length of the syscall instruction
-    regs.orig_rax = <unsigned long long>-1          # in no call: nothing more to restart
+    regs.orig_rax = <unsigned long long>-1          # in no call, so the kernel restarts nothing
     return True
 
 
@@ -219,8 +222,8 @@ cdef bint _peek(int pid, uint64_t addr, void *data, size_t length) noexcept nogi
 
 
 cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil:
-    """By its call (proc_pid_syscall(5)), which the kernel tells of a thread that sleeps only. clone3(2) has
-    the flags in memory."""
+    """By its system call (proc_pid_syscall(5)), which the kernel shows only for a sleeping thread. clone3(2)
+    has its flags in memory."""
     cdef char text[256]
     cdef uint64_t flags = 0
     cdef unsigned task_flags = 0
@@ -244,13 +247,13 @@ cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil:
 
 
 cdef bint _abort_rseq(int tid, user_regs_struct *regs) noexcept nogil:
-    """rseq(2): a thread that lost its CPU inside a critical section goes on at the abort address. The
-    kernel sees to that by the rip at the return to user mode; while we have set another one, it would
-    take the section for left, and our restored rip would finish it on what may be the wrong CPU."""
+    """rseq(2): a thread that was preempted inside a critical section continues at the abort address. The
+    kernel checks the rip at the return to user mode. While we have set another rip, it would assume that the
+    section was left; the restored rip would then finish it, possibly on another CPU."""
     cdef snap_rseq_config config
     cdef snap_rseq_cs section
     cdef uint64_t section_addr = 0
-    # The result is the number of bytes: only the content tells of an error.
+    # The call returns the number of bytes: only the content shows an error.
     config.rseq_abi_pointer = 0
     snap_ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, sizeof(config), &config)
     if config.rseq_abi_pointer == 0:

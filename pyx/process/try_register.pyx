@@ -1,6 +1,6 @@
-"""Registering what is to be tracked of an attached process, to learn what the kernel refuses.
+"""Register the memory of an attached process that is to be tracked, to learn what the kernel refuses.
 
-It stays registered: letting go would walk the page tables, and nothing is protected yet.
+It stays registered: unregistering would walk the page tables, and nothing is protected yet.
 """
 
 from libc.errno cimport EBUSY, EINVAL, EPERM
@@ -20,7 +20,7 @@ cdef int _refusal(int fd, int maps, uint64_t start, uint64_t end) noexcept nogil
         err = next_vma(maps, start, &vma)
         if not err and vma.start <= start:
             start = vma.start
-        if err or vma.end < end:            # it is in several
+        if err or vma.end < end:            # several mappings
             err = next_vma(maps, end - 1, &vma)
         if not err and vma.start < end:
             end = vma.end
@@ -29,15 +29,15 @@ cdef int _refusal(int fd, int maps, uint64_t start, uint64_t end) noexcept nogil
 
 
 def refusal(Uffd uffd not None, int maps, uint64_t start, uint64_t end):
-    """The errno with which the kernel refuses to track what is mapped there; 0 where it does not, or it has
-    gone. What has grown meanwhile is taken as it is: half of it registered, it would be two mappings.
-    ``maps`` is an open /proc/PID/maps; -1: nothing can have grown."""
+    """The errno with which the kernel refuses to track the range; 0 if it accepts, or nothing is mapped there
+    any more. A mapping that has grown meanwhile is registered as a whole: registering a part would split it.
+    ``maps`` is an open /proc/PID/maps; -1: no mapping can have grown."""
     return _refusal(uffd.fd, maps, start, end)
 
 
 cdef Py_ssize_t _run_end(list regions, Py_ssize_t first, list mappings, Py_ssize_t *at) except -1:
-    """Where the regions end that begin with number `first` and have nothing mapped between them. `at` is a
-    mapping that lies before it."""
+    """The end of the run of regions from number `first` on that have nothing mapped between them. `at` is the
+    number of a mapping before it."""
     cdef Py_ssize_t last = first
     cdef Region region
     cdef uint64_t end
@@ -55,8 +55,8 @@ cdef Py_ssize_t _run_end(list regions, Py_ssize_t first, list mappings, Py_ssize
 
 
 def refused_regions(Uffd uffd not None, int maps, list regions not None, list mappings=None):
-    """Register the regions; those that the kernel refuses. ``mappings``: all of a process that stands still
-    since they were listed, so that a call can take many regions at once; None: it runs."""
+    """Register the regions, and return those that the kernel refuses. ``mappings``: all mappings of a process
+    that has been stopped since they were listed, so that one call can cover many regions; None: it runs."""
     cdef Py_ssize_t number = 0
     cdef Py_ssize_t at = 0
     cdef Py_ssize_t i, run_end
@@ -67,7 +67,7 @@ def refused_regions(Uffd uffd not None, int maps, list regions not None, list ma
         run_end = number + 1 if mappings is None else _run_end(regions, number, mappings, &at)
         region, last = regions[number], regions[run_end - 1]
         start, end = region.addr, last.addr + last.length
-        # Refused is the whole call, for any part of it.
+        # The kernel refuses a call as a whole if it refuses any part.
         if run_end > number + 1 and uffd_register(uffd.fd, start, end - start, UFFDIO_REGISTER_MODE_WP):
             for i in range(number, run_end):
                 region = regions[i]

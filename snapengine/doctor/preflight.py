@@ -20,7 +20,7 @@ from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.kernel.uffd import FEATURES, MODE_WP, Uffd
 from snapengine.options import COPY_LIMIT
 from snapengine.process import inject_policy, permissions
-from snapengine.process.fates import Fate
+from snapengine.process.decisions import Decision
 from snapengine.process.mapping_facts import MapFacts, refused_by_flags
 from snapengine.process.selection import Selector, select
 from snapengine.process.target import SHARED_UNSEEN
@@ -91,8 +91,8 @@ def examine_process(
     soft = select(pid, mappings, selector, stop=False, limit=copy_limit, facts=facts)
     stop = select(pid, mappings, selector, stop=True, limit=copy_limit, facts=facts)
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        both = zip(soft.fates, stop.fates, strict=True)
-        rows = [_row(pid, *fates, pagemap.fileno()) for fates in both]
+        both = zip(soft.decisions, stop.decisions, strict=True)
+        rows = [_row(pid, *decisions, pagemap.fileno()) for decisions in both]
     tracked = [row for row in rows if row.soft == "tracked" or row.stop == "tracked"]
     small = sum(row.populated - row.huge for row in tracked)
     arm = round(small / PAGE_BYTES * protect_ns())
@@ -114,7 +114,7 @@ def examine_process(
 ACTIONS = {"track": "tracked", "copy": "copied", "leave": "no"}
 
 
-def _row(pid: int, soft: Fate, stop: Fate, pagemap: int) -> Row:
+def _row(pid: int, soft: Decision, stop: Decision, pagemap: int) -> Row:
     mapping = soft.mapping
     populated, huge = _populated(pid, mapping, pagemap)
     return Row(

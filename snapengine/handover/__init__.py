@@ -1,4 +1,4 @@
-"""How a peer hands over its memory: messages, connection, listener, and the checks of what it offers."""
+"""How a peer hands over its memory: messages, connection, listener, and checks of the offered mappings."""
 
 TYPE_CHECKING = False
 

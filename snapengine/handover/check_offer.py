@@ -1,4 +1,4 @@
-"""Whether what a peer says of its mappings is true: by its /proc/PID/maps, and by what holds them."""
+"""Check a peer's claims about its mappings against its /proc/PID/maps and the files behind them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from snapengine.regions import kind_of
 
 
 class Checked(NamedTuple):
-    """What a mapping is: of `regions.KINDS`; ``zero_inode`` as in `regions.Region`."""
+    """The kind of a mapping, of `regions.KINDS`; ``zero_inode`` as in `regions.Region`."""
 
     kind: str
     zero_inode: int = 0
 
 
 def check_mapped(pid: int, mappings: tuple[Mapping, ...], memfds: dict[int, int]) -> list[Checked]:
-    """Check that each mapping is there as claimed; return what they are.
+    """Check that each mapping exists as claimed; return their kinds.
 
     `memfds`: from the index in the message to the descriptor in this process.
 
@@ -37,7 +37,7 @@ def check_mapped(pid: int, mappings: tuple[Mapping, ...], memfds: dict[int, int]
     try:
         vmas = read_maps(pid, start, end)
     except PermissionError:
-        raise HandoverError(f"may not read the memory map of process {pid}") from None
+        raise HandoverError(f"no permission to read the memory map of process {pid}") from None
     except (FileNotFoundError, ProcessLookupError):
         raise TargetGoneError(f"process {pid} has ended") from None
     starts = [vma.start for vma in vmas]
@@ -81,11 +81,11 @@ def _check_one(
 def _check_memfd(mapping: Mapping, vmas: list[MemoryMapping], fd: int, where: str) -> None:
     for vma in vmas:
         if not vma.shared:
-            raise HandoverError(f"{where}: memfd: a private mapping is not what the memfd holds")
+            raise HandoverError(f"{where}: memfd: the mapping is private, so its content is not the memfd's")
         if not _is_file(vma, fd):
-            raise HandoverError(f"{where}: memfd: it is not what is mapped there")
+            raise HandoverError(f"{where}: memfd: another file is mapped there")
         if vma.offset - vma.start != mapping.offset - mapping.addr:
-            raise HandoverError(f"{where}: offset: not where the mapping begins in the memfd")
+            raise HandoverError(f"{where}: offset: the mapping begins elsewhere in the memfd")
 
 
 def _is_file(vma: MemoryMapping, fd: int) -> bool:
@@ -96,7 +96,7 @@ def _is_file(vma: MemoryMapping, fd: int) -> bool:
 
 
 def _page_size(vma: MemoryMapping, memfd: int, backings: Backings) -> int:
-    """The memory's file tells it without any right."""
+    """A memfd tells its page size without any privilege."""
     if memfd >= 0 and _is_file(vma, memfd):
-        return os.fstatvfs(memfd).f_bsize  # of hugetlbfs that is the size of its pages
+        return os.fstatvfs(memfd).f_bsize  # on hugetlbfs, the size of its pages
     return backings.of(vma).page_bytes

@@ -1,7 +1,7 @@
 """A stream socket with deadlines: lines, and messages that carry descriptors.
 
-Every wait is bounded by a deadline for the whole step, so a peer that drips bytes gains nothing by it. A
-received descriptor is closed on every path that does not return it.
+Every wait is bounded by a deadline for the whole step, so that a peer cannot prolong it by sending single
+bytes. A received descriptor is closed on every path that does not return it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ INT_BYTES = array.array("i").itemsize
 class Wire:
     """One connection. Owns the socket; `close()` is idempotent.
 
-    `gone` is called where the other side has closed, with what this side was waiting for; it raises.
+    `gone` makes the exception for a connection that the other side has closed; its argument says what was
+    awaited.
     """
 
     def __init__(self, sock: socket.socket, gone: Callable[[str], BaseException], wakeup: int = -1) -> None:
@@ -39,7 +40,7 @@ class Wire:
         self.sock.close()
 
     def send(self, data: bytes, what: str, deadline: float) -> None:
-        """Send all of `data` by `deadline` (time.monotonic()). HandoverError if that cannot be."""
+        """Send all of `data` by `deadline` (time.monotonic()). HandoverError if that fails."""
         while data:
             try:
                 data = data[self.sock.send(data, socket.MSG_NOSIGNAL) :]
@@ -55,7 +56,7 @@ class Wire:
             searched = len(self._pending)
             if searched > max_bytes:
                 raise HandoverError(f"{what}: longer than {max_bytes} bytes")
-            # Without room for them the kernel drops descriptors that nobody asked for.
+            # No room for descriptors: the kernel drops those that come unasked.
             self._pending += self._receive(what, deadline, None)
         if end > max_bytes:
             raise HandoverError(f"{what}: longer than {max_bytes} bytes")
@@ -66,8 +67,7 @@ class Wire:
     def receive_offer(self, deadline: float) -> tuple[Offer, list[int]]:
         """The hand-over message and its descriptors (the userfaultfd first), which the caller now owns.
 
-        The descriptors may come with any part of the array, or after it with a message of one byte or of
-        whitespace.
+        The descriptors may come with any part of the array, or after it, with one byte or with whitespace.
         """
         what = "hand-over message"
         fds: list[int] = []

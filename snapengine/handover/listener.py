@@ -1,4 +1,4 @@
-"""The Unix socket that peers connect to: one path, one engine, nothing left behind."""
+"""The Unix socket that peers connect to: one engine at a path, and no file left behind."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL
 
 
 class Listener:
-    """A listening socket at `path`, mode 0600, that takes one peer. Owns the socket and the file.
+    """A listening socket at `path`, mode 0600, that accepts one peer. Owns the socket and the file.
 
-    A socket that nobody listens on any more is replaced.
+    A stale socket, on which no process listens any more, is replaced.
 
     Raises
     ------
     UnsupportedError
-        Something else is at `path`, or somebody listens there (errno EADDRINUSE), or it is too long.
+        `path` is another kind of file, or another process listens there (errno EADDRINUSE), or it is too
+        long.
     OSError
         The directory does not exist or may not be written to.
     """
 
-    _identity: tuple[int, int] | None = None  # of the file, once it is there
+    _identity: tuple[int, int] | None = None  # of the file, once it exists
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -50,12 +51,12 @@ class Listener:
             raise
 
     def __del__(self) -> None:
-        # An interrupt may come before the caller has it. A forked child's copy owns nothing.
+        # For an interrupt before the caller has the object. A forked child's copy owns nothing.
         if self._identity is not None and self._owner == os.getpid():
             self.close()
 
     def _bind(self) -> None:
-        """With the directory locked: the file is ours even if an interrupt comes before we know of it."""
+        """The directory is locked. An interrupt between bind() and stat() must not leave the file."""
         try:
             self._sock.bind(os.fspath(self.path))
             status = os.stat(self.path)
@@ -84,7 +85,7 @@ class Listener:
         return self._sock.accept()[0]
 
     def close(self) -> None:
-        """Stop listening and remove the file (idempotent), unless somebody has put another in its place."""
+        """Stop listening and remove the file, unless it has been replaced by another one. Idempotent."""
         if self._identity is not None:
             with contextlib.suppress(OSError):
                 status = os.lstat(self.path)
@@ -96,7 +97,7 @@ class Listener:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Two engines that both find a stale socket must not replace each other's. A lock of the directory
+    """Lock the directory, so that two engines that find a stale socket do not replace each other's. This
     leaves no lock file behind."""
     with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -110,11 +111,11 @@ def _make_room(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise _taken(f"{path}: exists and is not a socket")
-    # A datagram socket is refused by a live stream socket with EPROTOTYPE and never reaches its owner, who
-    # would take a real connection for its peer; a socket whose owner is gone refuses with ECONNREFUSED.
+    # Connecting a datagram socket fails with EPROTOTYPE if the stream socket is in use. Its owner does not
+    # notice, whereas it would accept a stream connection as its peer. A stale socket gives ECONNREFUSED.
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         if probe.connect_ex(os.fspath(path)) != errno.ECONNREFUSED:
-            raise _taken(f"{path}: somebody listens there already")
+            raise _taken(f"{path}: another process is listening there")
     os.unlink(path)
 
 

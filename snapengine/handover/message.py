@@ -1,22 +1,22 @@
-"""The hand-over message: mappings of a peer as JSON, and the lines of control after it.
+"""The hand-over message: mappings of a peer as JSON, and the control lines after it.
 
-Both sides of the wire; no sockets here. A peer connects to the engine's Unix stream socket, then
+Both sides of the protocol, without sockets. A peer connects to the engine's Unix stream socket, then
 
 1. the engine sends one line ``{"snapengine": 1, "features": BITS}``: the userfaultfd features that it
-   wants. A peer that knows what it has (Firecracker) need not read it.
+   wants. A peer with fixed features (Firecracker) need not read it.
 2. the peer sends a JSON array of mappings, with the userfaultfd as SCM_RIGHTS. This is the message of
    Firecracker's snapshot loading (``base_host_virt_addr``, ``size``, ``offset``, ``page_size``,
-   ``page_size_kib``: the last one is an old name and also means bytes), with optional keys of ours:
+   ``page_size_kib``: the last is an old name, and also in bytes), with optional keys of snapengine:
    ``name``; ``kind`` (one of `regions.KINDS`); ``memfd``, the index of a passed descriptor (the
    userfaultfd is 0) in which the mapping begins at ``offset``, sealed with F_SEAL_SHRINK; and in the
    first mapping
    ``"snapengine": {"version": 1, "controls": ["pause", "resume", "vmstate", "stats"]}``.
-3. the engine sends ``{"cmd": "pause"}`` and the like, a line each, only those that were announced; the
+3. the engine sends commands such as ``{"cmd": "pause"}``, a line each, only those that were announced. The
    peer answers each with a line ``{"ok": true, ...}`` or ``{"ok": false, "error": "..."}``.
 4. the engine sends ``{"cmd": "done", "status": "..."}`` and closes.
 
-The peer must close its own copy of the userfaultfd as soon as it is sent. Whoever holds a copy keeps the
-protection alive: if the engine died, the writers of a peer that kept one would wait for ever.
+The peer must close its own copy of the userfaultfd as soon as it is sent. Every open copy keeps the
+protection in force: if a peer kept one and the engine died, the peer's writers would wait for ever.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ADDRESS_END = 1 << 47  # of user space with 4-level page tables
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One mapping as the peer claims it: `memfd` is an index of the passed descriptors, or -1; `kind` is
-    "" where the peer did not say."""
+    """One mapping as the peer claims it. `memfd` is an index into the passed descriptors, or -1; `kind` is ""
+    if the peer did not state it."""
 
     name: str
     addr: int
@@ -69,9 +69,9 @@ class Offer:
 
 
 class ArrayScanner:
-    """Finds the end of a JSON array in bytes that come in pieces; looks at each byte once.
+    """Finds the end of a JSON array that arrives in pieces; reads each byte once.
 
-    HandoverError if it is no array, nests deeper than `MAX_DEPTH` or is longer than `MAX_MESSAGE_BYTES`.
+    HandoverError if it is not an array, nests deeper than `MAX_DEPTH` or is longer than `MAX_MESSAGE_BYTES`.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,8 @@ class ArrayScanner:
 
 
 def parse_offer(data: bytes | bytearray) -> Offer:
-    """Check everything that the message alone can tell. HandoverError names the mapping and the reason."""
+    """Parse the message, and check all that needs no system call. HandoverError names the mapping and the
+    reason."""
     items = strict_json(data, "hand-over message")
     if not isinstance(items, list):
         raise HandoverError("hand-over message: not a JSON array")
@@ -150,7 +151,7 @@ def encode_offer(regions: Sequence[Region], memfds: Sequence[int], controls: Seq
 
 
 def strict_json(data: bytes | bytearray, what: str) -> Any:
-    """Parse UTF-8 JSON. HandoverError also for NaN, Infinity, repeated keys and bottomless nesting."""
+    """Parse UTF-8 JSON. HandoverError also for NaN, Infinity, repeated keys and too deep nesting."""
     try:
         return json.loads(
             data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct_keys
@@ -227,7 +228,7 @@ def _check_ranges(mapping: Mapping, where: str) -> None:
     if mapping.memfd == 0 or mapping.memfd >= MAX_FDS:
         raise HandoverError(f"{where}: memfd: index {mapping.memfd} is not in 1 ... {MAX_FDS - 1}")
     if mapping.memfd > 0 and not mapping.kind.endswith("shared") and mapping.kind:
-        raise HandoverError(f"{where}: memfd: a private mapping is not what the memfd holds")
+        raise HandoverError(f"{where}: memfd: the mapping is private, so its content is not the memfd's")
 
 
 def _check_distinct(mappings: tuple[Mapping, ...]) -> None:

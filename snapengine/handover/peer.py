@@ -1,7 +1,7 @@
-"""The memory of another process that hands itself over (a VMM, or the embedded guest).
+"""The memory of a process that hands itself over (a VMM, or the embedded guest).
 
 Runs in the thread that runs the capture. Owns the socket, the pidfd and the passed memfds; the capture
-owns the userfaultfd from `open` on. handover says what goes over the wire and what a peer must do.
+owns the userfaultfd from `open` on. `snapengine.handover.message` defines the protocol and a peer's duties.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ UFFD_LINK = "anon_inode:[userfaultfd]"
 
 
 class PeerTarget:
-    """A `Target` that waits at a Unix socket for a process which hands its memory over.
+    """A `Target` that waits at a Unix socket for a process to hand its memory over.
 
     Parameters
     ----------
     path
-        Where to listen, mode 0600. A stale socket is replaced; the file goes away once a peer is there.
+        Where to listen, mode 0600. A stale socket is replaced. The file is removed once a peer has connected.
     timeout
         Seconds to wait for a peer; None: for ever.
     step_timeout
         Seconds for the whole hand-over message, and for each answer.
     method
-        Told to the peer: the method of the capture.
+        The method of the capture, which is sent to the peer.
     """
 
     can_pause = False
@@ -78,7 +78,7 @@ class PeerTarget:
         TargetGoneError
             The peer ended meanwhile.
         UnsupportedError
-            The path is taken.
+            The path is in use.
         CaptureCancelled
             `cancel` was called.
         """
@@ -151,11 +151,11 @@ class PeerTarget:
         ]
 
     def pause(self) -> None:
-        """Stop the peer's writers; returns when they stand."""
+        """Stop the peer's writers; returns when they are stopped."""
         self._request("pause")
 
     def resume(self) -> None:
-        """Let the peer's writers go on."""
+        """Resume the peer's writers."""
         self._request("resume")
 
     def vmstate(self) -> dict[str, bytes]:
@@ -177,12 +177,12 @@ class PeerTarget:
         return stats
 
     def cancel(self) -> None:
-        """From any thread or a signal handler: a wait of `open` or of an answer ends by CaptureCancelled."""
+        """End a wait of `open` or for an answer, by CaptureCancelled. For any thread or signal handler."""
         if self._cancelled >= 0:
             os.eventfd_write(self._cancelled, 1)
 
     def close(self, status: str) -> None:
-        """Tell the peer how it ended and let go of everything (idempotent)."""
+        """Send the outcome to the peer, and close everything. Idempotent."""
         wire, self._wire = self._wire, None
         if wire is not None:
             with contextlib.suppress(SnapengineError, OSError):
@@ -197,7 +197,7 @@ class PeerTarget:
         self.can_pause = False
 
     def __del__(self) -> None:
-        # Not in a forked child: the socket is the parent's, too.
+        # Not in a forked child, which shares the socket with its parent.
         if getattr(self, "_cancelled", -1) >= 0 and self._owner == os.getpid():
             self.close("failed")
 
@@ -219,7 +219,7 @@ class PeerTarget:
     def _gone(self, what: str) -> BaseException:
         if self._cancelled >= 0 and select.select([self._cancelled], [], [], 0)[0]:
             return CaptureCancelled(f"cancelled while waiting for the peer ({what})")
-        # A process that ends closes its sockets before its pidfd tells.
+        # A process that ends closes its sockets before its pidfd becomes readable.
         if self.pidfd >= 0 and (select.select([self.pidfd], [], [], 0)[0] or ends(self.pid)):
             return TargetGoneError(f"the peer (process {self.pid}) ended ({what})")
         return HandoverError(f"{what}: the peer closed the connection")
@@ -241,7 +241,7 @@ def _link(fd: int) -> str:
 
 
 def _check_memfd(fd: int, end: int, name: str) -> None:
-    """The engine reads it: what its owner cut off would be missing in the image."""
+    """The engine reads the memfd, so its owner must not be able to truncate it."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise HandoverError(f"mapping {name}: memfd: not a regular file")

@@ -1,1 +1,1 @@
-"""What Linux offers, one function a call: userfaultfd, pagemap, process_vm_readv, ptrace, /proc/PID/maps."""
+"""Linux interfaces, one function per call: userfaultfd, pagemap, process_vm_readv, ptrace, /proc/PID/maps."""

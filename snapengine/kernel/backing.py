@@ -1,9 +1,10 @@
-"""What holds the pages of a mapping, as the kernel says it: its file's type, file system and count of names.
+"""What holds the pages of a mapping, according to the kernel: the type, file system and link count of its
+file.
 
-A path proves nothing: tmpfs and hugetlbfs are mounted anywhere, a removed file keeps its old name, and shared
-anonymous memory has whatever name the program gave it. So the file behind the mapping is asked, through
-/proc/PID/map_files (CAP_CHECKPOINT_RESTORE). Without that right the device number of /proc/PID/maps is looked
-up in /proc/PID/mountinfo; only for devices that are mounted nowhere (the kernel's own) does the name decide.
+A path proves nothing: tmpfs and hugetlbfs may be mounted anywhere, a removed file keeps its old name, and a
+program chooses the name of its shared anonymous memory. So the file itself is examined, through
+/proc/PID/map_files (CAP_CHECKPOINT_RESTORE). Without that capability the device number in /proc/PID/maps is
+looked up in /proc/PID/mountinfo. The name decides only for devices that are not mounted: the kernel's own.
 Source: proc(5), statfs(2), include/uapi/linux/magic.h.
 """
 
@@ -22,9 +23,9 @@ from snapengine.kernel.procmaps import DELETED, Mapping, read_smaps
 from snapengine.regions import PAGE_BYTES
 
 Kind = Literal["anonymous", "shmem", "sysv", "hugetlb", "ramfs", "secret", "aio", "kernel", "device", "file"]
-"""``anonymous``: nothing but the mapping. ``shmem``: tmpfs, memfd, shared anonymous memory. ``sysv``: of
-shmget(). ``aio``: the ring of io_setup(). ``kernel``: another buffer that the kernel made (io_uring, perf).
-``file``: a file on a disk, or of another file system that keeps it."""
+"""``anonymous``: no file. ``shmem``: tmpfs, memfd, shared anonymous memory. ``sysv``: memory of shmget().
+``aio``: the ring of io_setup(). ``kernel``: another buffer of the kernel (io_uring, perf). ``file``: a file
+on a disk, or on another persistent file system."""
 
 MAGIC: dict[int, Kind] = {
     0x01021994: "shmem",
@@ -68,8 +69,8 @@ _PLAIN = re.compile(r"\[(heap|stack(:\d+)?|anon:.*)\]", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """``page_bytes``: size of the pages. ``removed``: the file has no name any more, so that its content goes
-    with the last mapping. ``file_bytes``: its size, -1 if that could not be asked."""
+    """``page_bytes``: size of the pages. ``removed``: the file has no name any more, so its content
+    disappears with the last mapping. ``file_bytes``: its size, -1 if unknown."""
 
     kind: Kind
     page_bytes: int = PAGE_BYTES
@@ -82,7 +83,7 @@ KERNEL = Backing("kernel")
 
 
 class Backings:
-    """The backings of one process's mappings. Each file is asked about once."""
+    """The backings of one process's mappings. Each file is examined once."""
 
     def __init__(self, pid: int | str = "self") -> None:
         self._pid = pid
@@ -106,7 +107,7 @@ class Backings:
         except OSError:  # not allowed, or the mapping is gone
             return self._guess(mapping)
         if stat.S_ISCHR(status.st_mode):
-            # The kernel makes private mappings of /dev/zero anonymous; all they keep of it is the name.
+            # The kernel makes private mappings of /dev/zero anonymous; only the name remains.
             plain = status.st_rdev == ZERO_DEVICE and not mapping.shared
             return ANONYMOUS if plain else Backing("device")
         kind = MAGIC.get(magic, "file")
@@ -136,7 +137,7 @@ class Backings:
         return Backing(kind, page, removed)
 
     def _by_name(self, mapping: Mapping) -> os.stat_result | None:
-        """The file, if it is found under the name that the mapping has."""
+        """The status of the file, if the name of the mapping still leads to it."""
         name = mapping.path.replace("\\012", "\n").encode("utf-8", "surrogateescape")
         with contextlib.suppress(OSError):
             found = os.stat(f"/proc/{self._pid}/root".encode() + name)
@@ -146,13 +147,13 @@ class Backings:
 
 
 def page_size_of(mapping: Mapping, pid: int | str = "self") -> int:
-    """Bytes of the pages that a mapping is made of."""
+    """The page size of a mapping in bytes."""
     return Backings(pid).of(mapping).page_bytes
 
 
 @functools.cache
 def internal_device() -> str:
-    """The device of the tmpfs on which the kernel keeps memfds and the like, as /proc/PID/maps writes it."""
+    """The device of the kernel's internal tmpfs, which holds memfds, in the form of /proc/PID/maps."""
     fd = os.memfd_create("snapengine:device", os.MFD_CLOEXEC)
     try:
         device = os.fstat(fd).st_dev
@@ -177,7 +178,7 @@ def _without_file(mapping: Mapping) -> Backing:
 
 
 def _mounts(pid: int | str) -> dict[str, Kind]:
-    """From the device of each mounted file system to what it is (proc_pid_mountinfo(5))."""
+    """The kind of each mounted file system, by its device (proc_pid_mountinfo(5))."""
     found: dict[str, Kind] = {}
     with contextlib.suppress(OSError), open(f"/proc/{pid}/mountinfo", "rb") as lines:
         for line in lines:
@@ -189,7 +190,7 @@ def _mounts(pid: int | str) -> dict[str, Kind]:
 
 
 def _smaps_page_bytes(pid: int | str, mapping: Mapping) -> int:
-    """KernelPageSize of /proc/PID/smaps, which walks page tables: 30 ms a GiB."""
+    """KernelPageSize in /proc/PID/smaps; the kernel walks page tables for it: 30 ms a GiB."""
     with contextlib.suppress(OSError):
         for start, fields in read_smaps(pid):
             if start == mapping.start:

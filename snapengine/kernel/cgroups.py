@@ -1,4 +1,4 @@
-"""Whether a process is frozen by its cgroup: then its threads cannot run, so nothing can be asked of them.
+"""Whether a process is frozen by its cgroup: then its threads cannot run, so they cannot make a call for us.
 
 Sources: Documentation/admin-guide/cgroup-v2.rst (cgroup.freeze, cgroup.events) and
 cgroup-v1/freezer-subsystem.rst.
@@ -49,7 +49,7 @@ def _frozen_v1(path: str) -> tuple[str, str] | None:
 
 
 def _origin(folder: str, name: str) -> str:
-    """The directory at or above `folder` that was frozen: what is below it is frozen with it."""
+    """The directory at or above `folder` that was frozen; the cgroups below it are frozen with it."""
     at = folder
     while os.path.exists(f"{at}/{name}"):
         if _read(f"{at}/{name}") == "1":
@@ -60,7 +60,7 @@ def _origin(folder: str, name: str) -> str:
 
 def _folders(kind: str, option: str, path: str) -> Iterator[str]:
     """Where the cgroup `path` is mounted here (proc_pid_mountinfo(5))."""
-    if path.startswith("/.."):  # outside of the cgroup namespace that we are in
+    if path.startswith("/.."):  # outside of our cgroup namespace
         return
     for line in procfs.lines("/proc/self/mountinfo"):
         before, _, after = line.partition(" - ")

@@ -1,5 +1,5 @@
-"""What the kernel offers by version, and what a capture does without it: one table for the engine's errors,
-its warnings and `snapengine doctor`. Sources: linux/userfaultfd.h, Documentation/admin-guide/mm."""
+"""Kernel features by version, and what a capture does without them: one table for the engine's errors, its
+warnings and `snapengine doctor`. Sources: linux/userfaultfd.h, Documentation/admin-guide/mm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class KernelFeature:
-    """One row. ``name`` is the kernel's, of userfaultfd's features without UFFD_FEATURE_."""
+    """One row. ``name`` is the kernel's name; for features of userfaultfd without UFFD_FEATURE_."""
 
     name: str
     since: str
@@ -18,7 +18,7 @@ class KernelFeature:
     without: str = ""
     """What a capture does on a kernel that lacks it."""
     needed: bool = False
-    """Write tracking does not work at all without it."""
+    """Whether write tracking is impossible without it."""
     bit: int = -1
     """Of a userfaultfd feature: the number of its bit."""
 

@@ -7,7 +7,7 @@ cdef enum:
 
 
 cdef struct scan_t:
-    # One walk over [next, end) of a process's page tables; in arena or stack memory.
+    # One walk over [next, end) of a process's page tables; lives in an arena or on a stack.
     int fd                          # /proc/PID/pagemap
     uint64_t next
     uint64_t end
@@ -30,9 +30,9 @@ cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages)
 # The populated (present or swapped) runs by /proc/PID/pagemap, for kernels without PAGEMAP_SCAN.
 # `entries` (n words) gets bit 0 = present, bit 1 = swapped; a guard page is neither. Returns 0 or errno.
 cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil
-# PAGE_IS_GUARD if PAGEMAP_SCAN tells guard pages (MADV_GUARD_INSTALL, Linux 6.13) from swapped ones (6.15),
-# else 0.
+# PAGE_IS_GUARD if PAGEMAP_SCAN distinguishes guard pages (MADV_GUARD_INSTALL, Linux 6.13) from swapped ones
+# (Linux 6.15), else 0.
 cdef uint64_t guard_category() except? 1
-# Which of n ≤ 64 pages from `start` on are write-protected, a bit each: bit 57 (Linux 5.14), which swapped
-# pages and markers have too. 0 or errno.
+# Which of n ≤ 64 pages from `start` on are write-protected, a bit each: bit 57 of their entries (Linux 5.14),
+# which swapped pages and markers have too. 0 or errno.
 cdef int wp_bits(int fd, uint64_t start, uint64_t n, uint64_t *pages) noexcept nogil

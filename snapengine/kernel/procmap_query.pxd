@@ -10,8 +10,8 @@ cdef struct vma_t:                  # one mapping of a process
     uint64_t inode                  # 0: anonymous memory
 
 
-# The mapping that holds `addr`, or else the next one. `maps` is an open /proc/PID/maps. Returns 0, ENOENT
-# (none), or what says that this kernel cannot tell (ENOTTY: before Linux 6.11).
+# The mapping that contains `addr`, or else the next one. `maps` is an open /proc/PID/maps. Returns 0, ENOENT
+# (there is none), or another errno (ENOTTY: before Linux 6.11).
 cdef int next_vma(int maps, uint64_t addr, vma_t *found) noexcept nogil
-# Whether the two lie side by side and could be parts of one.
+# Whether the two are adjacent and could be parts of one mapping.
 cdef bint same_vma(const vma_t *left, const vma_t *right) noexcept nogil

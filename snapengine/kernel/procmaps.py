@@ -1,8 +1,8 @@
-"""/proc/PID/maps: which mapping holds an address, and what it is, in words that a message can use.
+"""/proc/PID/maps: read it, and find the mappings of a range.
 
-`snapengine.kernel.procmaps_line` takes its lines apart. Names are bytes: in a `Mapping` they are decoded with
-surrogateescape, so that every byte stays. What a name says of the memory is a word for messages;
-`snapengine.kernel.backing` asks the kernel.
+`snapengine.kernel.procmaps_line` parses its lines. Names are bytes: in a `Mapping` they are decoded with
+surrogateescape, so that every byte is kept. A name is good enough for messages only;
+`snapengine.kernel.backing` asks the kernel what the memory is.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ __all__ = [
 ]  # fmt: skip
 
 DELETED = " (deleted)"
-"""What the kernel puts behind the path of a file that has lost that name."""
+"""What the kernel appends to the path of a file that was removed or renamed over."""
 
 
 def read_maps(pid: int | str = "self", start: int = 0, end: int = 1 << 64) -> list[Mapping]:
     """The mappings of a process that overlap [start, end), by address. Raises OSError.
 
-    Only those are parsed: a Python process has hundreds, which take milliseconds.
+    Only those become objects: a Python process has hundreds of mappings.
     """
     return parse_maps(maps_text(pid), start, end)
 
 
 def maps_text(pid: int | str = "self") -> bytes:
-    """/proc/PID/maps as it is. Raises OSError. (30 000 lines: 4 ms; to parse them takes 7.)"""
+    """The text of /proc/PID/maps. Raises OSError. (30 000 lines: 4 ms, and 7 ms to parse them.)"""
     with open(f"/proc/{pid}/maps", "rb") as file:
         return file.read()
 
 
 def read_smaps(pid: int | str = "self") -> Iterator[tuple[int, dict[bytes, bytes]]]:
-    """Of each mapping its address and the fields of /proc/PID/smaps. Walks all page tables: 20 ms a GiB.
-    Raises OSError."""
+    """The start of each mapping and its fields in /proc/PID/smaps. The kernel walks all page tables: 20 ms a
+    GiB. Raises OSError."""
     start, fields = -1, dict[bytes, bytes]()
     with open(f"/proc/{pid}/smaps", "rb") as lines:
         for line in lines:
             name, colon, value = line.partition(b":")
-            if colon and b" " not in name:  # in a mapping's own line the first colon is that of the device
+            if colon and b" " not in name:  # in the first line of a mapping the first colon is in the device
                 fields[name] = value.strip()
                 continue
             if start >= 0:
@@ -54,18 +54,18 @@ def read_smaps(pid: int | str = "self") -> Iterator[tuple[int, dict[bytes, bytes
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has no memory any more: it is dying, dead or reaped. (A pidfd becomes readable
-    later than that: after the memory is torn down, which takes long for a large process.)"""
+    """Whether a process has no memory any more: it is exiting, dead or reaped. (A pidfd becomes readable only
+    after the memory has been torn down, which takes long for a large process.)"""
     try:
         return not read_maps(pid)
     except (FileNotFoundError, ProcessLookupError):
         return True
-    except PermissionError:  # of another user: it is there
+    except PermissionError:  # it exists, and belongs to another user
         return False
 
 
 def touching(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
-    """The mappings (by address, without overlap) that hold any of [start, end)."""
+    """Those of `mappings` (by address, without overlap) that contain any of [start, end)."""
     first = bisect.bisect_right(mappings, start, key=_mapping_end)
     last = first
     while last < len(mappings) and mappings[last].start < end:
@@ -77,7 +77,7 @@ _mapping_end = operator.attrgetter("end")
 
 
 def covering(mappings: list[Mapping], start: int, end: int) -> list[Mapping]:
-    """The mappings that hold [start, end), if they hold all of it; otherwise an empty list."""
+    """The mappings that together contain all of [start, end); an empty list if part of it is not mapped."""
     found = touching(mappings, start, end)
     at = start
     for mapping in found:

@@ -29,15 +29,15 @@ cdef extern from "snapengine/internal/ptrace.h" nogil:
         uint64_t len
 
     int snap_ptrace(int request, int tid, uintptr_t addr, void *data)    # 0 or errno
-    # fn(arg) in a process that shares our memory and outlives us; waits for its end. 0 or errno.
-    int snap_run_apart(int (*fn)(void *) noexcept nogil, void *arg, void *stack, size_t stack_bytes)
-    void snap_stand_apart()
+    # Runs fn(arg) in a helper process that shares our memory and survives us; waits for its end. 0 or errno.
+    int snap_run_in_helper(int (*fn)(void *) noexcept nogil, void *arg, void *stack, size_t stack_bytes)
+    void snap_leave_session()
     void snap_await_child(uint64_t ns)
-    void snap_hurry()
-    # A stopped thread goes first; what it was before, for snap_calm_thread, or -1.
-    int snap_hurry_thread(int tid)
-    void snap_calm_thread(int tid, int before)
+    void snap_boost_self()
+    # Real-time scheduling for a stopped thread; returns its former policy for snap_unboost_thread, or -1.
+    int snap_boost_thread(int tid)
+    void snap_unboost_thread(int tid, int before)
     size_t snap_xstate_bytes()
-    # A running thread has its turn soon; its nice value, for snap_unfavour_thread.
-    int snap_favour_thread(int tid)
-    void snap_unfavour_thread(int tid, int before)
+    # The best nice value for a running thread; returns its former one for snap_restore_nice.
+    int snap_raise_nice(int tid)
+    void snap_restore_nice(int tid, int before)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from snapengine.kernel import procfs
 
 END_SECONDS = 5.0  # a process with much memory, on a busy machine
-LOOK_SECONDS = 0.01
-LOOKS = 3
+POLL_SECONDS = 0.01
+POLLS = 3
 KILL_BIT = 1 << signal.SIGKILL - 1
 PF_EXITING = 0x4
 
 
 @dataclass(frozen=True, slots=True)
 class ThreadStat:
-    """/proc/PID/task/TID/stat, the parts that matter here."""
+    """Some fields of /proc/PID/task/TID/stat."""
 
     tid: int
     name: str
@@ -28,7 +28,7 @@ class ThreadStat:
 
     @property
     def alive(self) -> bool:
-        """Neither ended nor about to end."""
+        """Whether it has neither ended nor begun to exit."""
         return self.state not in "ZXx" and not self.flags & PF_EXITING
 
 
@@ -40,24 +40,24 @@ def thread_stat(pid: int, tid: int) -> ThreadStat:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process has ended, or ends now: waits for the rest of an end that has begun.
+    """Whether a process has ended or is exiting. Waits until an exit that has begun is complete.
 
-    A killed process ends thread by thread. Until the last one is gone, it looks like one whose first thread
-    has ended, that cannot be traced, or whose files in /proc are empty.
+    A killed process ends thread by thread. Until the last one has ended, it can look like a process whose
+    first thread has ended, that cannot be traced, or whose files in /proc are empty.
     """
     until = time.monotonic() + END_SECONDS
     living = 0
     while ending := _threads_ending(pid):
-        # A thread that has taken its SIGKILL, and does not exit yet, looks alive for a moment.
+        # A thread that has dequeued its SIGKILL, but not begun to exit, looks alive for a moment.
         living = 0 if all(ending) else living + 1
-        if living == LOOKS or time.monotonic() > until:
+        if living == POLLS or time.monotonic() > until:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return True
 
 
 def _threads_ending(pid: int) -> list[bool]:
-    """Of each thread that has not ended yet: whether it is about to."""
+    """For each thread that has not ended yet: whether it is about to end."""
     found = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for tid in map(int, os.listdir(f"/proc/{pid}/task")):

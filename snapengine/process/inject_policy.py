@@ -1,4 +1,4 @@
-"""What an injection is to try, in which order, and what its failures mean. Judges; stops nobody."""
+"""What an injection tries, in which order, and what its failures mean. Decides only; stops nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELP = (
     "one of these allows it: give this user read and write access to /dev/userfaultfd; "
     "run the engine as root; set the sysctl vm.unprivileged_userfaultfd to 1; give the target CAP_SYS_PTRACE"
 )
-SYSCALL = b"\x0f\x05"  # the instruction, wherever its two bytes stand
+SYSCALL = b"\x0f\x05"  # the two bytes of the instruction, at any place
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 MISC_MAJOR = 10
 SEARCH_BYTES = 4 << 20
@@ -49,7 +49,7 @@ class Way:
 def open_pidfd(pid: int, tid: int) -> int:
     """A pidfd whose descriptor table is the thread's. Raises OSError.
 
-    An ended leader has no table any more: only a pidfd of the thread (Linux 6.9) helps there.
+    A leader that has ended has no table any more: then only a pidfd of the thread (Linux 6.9) works.
     """
     try:
         return os.pidfd_open(tid, PIDFD_THREAD)
@@ -82,12 +82,12 @@ def syscall_instruction(tid: int) -> int:
                 return found
     if not code:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} has no memory any more")
-    text = f"thread {tid} maps no syscall instruction: nothing to call with"
+    text = f"thread {tid} maps no syscall instruction, so it cannot make a system call for us"
     raise AttachError(errno.EOPNOTSUPP, text)
 
 
 def _device_number() -> int | None:
-    """Of the userfaultfd device, or None (before Linux 6.1, or not built in)."""
+    """The number of the userfaultfd device; None before Linux 6.1, or if it is not built in."""
     with contextlib.suppress(OSError), open("/proc/misc", encoding="ascii") as lines:
         for line in lines:
             minor, _, name = line.strip().partition(" ")
@@ -97,7 +97,7 @@ def _device_number() -> int | None:
 
 
 def _open_own_node() -> int:
-    """Where /dev has no node of the device (containers): by one of our own, gone at once. Raises OSError."""
+    """Open the device where /dev has no node of it (containers): by a temporary node. Raises OSError."""
     number = _device_number()
     if number is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), DEVICE)
@@ -127,7 +127,7 @@ def open_device(path: str | os.PathLike[str] | None = None) -> int:
 
 
 def _may_call(info: ProcessInfo) -> bool:
-    """Whether userfaultfd(2) is likely to be allowed to the target: a guess that saves a vain stop."""
+    """Whether the target may probably call userfaultfd(2). The guess saves a stop that would fail."""
     with contextlib.suppress(OSError), open("/proc/sys/vm/unprivileged_userfaultfd", "rb") as knob:
         if knob.read().strip() == b"1":
             return True
@@ -136,7 +136,7 @@ def _may_call(info: ProcessInfo) -> bool:
 
 @contextlib.contextmanager
 def ways(info: ProcessInfo, path: str | os.PathLike[str] | None = None) -> Iterator[list[Way]]:
-    """The ways to try, in order, at least one; what they hold is closed at the end.
+    """The ways to try, in order, at least one. The device is closed at the end.
 
     UffdPermissionError: the device `path` cannot be opened."""
     device, name = -1, os.fspath(path or DEVICE)
@@ -156,7 +156,7 @@ def ways(info: ProcessInfo, path: str | os.PathLike[str] | None = None) -> Itera
 
 
 def foresee(info: ProcessInfo) -> OSError | None:
-    """The error that an injection would end with, as far as it is certain without a stop; None: it may do."""
+    """The error that an injection would certainly end with; None: it may succeed. Stops nothing."""
     if _may_call(info):
         return None
     try:
@@ -167,13 +167,13 @@ def foresee(info: ProcessInfo) -> OSError | None:
 
 
 def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
-    """Whether this failure is the thread's own: it is about to end, or did not stop."""
+    """Whether another thread may succeed: this one is about to end, or did not stop."""
     if step == "stop":
         return True
     if step != "seize":
         return False
     if err == errno.EPERM:
-        # EPERM of a thread that may be traced says that it is exiting.
+        # EPERM for a thread that may be traced means that it is exiting.
         try:
             return not thread_stat(pid, tid).alive
         except (FileNotFoundError, ProcessLookupError):
@@ -182,8 +182,8 @@ def is_for_another_thread(pid: int, tid: int, step: str, err: int) -> bool:
 
 
 def is_for_another_way(step: str, err: int) -> bool:
-    """Whether another way to open a userfaultfd may do."""
-    # A thread that stands and does not run (ETIMEDOUT) does not in any other way, either.
+    """Whether another way to open a userfaultfd may succeed."""
+    # A thread that is stopped and does not run (ETIMEDOUT) does not run in another way either.
     ours = step in ("call", "page", "pass", "ioctl")
     return ours and err not in (errno.ESRCH, errno.EMFILE, errno.ETIMEDOUT)
 
@@ -195,7 +195,7 @@ def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSErr
         threads = live_threads(info.pid)
         states = [thread for thread in threads if thread.tid in tried]
         if threads and not states:
-            return AttachError(errno.EAGAIN, f"{who} cannot be stopped: its threads end before that")
+            return AttachError(errno.EAGAIN, f"{who} cannot be stopped: each thread ends before it stops")
         if states:
             each = ", ".join(f"{thread.tid} ({_state(thread.tid, thread.state)})" for thread in states[:4])
             text = f"{who} did not stop within {deadline:g} s: thread {each}"
@@ -203,8 +203,8 @@ def nobody_stopped(info: ProcessInfo, tried: set[int], deadline: float) -> OSErr
     return TargetGoneError(errno.ESRCH, f"{who} ended while it was being attached to")
 
 
-def kin_not_stopped(info: ProcessInfo, process: int, tid: int, err: int) -> OSError:
-    """The error for a process that shares the target's memory and does not stop with it."""
+def sharer_not_stopped(info: ProcessInfo, process: int, tid: int, err: int) -> OSError:
+    """The error for a process that shares the target's memory and cannot be stopped."""
     who = f"process {info.pid} ({info.name}) shares its memory with process {process} ({name_of(process)})"
     if err == errno.ETIMEDOUT:
         why = f"did not stop in time (thread {tid})"
@@ -254,7 +254,7 @@ def explain(info: ProcessInfo, tid: int, step: str, err: int, way: Way | None) -
     if err == errno.EMFILE:
         return AttachError(err, f"{who} has no free descriptor (or this process has none)")
     if err == errno.ETIMEDOUT:
-        return AttachError(err, f"{who} stands, but does not run: is its cgroup frozen?")
+        return AttachError(err, f"{who} is stopped, but does not run a call: is its cgroup frozen?")
     if step == "call" and err == errno.ENOSYS:
         return UnsupportedError(err, "this kernel is built without userfaultfd (CONFIG_USERFAULTFD)")
     if step == "page":

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from snapengine.process.shared_mm cimport kin_t
+from snapengine.process.shared_mm cimport sharers_t
 from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
@@ -9,15 +9,15 @@ cdef enum:
 
 cdef enum phase_t:
     STOPPING
-    FROZEN
-    THAWED
+    STOPPED
+    RESUMED
 
 
 cdef struct thread_t:
     int tid
     int process                     # the target, or one that shares its memory
-    bint standing
-    bint blind                      # it stands in the kernel, waiting for its vfork: without registers
+    bint stopped
+    bint in_vfork                   # it waits in the kernel for the child of its vfork: no registers
     bint gone                       # ended, or of a process with another memory
     uint64_t sigmask
     uint64_t xstate_bytes
@@ -27,8 +27,8 @@ cdef struct thread_t:
 cdef struct freezer_t:
     int pid
     uint64_t limit_ns
-    bint registers                  # capture them
-    kin_t kin                       # processes that share the memory: they stand, too
+    bint registers                  # whether to read them
+    sharers_t sharers               # processes that share the memory, which are stopped too
     thread_t *threads
     int n
     int room
@@ -36,7 +36,7 @@ cdef struct freezer_t:
     size_t stride
     int area_room                   # threads that `area` is made for
     uint64_t from_ns                # CLOCK_MONOTONIC at the first PTRACE_INTERRUPT
-    uint64_t frozen_ns              # from then until the last thread was let go
+    uint64_t stopped_ns              # from then until the last thread was resumed
     int err
     int at_tid                      # the thread that `err` is about
     int at_process                  # and its process
@@ -44,10 +44,10 @@ cdef struct freezer_t:
     pthread_mutex_t lock
     pthread_cond_t changed
     phase_t phase
-    bint thaw                       # the owner wants it to run
+    bint resume                     # the owner wants it to run
 
 
 # Thread body (arg: freezer_t, phase STOPPING): stops all threads of `pid` and of the processes that share its
-# memory, takes the registers of its own, waits for `thaw` (phase FROZEN), lets all go (THAWED; `err` says
-# whether it ever got there).
-cdef void *hold_still(void *arg) noexcept nogil
+# memory, reads the registers of `pid`'s threads, waits for `resume` (phase STOPPED), and resumes all (phase
+# RESUMED). `err` says whether the stop succeeded.
+cdef void *stop_and_hold(void *arg) noexcept nogil

@@ -1,13 +1,14 @@
 """ProcessTarget: any running process, without its cooperation.
 
-One thread is stopped for a fraction of a millisecond and made to open a userfaultfd, which is taken out
-and closed there at once (`snapengine.process.inject`). Everything else is done from outside.
+One thread is stopped for a fraction of a millisecond and made to open a userfaultfd. The descriptor is copied
+to this process and closed in the target at once (`snapengine.process.inject`). Everything else is done from
+outside.
 
-Two cuts. *Soft*: the threads run on while their memory is protected. No fault is served before the
-last protect call has returned, so a write that is in the image was complete before T, and so was all
-that happened before it: the image is causally consistent, though at no instant did all threads stand
-still. *Stop*: all threads stand while the memory is protected; registers, and what the kernel cannot
-write-protect, are captured then, so the image makes a real core.
+There are two cuts. *Soft*: the threads keep running while their memory is protected. No fault is served
+before the last protect call has returned. So a write that is in the image was complete before T, and so was
+everything that happened before it: the image is causally consistent, though at no instant were all threads
+stopped. *Stop*: all threads are stopped while the memory is protected. Registers, and memory that the kernel
+cannot write-protect, are captured during that stop, so the image makes a real core.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from snapengine.targets.base import AttachedTarget, Copied
 
 APPEARED = "mapped while the snapshot began"
 PRIVATE_UNSEEN = (
-    "private mappings of memory files: pages that the process has not written are the file's, and what is "
-    "written to the file after T is not seen"
+    "private mappings of memory files: pages that the process has not written belong to the file, and "
+    "writes to the file after T are not seen"
 )
-SHARED_UNSEEN = "shared memory: what other processes write to it, or through its file, is not seen"
+SHARED_UNSEEN = "shared memory: writes by other processes, or through its file, are not seen"
 
 
 class ProcessTarget(AttachedTarget):
@@ -59,9 +60,10 @@ class ProcessTarget(AttachedTarget):
     method:
         As in `Options`; a capture with another method refuses the target.
     copy_limit:
-        As in `Options`, which gives it where this is None.
+        As in `Options`; None: the value of the capture's options.
     deadline:
-        Seconds that a thread may take to stop (it may be in an uninterruptible wait) before all is undone.
+        Seconds that a thread may take to stop (it may be in an uninterruptible wait). After that the attempt
+        is undone.
 
     Raises (when the capture opens it)
     ----------------------------------
@@ -105,7 +107,7 @@ class ProcessTarget(AttachedTarget):
     # -- what a capture calls --
 
     def check(self) -> None:
-        """Raise what speaks against attaching to it: AttachError, TargetGoneError."""
+        """Raise AttachError or TargetGoneError if the process cannot be attached to."""
         try:
             self._info = permissions.check_to_save(self.pid)
         except AttachError as error:
@@ -114,22 +116,22 @@ class ProcessTarget(AttachedTarget):
             raise
 
     def look_ahead(self) -> list[Region] | None:
-        """Before `open` stops the threads: what would be tracked now. `open` returns the same list if the
-        mappings are still the same, so that no planning is left for the time of the stop."""
+        """The regions that would be tracked now, before `open` stops the threads. `open` returns the same
+        list if the mappings have not changed, so that the stop need not wait for planning."""
         if not self.stops_first:
             return None
         self._list()
         return self._tracked
 
     @property
-    def stands(self) -> bool:  # type: ignore[override]
+    def is_stopped(self) -> bool:  # type: ignore[override]
         """Whether everything that could change the mappings is stopped now. False if a process that shares
         the memory may have been missed."""
-        return self._freezer is not None and self._freezer.frozen and self._freezer.kin_known
+        return self._freezer is not None and self._freezer.stopped and self._freezer.sharers_known
 
     @property
     def mappings(self) -> list[Mapping]:
-        """What was mapped when the regions were listed."""
+        """The mappings at the time when the regions were listed."""
         return self._mappings
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
@@ -144,7 +146,7 @@ class ProcessTarget(AttachedTarget):
                 "protection, and they are lost to the image (write 0 to /sys/kernel/mm/ksm/run meanwhile)"
             )
         ahead = bool(self._listed)
-        if ahead:  # not once its threads stand
+        if ahead:  # before its threads are stopped
             self.warnings += kernel_writers(self.pid, self.cut, self._listed)
         self._claim = Claim(self.pid)
         try:
@@ -154,10 +156,10 @@ class ProcessTarget(AttachedTarget):
             raise
         self.injection_ns = injected.stop_ns
         try:
-            # Write tracking with a stop: the threads stand from here on, so no mapping can come or go between
-            # this list and T. Otherwise what comes is noted, and what goes is found lost.
+            # Write tracking with a stop: the threads are stopped from here on, so no mapping can be made or
+            # removed between this list and T. Otherwise new mappings are reported, and removed ones are lost.
             if self.cut == "stop" and self.method == WRITE_TRACKING:
-                self._freeze()
+                self._stop()
             self._list()
             if not ahead:
                 self.warnings += kernel_writers(self.pid, self.cut, self._listed)
@@ -167,13 +169,14 @@ class ProcessTarget(AttachedTarget):
                 self.warnings.append(PRIVATE_UNSEEN)
         except BaseException:
             os.close(injected.fd)
-            self._thaw()
+            self._resume()
             self._claim.release()
             raise
         return self.pid, injected.fd, self._tracked
 
     def registered(self, uffd: Uffd) -> list[Region]:
-        """What the kernel lets `uffd` track, which is registered then. The rest is copied, or named."""
+        """Register the regions with `uffd`, and return those that the kernel accepts. The others are copied,
+        or reported as not captured."""
         refused = self._register(uffd)
         if refused:
             self._select(MapFacts(self.pid, refused))
@@ -184,24 +187,24 @@ class ProcessTarget(AttachedTarget):
         return self._tracked
 
     def pause(self) -> None:
-        """Stop all threads, unless they stand already."""
+        """Stop all threads, unless they are stopped already."""
         if self._freezer is None:
-            self._freeze()
+            self._stop()
             self._copy()
 
     def vmstate(self) -> dict[str, bytes]:
-        """Nothing yet: see `record`. Dirty logging notes the process here, at T."""
+        """No blobs yet: see `record`. Dirty logging records the process here, at T."""
         if self.method != WRITE_TRACKING:
-            self._note(self._read_maps())
+            self._record_process(self._read_maps())
         return {}
 
     def resume(self) -> None:
-        """Let the threads go on."""
-        self._thaw()
+        """Resume the threads."""
+        self._resume()
 
     def armed(self) -> None:
-        """T is fixed, and the threads run. A soft cut notes the mappings now; a stop cut has them."""
-        self._note(self._mappings if self.cut == "stop" else self._read_maps())
+        """T is fixed, and the threads run. A soft cut records the mappings now; a stop cut has them."""
+        self._record_process(self._mappings if self.cut == "stop" else self._read_maps())
 
     def record(self) -> dict[str, bytes]:
         """The blobs that describe the process at T (FORMAT.md, "Blobs of an attached process")."""
@@ -211,12 +214,12 @@ class ProcessTarget(AttachedTarget):
         return record.to_vmstate()
 
     def late_warnings(self) -> list[str]:
-        """What the stop could not do, and writable mappings of the shared memory that were made after T."""
+        """The limits of the stop, and writable mappings of the shared memory that were made after T."""
         stop = self._freezer.warnings() if self._freezer is not None else []
         return stop + self._mapped_again()
 
     def _mapped_again(self) -> list[str]:
-        """Writes there are not seen."""
+        """Writable mappings of tracked shared memory made after T, whose writes are not seen."""
         if self._record is None or self.method != WRITE_TRACKING:
             return []
         tracked = {region.addr for region in self._tracked}
@@ -230,7 +233,7 @@ class ProcessTarget(AttachedTarget):
         except (FileNotFoundError, ProcessLookupError):
             mappings = []
         if not mappings:
-            return ["the process ended before it was asked for new mappings of its shared memory"]
+            return ["the process ended before it could be checked for new mappings of its shared memory"]
         return [
             f"{m.path} was mapped again at {m.start:#x} after T: writes there are not seen"
             for m in mappings
@@ -240,30 +243,30 @@ class ProcessTarget(AttachedTarget):
 
     @property
     def stop_ns(self) -> int:
-        """How long all threads stood, in nanoseconds; 0: they never did."""
+        """How long all threads were stopped, in nanoseconds; 0: they never were."""
         return self._freezer.stop_ns if self._freezer is not None else 0
 
     def close(self, status: str) -> None:
-        """Let the threads go, if they stand. Idempotent."""
-        self._thaw()
+        """Resume the threads, if they are stopped. Idempotent."""
+        self._resume()
         if self._claim is not None:
             self._claim.release()
 
     # -- parts --
 
-    def _freeze(self) -> None:
+    def _stop(self) -> None:
         self._freezer = Freezer(self.pid, deadline=self._deadline)
         self._freezer.stop()
 
-    def _thaw(self) -> None:
-        if self._freezer is not None and self._freezer.frozen:
+    def _resume(self) -> None:
+        if self._freezer is not None and self._freezer.stopped:
             self._freezer.resume()
 
     def _list(self) -> None:
-        """Sort what is mapped, unless that was done already and all is as it was then."""
+        """List the mappings and decide about each, unless nothing has changed since the last time."""
         text = self._maps_text()
         facts = MapFacts(self.pid)
-        unchanged = [fate.mapping for fate in self._selection.fates if fate.reason == UNCHANGED]
+        unchanged = [item.mapping for item in self._selection.decisions if item.reason == UNCHANGED]
         if text == self._listed and not any(map(facts.own_bytes, unchanged)):
             return
         self._listed, self._mappings = text, parse_maps(text)
@@ -282,11 +285,11 @@ class ProcessTarget(AttachedTarget):
         self.events = self._events(selection)
 
     def _register(self, uffd: Uffd) -> dict[int, int]:
-        """Register what is to be tracked: from the start of a mapping that is refused to the errno."""
+        """Register the regions. The refused mappings: from the start of each to the errno."""
         refused: dict[int, int] = {}
         with open(f"/proc/{self.pid}/maps", "rb", buffering=0) as maps:
-            all_of_it = self._mappings if self.stands else None
-            for region in refused_regions(uffd, maps.fileno(), self._tracked, all_of_it):
+            all_mappings = self._mappings if self.is_stopped else None
+            for region in refused_regions(uffd, maps.fileno(), self._tracked, all_mappings):
                 for mapping in touching(self._mappings, region.addr, region.addr + region.length):
                     if error := refusal(uffd, maps.fileno(), mapping.start, mapping.end):
                         refused[mapping.start] = error
@@ -297,7 +300,7 @@ class ProcessTarget(AttachedTarget):
             raise AlreadyTrackedError(
                 errno.EBUSY,
                 f"process {self.pid}: {tracked_by_others[0]} is already being tracked by another "
-                "userfaultfd, which is none of its own: another capture of it runs",
+                "userfaultfd, which is not its own: another capture of it is running",
             )
         return refused
 
@@ -308,7 +311,8 @@ class ProcessTarget(AttachedTarget):
             raise TargetGoneError(errno.ESRCH, f"process {self.pid} has ended") from None
 
     def _events(self, selection: Selection) -> frozenset[str]:
-        """Each makes the call wait until we have read of it: only where no check after the copy tells."""
+        """The events to ask for. Each blocks the call that causes it until it is read, so only those that no
+        check after the copy replaces."""
         if self.method != WRITE_TRACKING:
             return frozenset()
         shared = any_shared(selection.tracked)
@@ -324,21 +328,21 @@ class ProcessTarget(AttachedTarget):
         return text
 
     def _read_maps(self) -> list[Mapping]:
-        """As they are now; the list that there is already if all is as it was then."""
+        """The mappings as they are now; the same list object if nothing has changed."""
         text = self._maps_text()
         return self._mappings if text == self._listed else parse_maps(text)
 
-    def _note(self, mappings: list[Mapping]) -> None:
+    def _record_process(self, mappings: list[Mapping]) -> None:
         self._record = read_process(self.pid, self.cut, mappings=mappings)
-        if mappings is not self._mappings:  # of those, each was tracked, copied or left out
-            self._name_new(mappings)
+        if mappings is not self._mappings:  # all of the latter were tracked, copied or left out
+            self._report_new(mappings)
             if self.cut == "soft":
-                self._distrust_changed(mappings)
+                self._invalidate_writable(mappings)
         for region, copied in zip(self.copied_regions, self._copied, strict=True):
             for start, end in _unreadable(region, copied):
                 self.not_captured.append(NotCaptured(start, end, "---p", region.name, "not readable"))
 
-    def _name_new(self, mappings: list[Mapping]) -> None:
+    def _report_new(self, mappings: list[Mapping]) -> None:
         known = [(region.addr, region.addr + region.length) for region in self._tracked + self.copied_regions]
         known += [(item.start, item.end) for item in self.not_captured]
         for mapping in appeared(mappings, known):
@@ -346,8 +350,8 @@ class ProcessTarget(AttachedTarget):
                 NotCaptured(mapping.start, mapping.end, mapping.perms, mapping.path, APPEARED)
             )
 
-    def _distrust_changed(self, mappings: list[Mapping]) -> None:
-        """A soft cut copies only what is not writable: one that has become so may have been written."""
+    def _invalidate_writable(self, mappings: list[Mapping]) -> None:
+        """A soft cut copies only read-only mappings: one that has become writable may have been written."""
         same = {(mapping.start, mapping.end): mapping.perms for mapping in mappings}
         for number, region in enumerate(self.copied_regions):
             if "w" in same.get((region.addr, region.addr + region.length), "w"):
@@ -362,11 +366,12 @@ def _unreadable(region: Region, copied: Copied | None) -> list[tuple[int, int]]:
 
 
 def kernel_writers(pid: int, cut: Cut, maps: bytes = b"") -> list[str]:
-    """`permissions.kernel_writers`; workers only in a stop cut: in tracked memory they fault like threads."""
+    """`permissions.kernel_writers`. Workers count only in a stop cut: in tracked memory they fault like
+    threads."""
     try:
         found = permissions.kernel_writers(pid, maps)
     except (FileNotFoundError, ProcessLookupError):
-        return []  # it ends: attaching says so
+        return []  # it ends, as attaching will report
     return [text for text in found if cut == "stop" or "AIO" in text]
 
 
@@ -410,5 +415,5 @@ def appeared(mappings: Iterable[Mapping], known: list[tuple[int, int]]) -> list[
 
 
 def size_bound(regions: Iterable[Region]) -> int:
-    """Bytes that the regions' pages take at most."""
+    """An upper bound of the bytes in the regions' pages."""
     return sum(-(-region.length // PAGE_BYTES) * PAGE_BYTES for region in regions)

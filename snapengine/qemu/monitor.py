@@ -26,7 +26,7 @@ from snapengine.qemu.loop_thread import Answer, LoopThread
 from snapengine.qemu.replies import Reply
 
 CONNECT_SECONDS = 5.0
-HURRIED_SECONDS = 3.0
+SHORTENED_SECONDS = 3.0
 POLL_SECONDS = 0.1
 COMMAND_SECONDS = 60.0  # `stop` waits until all disk requests are done
 
@@ -58,7 +58,7 @@ class Monitor:
     ) -> None:
         self.address = address
         self.command_seconds = command_seconds
-        self._hurried = False
+        self._shortened = False
         self._client = QMPClient("snapengine")
         self._socket: socket.socket | None = None
         self._events = EventListener()
@@ -150,10 +150,10 @@ class Monitor:
         stood = at.get("RESUME", -1) - at.get("STOP", 0)
         return stood if stood >= 0 and "STOP" in at else None
 
-    def hurry(self) -> None:
-        """From any thread: no answer is waited for any longer than for some seconds, since what was wanted is
-        given up; the commands that undo it still get those."""
-        self._hurried = True
+    def shorten_waits(self) -> None:
+        """The operation is being cancelled: from now on wait at most some seconds for each answer, which is
+        enough for the commands that undo it. For any thread."""
+        self._shortened = True
 
     def close(self) -> None:
         """Disconnect; QEMU goes on. Idempotent."""
@@ -208,12 +208,12 @@ class Monitor:
         return self._wait(self._loop.begin(work), seconds, command)
 
     def _result(self, answer: Answer[Value], limit: float) -> Value:
-        """What `answer` comes to. TimeoutError after `limit` seconds, or some seconds after `hurry`."""
+        """What `answer` comes to. TimeoutError after `limit` seconds, or some seconds after `shorten_waits`."""
         until = time.monotonic() + limit
-        hurried = False
+        shortened = False
         while True:
-            if self._hurried and not hurried:
-                hurried, until = True, min(until, time.monotonic() + HURRIED_SECONDS)
+            if self._shortened and not shortened:
+                shortened, until = True, min(until, time.monotonic() + SHORTENED_SECONDS)
             if answer.is_filled(max(0.0, min(until - time.monotonic(), POLL_SECONDS))):
                 return answer.take()
             if time.monotonic() >= until:

@@ -136,9 +136,9 @@ class QemuTarget(AttachedTarget):
             )
         return self.pid, injected.fd, tracked
 
-    def hurry(self) -> None:
+    def cancelled(self) -> None:
         """From any thread: the capture is given up, so wait for no answer of QEMU's for long."""
-        self.monitor.hurry()
+        self.monitor.shorten_waits()
 
     def registered(self, uffd: Uffd) -> list[Region]:
         """All RAM blocks: one that the kernel refuses is an error when it is armed."""

@@ -1,4 +1,4 @@
-"""Whose memory is saved: what every target has in common, and buffers of this process."""
+"""Whose memory is saved: the interface of targets, and buffers of this process."""
 
 TYPE_CHECKING = False
 

@@ -1,4 +1,4 @@
-"""Whose memory a capture saves: the parts that every target has in common."""
+"""What a capture requires of a target, and the base class of targets that are attached to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AttachedTarget", "Copied", "Target"]
 
 @runtime_checkable
 class Target(Protocol):
-    """What a capture asks of a target.
+    """The interface between a capture and the owner of the memory.
 
     A capture calls `open` once, then `pause`, `vmstate` and `resume` around T where `can_pause` is
     true (`vmstate` alone otherwise), and `close` exactly once at the end, also after an error.
@@ -34,10 +34,10 @@ class Target(Protocol):
         """
 
     def pause(self) -> None:
-        """Stop every writer of the memory. Returns when they stand."""
+        """Stop every writer of the memory. Returns when they are stopped."""
 
     def resume(self) -> None:
-        """Let the writers go on."""
+        """Resume the writers."""
 
     def vmstate(self) -> dict[str, bytes]:
         """Named blobs that belong to T."""
@@ -48,16 +48,16 @@ class Target(Protocol):
 
 @dataclass(slots=True)
 class Copied:
-    """What was read of a region: runs of (first page, bytes), in any order; pages that could not be read.
-    All other pages are holes."""
+    """The content of a copied region: runs of (first page, bytes), in any order, and pages that could not be
+    read. All other pages are holes."""
 
     runs: list[tuple[int, bytes]] = field(default_factory=list)
     unreadable: list[int] = field(default_factory=list)
 
 
 class AttachedTarget(ABC):
-    """A target that knows nothing of the capture: another process, attached to. `Target`, and what must be
-    asked because such a target cannot say it itself.
+    """A process that does not cooperate, and is attached to. Besides `Target`, the members by which a capture
+    learns what a cooperating target would announce.
 
     ``cut``, ``injection_ns``, ``stop_parts_ns``, ``warnings`` and ``not_captured`` are as in `Result`.
     """
@@ -68,7 +68,7 @@ class AttachedTarget(ABC):
     """Whether the process existed when the target was made."""
     stops_first = False
     """Whether its threads are stopped before its memory is listed, and until T."""
-    stands = False
+    is_stopped = False
     """Whether everything that could change its mappings is stopped now."""
 
     def __init__(self, pid: int, copy_limit: int | None = None) -> None:
@@ -79,17 +79,17 @@ class AttachedTarget(ABC):
         self.warnings: list[str] = []
         self.not_captured: list[NotCaptured] = []
         self.events: frozenset[str] = frozenset()
-        """The userfaultfd features (``EVENT_...``, without forks) that tell what it does to its mappings."""
+        """The userfaultfd features (``EVENT_...``, without forks) that report changes of its mappings."""
         self.copied_regions: list[Region] = []
-        """Regions that are not tracked but copied during a stop: see `copied_bytes`."""
+        """Regions that are copied during a stop instead of tracked: see `copied_bytes`."""
         self._copied: list[Copied | None] = []
 
     @abstractmethod
     def check(self) -> None:
-        """Before `open`: raise AttachError or TargetGoneError for what cannot be attached to."""
+        """Before `open`: raise AttachError or TargetGoneError if the process cannot be attached to."""
 
     def look_ahead(self) -> list[Region] | None:
-        """Before `open`: the regions that would be tracked now, if planning for them ahead is worthwhile."""
+        """Before `open`: the regions that would be tracked now, if planning ahead for them is worthwhile."""
         return None
 
     @property
@@ -103,8 +103,8 @@ class AttachedTarget(ABC):
 
     @abstractmethod
     def registered(self, uffd: Uffd) -> list[Region]:
-        """The regions to track with `uffd`, which is negotiated, without those that the kernel refuses. They
-        may be registered already."""
+        """The regions to track with the negotiated `uffd`, without those that the kernel refuses. They may be
+        registered already."""
 
     @abstractmethod
     def pause(self) -> None:
@@ -122,8 +122,8 @@ class AttachedTarget(ABC):
     def close(self, status: str) -> None:
         """As `Target.close`."""
 
-    def hurry(self) -> None:
-        """The capture is cancelled: wait for nothing that can be left."""
+    def cancelled(self) -> None:
+        """The capture is cancelled: skip every wait that can be skipped."""
         return
 
     @property
@@ -136,7 +136,7 @@ class AttachedTarget(ABC):
         return
 
     def late_warnings(self) -> list[str]:
-        """What it did after T that the image may lack without a sign; called when all pages are saved."""
+        """Changes after T that the image may miss unnoticed; called when all pages are saved."""
         return []
 
     def record(self) -> dict[str, bytes]:
@@ -144,5 +144,5 @@ class AttachedTarget(ABC):
         return {}
 
     def copied_bytes(self, number: int) -> Copied | None:
-        """What ``copied_regions[number]`` held at T; None if it could not be read."""
+        """The content of ``copied_regions[number]`` at T; None if it could not be read."""
         return self._copied[number]

@@ -19,8 +19,9 @@ class BufferTarget:
     ----------
     buffers:
         One C-contiguous writable buffer, or a dict of name → buffer. They need not be page-aligned; the image
-        holds exactly their bytes. They must not overlap. The target keeps them alive and unresized; what
-        their owner frees, unmaps or cuts short all the same before it was saved is lost (`Result.lost_runs`).
+        holds exactly their bytes. They must not overlap. The target keeps them alive and prevents resizing.
+        Memory that their owner nevertheless frees, unmaps or truncates before it was saved is lost
+        (`Result.lost_runs`).
     pause, resume:
         Callables that stop and restart everything that writes to the buffers. Dirty logging needs them; write
         tracking calls them around T if given.
@@ -30,12 +31,12 @@ class BufferTarget:
     Raises
     ------
     TypeError
-        An object offers neither the buffer protocol nor a CPU tensor's ``data_ptr``, or holds Python objects.
+        An object has neither the buffer protocol nor a CPU tensor's ``data_ptr``, or contains Python objects.
     ValueError
         A buffer is empty, read-only or not C-contiguous, or only one of pause and resume is given.
 
     Memory that other processes map too (a shared memory file) is tracked in this process and its forked
-    children only: what others write there after T goes unseen.
+    children only: writes by other processes after T are not seen.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class BufferTarget:
         return self._vmstate() if self._vmstate else {}
 
     def close(self, status: str) -> None:
-        """Let go of the buffers. Idempotent."""
+        """Release the buffers. Idempotent."""
         for held in self._held.values():
             held.release()
 
 
 def _region_of(held: HeldBuffer, mappings: list[Mapping], backings: Backings) -> Region:
-    """The buffer as a region. `mappings`: all of this process, by address."""
+    """The buffer as a region. `mappings`: all mappings of this process, by address."""
     end = held.addr + held.length
     first = bisect.bisect_right(mappings, held.addr, key=lambda mapping: mapping.end)
     last = bisect.bisect_left(mappings, end, key=lambda mapping: mapping.start)

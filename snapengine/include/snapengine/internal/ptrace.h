@@ -1,5 +1,5 @@
-/* ptrace(2) beyond the oldest headers, the wire formats it reads, and how its callers run: a helper
- * process that shares our memory, and the scheduling that keeps a stop short. */
+/* ptrace(2) beyond the oldest headers, the structs it reads, and how its callers run: a helper process that
+ * shares our memory, and the scheduling that keeps a stop short. */
 #ifndef SNAPENGINE_PTRACE_H
 #define SNAPENGINE_PTRACE_H
 
@@ -64,18 +64,19 @@ struct snap_sud_config {
     uint64_t len;
 };
 
-/* The system call, not glibc's ptrace(): what is peeked at is stored at `data`. Returns 0 or an errno value. */
+/* The system call, not glibc's ptrace(): PEEK requests store the word at `data`. Returns 0 or an errno value.
+ * */
 static inline int snap_ptrace(int request, pid_t tid, uintptr_t addr, void *data) {
     return syscall(SYS_ptrace, (long)request, (long)tid, addr, data) < 0 ? errno : 0;
 }
 
-/* Run fn(arg) in a process of its own that shares our memory and descriptors, and wait for its end: the
- * way of posix_spawn. It outlives us: a SIGKILL that hits the caller leaves it running to its end.
+/* Run fn(arg) in a helper process that shares our memory and descriptors, as posix_spawn does, and wait for
+ * its end. A SIGKILL of the caller leaves the helper running.
  *
- * All signals are blocked meanwhile, so no handler runs in the child on the caller's data. The exit signal
- * is 0: no SIGCHLD handler of the program sees it, and no wait(-1) of another thread reaps it.
+ * All signals are blocked meanwhile, so that no handler runs in the helper on the caller's data. The exit
+ * signal is 0: no SIGCHLD handler of the program sees its end, and no wait(-1) of another thread reaps it.
  * Returns 0 or an errno value. */
-static inline int snap_run_apart(int (*fn)(void *), void *arg, void *stack, size_t stack_bytes) {
+static inline int snap_run_in_helper(int (*fn)(void *), void *arg, void *stack, size_t stack_bytes) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -88,9 +89,9 @@ static inline int snap_run_apart(int (*fn)(void *), void *arg, void *stack, size
     return err;
 }
 
-/* In the child of snap_run_apart: out of the caller's process group and session, so that a signal for
- * those does not hit; SIGCHLD is to be had by sigtimedwait whatever the caller did with it. */
-static inline void snap_stand_apart(void) {
+/* In the helper of snap_run_in_helper: leave the caller's process group and session, so that signals to those
+ * do not reach it. SIGCHLD gets its default action, so that sigtimedwait receives it. */
+static inline void snap_leave_session(void) {
     struct sigaction plain;
     memset(&plain, 0, sizeof plain);
     plain.sa_handler = SIG_DFL;
@@ -107,33 +108,35 @@ static inline void snap_await_child(uint64_t ns) {
     sigtimedwait(&child, 0, &left);
 }
 
-/* The calling thread goes before those of the target while it holds them: real time where that is allowed
- * (CAP_SYS_NICE or RLIMIT_RTPRIO), else the best nice value that is, else as it was. */
-static inline void snap_hurry(void) {
+/* Schedule the calling thread before those of the target, which it keeps stopped: in a real-time class where
+ * that is allowed (CAP_SYS_NICE or RLIMIT_RTPRIO), else with a better nice value where that is allowed. */
+static inline void snap_boost_self(void) {
     struct sched_param first = {.sched_priority = 10};
     if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
         setpriority(PRIO_PROCESS, 0, -19);
 }
 
-/* Let the running thread `tid` have its next turn on a CPU soon: only there does it stop. No real time
- * class yet: should we be killed, it keeps what it got. Returns its nice value, or SNAP_NICE_KEPT. */
+/* Give the running thread `tid` the best nice value, so that it gets a CPU soon: it stops only on a CPU. Not
+ * a real-time class, since the thread would keep it if we were killed. Returns its former nice value, or
+ * SNAP_NICE_KEPT. */
 #define SNAP_NICE_KEPT 100
-static inline int snap_favour_thread(pid_t tid) {
+static inline int snap_raise_nice(pid_t tid) {
     errno = 0;
     int before = getpriority(PRIO_PROCESS, tid);
     return (before == -1 && errno) || setpriority(PRIO_PROCESS, tid, -20) ? SNAP_NICE_KEPT : before;
 }
 
-/* Undo it, unless somebody has set another value since. */
-static inline void snap_unfavour_thread(pid_t tid, int before) {
+/* Undo it, unless the value has been changed since. */
+static inline void snap_restore_nice(pid_t tid, int before) {
     if (before != SNAP_NICE_KEPT && getpriority(PRIO_PROCESS, tid) == -20)
         setpriority(PRIO_PROCESS, tid, before);
 }
 
-/* The stopped thread `tid` comes before all others, so that it makes its calls at once; on a loaded machine
- * each of its turns would otherwise take milliseconds. Returns what snap_calm_thread needs, or -1 if nothing
- * was changed. sched_setscheduler keeps the nice value and the slice, which sched_setattr would not. */
-static inline int snap_hurry_thread(pid_t tid) {
+/* Put the stopped thread `tid` in a real-time class, so that it makes its calls at once; on a loaded machine
+ * it would otherwise wait milliseconds for a CPU, each time. Returns its former policy for
+ * snap_unboost_thread, or -1 if nothing was changed. sched_setscheduler keeps the nice value and the slice,
+ * which sched_setattr would not. */
+static inline int snap_boost_thread(pid_t tid) {
     struct sched_param first = {.sched_priority = 10};
     int before = sched_getscheduler(tid), policy = before & ~SCHED_RESET_ON_FORK;
     if (before < 0 || (policy != SCHED_OTHER && policy != SCHED_BATCH && policy != SCHED_IDLE))
@@ -141,7 +144,7 @@ static inline int snap_hurry_thread(pid_t tid) {
     return sched_setscheduler(tid, SCHED_FIFO | (before & SCHED_RESET_ON_FORK), &first) ? -1 : before;
 }
 
-static inline void snap_calm_thread(pid_t tid, int before) {
+static inline void snap_unboost_thread(pid_t tid, int before) {
     struct sched_param none = {.sched_priority = 0};
     if (before >= 0)
         sched_setscheduler(tid, before, &none);

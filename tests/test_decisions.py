@@ -7,7 +7,7 @@ import pytest
 
 from snapengine.kernel.backing import Backing
 from snapengine.kernel.procmaps import Mapping
-from snapengine.process.fates import Fate, sort_mappings, tracked_regions
+from snapengine.process.decisions import Decision, decide_all, tracked_regions
 from snapengine.process.mapping_facts import MapFacts
 from snapengine.process.selection import Selector, select
 from snapengine.regions import Region
@@ -60,7 +60,7 @@ def mappings_of(kinds, gap):
 
 def alone(mappings, selector, stop, refused):
     return [
-        select(1, [mapping], selector, stop=stop, facts=Facts(1, refused)).fates[0] for mapping in mappings
+        select(1, [mapping], selector, stop=stop, facts=Facts(1, refused)).decisions[0] for mapping in mappings
     ]
 
 
@@ -76,38 +76,38 @@ def test_each_fate_is_that_of_the_mapping_alone(gap, stop, selector, order):
     errors = {3: errno.EBUSY, 20: errno.EINVAL, 45: errno.EPERM}
     refused = {mappings[number].start: error for number, error in errors.items()}
     found = select(1, mappings, selector, stop=stop, facts=Facts(1, refused))
-    assert found.fates == alone(mappings, selector, stop, refused)
-    assert len({id(fate) for fate in found.fates}) == len(mappings)
+    assert found.decisions == alone(mappings, selector, stop, refused)
+    assert len({id(decision) for decision in found.decisions}) == len(mappings)
 
 
 def test_a_kind_is_decided_once():
-    class Sorter:
+    class Decider:
         asked = 0
         seen = ()
 
-        def fate(self, mapping):
+        def decide(self, mapping):
             self.seen += (mapping.path,)
             if mapping.path == "asks":
                 self.asked += 1
-            return Fate(mapping, "copy" if mapping.path == "copied" else "track", name="anon")
+            return Decision(mapping, "copy" if mapping.path == "copied" else "track", name="anon")
 
     names = ["", "asks", "copied", ""]
-    sorter = Sorter()
+    decider = Decider()
     kinds = [("rw-p", "00:00", 0, name) for name in names * 3]
-    sort_mappings(mappings_of(kinds, 1), sorter, {3 * 2 * PAGE: errno.EBUSY})
-    assert sorter.seen.count("") == 1
-    assert sorter.seen.count("asks") == sorter.seen.count("copied") == 3
+    decide_all(mappings_of(kinds, 1), decider, {3 * 2 * PAGE: errno.EBUSY})
+    assert decider.seen.count("") == 1
+    assert decider.seen.count("asks") == decider.seen.count("copied") == 3
 
 
 def test_anonymous_neighbours_become_one_region():
     sizes = [(1, 2), (2, 3), (4, 5), (5, 6), (6, 7)]
     names = ["anon", "anon", "anon", "[heap]", "anon"]
-    fates = [
-        Fate(Mapping(start * PAGE, end * PAGE, "rw-p", 0, "00:00", 0, ""), "track", name=name)
+    decisions = [
+        Decision(Mapping(start * PAGE, end * PAGE, "rw-p", 0, "00:00", 0, ""), "track", name=name)
         for (start, end), name in zip(sizes, names, strict=True)
     ]
-    fates.insert(1, Fate(Mapping(3 * PAGE, 4 * PAGE, "---p", 0, "00:00", 0, ""), "leave", "why"))
-    regions, private_files = tracked_regions(fates)
+    decisions.insert(1, Decision(Mapping(3 * PAGE, 4 * PAGE, "---p", 0, "00:00", 0, ""), "leave", "why"))
+    regions, private_files = tracked_regions(decisions)
     assert regions == [
         Region("anon@1000", PAGE, 2 * PAGE),
         Region("anon@4000", 4 * PAGE, PAGE),
@@ -120,12 +120,12 @@ def test_anonymous_neighbours_become_one_region():
 def test_a_file_that_is_named_so_is_a_region_of_its_own():
     """/dev/shm/anon beside anonymous memory: of another kind, and read and tracked in other ways."""
     kinds = [("rw-p", 0, "anon"), ("rw-s", 7, "shared"), ("rw-p", 7, "anon"), ("rw-p", 0, "anon")]
-    fates = [
-        Fate(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""), "track",
+    decisions = [
+        Decision(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""), "track",
              name="anon", kind=kind)
         for i, (perms, inode, kind) in enumerate(kinds, 1)
     ]  # fmt: skip
-    regions, private_files = tracked_regions(fates)
+    regions, private_files = tracked_regions(decisions)
     assert regions == [
         Region(f"anon@{i}000", i * PAGE, PAGE, PAGE, kind) for i, (_, _, kind) in enumerate(kinds, 1)
     ]
@@ -133,12 +133,12 @@ def test_a_file_that_is_named_so_is_a_region_of_its_own():
 
 
 def test_memory_of_one_zero_device_only_becomes_one():
-    fates = [
-        Fate(Mapping(i * PAGE, (i + 1) * PAGE, "rw-p", 0, "00:01", zeros, ""), "track", name="anon",
+    decisions = [
+        Decision(Mapping(i * PAGE, (i + 1) * PAGE, "rw-p", 0, "00:01", zeros, ""), "track", name="anon",
              zero_inode=zeros)
         for i, zeros in enumerate((5, 5, 6, 0), 1)
     ]  # fmt: skip
-    assert [region.length // PAGE for region in tracked_regions(fates)[0]] == [2, 1, 1]
+    assert [region.length // PAGE for region in tracked_regions(decisions)[0]] == [2, 1, 1]
 
 
 def test_every_pair_of_kinds():
@@ -146,4 +146,4 @@ def test_every_pair_of_kinds():
     for pair in itertools.product(KINDS, repeat=2):
         mappings = mappings_of(pair, 1)
         found = select(1, mappings, Selector(), stop=True, facts=Facts(1))
-        assert found.fates == alone(mappings, Selector(), True, {})
+        assert found.decisions == alone(mappings, Selector(), True, {})

@@ -1,6 +1,6 @@
 /* A process whose memory is written to by processes that are none of its threads.
  *
- * usage: kin WORDS share|threads|vfork|churn|maps. COUNTERS: the main thread's, then the others'; VALUES: the process
+ * usage: sharer WORDS share|threads|vfork|churn|maps. COUNTERS: the main thread's, then the others'; VALUES: the process
  * that shares the memory; MEMORY: a page in anonymous memory and PAGES one in .data, which it writes in turn.
  * maps: MEMORY is four pages of data, four of nothing, four of data. When the last word is 1, the other process maps
  * memory where nothing is; when it is 2, a file over the second page. Then it makes that word 3. */

@@ -3,7 +3,7 @@ from libc.stdint cimport uint64_t
 from snapengine.kernel.procmaps_line cimport Mapping
 
 
-cdef class Fate:                    # what becomes of one mapping
+cdef class Decision:                    # what is done with one mapping
     cdef public Mapping mapping
     cdef public str action
     cdef public str reason
@@ -14,4 +14,4 @@ cdef class Fate:                    # what becomes of one mapping
     cdef public uint64_t cost
     cdef public bint whole
     cdef public uint64_t zero_inode
-    cdef Fate of(self, Mapping mapping)     # the same for another mapping
+    cdef Decision of(self, Mapping mapping)     # the same for another mapping
