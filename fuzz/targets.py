@@ -35,7 +35,7 @@ from snapengine.kernel.procmaps import Mapping, read_maps
 from snapengine.process.record import ProcessRecord
 from snapengine.process.threads_blob import pack_threads, parse_threads
 from snapengine.qemu.blobs import check_machine
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.qemu.machine import VERSION, describe, differences, disks, refuse_busy
 from snapengine.qemu.ram_blocks import RamBlock, parse_table, ram_blocks
 from snapengine.qemu.to_stream import write_stream

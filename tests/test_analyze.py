@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import streamkit as kit
-from test_ingest import many_pages
+from test_from_stream import many_pages
 from waitkit import PATIENCE_S
 
 from snapengine.errors import StreamError
 from snapengine.options import Options
 from snapengine.qemu.analyze import analyze
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.report.stream_plot import bins
 
 DATA = kit.stream(kit.SOME_PAGES)

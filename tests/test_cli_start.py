@@ -50,6 +50,19 @@ def test_importing_the_package_imports_nothing_else():
     assert eval(done.stdout) == ["snapengine"]
 
 
+def test_the_names_of_qemu_are_imported_on_first_use():
+    script = (
+        "import sys; from snapengine import qemu\n"
+        "print(set(dir(qemu)) >= set(qemu.__all__), 'asyncio' in sys.modules)\n"
+        "from snapengine.qemu import ingest\n"
+        "print(callable(ingest), 'asyncio' in sys.modules)\n"
+        "from snapengine.qemu import QemuTarget, restore_machine, save_by_migration\n"
+        "print(QemuTarget.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["True False", "True False", "snapengine.qemu.target", ""]
+
+
 def test_every_public_name_is_there():
     import snapengine
 
@@ -102,7 +115,7 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
         assert not names & slow
     code, names = imported("ingest", stream, tmp_path / "y.img")
     assert code == 1
-    assert "snapengine.qemu.ingest" in names
+    assert "snapengine.qemu.from_stream" in names
     assert not top(names) & SLOW
     assert not names & {"snapengine.capture.capture", "snapengine.engine.session", "snapengine.qemu.monitor"}
 

@@ -60,7 +60,8 @@ def mappings_of(kinds, gap):
 
 def alone(mappings, selector, stop, refused):
     return [
-        select(1, [mapping], selector, stop=stop, facts=Facts(1, refused)).decisions[0] for mapping in mappings
+        select(1, [mapping], selector, stop=stop, facts=Facts(1, refused)).decisions[0]
+        for mapping in mappings
     ]
 
 
@@ -121,8 +122,8 @@ def test_a_file_that_is_named_so_is_a_region_of_its_own():
     """/dev/shm/anon beside anonymous memory: of another kind, and read and tracked in other ways."""
     kinds = [("rw-p", 0, "anon"), ("rw-s", 7, "shared"), ("rw-p", 7, "anon"), ("rw-p", 0, "anon")]
     decisions = [
-        Decision(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""), "track",
-             name="anon", kind=kind)
+        Decision(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""),
+                 "track", name="anon", kind=kind)
         for i, (perms, inode, kind) in enumerate(kinds, 1)
     ]  # fmt: skip
     regions, private_files = tracked_regions(decisions)

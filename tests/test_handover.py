@@ -271,7 +271,7 @@ def test_bad_memfd(peer: Peer, kind: str) -> None:
         "small": "too few",
         "other": "another file is mapped there",
         "unsealed": "not sealed",
-        "offset": "offset: not where the mapping begins",
+        "offset": "offset: the mapping begins elsewhere",
     }[kind]
     with contextlib.ExitStack() as stack:
         change: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from waitkit import PATIENCE_S
 import snapengine
 from snapengine.capture.instant import to_unix_ns
 from snapengine.image import open_image
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.report.result_table import figures_rows
 from snapengine.storage.sinks import MemorySink
 

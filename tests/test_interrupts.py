@@ -91,7 +91,7 @@ def test_an_ingest(direct, seed, tmp_path):
     folder = tmp_path / "room"
     folder.mkdir()
     work = f"""
-    from snapengine.qemu.ingest import ingest
+    from snapengine.qemu.from_stream import ingest
     stream = open({str(stream)!r}, "rb")
     before = open_files()
 

@@ -113,7 +113,7 @@ GOOD: dict[str, Any] = {"base_host_virt_addr": 1 << 30, "size": MIB, "offset": 0
         ({"memfd": 0}, "memfd: index 0"),
         ({"memfd": 64}, "memfd: index 64"),
         ({"memfd": True}, "memfd: not an integer"),
-        ({"memfd": 1, "kind": "anon"}, "memfd: a private mapping"),
+        ({"memfd": 1, "kind": "anon"}, "memfd: the mapping is private"),
         ({"snapengine": 1}, "snapengine: not an object"),
         ({"snapengine": {"version": 2}}, "snapengine: version 2"),
         ({"snapengine": {"version": 1, "controls": "pause"}}, "controls: not an array"),

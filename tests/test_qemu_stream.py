@@ -13,7 +13,7 @@ from waitkit import PATIENCE_S
 
 import snapengine
 from snapengine.qemu.blobs import machine_of
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.qemu.to_stream import make_head, stream_blobs, write_stream
 
 GUEST = Sweep(memory=32 * MIB, hot=12 * MIB)

@@ -18,7 +18,7 @@ import snapengine
 from snapengine.errors import CaptureCancelled, LostPagesError, MachineError, SinkError, SnapengineError
 from snapengine.image import open_image
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.storage.sinks import Sink
 

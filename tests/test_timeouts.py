@@ -24,7 +24,7 @@ from snapengine.image.writer import Writer
 from snapengine.kernel import cgroups, procfs
 from snapengine.process import inject_policy, permissions
 from snapengine.process.target import ProcessTarget
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.regions import Region
 from snapengine.storage.sinks import ExecSink, FileSink, open_sink
 

@@ -223,7 +223,7 @@ class Capture:
         if not self._parts.opened and hasattr(self._target, "cancel"):
             self._target.cancel()  # it may be waiting for a peer
         if self._parts.attached is not None:
-            self._parts.attached.hurry()
+            self._parts.attached.cancelled()
         if self._parts.sink is not None:
             self._parts.sink.cancel()
         self._stop_engine()

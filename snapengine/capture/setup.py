@@ -76,7 +76,7 @@ def make_engine(
         memory_limit=options.memory_limit, fault_threads=fault_threads(options),
         encoders=options.encoders, walkers=walkers(options, total_bytes(regions)),
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
-        target_stopped=tracking and parts.attached is not None and parts.attached.stands,
+        target_stopped=tracking and parts.attached is not None and parts.attached.is_stopped,
         sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it

@@ -82,7 +82,7 @@ def opened_stream(path: str) -> Iterator[int]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    from snapengine.qemu.ingest import DRAIN_SECONDS, drain, ingest
+    from snapengine.qemu.from_stream import DRAIN_SECONDS, drain, ingest
 
     options = make_options(args)
     check_output(args.sink)

@@ -19,7 +19,7 @@ from snapengine.kernel.backing import Backing
 from snapengine.kernel.procmaps import DELETED, Mapping
 from snapengine.options import COPY_LIMIT
 from snapengine.process.copied import Copy, Way
-from snapengine.process.decisions import Decision, region_name, decide_all, tracked_regions
+from snapengine.process.decisions import Decision, decide_all, region_name, tracked_regions
 from snapengine.process.mapping_facts import MapFacts
 from snapengine.regions import PAGE_BYTES, Region, kind_of
 from snapengine.result import NotCaptured

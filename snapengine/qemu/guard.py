@@ -1,8 +1,9 @@
-"""A machine must not stand still, or keep settings of ours, because we died.
+"""A helper that resumes the machine, and resets its migration settings, if this process dies.
 
-It depends on us between `stop` and `cont`, while its migration has our settings, and while QEMU 7.2 makes a
-background-snapshot (see `snapengine.qemu.ingest.drain`). Then a shell waits beside us at a pipe; when that
-closes without a word, as it does when we are killed, the shell does what we would have done.
+The machine depends on this process between `stop` and `cont`, while its migration has our settings, and while
+QEMU 7.2 makes a background-snapshot (see `snapengine.qemu.from_stream.drain`). During these times a shell
+reads from a pipe of ours. If the pipe closes without a message, as it does when we are killed, the shell
+sends the commands that we would have sent.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 Command = tuple[str, dict[str, Any]]
 """A QMP command and its arguments."""
 
-# In the shell descriptor 0 is the pipe, whose end makes `read` fail, 1 is QMP, and 2 is the stream to drain,
-# or /dev/null. A migration ends a moment after its stream, and only then takes settings: hence the turns.
-# The connection stays open for a while: QEMU drops what it has not read of one that is closed.
+# In the shell, descriptor 0 is the pipe, whose end makes `read` fail, 1 is QMP, and 2 is the stream to drain,
+# or /dev/null. A migration ends a moment after its stream, and accepts settings only then: hence the turns.
+# The connection stays open for a while, since QEMU discards unread commands when it is closed.
 SCRIPT = """read word || {
     turns=$1
     shift
@@ -39,14 +40,14 @@ class Guard:
     Parameters
     ----------
     fd:
-        A connection to QMP that has said `qmp_capabilities`: QEMU takes whole commands from it, whoever
-        writes them; each of ours is one send(), so the guard's cannot fall into the middle of one. -1: none.
+        A connection to QMP after `qmp_capabilities`; -1: none. Each of our commands is one send(), so a
+        command of the guard cannot fall into the middle of one.
     commands:
-        What QEMU is told when we have died.
+        The commands that QEMU gets if we die.
     drain_fd:
-        The end of a pipe that QEMU writes into, to be read to its end before; -1: none.
+        The read end of a pipe into which QEMU writes; it is drained first. -1: none.
     turns:
-        How often the commands are sent, a second apart.
+        How often the commands are sent, one second apart.
     """
 
     _pipe = -1
@@ -71,20 +72,20 @@ class Guard:
             os.close(ours)
 
     def __del__(self) -> None:
-        """A Ctrl-C may come before the caller has us in a variable. The commands do no harm then."""
+        """For a Ctrl-C before the caller has the object in a variable. The commands do no harm then."""
         self.release()
 
     def dismiss(self) -> None:
-        """The danger is over. Idempotent."""
+        """End the guard without sending anything. Idempotent."""
         if self._pipe < 0:
             return
-        with contextlib.suppress(BrokenPipeError):  # somebody has ended the shell
+        with contextlib.suppress(BrokenPipeError):  # the shell was killed
             os.write(self._pipe, b"done\n")
         self.release()
         self._shell.wait()
 
     def release(self) -> None:
-        """Let the shell do its work now. Idempotent."""
+        """Make the shell send its commands now. Idempotent."""
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1

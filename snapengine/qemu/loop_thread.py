@@ -1,11 +1,11 @@
-"""An asyncio loop on a thread of its own, for callers whom an interrupt may hit while they wait for it.
+"""An asyncio loop on its own thread, for callers that an interrupt (Ctrl-C) may hit while they wait.
 
-The loop is made, run and closed by that thread alone, where no signal's handler raises. Callers use nothing
-of it but `call_soon_threadsafe`. An exception in the middle of that leaves the call in the queue, or not, and
-at worst the loop asleep beside it, until it is called again: `close` does, too.
+Only that thread creates, runs and closes the loop; no signal handler raises there. Callers use only
+`call_soon_threadsafe` of it. An exception inside that call may leave the callback in the queue while the loop
+sleeps, until the next such call; `close` makes one.
 
-They wait with `snapengine.base.latch`. The futures of `concurrent.futures` have a Condition: an exception in
-the middle of waiting would leave it locked, and the loop, which notifies it, would wait for ever.
+Callers wait with `snapengine.base.latch`. The futures of `concurrent.futures` contain a Condition: an
+exception during a wait would leave it locked, and the loop, which notifies it, would block for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class Answer(Generic[Value]):
-    """What some work comes to; the loop's thread fills it, another one waits for it and takes it, once."""
+    """The result of some work. The loop's thread fills it; another thread waits for it and takes it once."""
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None  # the loop's thread's alone
@@ -32,7 +32,7 @@ class Answer(Generic[Value]):
         self._errors: list[BaseException] = []
 
     async def fill(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> None:
-        """Do the work."""
+        """Do the work and store its result."""
         try:
             self._values.append(await work())
         except BaseException as error:
@@ -41,7 +41,7 @@ class Answer(Generic[Value]):
             self._filled.set()
 
     def is_filled(self, seconds: float) -> bool:
-        """Whether it is, within so many seconds."""
+        """Whether it is filled within `seconds`."""
         return self._filled.wait(seconds)
 
     def take(self) -> Value:
@@ -52,14 +52,14 @@ class Answer(Generic[Value]):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Its thread closes it, so `__del__` has nothing to do: asyncio's raises if making the loop failed."""
+    """Its thread closes it, so `__del__` does nothing: asyncio's raises if the constructor failed."""
 
     def __del__(self) -> None:
         return
 
 
 def _made() -> _Loop:
-    """A loop. OSError: it has no descriptors left; those that it took are closed."""
+    """A new loop. OSError: no free descriptors; those already opened are closed."""
     selector = selectors.DefaultSelector()
     try:
         return _Loop(selector)
@@ -79,15 +79,15 @@ class LoopThread:
         self._thread = Crew()  # of one
 
     def start(self, name: str) -> None:
-        """Make it and let it run. OSError: it cannot be made."""
+        """Create the loop and run it. OSError: it cannot be created."""
         self._thread.start(name, self._serve)
         self._ready.wait()
         if self._errors:
-            raise self._errors.pop()  # no cycle: its traceback has a loop that is made by half
+            raise self._errors.pop()  # pop: the traceback of a half-made loop would make a cycle
 
     @property
     def runs(self) -> bool:
-        """Whether it was made."""
+        """Whether the loop was created."""
         return self._loop is not None
 
     def _serve(self) -> None:
@@ -104,7 +104,7 @@ class LoopThread:
             loop.close()
 
     def begin(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> Answer[Value]:
-        """Have it done. RuntimeError: the loop is closed."""
+        """Start the work on the loop. RuntimeError: the loop is closed."""
         assert self._loop is not None
         answer: Answer[Value] = Answer()
         self._loop.call_soon_threadsafe(self._begin, self._loop, answer, work)
@@ -121,12 +121,12 @@ class LoopThread:
         answer.task.add_done_callback(self._tasks.discard)
 
     def cancel(self, answer: Answer[Any]) -> None:
-        """Nobody waits for it any more."""
+        """Cancel work that nobody waits for any more."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: answer.task is not None and answer.task.cancel())
 
     async def cancel_others(self) -> None:
-        """On the loop: end all that was begun but the caller."""
+        """On the loop: cancel all other work."""
         others = self._tasks - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -140,7 +140,7 @@ class LoopThread:
         self._thread.wait()
 
     def end(self) -> None:
-        """Let it end, without waiting for that."""
+        """Stop the loop, without waiting for its end."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)

@@ -208,7 +208,7 @@ class Monitor:
         return self._wait(self._loop.begin(work), seconds, command)
 
     def _result(self, answer: Answer[Value], limit: float) -> Value:
-        """What `answer` comes to. TimeoutError after `limit` seconds, or some seconds after `shorten_waits`."""
+        """The value of `answer`. TimeoutError after `limit` seconds, or soon after `shorten_waits`."""
         until = time.monotonic() + limit
         shortened = False
         while True:

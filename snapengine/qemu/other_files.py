@@ -1,8 +1,9 @@
-"""Files that are given for a migration stream and are none, by their first four bytes."""
+"""Files that are not migration streams, though a user may pass them as one: recognised by their first
+bytes."""
 
 from __future__ import annotations
 
-# Each with what to do instead. Sources: the formats' own specifications; libvirt's qemu_saveimage.h.
+# Each with a hint what to do. Sources: the formats' own specifications; libvirt's qemu_saveimage.h.
 _KINDS = {
     b"\x1f\x8b\x08": "compressed by gzip: give what `zcat` prints of it",
     b"\xfd7zX": "compressed by xz: give what `xzcat` prints of it",
@@ -18,5 +19,5 @@ _KINDS = {
 
 
 def what_it_is(magic: bytes) -> str:
-    """What a file that begins with these bytes is, and what to do with it; "" if that is not known."""
+    """What a file with these first bytes is, and what to do with it; "" if unknown."""
     return next((kind for start, kind in _KINDS.items() if magic.startswith(start)), "")

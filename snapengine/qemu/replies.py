@@ -1,4 +1,4 @@
-"""What a monitor answers: members with their types checked, before anybody uses them."""
+"""Answers of a monitor, with the types of their members checked before use."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from snapengine.errors import MachineError
 
 
 class Executes(Protocol):
-    """A monitor, as far as asking is concerned."""
+    """The part of a monitor that executes commands."""
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """The answer. Raises MachineError."""
 
 
 class Reply(Fields):
-    """One JSON object of an answer; each method raises `MachineError` for what is not as it should be."""
+    """One JSON object of an answer. Each method raises `MachineError` for a member of the wrong type or
+    range."""
 
     refusal = MachineError
 
     def count(self, key: str) -> int:
-        """A number that may be missing: then 0. As milliseconds, it is less than 2^63 ns."""
+        """A number; 0 if it is missing. At most 40 bits, so that milliseconds fit into 2^63 ns."""
         return self.number(key, 40) if self.has(key) else 0
 
 
@@ -31,7 +32,7 @@ class Migration(Reply):
 
     @property
     def status(self) -> str:
-        """``"none"`` before the first one."""
+        """``"none"`` before the first migration."""
         return one_line(self.plain("status")) if self.has("status") else "none"
 
     @property
@@ -46,7 +47,7 @@ def ask(monitor: Executes, command: str, arguments: dict[str, Any] | None = None
 
 
 def ask_migration(monitor: Executes) -> Migration:
-    """What QEMU says of its migration."""
+    """The state of QEMU's migration."""
     return Migration(ask(monitor, "query-migrate").members, "QEMU's answer to query-migrate")
 
 

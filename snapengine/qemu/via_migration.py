@@ -18,8 +18,8 @@ from snapengine.errors import CaptureCancelled, MachineError, StreamError, Targe
 from snapengine.options import WRITE_TRACKING, Options
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import MACHINE, VIA_STREAM
+from snapengine.qemu.from_stream import drain, ingest
 from snapengine.qemu.guard import Command, Guard
-from snapengine.qemu.ingest import drain, ingest
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ram_blocks import ram_blocks
 from snapengine.qemu.replies import Migration, ask, ask_list, ask_migration

@@ -27,7 +27,7 @@ from snapengine.image.encode import DATA, HOLE, LOST, ZERO
 from snapengine.image.writer import Writer
 from snapengine.options import Options
 from snapengine.qemu.blobs import machine_of
-from snapengine.qemu.ingest import ingest
+from snapengine.qemu.from_stream import ingest
 from snapengine.qemu.to_stream import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.regions import Region
 from snapengine.storage.sinks import MemorySink
