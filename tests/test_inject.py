@@ -119,7 +119,7 @@ def test_threads_that_all_end_before_they_are_stopped(monkeypatch):
     gone = itertools.count(1 << 22)  # above every tid (proc_pid_max(5))
     monkeypatch.setattr(permissions, "threads_to_stop", lambda pid: [next(gone)])
     with Target("compute", 1) as target:
-        assert "threads end before" in str(refusal(target.pid))
+        assert "each thread ends before" in str(refusal(target.pid))
         target.check_running()
 
 

@@ -363,7 +363,7 @@ def test_lines_cannot_control_a_terminal():
     assert all(value.isprintable() for value in text.values())
     assert r"\x1b[2J" in text["command"]
     assert text["process"].startswith(r"77 (\x80 x)")
-    assert "all threads stood still" in text["cut"]
+    assert "all threads were stopped" in text["cut"]
     assert "1, 4.00 KiB: not writable" in text["not captured"]
     many = record(threads=[thread(tid) for tid in range(1, 30)])
     assert dict(process_rows(process_info(many, [])))["threads"].endswith("8 (worker) and 21 more")

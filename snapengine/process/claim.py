@@ -1,8 +1,9 @@
-"""One capture of a process at a time, also where the kernel cannot tell who tracks its memory.
+"""A lock that allows one capture of a process at a time.
 
-A process may have a userfaultfd of its own, so that a mapping which is taken says nothing about who took it.
-A name in the abstract namespace of Unix sockets does: one has it, until its descriptor is closed. (Engines in
-different network namespaces do not see each other; the kernel lets a mapping be tracked only once anyway.)
+The kernel lets one userfaultfd track a mapping, but EBUSY does not tell whether another capture or the
+process itself tracks it. The lock is a name in the abstract namespace of Unix sockets, which one socket can
+have until its descriptor is closed. (Engines in different network namespaces do not see each other's lock;
+for them only the kernel's limit holds.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
 class Claim:
-    """Held until it is released. ``AlreadyTrackedError``: somebody else has it; `TargetGoneError`."""
+    """The lock, held until `release`. `AlreadyTrackedError`: another capture holds it. `TargetGoneError`."""
 
     def __init__(self, pid: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -34,12 +35,12 @@ class Claim:
             raise AlreadyTrackedError(errno.EBUSY, text) from None
 
     def release(self) -> None:
-        """Idempotent."""
+        """Release the lock. Idempotent."""
         self._socket.close()
 
 
 def _started(pid: int) -> str:
-    """When the process was started: its number may be another one's later."""
+    """The start time of the process, since its pid may be reused."""
     try:
         return procfs.read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19]
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
 """Pages that are copied while an attached process is stopped. `snapengine.capture.copied` writes them.
 
-Reading must change nothing in the target: shared memory is read through its file, where a hole stays one, and
-of private memory only what it has populated.
+Reading must not change the target: shared memory is read through its file, so that holes stay holes, and of
+private memory only populated pages are read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from snapengine.targets.base import Copied
 PIECE_BYTES = 4 << 20
 
 Way = Literal["all", "populated", "own", "file"]
-"""Which pages are read: all; those in the page tables; those that a private mapping does not share with its
-file; those that the file has."""
+"""Which pages are read: all; those in the page tables; pages of a private mapping that differ from its file;
+pages that the file has data for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One region to be copied. ``whole``: with "own", the pages that are as in the file, too."""
+    """One region to be copied. ``whole``: with "own", the clean pages of the file too."""
 
     region: Region
     mapping: Mapping
@@ -34,7 +34,7 @@ class Copy:
 
 
 class Copier:
-    """Reads from one process that stands still. A context manager. Raises OSError."""
+    """Reads from a process that is stopped. A context manager. Raises OSError."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -82,7 +82,7 @@ class Copier:
         path = f"/proc/{self._pid}/map_files/{mapping.start:x}-{mapping.end:x}"
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # not allowed: through the mapping then, which fills holes
+        except OSError:  # not permitted: it is read through the mapping, which fills holes
             return -1
 
     def _of_memory(self, base: int, ranges: list[tuple[int, int]]) -> Copied:
@@ -108,7 +108,7 @@ class Copier:
                 start += PAGE_BYTES
 
     def _of_file(self, copy: Copy, file: int, own: list[tuple[int, int]]) -> Copied:
-        """What lies in none of the ranges `own`."""
+        """The pages of the file outside the ranges `own`."""
         copied = Copied()
         shift = copy.mapping.start - copy.mapping.offset
         start, end = copy.region.addr - shift, copy.region.addr + copy.region.length - shift
@@ -123,7 +123,7 @@ class Copier:
 
 
 def outside(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts of [start, end) that lie in none of the ranges, which are in order."""
+    """The parts of [start, end) outside the ranges, which are sorted."""
     found = []
     for low, high in ranges:
         if high <= start or low >= end:
@@ -137,7 +137,7 @@ def outside(start: int, end: int, ranges: list[tuple[int, int]]) -> list[tuple[i
 
 
 def copy_all(pid: int, copies: list[Copy]) -> list[Copied]:
-    """The pages of each region of a process that stands still. Raises OSError."""
+    """The pages of each region of a process that is stopped. Raises OSError."""
     if not copies:
         return []
     with Copier(pid) as copier:

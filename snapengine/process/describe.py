@@ -14,8 +14,8 @@ from snapengine.process.record import ProcessRecord, not_captured_object
 
 SHOWN_THREADS = 8
 CUTS = {
-    "soft": "soft (the threads ran on: their registers are not part of it)",
-    "stop": "stop (all threads stood still)",
+    "soft": "soft (the threads kept running: their registers are not part of it)",
+    "stop": "stop (all threads were stopped)",
 }
 
 

@@ -1,6 +1,7 @@
-"""What can be asked about one process's mappings: what holds them, how many pages are its own, who refused.
+"""Facts about one process's mappings: what backs them, how many pages are private, which ones cannot be
+tracked.
 
-Reads /proc only. Answers are a moment old unless the process stands still.
+Reads /proc only. Unless the process is stopped, the answers may be outdated.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from snapengine.kernel.pagemap import CATEGORIES, populated_runs
 from snapengine.kernel.procmaps import Mapping, read_smaps
 
 REFUSED_FLAGS = {b"um": errno.EBUSY, b"uw": errno.EBUSY, b"ui": errno.EBUSY, b"dp": errno.EINVAL}
-"""VmFlags of /proc/PID/smaps with which the kernel refuses to register a mapping, and the error: it has a
-userfaultfd already; it is droppable."""
+"""VmFlags of /proc/PID/smaps for which the kernel refuses to register a mapping, and the errno: it has a
+userfaultfd already, or is droppable."""
 
 
 class MapFacts:
-    """Facts about the mappings of process `pid`, each asked for when it is needed, and once.
+    """Facts about the mappings of process `pid`, each read once, when it is needed.
 
     ``refused``: see `refusals`.
     """
@@ -37,17 +38,17 @@ class MapFacts:
         return self._backings.of(mapping)
 
     def refused(self, mapping: Mapping) -> int:
-        """The errno with which the kernel refuses to track it; 0: it does not, as far as is known."""
+        """The errno with which the kernel refuses to track it; 0: no refusal is known."""
         return self.refusals.get(mapping.start, 0)
 
     def own_bytes(self, mapping: Mapping) -> int:
-        """Of a private mapping of a file: bytes in pages that are not the file's (any more)."""
+        """Of a private mapping of a file: bytes in pages that the process has modified."""
         if mapping not in self._own:
             self._own[mapping] = self._bytes(mapping, without=CATEGORIES["FILE"])
         return self._own[mapping]
 
     def populated_bytes(self, mapping: Mapping) -> int:
-        """Bytes that the process has in its page tables, or swapped out."""
+        """Bytes that are present in the page tables, or swapped out."""
         return self._bytes(mapping)
 
     def file_data_bytes(self, mapping: Mapping) -> int:
@@ -71,7 +72,7 @@ class MapFacts:
 
 
 def data_ranges(fd: int, start: int, end: int) -> list[tuple[int, int]]:
-    """The parts of [start, end) for which a file has data, in whole pages; all of it if it does not say."""
+    """The parts of [start, end) for which a file has data, in whole pages; all of it if that is unknown."""
     found: list[tuple[int, int]] = []
     size = -(-os.fstat(fd).st_size // 4096) * 4096
     end = min(end, size)
@@ -92,7 +93,8 @@ def data_ranges(fd: int, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def refused_by_flags(pid: int) -> dict[int, int]:
-    """What the kernel would refuse to track, from VmFlags. Reads smaps: 20 ms a GiB. Raises OSError."""
+    """The mappings that the kernel would refuse to track, by their VmFlags. Reads smaps: 20 ms a GiB. Raises
+    OSError."""
     found = {}
     for start, fields in read_smaps(pid):
         for flag in fields.get(b"VmFlags", b"").split():

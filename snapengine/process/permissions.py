@@ -1,8 +1,9 @@
-"""Before a process is attached to: what it is, why it cannot be, which thread to stop.
+"""Permission checks before attaching to a process: what it is, whether it can be attached to, which thread to
+stop.
 
-Reads /proc only; changes nothing, stops nobody. What it says can be outdated a moment later, so who
-attaches must still deal with every refusal of the kernel; here the reasons are found that the kernel's
-one EPERM does not tell. Source: proc(5), ptrace(2), and fs/proc of Linux.
+Reads /proc only; changes and stops nothing. The answers can be outdated a moment later, so the caller must
+still handle every refusal of the kernel. These checks find the reasons behind the kernel's single EPERM.
+Sources: proc(5), ptrace(2), and fs/proc of Linux.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ PF_USER_WORKER = 0x4000
 PF_KTHREAD = 0x200000
 NOT_TO_BE_TRACED = PF_EXITING | PF_IO_WORKER | PF_USER_WORKER | PF_KTHREAD
 
-# x86-64 numbers of calls in which a thread is stopped at a price. PARTIAL: a transfer that has begun returns
-# a short count. TIMED: EINTR, which we undo, but a relative timeout starts anew.
+# x86-64 numbers of system calls on which a stop has a side effect. PARTIAL: a transfer that has begun returns
+# a short count. TIMED: EINTR, which we repair, but a relative timeout starts from the beginning.
 PARTIAL_CALLS = frozenset({1, 18, 20, 40, 44, 46, 275, 276, 296, 307, 326})
 TIMED_CALLS = frozenset({45, 47, 65, 128, 208, 220, 232, 281, 299, 333, 426, 441})
 
@@ -37,18 +38,18 @@ MAX_THREADS_LOOKED_AT = 64
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """A process as /proc shows it. None: it could not be read."""
+    """A process as /proc shows it. A field that could not be read is None."""
 
     pid: int
     name: str
     state: str
-    """One letter, proc(5): of the leader, which may have ended before the other threads."""
+    """One letter, proc(5). It is the leader's state, which may have ended before the other threads."""
     uid: int
     """Real user."""
     fsuid: int
-    """The user as whom it opens files."""
+    """The user id for file access."""
     capabilities: int
-    """In effect, a bit mask (capabilities(7))."""
+    """The effective set, a bit mask (capabilities(7))."""
     threads: int
     tracer: int
     """The thread that traces it; 0: none."""
@@ -67,12 +68,12 @@ class ProcessInfo:
 
     @property
     def ended(self) -> bool:
-        """No thread of it runs any more."""
+        """Whether all of its threads have ended."""
         return not self.thread_ids and not self.kernel_thread
 
 
 def live_threads(pid: int) -> list[ThreadStat]:
-    """The threads that can be traced; kernel workers (io_uring) that show up among them cannot."""
+    """The threads that can be traced. Kernel workers (io_uring), which /proc lists among them, cannot."""
     found = []
     for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task")))[:MAX_THREADS_LOOKED_AT]:
         try:
@@ -108,7 +109,7 @@ def _ksm_pages(pid: int) -> int | None:
 
 
 def name_of(pid: int) -> str:
-    """The name of a process or thread, "?" if it is gone."""
+    """The name of a process or thread; "?" if it has ended."""
     try:
         return procfs.read(f"/proc/{pid}/comm").removesuffix("\n")
     except OSError:
@@ -116,7 +117,7 @@ def name_of(pid: int) -> str:
 
 
 def describe(pid: int) -> ProcessInfo:
-    """What /proc says of a process. Raises AttachError (ESRCH) if there is none of that number."""
+    """A process as /proc shows it. Raises AttachError (ESRCH) if it does not exist."""
     if pid <= 0:
         raise AttachError(errno.ESRCH, f"{pid} is not a process id")
     try:
@@ -160,7 +161,7 @@ def mergeable_mappings(pid: int) -> int:
 
 
 def kernel_writers(pid: int, maps: bytes = b"") -> list[str]:
-    """What may write to a process's memory while all of its threads stand, in words. ``maps``: its
+    """What may write to a process's memory while all of its threads are stopped, as sentences. ``maps``: its
     /proc/PID/maps, if that was read. Raises OSError."""
     workers = 0
     for tid in os.listdir(f"/proc/{pid}/task"):
@@ -171,34 +172,35 @@ def kernel_writers(pid: int, maps: bytes = b"") -> list[str]:
     found = []
     if workers:
         found.append(
-            f"{workers} workers of the kernel (io_uring, vhost) cannot be stopped: what they write to memory "
-            "that is copied while the threads stand may be of several moments"
+            f"{workers} workers of the kernel (io_uring, vhost) cannot be stopped: memory that is copied "
+            "during the stop, and that they write to, may not be of one instant"
         )
     if b"/[aio]" in (maps or maps_text(pid)):
         found.append(
-            "it uses kernel AIO (io_setup): direct reads in flight at T go on writing to its memory unseen"
+            "it uses kernel AIO (io_setup): direct reads in flight at T write to its memory unseen"
         )
     return found
 
 
 def has_capability(bit: int) -> bool:
-    """Whether this process has the capability in effect."""
+    """Whether this process has the capability in its effective set."""
     return bool(int(procfs.status("/proc/self/status")["CapEff"], 16) >> bit & 1)
 
 
 def _may_not_trace(info: ProcessInfo) -> str | None:
-    """Opening its memory asks the same question as attaching (PTRACE_MODE_ATTACH), Yama included."""
+    """Why the process may not be traced. Opening its memory needs the same permission as attaching
+    (PTRACE_MODE_ATTACH), Yama included."""
     try:
         os.close(os.open(f"/proc/{info.thread_ids[0]}/mem", os.O_RDONLY | os.O_CLOEXEC))
     except PermissionError:
         return denied_because(info)
     except OSError:
-        return None  # it ends just now: attaching will say so
+        return None  # it is ending, as attaching will report
     return None
 
 
 def denied_because(info: ProcessInfo) -> str:
-    """Why the kernel does not let this user trace that process, as far as it can be told from outside."""
+    """Why the kernel does not let this user trace the process, as far as /proc shows."""
     who = f"process {info.pid} ({info.name})"
     if info.uid != os.geteuid():
         return f"{who} belongs to uid {info.uid}: attaching needs root or CAP_SYS_PTRACE"
@@ -216,7 +218,7 @@ def denied_because(info: ProcessInfo) -> str:
 
 
 def refuse_reason(info: ProcessInfo) -> OSError | None:
-    """The error to raise for a process that cannot be attached to; None: nothing speaks against it."""
+    """The error to raise for a process that cannot be attached to; None: no reason is known."""
     who = f"process {info.pid} ({info.name})"
     if info.pid == os.getpid():
         return AttachError(errno.EINVAL, f"{who} is this process: use BufferTarget for its memory")
@@ -241,7 +243,7 @@ def refuse_reason(info: ProcessInfo) -> OSError | None:
 
 
 def check(pid: int) -> ProcessInfo:
-    """`describe`, or the error that says why the process cannot be attached to.
+    """Describe the process, or raise the error that says why it cannot be attached to.
 
     Raises AttachError, or TargetGoneError if the process has ended.
     """
@@ -253,7 +255,8 @@ def check(pid: int) -> ProcessInfo:
 
 
 def check_to_save(pid: int) -> ProcessInfo:
-    """`check`, and that its memory can be listed: what /proc/PID shows of it goes with the first thread.
+    """`check`, and check that its memory can be listed: /proc/PID/maps is empty once the first thread has
+    ended.
 
     Raises AttachError, or TargetGoneError if the process has ended.
     """
@@ -267,8 +270,8 @@ def check_to_save(pid: int) -> ProcessInfo:
 
 
 def _price_of_stopping(pid: int, thread: ThreadStat) -> int:
-    """Lower is better: asleep in a call that is resumed unseen, computing, in a call that we must repeat
-    or that may be cut short, asleep where no stop reaches it (D)."""
+    """The cost of stopping a thread, lower is better: asleep in a call that the kernel restarts (0), in user
+    code (1), in a call that we must repeat (2) or that may end early (3), in uninterruptible sleep (4)."""
     if thread.state == "D":
         return 4
     if thread.state != "S":
@@ -283,7 +286,7 @@ def _price_of_stopping(pid: int, thread: ThreadStat) -> int:
 
 
 def threads_to_stop(pid: int) -> list[int]:
-    """Threads by how well they bear being stopped for a moment, best first, at most 8. Raises OSError."""
+    """The threads that a short stop disturbs least, best first, at most 8. Raises OSError."""
     threads = live_threads(pid)
     threads.sort(key=lambda thread: _price_of_stopping(pid, thread))
     return [thread.tid for thread in threads[:MAX_CANDIDATES]]
