@@ -38,7 +38,7 @@ from snapengine.engine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.engine.recheck cimport populate_shadow, drop_shadow
 from snapengine.kernel.uffd cimport uffd_protect
 
-WANTED_SECONDS = 0.05               # between rounds that only keep what is left to copy small
+_WANTED_SECONDS = 0.05               # between rounds that only keep what is left to copy small
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
 cdef uint64_t UNIT_PAGES = 512
@@ -334,7 +334,7 @@ cdef class DirtyLog:
             if dirty <= self.rate * downtime_limit:
                 if wanted is None or wanted.is_set():
                     return self._last_round(target)
-                wanted.wait(WANTED_SECONDS)
+                wanted.wait(_WANTED_SECONDS)
                 waiting += 1
             if capture.rounds >= max_rounds + waiting or snap_now_ns() > self.deadline:
                 return 0, None
