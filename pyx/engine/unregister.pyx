@@ -21,7 +21,7 @@ cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
 cdef uint64_t PIECE = 16 << 20      # bytes: half a millisecond with 4 KiB pages
 cdef uint64_t WHOLE_MAX = 1 << 30   # bytes: 28 ms
-cdef uint64_t UNKNOWN_MAX = 1 << 30 # bytes, before T: how many of them hold something is not known yet
+cdef uint64_t UNKNOWN_MAX = 1 << 30     # bytes, before T: how many of them hold something is not known yet
 
 
 cdef void _unregister_halves(int fd, uint64_t start, uint64_t length, uint64_t unit) noexcept nogil:
@@ -81,7 +81,7 @@ cdef uint64_t _piece_end(capture_t *capture, region_t *region, uint64_t start, u
 
 
 cdef void _unregister_pieces(capture_t *capture, int fd, int maps, region_t *region, uint64_t start,
-                     uint64_t end) noexcept nogil:
+                             uint64_t end) noexcept nogil:
     cdef uint64_t unit = region.unit_pages * PAGE
     cdef uint64_t stop
     while start < end:
