@@ -84,8 +84,8 @@ def _check_kernel(options: Options, use_scan: bool) -> None:
         if use_scan and has_pagemap_scan():
             return
     except PermissionError:
-        # A process that gave up its rights may not open its own pagemap. The target says first why it cannot be
-        # attached to; if it can be, the session fails at the same open.
+        # A process that gave up its rights may not open its own pagemap. The target says first why it cannot
+        # be attached to; if it can be, the session fails at the same open.
         return
     if options.method == DIRTY_LOGGING:
         name, since = PAGEMAP_SCAN.name, PAGEMAP_SCAN.since
