@@ -1,9 +1,9 @@
-"""Arming: register, protect, T, scan. Nothing is served before the last protect call has returned.
+"""Arming: register, protect, fix T, scan. No page is saved before the last protect call has returned.
 
-In two steps (`pyx/engine/prearm`) the first protection comes while faults are noted and let go, and T after a
-second one of what was hit. Otherwise T is when all is protected.
+With two-step arming (`pyx/engine/prearm`) the first protection runs while faults are recorded and released,
+and T follows a second protection of the recorded pages. Otherwise T is when all memory is protected.
 
-Run by the first walker. It registers everything; the rest is done in pieces by all walkers
+Runs on the first walker. It registers all regions itself; the rest is done in pieces by all walkers
 (`pyx/engine/parallel`).
 """
 
@@ -32,14 +32,14 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t UNIT = 2 << 20
-cdef uint64_t CALL_BYTES = 256 << 10    # protecting one mapping costs a call: as much as so many bytes of it
+cdef uint64_t CALL_BYTES = 256 << 10    # one protect call costs as much as protecting so many bytes
 
 
 cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region, bint again) noexcept nogil:
-    """Protect the 2 MiB units of a file that hold data. Protecting a hole of shared memory fills its
-    page tables with markers: 128 MiB of them and half a second for 64 GiB. The holes are registered for
-    missing faults, which wait until T like all others, so no hole can fill meanwhile but through the file, or
-    by another process: `again`, only the units that have filled since."""
+    """Protect the 2 MiB units of a file that hold data. Protecting a hole of shared memory fills its page
+    tables with markers: 128 MiB of them and half a second for 64 GiB. The holes are registered for missing
+    faults, which wait until T like all others. So no hole can fill meanwhile, except through the file or by
+    another process. `again`: protect only the units that have filled since."""
     cdef uint64_t size = region.pages * PAGE
     cdef uint64_t offset = 0
     cdef uint64_t begin, end, first
@@ -68,7 +68,7 @@ cdef int _protect_sparse(capture_t *capture, lane_t *lane, region_t *region, bin
 
 
 cdef uint64_t _free_until(capture_t *capture, uint64_t addr, uint64_t end) noexcept nogil:
-    """Where in [addr, end) the first region begins; `end` if none does."""
+    """The start of the first region that begins in [addr, end); `end` if none does."""
     cdef int place = place_of(capture, addr)
     while place < capture.n_regions and region_by_addr(capture, place).track_start < addr:
         place += 1
@@ -76,13 +76,14 @@ cdef uint64_t _free_until(capture_t *capture, uint64_t addr, uint64_t end) noexc
 
 
 cdef uint64_t _free_from(capture_t *capture, uint64_t start, uint64_t addr) noexcept nogil:
-    """Where in [start, addr) the last region ends; `start` if none does."""
-    cdef int place = place_of(capture, addr)        # those before it end at `addr` or below
+    """The end of the last region that ends in [start, addr); `start` if none does."""
+    cdef int place = place_of(capture, addr)        # the regions before it end at `addr` or below
     return max(start, region_by_addr(capture, place - 1).track_end) if place else start
 
 
-cdef void _take_in_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
-    """What is in two by now all the same: registered alike, the parts become one again."""
+cdef void _register_growth(capture_t *capture, region_t *region, uint64_t mode) noexcept nogil:
+    """The mapping may have grown while it was registered, and so consist of two parts. If both parts are
+    registered in the same way, the kernel merges them again."""
     cdef vma_t inner, outer
     cdef uint64_t edge = region.track_end
     if not region.alone_after and not next_vma(capture.maps, edge, &outer) and outer.start <= edge \
@@ -104,11 +105,11 @@ cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) 
     cdef int err
     cdef vma_t vma
     if capture.target_stopped and not uffd_register(capture.uffds[0], start, end - start, mode):
-        return 0                        # nothing can have grown
+        return 0                        # no mapping can have grown
     err = next_vma(capture.maps, start, &vma)
     if not err and vma.start < start:
         start = _free_from(capture, vma.start, start)
-    if not err and vma.end < end:       # it is in several
+    if not err and vma.end < end:       # the region spans several mappings
         err = next_vma(capture.maps, end - PAGE, &vma)
     if not err and vma.end > end:
         end = _free_until(capture, end, vma.end)
@@ -120,7 +121,7 @@ cdef int register_attached(capture_t *capture, region_t *region, uint64_t mode) 
         region.registered_start = min(region.registered_start, start)
         region.registered_end = max(region.registered_end, end)
     if not err:
-        _take_in_growth(capture, region, mode)
+        _register_growth(capture, region, mode)
     return err
 
 
@@ -131,8 +132,8 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     if region.missing and (region.shared or capture.data == NULL):
         mode |= UFFDIO_REGISTER_MODE_MISSING
     elif capture.pid and capture.data == NULL:
-        # A peer may have registered for missing faults itself. With WP_UNPOPULATED its holes get markers,
-        # which no UFFDIO_ZEROPAGE fills (EEXIST): a fault on one could never be answered.
+        # A peer may have registered this memory for missing faults itself. With WP_UNPOPULATED its holes get
+        # markers, which UFFDIO_ZEROPAGE cannot fill (EEXIST): a missing fault could never be resolved.
         uffd_unregister(capture.uffds[0], region.track_start, length)
     if capture.attached:
         err = register_attached(capture, region, mode)
@@ -143,10 +144,10 @@ cdef int register_region(capture_t *capture, region_t *region) noexcept nogil:
     return err
 
 
-cdef bint _joins(capture_t *capture, int number) noexcept nogil:
-    """Whether one call may take a region along with the one before it: a quarter of the time for each. Only
-    while the target stands, for then nothing else is mapped between them; private memory of small pages,
-    which is all registered alike."""
+cdef bint _joins_previous(capture_t *capture, int number) noexcept nogil:
+    """Whether one call may take a region together with the one before it, which takes a quarter of the time.
+    Only while the target is stopped, since then no other mapping can appear between them, and only for
+    private memory with small pages, which is all registered in the same mode."""
     cdef region_t *region = &capture.regions[number]
     return capture.target_stopped and not capture.arm_piece and region.follows \
         and _is_plain(region) and _is_plain(region - 1)
@@ -156,8 +157,9 @@ cdef bint _is_plain(region_t *region) noexcept nogil:
     return region.missing and not region.shared and region.unit_pages == 1
 
 
-cdef uint64_t _pieces(capture_t *capture, region_t *region) noexcept nogil:
-    """A sparse file is one piece: its data is searched in order. So is memory of pages larger than one."""
+cdef uint64_t _n_pieces(capture_t *capture, region_t *region) noexcept nogil:
+    """A sparse file is one piece, since its data is searched in order. So is memory with pages larger than a
+    piece."""
     cdef uint64_t piece = capture.piece_bytes
     if region.sparse or region.unit_pages * PAGE > piece:
         return 1
@@ -165,16 +167,16 @@ cdef uint64_t _pieces(capture_t *capture, region_t *region) noexcept nogil:
 
 
 cdef uint64_t _number_pieces(capture_t *capture) noexcept nogil:
-    """Give each region the number of its first piece. Small neighbours, which are a piece each, share one as
-    long as their calls take no longer than a piece of that size."""
+    """Give each region the number of its first piece. Small neighbours, which are one piece each, share a
+    piece as long as their calls take no longer than protecting a piece of full size."""
     cdef uint64_t pieces = 0
-    cdef uint64_t room = 0              # of the last piece, in bytes
+    cdef uint64_t room = 0              # bytes left in the last piece
     cdef uint64_t n, size
     cdef int i
     cdef region_t *region
     for i in range(capture.n_regions):
         region = &capture.regions[i]
-        n = _pieces(capture, region)
+        n = _n_pieces(capture, region)
         size = max(region.track_end - region.track_start, CALL_BYTES)
         if n == 1 and not region.sparse and size <= room:
             room -= size
@@ -188,21 +190,22 @@ cdef uint64_t _number_pieces(capture_t *capture) noexcept nogil:
     return pieces
 
 
-cdef void _protect_piece(capture_t *capture, lane_t *lane, region_t *region, uint64_t number) noexcept nogil:
-    # They meet at multiples of their size: a protect call that ends inside of a huge page splits it.
+cdef void _protect_region_piece(capture_t *capture, lane_t *lane, region_t *region,
+                                uint64_t number) noexcept nogil:
+    # Pieces end at multiples of their size: a protect call that ends inside a huge page splits it.
     cdef uint64_t piece = capture.piece_bytes
     cdef uint64_t addr = (region.track_start // piece + number) * piece
     cdef uint64_t start = max(addr, region.track_start)
     if region.sparse:
         _protect_sparse(capture, lane, region, False)
-    elif _pieces(capture, region) == 1:
+    elif _n_pieces(capture, region) == 1:
         protect_range(capture, lane, region.track_start, region.track_end - region.track_start)
     else:
         protect_range(capture, lane, start, min(addr + piece, region.track_end) - start)
 
 
 cdef int _first_of_piece(capture_t *capture, uint64_t piece) noexcept nogil:
-    """The first region that has a part in it."""
+    """The index of the first region that has bytes in a piece."""
     cdef int low = 0
     cdef int high = capture.n_regions
     cdef int middle
@@ -210,7 +213,7 @@ cdef int _first_of_piece(capture_t *capture, uint64_t piece) noexcept nogil:
     while low < high:
         middle = (low + high) // 2
         region = &capture.regions[middle]
-        if region.first_piece + _pieces(capture, region) <= piece:
+        if region.first_piece + _n_pieces(capture, region) <= piece:
             low = middle + 1
         else:
             high = middle
@@ -218,14 +221,16 @@ cdef int _first_of_piece(capture_t *capture, uint64_t piece) noexcept nogil:
 
 
 cdef int _run_in_piece(capture_t *capture, int first, uint64_t piece) noexcept nogil:
-    """Where the run that begins with `first` ends in a piece of which it is no more than a part."""
+    """The end of the run of regions that begins with `first`, lies inside one piece, and can be protected by
+    one call."""
     cdef int end = first + 1
-    while end < capture.n_regions and capture.regions[end].first_piece == piece and _joins(capture, end):
+    while end < capture.n_regions and capture.regions[end].first_piece == piece \
+            and _joins_previous(capture, end):
         end += 1
     return end
 
 
-cdef void _protect_numbered(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
+cdef void _protect_piece(capture_t *capture, lane_t *lane, uint64_t piece) noexcept nogil:
     cdef int i = _first_of_piece(capture, piece)
     cdef int end
     while i < capture.n_regions and capture.regions[i].first_piece <= piece \
@@ -236,9 +241,10 @@ cdef void _protect_numbered(capture_t *capture, lane_t *lane, uint64_t piece) no
                                             - capture.regions[i].track_start):
             i = end
             continue
-        # One by one where that failed (before Linux 6.4 a call takes one mapping), whose errors count.
+        # If that failed (before Linux 6.4 a call takes a single mapping), protect them one by one. The errors
+        # of these calls count.
         while i < end:
-            _protect_piece(capture, lane, &capture.regions[i], piece - capture.regions[i].first_piece)
+            _protect_region_piece(capture, lane, &capture.regions[i], piece - capture.regions[i].first_piece)
             i += 1
 
 
@@ -249,7 +255,7 @@ cdef int _register_all(capture_t *capture) noexcept nogil:
     cdef int end
     while i < capture.n_regions:
         end = i + 1
-        while end < capture.n_regions and _joins(capture, end):
+        while end < capture.n_regions and _joins_previous(capture, end):
             end += 1
         start = capture.regions[i].track_start
         if end > i + 1 and not uffd_register(capture.uffds[0], start,
@@ -259,12 +265,13 @@ cdef int _register_all(capture_t *capture) noexcept nogil:
             if snap_load(&capture.failed) or register_region(capture, &capture.regions[i]):
                 return 1
             i += 1
-            capture.n_registered = i    # what is not ours by now is never unregistered by us
+            capture.n_registered = i    # regions that are not registered are never unregistered
     return 0
 
 
 cdef uint64_t _await_caller(capture_t *capture) noexcept nogil:
-    """Say that T can come, and wait until the caller wants it: nanoseconds waited."""
+    """Announce that T can be requested, and wait until the caller requests it. Returns the nanoseconds
+    waited."""
     cdef uint64_t begin = snap_now_ns()
     pthread_mutex_lock(&capture.lock)
     snap_store(&capture.ready, 1)
@@ -282,22 +289,22 @@ cdef void _begin_prearming(capture_t *capture) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
 
 
-cdef bint _scanned(capture_t *capture, int err) noexcept nogil:
+cdef bint _scan_succeeded(capture_t *capture, int err) noexcept nogil:
     if err:
         capture_fail(capture, err, "scan of the page tables", 0)
     return not snap_load(&capture.failed)
 
 
 cdef void _fix_t(capture_t *capture, lane_t *lane, uint64_t pieces) noexcept nogil:
-    """With two steps, after the caller has asked for it."""
+    """With two-step arming this runs after the caller has requested T."""
     cdef int i
     if not capture.prearm.enabled:
-        run_parallel(capture, lane, _protect_numbered, pieces)
+        run_parallel(capture, lane, _protect_piece, pieces)
         return
     for i in range(capture.n_regions):
         if capture.regions[i].sparse:
             _protect_sparse(capture, lane, &capture.regions[i], True)
-    note_again(capture)             # before: a writer that meets the second protection waits
+    note_again(capture)             # before pre-arming ends: from then on faulting writers wait
     prearm_stop(capture)
     note_filled_holes(capture)
     if not snap_load(&capture.failed):
@@ -312,23 +319,23 @@ cdef int arm(capture_t *capture, lane_t *lane) noexcept nogil:
     if not capture.prearm.enabled:
         _await_caller(capture)
     begin = pause = snap_now_ns()
-    # Registered first: from then on no hole of shared memory fills without a fault, which waits or is noted.
+    # Register first: from then on no hole of shared memory fills without a fault, which waits or is recorded.
     if _register_all(capture):
         return 1
     if capture.prearm.enabled:
-        _begin_prearming(capture)          # before the scan: a page that it does not see any more is a hit
-    if not _scanned(capture, note_before(capture)):
+        _begin_prearming(capture)   # before the scan: a page that appears after the scan is recorded as dirty
+    if not _scan_succeeded(capture, note_before(capture)):
         return 1
     run_parallel(capture, lane, scan_before, spans(capture))
     if capture.prearm.enabled and not snap_load(&capture.failed):
-        run_parallel(capture, lane, _protect_numbered, pieces)
+        run_parallel(capture, lane, _protect_piece, pieces)
         waited = _await_caller(capture)
         pause = snap_now_ns()
         begin_spinning(capture)
     if not snap_load(&capture.failed):
         _fix_t(capture, lane, pieces)
     capture.t_ns = snap_now_ns()
-    if snap_load(&capture.failed) or not _scanned(capture, note_vmas(capture) or note_at_t(capture)):
+    if snap_load(&capture.failed) or not _scan_succeeded(capture, note_vmas(capture) or note_at_t(capture)):
         return 1
     run_parallel(capture, lane, scan_at_t, spans(capture))
     now = snap_now_ns()

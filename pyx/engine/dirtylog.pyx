@@ -1,15 +1,18 @@
-"""Dirty logging: copy everything, ask what was written meanwhile, copy that again, … pause for the rest.
+"""Dirty logging: copy all pages, find the pages written meanwhile, copy those again, … and pause for the
+rest.
 
-The kernel clears the protection itself when a page is written (UFFD_FEATURE_WP_ASYNC), so no writer
-ever waits; PAGEMAP_SCAN returns the pages written and protects them again in one step. A page is
-copied after it was protected again: a write during the copy makes it dirty for the next round.
+The kernel clears the protection itself when a page is written (UFFD_FEATURE_WP_ASYNC), so no writer waits.
+PAGEMAP_SCAN returns the written pages and protects them again in one step. A page is copied after it was
+protected again: a write during the copy makes it dirty for the next round.
 
-Three changes of memory leave its protection as it was, so that no scan reports them: what is punched out of
-shared memory and touched again (answered by `pyx/engine/missing`, which makes it count as written); the same
-of huge pages (`pyx/engine/recheck`: their witness is gone); and a private page of a memory file that is
-discarded, where the file shows through again (`_copy_discarded`).
+Three changes of memory leave its protection as it was, so that no scan reports them:
 
-One thread, the caller's, without the GIL while it scans and copies. Source: Linux 6.7,
+- A page is punched out of shared memory and touched again. `pyx/engine/missing` fills it, so that it counts
+  as written.
+- The same with huge pages of a file. Their shadow mapping loses the page (`pyx/engine/recheck`).
+- A private page of a memory file is discarded, and the file shows through again (`_copy_discarded`).
+
+Runs on the caller's thread alone, without the GIL while it scans and copies. Source: Linux 6.7,
 Documentation/admin-guide/mm/pagemap.rst.
 """
 
@@ -33,7 +36,7 @@ from snapengine.pipeline.pool cimport lane_close, lane_open, lane_room, pool_end
 from snapengine.base.pthreads cimport pthread_mutex_lock, pthread_mutex_unlock, snap_now_ns
 from snapengine.engine.session cimport Session
 from snapengine.engine.state cimport capture_fail, capture_t, lane_t, note_present, region_t
-from snapengine.engine.populated cimport scan_anew
+from snapengine.engine.populated cimport rescan_all
 from snapengine.engine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.engine.recheck cimport populate_shadow, drop_shadow
 from snapengine.kernel.uffd cimport uffd_protect
@@ -42,36 +45,35 @@ _WANTED_SECONDS = 0.05               # between rounds that only keep what is lef
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
 cdef uint64_t UNIT_PAGES = 512
-cdef uint64_t PIECE = 1 << 30       # bytes of markers in one call: 5 ms
+cdef uint64_t PIECE = 1 << 30       # bytes protected by one call: writing their markers takes 5 ms
 cdef uint64_t OWN_PAGE = PAGE_IS_PRESENT | PAGE_IS_FILE
 
 
-cdef void _aim(capture_t *capture, region_t *region, scan_t *scan, bint protect) noexcept nogil:
-    """Scan for pages of the region written since they were protected (or never protected)."""
+cdef void _setup_scan(capture_t *capture, region_t *region, scan_t *scan, bint protect) noexcept nogil:
+    """Scan for pages of the region that were written since they were protected, or were never protected."""
     scan.fd = capture.pagemap
     scan.next = region.track_start
     scan.end = region.track_end
-    # CHECK_WPASYNC: memory that is mapped anew over the region is an error, not silently skipped.
+    # CHECK_WPASYNC: a new mapping over the region is an error, not silently skipped.
     scan.flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC if protect else PM_SCAN_CHECK_WPASYNC
     scan.mask = PAGE_IS_WRITTEN
-    # A hole of private memory counts as written; it has nothing to copy and must get no marker. A page
-    # of shared memory that has no page table entry any more may have been written before it lost it.
+    # A hole of private memory counts as written, has nothing to copy, and must get no marker. A page of
+    # shared memory that has lost its page table entry may have been written before that.
     if region.shared and not region.sparse:
         scan.anyof = 0
     elif region.unit_pages > 1:
         scan.anyof = PAGE_IS_PRESENT
     else:
         scan.anyof = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-    scan.without = capture.guard        # nothing is there to copy
+    scan.without = capture.guard        # guard pages have nothing to copy
     scan.returned = PAGE_IS_WRITTEN | (OWN_PAGE if region.own else 0)
     scan.err = 0
     scan.stop = &capture.failed
 
 
 cdef int _step(capture_t *capture, scan_t *scan) noexcept nogil:
-    """Under the lock: who answers missing faults may have to register a page anew
-    (`pyx/engine/fault_threads`), and between
-    its two calls a scan would fail."""
+    """Under the lock: the thread that answers missing faults may have to unregister a page and register it
+    again (`pyx/engine/fault_threads`), and a scan between these two calls would fail."""
     pthread_mutex_lock(&capture.lock)
     cdef int found = scan_step(scan)
     pthread_mutex_unlock(&capture.lock)
@@ -112,25 +114,27 @@ cdef int _copy_pages(capture_t *capture, lane_t *lane, region_t *region, uint64_
     return 0
 
 
-cdef int _track_anew(capture_t *capture, region_t *region) noexcept nogil:
-    """An attached process has mapped something over a part of the region: track that too, if it can be."""
+cdef int _track_again(capture_t *capture, region_t *region) noexcept nogil:
+    """An attached process has mapped something over a part of the region: register that, too, if it can be
+    registered."""
     return register_attached(capture, region, UFFDIO_REGISTER_MODE_WP)
 
 
-cdef int _begin_anew(capture_t *capture, region_t *region, scan_t *scan) noexcept nogil:
-    """The scan has failed half-way, and what it protected again until there is not reported any more. So
-    protect all, then list all: also what cannot be tracked, which is thus copied in every round."""
-    cdef int err = _track_anew(capture, region)
+cdef int _restart_scan(capture_t *capture, region_t *region, scan_t *scan) noexcept nogil:
+    """The scan has failed half-way, and a second scan would not report the pages that it has protected again.
+    So protect all pages, then list all pages, including those that cannot be tracked, which are thus copied
+    in every round."""
+    cdef int err = _track_again(capture, region)
     cdef int found = 1
     if err:
         return err
-    _aim(capture, region, scan, True)
+    _setup_scan(capture, region, scan, True)
     scan.flags = PM_SCAN_WP_MATCHING
     while found > 0:
         found = _step(capture, scan)
     if found < 0:
         return scan.err
-    _aim(capture, region, scan, False)
+    _setup_scan(capture, region, scan, False)
     scan.flags = 0
     scan.mask = 0
     return 0
@@ -141,11 +145,11 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
     cdef scan_t *scan = &lane.scan
     cdef int i, found, err
     cdef uint64_t start, end, stop = region.addr + region.pages * PAGE
-    _aim(capture, region, scan, True)
+    _setup_scan(capture, region, scan, True)
     while True:
         found = _step(capture, scan)
         if found < 0 and scan.err == EPERM and capture.attached:
-            err = _begin_anew(capture, region, scan)
+            err = _restart_scan(capture, region, scan)
             if err:
                 return err
             continue
@@ -160,7 +164,7 @@ cdef int _copy_written(capture_t *capture, lane_t *lane, region_t *region, bint 
                 continue
             start = region.first_page + (start - region.addr) // PAGE
             end = region.first_page + (end - region.addr + PAGE - 1) // PAGE
-            # What was written is populated now, whatever an earlier look said.
+            # A written page is populated now, whatever an earlier scan found.
             note_present(capture, start, end - start)
             lane.extent_region = NULL
             if region.own:
@@ -191,7 +195,7 @@ cdef uint64_t _filled_from(capture_t *capture, region_t *region, uint64_t page, 
 
 
 cdef void _note_own(capture_t *capture, uint64_t categories, uint64_t first, uint64_t n) noexcept nogil:
-    """Swapped pages are the process's own, too."""
+    """Swapped pages are the process's own pages, too."""
     if categories & PAGE_IS_FILE:
         bits_clear(capture.own_copies, first, n)
     else:
@@ -199,13 +203,13 @@ cdef void _note_own(capture_t *capture, uint64_t categories, uint64_t first, uin
 
 
 cdef int _copy_discarded(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
-    """In the pause: what was copied as a page of the process's own, and is not one in its page tables now.
-    (A swapped page looks like that, too; it is copied once more.)"""
+    """In the pause: copy pages that were copied as the process's own pages, and are not own pages in its page
+    tables now. (A swapped page looks like that, too, and is copied once more.)"""
     cdef scan_t *scan = &lane.scan
     cdef uint64_t page, end
     cdef int i, found
     cdef int err = 0
-    _aim(capture, region, scan, False)
+    _setup_scan(capture, region, scan, False)
     scan.flags = scan.mask = scan.anyof = 0
     scan.returned = OWN_PAGE
     while True:
@@ -227,8 +231,8 @@ cdef int _copy_discarded(capture_t *capture, lane_t *lane, region_t *region) noe
 
 cdef int _copy_punched(capture_t *capture, lane_t *lane, region_t *region, bint wait,
                        uint64_t deadline) noexcept nogil:
-    """Huge pages of a file. A unit whose witness is called only now may have been punched out and filled anew
-    between its copy and that."""
+    """Huge pages of a file. A unit whose shadow mapping is populated only now may have been punched out and
+    filled again between its copy and now, so it is copied again."""
     cdef uint64_t page = region.first_page
     cdef uint64_t end = region.first_page + region.pages
     cdef bint again
@@ -243,8 +247,8 @@ cdef int _copy_punched(capture_t *capture, lane_t *lane, region_t *region, bint 
 
 
 cdef int _put_holes(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
-    """At the end: what is not populated is a hole, whatever it was in an earlier round; what is populated
-    but was never written through the target's mapping is copied now."""
+    """At the end: a page that is not populated is a hole, whatever it was in an earlier round. A page that is
+    populated but was never written through the target's mapping is copied now."""
     cdef uint64_t page = region.first_page
     cdef uint64_t end = page + region.pages
     cdef uint64_t n, mask, data, rest, first, run
@@ -298,8 +302,8 @@ cdef int _protect(capture_t *capture, region_t *region) noexcept nogil:
 cdef class DirtyLog:
     """Dirty logging of one `Session`.
 
-    `run` does it all; `release` gives the memory back and must be called whatever `run` did.
-    """
+    `run` does all the work. `release` releases the memory, and must be called whatever the outcome of
+    `run`."""
 
     def __init__(self, Session session not None):
         self.session = session
@@ -307,25 +311,23 @@ cdef class DirtyLog:
         self.rate = 0
 
     def run(self, target, double downtime_limit, uint64_t max_rounds, double max_seconds, wanted=None):
-        """Rounds until what is left can be copied within `downtime_limit` seconds at the measured rate, then
-        one with the target paused.
+        """Run rounds until the remaining pages can be copied within `downtime_limit` seconds at the measured
+        rate, then a last round with the target paused.
 
-        Returns ``(stop_ns, vmstate)``; vmstate is None if it did not converge within `max_rounds` rounds or
-        `max_seconds`. With `wanted` (a `snapengine.base.latch.Latch`) the rounds go on until it is open;
-        `max_rounds` does not count those, `max_seconds` does. A failure is left in ``Session.failure``; what
-        the target's pause, resume and vmstate raise is raised.
-        """
+        Returns ``(stop_ns, vmstate)``; vmstate is None if the rounds did not converge within `max_rounds`
+        rounds or `max_seconds`. A failure is left in ``Session.failure``. Exceptions of the target's pause,
+        resume and vmstate are raised."""
         cdef capture_t *capture = self.session.capture
         cdef uint64_t begin = snap_now_ns()
         cdef uint64_t waiting = 0
         cdef int64_t dirty
         self.deadline = begin + <uint64_t>(max_seconds * 1e9)
         guard_thread()
-        if lane_open(capture.pool, &capture.lanes[0].slot) or self._answer() or self._register():
+        if lane_open(capture.pool, &capture.lanes[0].slot) or self._start_missing() or self._register():
             return 0, None
         capture.arm_ns = snap_now_ns() - begin
         snap_store(&capture.armed, 1)
-        if not self._measured(True):
+        if not self._run_measured(True):
             return 0, None
         while True:
             dirty = self._dirty_pages()
@@ -338,11 +340,11 @@ cdef class DirtyLog:
                 waiting += 1
             if capture.rounds >= max_rounds + waiting or snap_now_ns() > self.deadline:
                 return 0, None
-            if not self._measured(False):
+            if not self._run_measured(False):
                 return 0, None
 
-    def _measured(self, bint first):
-        """One round, and its rate: pages that left for the sink per second, waits for room included."""
+    def _run_measured(self, bint first):
+        """Run one round and measure its rate: pages copied per second, including waits for room."""
         cdef capture_t *capture = self.session.capture
         cdef uint64_t before = capture.lanes[0].data_pages + capture.lanes[0].zero_pages
         cdef uint64_t begin = snap_now_ns()
@@ -374,8 +376,8 @@ cdef class DirtyLog:
             capture_fail(capture, err, "reading the target", 0)
         return stop_ns, blobs
 
-    def _answer(self):
-        """Have missing faults answered. Non-zero if the capture has failed."""
+    def _start_missing(self):
+        """Start to answer missing faults. Non-zero if the capture has failed."""
         cdef capture_t *capture = self.session.capture
         cdef int err = start_missing(capture, &capture.lanes[1])
         self.answering = not err
@@ -384,7 +386,7 @@ cdef class DirtyLog:
         return err
 
     def _register(self):
-        """Register and protect. Non-zero if the capture has failed."""
+        """Register and protect all regions. Non-zero if the capture has failed."""
         cdef capture_t *capture = self.session.capture
         cdef region_t *region
         cdef int i, err
@@ -396,7 +398,7 @@ cdef class DirtyLog:
                 if not err:
                     capture.n_registered = i + 1
                 if not err and region.shared and not region.sparse:
-                    # Pages of the file that the target has not mapped get markers.
+                    # This writes markers for pages of the file that the target has not mapped.
                     err = _protect(capture, region)
                     if err:
                         capture_fail(capture, err, "UFFDIO_WRITEPROTECT", region.track_start)
@@ -405,8 +407,9 @@ cdef class DirtyLog:
         return 0
 
     cdef int _first_round(self) except -1:
-        """All populated pages. Those of shared memory by the file, since the page tables do not know them
-        all; private ones by the same scan as in later rounds: unprotected pages count as written."""
+        """Copy all populated pages. Pages of shared memory are found by the file, since the page tables do
+        not list them all. Private pages are found by the same scan as in later rounds: unprotected pages
+        count as written."""
         cdef capture_t *capture = self.session.capture
         cdef lane_t *lane = &capture.lanes[0]
         cdef region_t *region
@@ -447,7 +450,7 @@ cdef class DirtyLog:
         cdef int err = 0
         with nogil:
             lane.extent_region = NULL
-            err = scan_anew(capture, lane)
+            err = rescan_all(capture, lane)
             for i in range(capture.n_regions):
                 if capture.regions[i].own:
                     err = err or _copy_discarded(capture, lane, &capture.regions[i])
@@ -464,13 +467,13 @@ cdef class DirtyLog:
         with nogil:
             for i in range(capture.n_regions):
                 before = pages
-                _aim(capture, &capture.regions[i], scan, False)
+                _setup_scan(capture, &capture.regions[i], scan, False)
                 while True:
                     found = _step(capture, scan)
                     if found < 0 and scan.err == EPERM and capture.attached:
-                        _track_anew(capture, &capture.regions[i])
-                        _aim(capture, &capture.regions[i], scan, False)
-                        scan.flags = 0          # what cannot be tracked counts as written
+                        _track_again(capture, &capture.regions[i])
+                        _setup_scan(capture, &capture.regions[i], scan, False)
+                        scan.flags = 0          # memory that cannot be tracked counts as written
                         pages = before
                         continue
                     if found <= 0:

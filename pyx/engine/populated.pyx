@@ -1,21 +1,22 @@
-"""What was populated at T, and what of it is a huge page: from the page tables, before any page is read.
+"""Populated pages and huge pages at T, found by scans of the page tables before any page is read.
 
-Two scans, since the cheap one alone does not tell enough. PAGEMAP_SCAN for "present or swapped" takes 2.7 ms
-per GiB of 4 KiB pages; for nothing but "not protected" it takes 0.3 ms (Linux 6.7: a path of its own). So
-where holes are registered for missing faults:
+There are two scans, since the fast one alone does not find enough. A PAGEMAP_SCAN for "present or swapped"
+takes 2.7 ms per GiB of 4 KiB pages; a scan for "not protected" alone takes 0.3 ms (Linux 6.7: a separate
+path). So if holes are registered for missing faults:
 
-- `scan_before`, after the registration and before anything is protected: `present` and `huge` as they are
-  then. From there on a hole can fill only by a fault: it waits for T, or is noted as a hit.
-- `scan_at_t`: of those and the hits, what is not protected is no page of T, unless it is populated all the
-  same: then another mapping is in its place, it stays in, and its copy is not believed
-  (`pyx/engine/recheck`).
+- `scan_before`, after the registration and before any protection: sets `present` and `huge` as they are then.
+  From there on a hole can fill only through a fault, which waits for T or is recorded as dirty.
+- `scan_at_t`: of those pages and the dirty pages, a page that is not protected was not populated at T, unless
+  it is populated all the same. Then another mapping has taken its place: the page stays in `present`, and the
+  re-check finds its copy invalid (`pyx/engine/recheck`).
 
 Other memory (hugetlb, a peer's descriptor with WP_UNPOPULATED) is scanned at T only.
 
-A guard page (MADV_GUARD_INSTALL) looks swapped, and is neither populated nor accessible: a hole. Of memory
-whose file has data behind it, `guards` says so; at T only what had some before is looked at again.
+A guard page (MADV_GUARD_INSTALL) looks swapped, but is neither populated nor accessible: it is a hole.
+`guards` marks the guard pages of memory whose file has data behind them. At T only regions that had some
+before are scanned again.
 
-Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/engine/parallel`); the
+Runs on the walkers, in spans of page numbers that share no word of a bitmap (`pyx/engine/parallel`). The
 bitmaps are read by all threads after `armed`, and `huge` as a hint before.
 """
 
@@ -31,7 +32,7 @@ from snapengine.kernel.procmap_query cimport vma_t
 from snapengine.kernel.pagemap cimport pagemap_read, scan_step, scan_t
 from snapengine.engine.parallel cimport first_region, span_of
 from snapengine.engine.scan_runs cimport (
-    begin_scan, clip, run_t, scan_populated, set_present, take_out_unprotected,
+    begin_scan, clip, run_t, scan_populated, set_present, remove_unprotected,
 )
 from snapengine.engine.state cimport (
     PRESENCE_ALL, PRESENCE_BITS, PRESENCE_SEEK, READ_FILE, capture_fail, clear_pages, note_filled,
@@ -45,14 +46,14 @@ cdef extern from "<unistd.h>" nogil:
 cdef uint64_t PAGE = 4096
 
 
-cdef bint _by_faults(capture_t *capture, region_t *region) noexcept nogil:
-    """Whether no page can come without a fault: the scan before T stands."""
+cdef bint _fills_by_faults(capture_t *capture, region_t *region) noexcept nogil:
+    """Whether pages can appear only through faults, so that the scan before T remains valid."""
     return capture.has_scan and region.presence == PRESENCE_BITS and region.missing and region.unit_pages == 1
 
 
 cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region, uint64_t start,
                           uint64_t end) noexcept nogil:
-    """Linux before 6.7: eight bytes a page from /proc/PID/pagemap; huge pages are not told."""
+    """Before Linux 6.7: /proc/PID/pagemap, eight bytes a page. It does not show huge pages."""
     cdef uint64_t *entries = <uint64_t *>&lane.scan.found[0]
     cdef uint64_t i, n
     cdef uint64_t populated_bits = 1 if region.unit_pages > 1 else 3    # a hugetlb marker looks swapped
@@ -72,8 +73,8 @@ cdef int _scan_by_pagemap(capture_t *capture, lane_t *lane, region_t *region, ui
 
 
 cdef int _scan_all_by_pagemap(capture_t *capture, lane_t *lane, region_t *region, bint at_t) noexcept nogil:
-    """At T of an attached target: what was populated before, and is mapped no more, stays in; where it has
-    mapped a file, all counts as data. Both are found lost."""
+    """At T of an attached target, pages that were populated before and are not mapped any more stay in
+    `present`. Where the target has mapped a file, all pages count as data. The re-check finds both lost."""
     cdef uint64_t addr = region.addr
     cdef uint64_t end = region.addr + region.pages * PAGE
     cdef uint64_t stop
@@ -92,8 +93,9 @@ cdef int _scan_all_by_pagemap(capture_t *capture, lane_t *lane, region_t *region
     return err
 
 
-cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept nogil:
-    """They may have been holes. No two regions, and no two spans, have bits in one word."""
+cdef void _add_dirty(capture_t *capture, uint64_t first, uint64_t end) noexcept nogil:
+    """Dirty pages may have been holes before. No two regions, and no two spans, have bits in the same
+    word."""
     cdef uint64_t last = (end + 511) >> 9
     cdef uint64_t unit = bits_next(capture.prearm.dirty_units, first >> 9, last)
     cdef uint64_t word
@@ -104,10 +106,10 @@ cdef void _add_hits(capture_t *capture, uint64_t first, uint64_t end) noexcept n
         unit = bits_next(capture.prearm.dirty_units, unit + 1, last)
 
 
-cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t start,
-                             uint64_t end) noexcept nogil:
-    """Where the target has mapped a file over anonymous memory, what is not populated is no hole of zeros:
-    it counts as data, and is found lost."""
+cdef void _set_replaced_present(capture_t *capture, region_t *region, uint64_t start,
+                                uint64_t end) noexcept nogil:
+    """Where the target has mapped a file over anonymous memory, a page that is not populated is not a hole of
+    zeros. It counts as data, and the re-check finds it lost."""
     cdef vma_t vma
     while start < end and not vma_at(capture, start, &vma) and vma.start < end:
         if vma.inode and vma.inode != region.zero_inode:
@@ -117,26 +119,27 @@ cdef void _put_back_replaced(capture_t *capture, region_t *region, uint64_t star
 
 cdef int _scan_at_t(capture_t *capture, lane_t *lane, run_t run, uint64_t start,
                     uint64_t end) noexcept nogil:
-    """What of [start, end), addresses, is populated."""
+    """Find the populated pages of the address range [start, end)."""
     cdef region_t *region
     cdef uint64_t first, last
     cdef int err, i
     for i in range(run.n):
         region = &run.first[i]
         if capture.prearm.dirty != NULL:
-            _add_hits(capture, page_at(region, start), page_at(region, end - PAGE) + 1)
-    err = take_out_unprotected(capture, lane, run, start, end)
+            _add_dirty(capture, page_at(region, start), page_at(region, end - PAGE) + 1)
+    err = remove_unprotected(capture, lane, run, start, end)
     for i in range(run.n):
         first = start
         last = end
-        # While it stands it replaces nothing.
+        # A stopped target replaces no mapping.
         if capture.attached and not capture.target_stopped and clip(&run.first[i], &first, &last):
-            _put_back_replaced(capture, &run.first[i], first, last)
+            _set_replaced_present(capture, &run.first[i], first, last)
     return err
 
 
 cdef int _scan_guards(capture_t *capture, region_t *region, bint at_t) noexcept nogil:
-    """Of memory that is not told by its page tables: which pages allow no access, and where its file ends."""
+    """For memory whose pages are not found by its page tables: find its guard pages, which allow no access,
+    and the end of its file."""
     cdef scan_t scan
     cdef int i, found
     cdef uint64_t start, end
@@ -165,15 +168,15 @@ cdef int _scan_guards(capture_t *capture, region_t *region, bint at_t) noexcept 
 
 
 cdef void _note_units_with_data(capture_t *capture, region_t *region) noexcept nogil:
-    """Of a sparse file, which is asked page by page later. What is a hole at T fills by a fault, and that
-    does not wait for the walk."""
+    """For a sparse file, whose pages are looked up when they are copied. A hole of T fills through a fault,
+    which is served without the walk."""
     cdef uint64_t size = region.pages * PAGE
     cdef uint64_t offset = 0
     cdef uint64_t unit
     cdef long data
     while offset < size and not snap_load(&capture.failed):
         data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
-        if data < 0 and errno != ENXIO:     # tells nothing: all of it may hold something
+        if data < 0 and errno != ENXIO:     # unknown: all of it may hold something
             note_filled(capture, region.first_page, region.pages)
         if data < 0 or data - region.file_offset >= size:
             return
@@ -184,7 +187,7 @@ cdef void _note_units_with_data(capture_t *capture, region_t *region) noexcept n
 
 cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexcept nogil:
     cdef run_t run
-    # Of hugetlb files, which have no SEEK_DATA, the page tables tell zero pages from holes.
+    # hugetlb files have no SEEK_DATA: there the page tables distinguish zero pages from holes.
     if region.presence != PRESENCE_BITS and not (
             region.presence == PRESENCE_ALL and region.reading == READ_FILE):
         return 0
@@ -197,7 +200,8 @@ cdef int _scan_region(capture_t *capture, lane_t *lane, region_t *region) noexce
 
 cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t span,
                     bint at_t) noexcept nogil:
-    """Of a region that is not scanned in a run. What cannot be divided is done where it begins."""
+    """A region that is not scanned in a run. Scans that cannot be divided are done in the span where the
+    region begins."""
     cdef uint64_t first, end
     cdef int err
     cdef run_t run
@@ -209,9 +213,9 @@ cdef int _scan_span(capture_t *capture, lane_t *lane, region_t *region, uint64_t
             return err
     if at_t and region.sparse and region.presence == PRESENCE_SEEK and first == region.first_page:
         _note_units_with_data(capture, region)
-    if not _by_faults(capture, region) and first != region.first_page:
+    if not _fills_by_faults(capture, region) and first != region.first_page:
         return 0
-    if not _by_faults(capture, region):
+    if not _fills_by_faults(capture, region):
         if capture.has_scan or at_t:
             return _scan_region(capture, lane, region) if at_t else 0
         return _scan_all_by_pagemap(capture, lane, region, False) if region.presence == PRESENCE_BITS else 0
@@ -229,12 +233,13 @@ cdef int _scan_run(capture_t *capture, lane_t *lane, run_t run, uint64_t start, 
 
 cdef bint _scans_in_run(capture_t *capture, region_t *region, uint64_t span) noexcept nogil:
     cdef uint64_t first, end
-    return _by_faults(capture, region) and region.file < 0 and span_of(capture, region, span, &first, &end) \
-        and end - first == region.pages
+    return _fills_by_faults(capture, region) and region.file < 0 \
+        and span_of(capture, region, span, &first, &end) and end - first == region.pages
 
 
 cdef run_t _run_at(capture_t *capture, int number, uint64_t span) noexcept nogil:
-    """Regions from that number on that lie whole in a span and can be scanned at once: half the time."""
+    """The regions from `number` on that lie completely in a span and can be scanned by one call: half the
+    time."""
     cdef run_t run
     run.first = &capture.regions[number]
     run.n = 1
@@ -271,7 +276,7 @@ cdef void scan_at_t(capture_t *capture, lane_t *lane, uint64_t span) noexcept no
     _scan_spans(capture, lane, span, True)
 
 
-cdef int scan_anew(capture_t *capture, lane_t *lane) noexcept nogil:
+cdef int rescan_all(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):

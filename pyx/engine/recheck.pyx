@@ -1,25 +1,26 @@
-"""Which copies may be believed: what is noted before T, and what is asked after each copy.
+"""Re-checks: whether a copy holds what the page held at T.
 
-A target goes on discarding, replacing and moving its memory. Nothing of that faults before it is done, so
-each copy is followed by questions; a page that fails one is lost, never wrong.
+A target goes on discarding, replacing and moving its memory. None of these raises a fault before it is done,
+so each copy is followed by checks. A page that fails one is reported as lost, never saved with wrong bytes.
 
-| memory | what may have happened | how it is seen |
+| memory | what may have happened | how it is detected |
 | --- | --- | --- |
 | all | discarded, unmapped, mapped over, merged | it is not protected any more (PAGEMAP_SCAN) |
-| private mapping of a memory file | discarded: the file shows through, protected like before | EVENT_REMOVE |
+| private mapping of a memory file | discarded: the file shows through, protected as before | EVENT_REMOVE |
 | shared | moved by mremap(), and written to at its new place | EVENT_REMAP |
-| shared memory | punched out or cut off, and touched again | it faults as missing, before it is filled |
-| shared memory | punched out or cut off, not touched since | SEEK_DATA (or mincore) finds a hole |
-| hugetlb file | both, and it cannot be registered so | a mapping of it here, the witness, has lost the page |
+| shared memory | punched out or truncated, and touched again | a missing fault, before it is filled |
+| shared memory | punched out or truncated, not touched since | SEEK_DATA (or mincore) finds a hole |
+| hugetlb file | both; no registration for missing faults | its shadow mapping here has lost the page |
 
-No time of a file is asked for: the first write through a mapping after each release changes it (Linux 6.18).
-What is filled again through the file itself (write, fallocate), or by another process, is a write that write
-tracking does not see; a warning says so.
+File times are not used: the first write through a mapping after each release changes them (Linux 6.18). A
+page that is filled again through the file itself (write, fallocate), or by another process, is a write that
+write tracking does not see; a warning says so.
 
-Runs on capture threads. What is noted is written by the first walker before `armed`; `distrusted` by who
-reads an event, with atomic or. Of a REMOVE event the read itself lets the target go on: `reading` counts who
-is between that and the bits, and a copy is believed only when nobody is. A missing page is noted before it is
-filled: whoever copies the zeros that it is filled with asks afterwards, and finds it distrusted.
+Runs on capture threads. The first walker writes the other state before `armed`. Threads that read an event
+write `invalidated` with atomic or. Reading a REMOVE event lets the target continue at once. So
+`event_readers` counts the threads that have begun to read and have not set the bits yet, and the re-check of
+such a mapping waits until there are none. A missing page is recorded before it is filled: a thread that
+copies the zeros that fill it checks afterwards, and finds the page invalidated.
 """
 
 from libc.stdint cimport uint64_t
@@ -45,13 +46,13 @@ cdef uint64_t UNIT = 2 << 20
 
 
 cdef bint _by_file(region_t *region) noexcept nogil:
-    """Shared memory whose pages can be asked for without touching them."""
+    """Whether the pages of shared memory can be looked up without touching them."""
     return region.presence in (PRESENCE_FILE, PRESENCE_SEEK, PRESENCE_MINCORE)
 
 
 cdef int populate_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
-    """The target has mapped it, so nothing is allocated. (Unless it is punched out right now: then a huge
-    page of zeros comes back, as it would by a read of the target's.)"""
+    """The target has mapped the page, so nothing is allocated. (Unless the page is punched out at this
+    moment: then a huge page of zeros is allocated, as by a read of the target's.)"""
     cdef uint64_t entry
     cdef int err
     if bits_test(capture.recheck.shadowed, page >> 9):
@@ -76,7 +77,7 @@ cdef int note_before(capture_t *capture) noexcept nogil:
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):
-        if _by_file(&capture.regions[i]) and not capture.prearm.enabled:      # else by note_again
+        if _by_file(&capture.regions[i]) and not capture.prearm.enabled:      # otherwise note_again does it
             add_existing(capture, &capture.regions[i])
         if capture.regions[i].shadow != NULL:
             err = err or _populate_shadows(capture, &capture.regions[i])
@@ -96,7 +97,7 @@ cdef bint _shadow_lost(capture_t *capture, region_t *region, uint64_t page, uint
 
 
 cdef bint drop_shadow(capture_t *capture, region_t *region, uint64_t page) noexcept nogil:
-    """True if the unit at `page` has been punched out since its witness was called."""
+    """True if the unit at `page` has been punched out since its shadow mapping was populated."""
     if not _shadow_lost(capture, region, page, 1):
         return False
     bits_clear(capture.recheck.shadowed, page >> 9, region.unit_pages >> 9)
@@ -104,7 +105,7 @@ cdef bint drop_shadow(capture_t *capture, region_t *region, uint64_t page) noexc
 
 
 cdef void note_again(capture_t *capture) noexcept nogil:
-    """Two-step: what was punched out before the caller wanted T is a hole of T, not lost."""
+    """Two-step arming: pages punched out before the caller requested T are holes at T, not lost."""
     cdef int i
     cdef uint64_t page
     cdef region_t *region
@@ -119,8 +120,8 @@ cdef void note_again(capture_t *capture) noexcept nogil:
 
 
 cdef void _invalidate_replaced(capture_t *capture, region_t *region) noexcept nogil:
-    """Where the target has mapped something else since it was listed, the file holds other bytes: that counts
-    as data, and is found lost."""
+    """Where the target has mapped something else since the mappings were listed, the file holds other bytes.
+    These pages count as data, and are found lost."""
     cdef uint64_t at = region.addr
     cdef uint64_t end = region.addr + region.pages * PAGE
     cdef uint64_t first, last
@@ -135,7 +136,8 @@ cdef void _invalidate_replaced(capture_t *capture, region_t *region) noexcept no
 
 
 cdef int note_at_t(capture_t *capture) noexcept nogil:
-    """What is a hole only now was punched out since the look before: it counts as data, and is found lost."""
+    """A page that is missing now but existed at the previous lookup was punched out in between: it counts as
+    data, and is found lost."""
     cdef int i
     cdef int err = 0
     for i in range(capture.n_regions):
@@ -153,13 +155,13 @@ cdef bint punched(capture_t *capture, region_t *region, uint64_t page) noexcept 
 
 
 cdef bint is_late(region_t *region, uint64_t page) noexcept nogil:
-    """Several threads, also of a child, may wait for one page, which fills for the first of them, or through
-    its file: that may have been before T, though the others are answered after it."""
+    """Several threads, also of a child, may wait for the same page. The first answer fills it, or it is
+    filled through its file. That may have been before T, though the other threads are answered after T."""
     return _by_file(region) and page_exists(region, page)
 
 
 cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
-    """Of memory that existed at T: the target has punched it out since, and touches it again."""
+    """If the page existed at T, the target has punched it out since, and touches it again."""
     cdef region_t *region = region_at(capture, addr)
     cdef uint64_t page
     if region == NULL or not _by_file(region) or not snap_load(&capture.armed) or capture.data != NULL:
@@ -170,7 +172,7 @@ cdef void note_missing(capture_t *capture, uint64_t addr) noexcept nogil:
 
 
 cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept nogil:
-    """Whether any of n pages is not protected any more, or it cannot be told."""
+    """Whether any of n pages is not protected any more, or the check failed."""
     cdef uint64_t pages = 0
     cdef uint64_t count
     if capture.recheck.check_by == CHECK_SCAN:
@@ -185,7 +187,7 @@ cdef bint _unprotected(capture_t *capture, uint64_t addr, uint64_t n) noexcept n
 
 
 cdef bint _unprotected_pages(capture_t *capture, uint64_t addr, uint64_t n, uint64_t mask) noexcept nogil:
-    """The same of those in `mask`, of n ≤ 64 pages from addr on."""
+    """The same for the pages in `mask`, of n ≤ 64 pages starting at addr."""
     cdef uint64_t pages = 0
     if capture.recheck.check_by == CHECK_SCAN:
         return scan_written_pages(capture.pagemap, addr, n, &pages) != 0 or pages & mask
@@ -194,8 +196,8 @@ cdef bint _unprotected_pages(capture_t *capture, uint64_t addr, uint64_t n, uint
     return False
 
 
-cdef bint _still_there(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
-    """In rounds the last one tells: what is punched out is copied again."""
+cdef bint _shadow_intact(capture_t *capture, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
+    """Rounds of dirty logging do not check this: pages that were punched out are copied again."""
     return region.shadow == NULL or capture.data != NULL or not _shadow_lost(capture, region, page, n)
 
 
@@ -208,19 +210,20 @@ cdef bint still_valid(capture_t *capture, region_t *region, uint64_t page, uint6
     cdef uint64_t addr = page_addr(region, page)
     if region.check and _unprotected(capture, addr, n):
         return False
-    if not _still_there(capture, region, page, n):
+    if not _shadow_intact(capture, region, page, n):
         return False
     _await_event_readers(capture, region)
     return bits_next(capture.recheck.invalidated, page, page + n) == page + n
 
 
 cdef bint all_still_valid(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
-    """Between these pages others may have been saved and released: so which ones, not whether any."""
+    """Pages between these may have been saved and released by other threads, so the check must name the
+    pages, not only say whether any is unprotected."""
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t n = 64 - snap_clz(mask) - first
     if region.check and _unprotected_pages(capture, page_addr(region, page + first), n, mask >> first):
         return False
-    if not _still_there(capture, region, page + first, n):
+    if not _shadow_intact(capture, region, page + first, n):
         return False
     _await_event_readers(capture, region)
     return not snap_load(&capture.recheck.invalidated[page >> 6]) & mask
@@ -246,7 +249,7 @@ cdef void invalidate(capture_t *capture, uint64_t start, uint64_t length, bint o
             continue
         page = region.first_page + (max(start, region.addr) - region.addr) // PAGE
         last = region.first_page + min((start + length - region.addr) // PAGE, region.pages)
-        if not snap_load(&capture.armed):   # what holds something is not known yet
+        if not snap_load(&capture.armed):   # `filled` is not complete yet
             _invalidate_pages(capture, page, last)
             continue
         while next_filled(capture, &page, last, &run_end):

@@ -1,4 +1,4 @@
-"""The second protection of two-step arming: of what was written since the first (`pyx/engine/prearm`)."""
+"""The second protection of two-step arming: the pages dirtied since the first one (`pyx/engine/prearm`)."""
 
 from libc.errno cimport EAGAIN, ESRCH
 
@@ -17,7 +17,7 @@ from snapengine.engine.state cimport (
 cdef extern from "engine/controls.h" nogil:
     bint snap_control(bint on)
 
-cdef uint64_t GAP_PAGES = 16        # as long to protect again as one more call takes
+cdef uint64_t GAP_PAGES = 16        # protecting so many pages takes as long as one more call
 
 
 cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_t addr,
@@ -26,7 +26,7 @@ cdef int _protect_child(capture_t *capture, lane_t *lane, uint64_t uffd, uint64_
     while err == EAGAIN and not snap_load(&capture.failed):
         drain_events(capture, lane)
         err = protect_left(capture, capture.uffds[uffd], addr, length)
-    if err == ESRCH:                        # it has ended
+    if err == ESRCH:                        # the child has ended
         return 0
     if err:
         capture_fail(capture, err, "protecting a forked child", addr)
@@ -49,16 +49,16 @@ cdef int _protect_run(capture_t *capture, lane_t *lane, region_t *region, uint64
     return err
 
 
-cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nogil:
-    """Where the run of hits at `page` ends. Small gaps count as hit, but none between two words: what is
-    huge was hit as a whole, and must not be protected in part."""
+cdef uint64_t _run_end(uint64_t *dirty, uint64_t page, uint64_t end) noexcept nogil:
+    """The end of the run of dirty pages that begins at `page`. Small gaps count as dirty, except a gap
+    between two words: a huge page is dirty as a whole, and must not be protected in part."""
     cdef uint64_t last = page + 1
     cdef uint64_t more
     while last < end:
-        if bits_test(hits, last):
+        if bits_test(dirty, last):
             last += 1
             continue
-        more = bits_next(hits, last, min(end, (last | 63) + 1))
+        more = bits_next(dirty, last, min(end, (last | 63) + 1))
         if not last & 63 or more - last > GAP_PAGES or more > (last | 63) or more >= end:
             break
         last = more
@@ -66,7 +66,7 @@ cdef uint64_t _run_end(uint64_t *hits, uint64_t page, uint64_t end) noexcept nog
 
 
 cdef void _dirty_for_all(capture_t *capture, uint64_t addr) noexcept nogil:
-    """The page at `addr`, in every region that has bytes in it: neighbours, by address."""
+    """Set the page at `addr` dirty in every region that has bytes in it. These are neighbours by address."""
     cdef int place = place_of(capture, addr)
     cdef uint64_t page
     while place < capture.n_regions and region_by_addr(capture, place).track_start <= addr:
@@ -90,7 +90,7 @@ cdef void share_edges(capture_t *capture) noexcept nogil:
 
 cdef bint _next_dirty_units(capture_t *capture, uint64_t *page, uint64_t end,
                             uint64_t *run_end) noexcept nogil:
-    """The next run of units with hits in [page, end): False if there is none."""
+    """The next run of units with dirty pages in [page, end); False if there is none."""
     cdef uint64_t last = (end + 511) >> 9
     cdef uint64_t unit = bits_next(capture.prearm.dirty_units, page[0] >> 9, last)
     if page[0] >= end or unit == last:
@@ -109,7 +109,7 @@ cdef void _note_filled(capture_t *capture, region_t *region) noexcept nogil:
     while _next_dirty_units(capture, &page, end, &units_end):
         page = bits_next(capture.prearm.dirty, page, units_end)
         while page < units_end:
-            # What a hit has taken along may be a hole still.
+            # Pages that read-around has added to a fault may still be holes.
             if not bits_test(capture.present, page) and page_exists(region, page):
                 note_present(capture, page, 1)
             page = bits_next(capture.prearm.dirty, page + 1, units_end)

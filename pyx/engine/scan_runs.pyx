@@ -1,7 +1,8 @@
-"""Scans of the page tables, of which one call may take many regions, and what they find put down.
+"""Scans of the page tables of runs of regions, and recording of their results.
 
-PAGEMAP_SCAN passes over what is not mapped, so a run of small regions with nothing between them takes half
-as long as a call for each. See `pyx/engine/populated` for what is scanned when. Runs on the walkers.
+PAGEMAP_SCAN skips unmapped ranges, so one call for a run of small regions with nothing mapped between them
+takes half as long as a call for each. `pyx/engine/populated` describes what is scanned when. Runs on the
+walkers.
 """
 
 from libc.stdint cimport uint64_t
@@ -13,7 +14,7 @@ from snapengine.engine.state cimport clear_pages, next_filled, note_present
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t POPULATED = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-# Of so many pages the slow scan takes as long as a call for each of 512 runs.
+# The slow scan of so many pages takes as long as one call for each of 512 runs.
 cdef uint64_t DENSE_PAGES = 36000
 
 
@@ -46,7 +47,7 @@ cdef void set_present(capture_t *capture, region_t *region, uint64_t start, uint
 
 
 cdef void _set_huge(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
-    """Only units that lie whole inside the region's own bytes."""
+    """Set only units that lie completely inside the region's own bytes."""
     cdef uint64_t first, unit, stop
     if not region.keep_huge or not clip(region, &start, &end):
         return
@@ -54,7 +55,7 @@ cdef void _set_huge(capture_t *capture, region_t *region, uint64_t start, uint64
     unit = (max(first, region.first_page + (region.start > region.addr)) + 511) >> 9
     stop = first + (end - start + PAGE - 1) // PAGE - (1 if region.end & 4095 and end >= region.end else 0)
     if stop >> 9 > unit:
-        bits_or(capture.huge, unit, (stop >> 9) - unit)     # fault threads ask for it before T
+        bits_or(capture.huge, unit, (stop >> 9) - unit)     # atomic: fault threads read it before T
 
 
 cdef void begin_scan(capture_t *capture, scan_t *scan, uint64_t start, uint64_t end, uint64_t mask,
@@ -71,8 +72,9 @@ cdef void begin_scan(capture_t *capture, scan_t *scan, uint64_t start, uint64_t 
     scan.stop = &capture.failed
 
 
-cdef int _put_swapped(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
-    """Before Linux 6.15 PAGEMAP_SCAN calls guard pages swapped: which are is asked one by one."""
+cdef int _record_swapped(capture_t *capture, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
+    """Before Linux 6.15 PAGEMAP_SCAN reports guard pages as swapped. The page table entries distinguish
+    them."""
     cdef uint64_t entries[64]
     cdef uint64_t i, n
     cdef int err
@@ -88,16 +90,16 @@ cdef int _put_swapped(capture_t *capture, region_t *region, uint64_t start, uint
     return 0
 
 
-cdef int _put_found(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
-                    uint64_t categories) noexcept nogil:
+cdef int _record_found(capture_t *capture, region_t *region, uint64_t start, uint64_t end,
+                       uint64_t categories) noexcept nogil:
     if not capture.guard and not categories & PAGE_IS_PRESENT:
-        return _put_swapped(capture, region, start, end)
+        return _record_swapped(capture, region, start, end)
     set_present(capture, region, start, end, True)
     return 0
 
 
 cdef region_t *_region_of(run_t run, uint64_t addr) noexcept nogil:
-    """The first that ends behind `addr`."""
+    """The first region of the run that ends beyond `addr`."""
     cdef int low = 0
     cdef int high = run.n - 1
     cdef int middle
@@ -110,9 +112,10 @@ cdef region_t *_region_of(run_t run, uint64_t addr) noexcept nogil:
     return run.first + low
 
 
-cdef int _put_run(capture_t *capture, run_t run, uint64_t start, uint64_t end,
-                  uint64_t categories) noexcept nogil:
-    """What was found populated. What has come between two regions since is in none of them."""
+cdef int _record_run(capture_t *capture, run_t run, uint64_t start, uint64_t end,
+                     uint64_t categories) noexcept nogil:
+    """Record a range that was found populated. Mappings that have appeared between two regions since belong
+    to none."""
     cdef region_t *region = _region_of(run, start)
     cdef uint64_t first, last
     cdef int err = 0
@@ -120,14 +123,14 @@ cdef int _put_run(capture_t *capture, run_t run, uint64_t start, uint64_t end,
         first = start
         last = end
         if clip(region, &first, &last):
-            err = _put_found(capture, region, first, last, categories)
+            err = _record_found(capture, region, first, last, categories)
             if categories & PAGE_IS_HUGE and region.unit_pages == 1:
                 _set_huge(capture, region, first, last)
         region += 1
     return err
 
 
-cdef void _take_out(capture_t *capture, run_t run, uint64_t start, uint64_t end) noexcept nogil:
+cdef void _remove(capture_t *capture, run_t run, uint64_t start, uint64_t end) noexcept nogil:
     cdef region_t *region = _region_of(run, start)
     while region < run.first + run.n and region.addr < end:
         set_present(capture, region, start, end, False)
@@ -138,7 +141,7 @@ cdef int scan_populated(capture_t *capture, lane_t *lane, run_t run, uint64_t st
                         uint64_t end) noexcept nogil:
     cdef int i, found
     cdef int err = 0
-    # hugetlb is never swapped: what looks swapped there is the marker of a protected hole.
+    # hugetlb pages are never swapped: an entry that looks swapped is the marker of a protected hole.
     begin_scan(capture, &lane.scan, start, end, 0,
                PAGE_IS_PRESENT if run.first.unit_pages > 1 else POPULATED, POPULATED | PAGE_IS_HUGE)
     lane.scan.without = capture.guard
@@ -147,13 +150,13 @@ cdef int scan_populated(capture_t *capture, lane_t *lane, run_t run, uint64_t st
         if found <= 0:
             return lane.scan.err
         for i in range(found):
-            err = err or _put_run(capture, run, lane.scan.found[i].start, lane.scan.found[i].end,
-                                  lane.scan.found[i].categories)
+            err = err or _record_run(capture, run, lane.scan.found[i].start, lane.scan.found[i].end,
+                                     lane.scan.found[i].categories)
     return err
 
 
-cdef int _put_back_populated(capture_t *capture, run_t run, uint64_t start, uint64_t end) noexcept nogil:
-    """What is not protected, but populated all the same."""
+cdef int _record_populated(capture_t *capture, run_t run, uint64_t start, uint64_t end) noexcept nogil:
+    """Record pages that are not protected but populated."""
     cdef scan_t scan
     cdef int i, found
     cdef int err = 0
@@ -164,13 +167,13 @@ cdef int _put_back_populated(capture_t *capture, run_t run, uint64_t start, uint
         if found <= 0:
             return scan.err
         for i in range(found):
-            err = err or _put_run(capture, run, scan.found[i].start, scan.found[i].end,
-                                  scan.found[i].categories)
+            err = err or _record_run(capture, run, scan.found[i].start, scan.found[i].end,
+                                     scan.found[i].categories)
     return err
 
 
-cdef int take_out_unprotected(capture_t *capture, lane_t *lane, run_t run, uint64_t start,
-                              uint64_t end) noexcept nogil:
+cdef int remove_unprotected(capture_t *capture, lane_t *lane, run_t run, uint64_t start,
+                            uint64_t end) noexcept nogil:
     cdef int i, found
     cdef int err = 0
     begin_scan(capture, &lane.scan, start, end, PAGE_IS_WRITTEN, 0, PAGE_IS_WRITTEN)
@@ -179,13 +182,13 @@ cdef int take_out_unprotected(capture_t *capture, lane_t *lane, run_t run, uint6
         if found <= 0:
             return lane.scan.err
         for i in range(found):
-            _take_out(capture, run, lane.scan.found[i].start, lane.scan.found[i].end)
+            _remove(capture, run, lane.scan.found[i].start, lane.scan.found[i].end)
         start = lane.scan.found[0].start
         end = lane.scan.found[found - 1].end
         if end - start < DENSE_PAGES * PAGE:
-            err = _put_back_populated(capture, run, start, end)
+            err = _record_populated(capture, run, start, end)
         else:
             for i in range(found):
-                err = err or _put_back_populated(capture, run, lane.scan.found[i].start,
-                                                 lane.scan.found[i].end)
+                err = err or _record_populated(capture, run, lane.scan.found[i].start,
+                                               lane.scan.found[i].end)
     return err

@@ -1,7 +1,8 @@
-"""One capture's state: regions, bitmaps, lanes. Made before the threads start, freed after they end.
+"""One capture's state: regions, bitmaps, lanes. Created before the threads start, freed after they have
+ended.
 
-All of it lies in arenas, because capture threads write it while the target's memory (which may share
-pages with anything on the heap) is protected.
+All of it lies in arenas. Capture threads write it while the target's memory is protected, and heap memory may
+share pages with that.
 """
 
 from libc.errno cimport ENOTTY
@@ -29,11 +30,11 @@ from snapengine.pipeline.pool cimport NO_SLOT, Pool
 cdef extern from "engine/controls.h" nogil:
     bint snap_control(bint on)
 
-# 128 MiB: no two spans share a word of a bitmap, even at 512 pages a bit.
+# 128 MiB: no two spans share a word of a bitmap, even with 512 pages a bit.
 cdef uint64_t SPAN_PAGES = 32768
-cdef uint64_t REPROTECT_PAGES = 4096      # small enough that two walkers share a hot set of some MiB
-cdef uint64_t PIECE_PAGES = 8192    # 32 MiB: to protect 4 KiB pages takes 0.8 ms; whole huge pages
-cdef uint64_t PIECE_MOST_PAGES = 1 << 20    # 4 GiB: 64 ms if all of it is in use; no call can be cancelled
+cdef uint64_t REPROTECT_PAGES = 4096    # small enough that two walkers share a hot set of a few MiB
+cdef uint64_t PIECE_PAGES = 8192    # 32 MiB: protecting 4 KiB pages takes 0.8 ms; a multiple of huge pages
+cdef uint64_t PIECE_MAX_PAGES = 1 << 20     # 4 GiB: 64 ms if all of it is in use; a call cannot be cancelled
 cdef uint64_t SPANS = 4096
 
 _READING = {"memory": READ_MEMORY, "process": READ_PROCESS, "file": READ_FILE}
@@ -50,7 +51,8 @@ cdef bint _holes_wait(region_t *region, bint rounds) noexcept nogil:
 
 
 cdef uint64_t _scaled(uint64_t least, uint64_t total, uint64_t pieces, uint64_t most) noexcept nogil:
-    """Pages of a piece: `least`, or as many more (times a power of 2, at most `most`) as leave `pieces`."""
+    """The pages of a piece: `least`, doubled until at most `pieces` pieces are left, or until `most` is
+    reached."""
     while least * pieces < total and 2 * least <= most:
         least *= 2
     return least
@@ -62,27 +64,27 @@ cdef class Session:
     Parameters
     ----------
     plans:
-        `snapengine.capture.region_plan.RegionPlan` objects: how each region is tracked and read.
+        `snapengine.regions.RegionPlan` objects: how each region is tracked and read.
     uffd:
-        Descriptor of the target's userfaultfd; the session owns it once it is made.
+        Descriptor of the target's userfaultfd. The session owns it once the constructor has returned.
     pid, pidfd:
         The target process and its pidfd, or 0 and -1 for this process (borrowed).
     memory_limit, fault_threads, encoders, walkers, spill_dir:
-        As in `snapengine.Options`, none of them 0.
+        As in `snapengine.Options`. Numbers must not be 0.
     rounds:
-        Keep what dirty logging needs to count duplicates.
+        Dirty logging: keep the bitmaps that its rounds need.
     sums:
-        Walkers compute the checksums of what they save: where it is stored as it is.
+        Walkers compute the checksums of the data that they save. For data that is stored uncompressed.
     attached:
         The target does not cooperate: regions may be unmapped or replaced before they are protected.
     target_stopped:
-        No, because it is stopped from before they were listed until T.
+        The target is stopped from before the regions were listed until T, so that no region can change.
     two_step:
-        Protect while the target runs, and at T only what it has written to meanwhile.
+        Protect while the target runs, and at T only the pages that it has written to since.
     poll_pages:
-        While writers fault, the first walker looks for faults itself, after so many pages (a power of 2, at
-        most 64); 0: it leaves them to the fault threads. None: 32 for memory of this process, 0 otherwise
-        (there each page takes it twice as long, and saving took 370 instead of 278 ms).
+        While writers fault, the first walker polls for faults after so many pages (a power of 2, at most 64).
+        With 0 it leaves them to the fault threads. None: 32 for memory of this process, 0 otherwise (copying
+        a page of another process takes twice as long, and saving took 370 instead of 278 ms with polling).
 
     Raises MemoryError, ValueError or OSError.
     """
@@ -145,9 +147,9 @@ cdef class Session:
         for i in range(capture.n_regions):
             self._set_region(&capture.regions[i], plans[i])
             if rounds:
-                capture.regions[i].check = False    # a page written while it is copied comes again
+                capture.regions[i].check = False    # a page written during its copy is copied again
             if serve_before_t or skip_reprotect:
-                # These negative controls read everything, and believe it.
+                # These negative controls read everything and check nothing.
                 capture.regions[i].presence = PRESENCE_ALL
                 capture.regions[i].check = False
                 capture.regions[i].own = False
@@ -158,10 +160,10 @@ cdef class Session:
         capture.attached = attached
         capture.target_stopped = target_stopped
         capture.mem = capture.maps = capture.recheck.own_pagemap = -1
-        # So that what nobody uses of a large reservation costs nothing: some thousand pieces at most.
-        capture.parallel.span_pages = _scaled(SPAN_PAGES, capture.page_end, SPANS, PIECE_MOST_PAGES)
+        # At most a few thousand pieces, so that the unused part of a large reservation costs nothing.
+        capture.parallel.span_pages = _scaled(SPAN_PAGES, capture.page_end, SPANS, PIECE_MAX_PAGES)
         capture.prearm.piece_pages = _scaled(REPROTECT_PAGES, capture.page_end, SPANS, capture.page_end)
-        capture.piece_bytes = _scaled(PIECE_PAGES, capture.total_pages, SPANS, PIECE_MOST_PAGES) * 4096
+        capture.piece_bytes = _scaled(PIECE_PAGES, capture.total_pages, SPANS, PIECE_MAX_PAGES) * 4096
         try:
             self.pool = Pool(memory_limit, capture.total_pages, fault_threads + walkers, encoders, spill_dir)
             capture.pool = self.pool.pool
@@ -171,7 +173,7 @@ cdef class Session:
         except BaseException:
             self.close()
             raise
-        capture.uffds[0] = uffd         # ours from here on
+        capture.uffds[0] = uffd         # the session owns it from here on
 
     cdef int _sort_by_addr(self) except -1:
         cdef capture_t *capture = self.capture
@@ -180,7 +182,7 @@ cdef class Session:
         for i in range(capture.n_regions):
             capture.by_addr[i] = i
             ascend = ascend and (i == 0 or capture.regions[i - 1].start <= capture.regions[i].start)
-        if ascend:                      # as those of a process do
+        if ascend:                      # as for the regions of a process
             return 0
         starts = [capture.regions[i].start for i in range(capture.n_regions)]
         for i, number in enumerate(sorted(range(capture.n_regions), key=starts.__getitem__)):
@@ -241,7 +243,8 @@ cdef class Session:
         return 0
 
     cdef int _make_vma_table(self) except -1:
-        """Room for all mappings that a process may have, where the kernel tells of none alone (vmatable)."""
+        """Allocate room for all mappings that a process may have, if the kernel cannot look up a single one
+        (`pyx/engine/vma_table`)."""
         cdef vma_t first
         if next_vma(self.capture.maps, 0, &first) != ENOTTY:
             return 0
@@ -314,7 +317,7 @@ cdef class Session:
         return sum_counters(self.capture)
 
     def final_pages(self):
-        """Dirty logging: pages whose last version is data, by the end of the last round."""
+        """Dirty logging: pages whose last version is data, at the end of the last round."""
         return count_final_pages(self.capture)
 
     def fault_ns(self):
@@ -322,7 +325,7 @@ cdef class Session:
         return fault_quantiles(self.capture)
 
     def fault_histogram(self):
-        """[(least ns of the bucket, faults)] of the same times, ascending, empty buckets left out."""
+        """[(least ns of the bucket, faults)] of the same times, ascending, without empty buckets."""
         return fault_buckets(self.capture)
 
     def lost_runs(self):
@@ -331,12 +334,12 @@ cdef class Session:
 
     @property
     def arm_ns(self):
-        """Nanoseconds from the first registration to T, without a wait for the caller."""
+        """Nanoseconds from the first registration to T, without the wait for the caller."""
         return self.capture.arm_ns
 
     @property
     def pause_ns(self):
-        """Nanoseconds before T in which no fault was answered."""
+        """Nanoseconds up to T in which no fault was served."""
         return self.capture.pause_ns
 
     @property
@@ -356,12 +359,12 @@ cdef class Session:
 
     @property
     def walk_faults(self):
-        """Faults that the first walker served itself, between two windows."""
+        """Faults that the first walker served itself, by polling."""
         return snap_peek(&self.capture.lanes[0].faults)
 
     @property
     def poll_wakeups(self):
-        """How often its poll was overdue, and the fault threads were woken."""
+        """How often the fault threads were woken while the first walker polled, as by an overdue poll."""
         return self.capture.polling.wakeups
 
     @property
@@ -371,7 +374,7 @@ cdef class Session:
 
     @property
     def checks_protection(self):
-        """Whether it is asked after each copy if the pages were still protected."""
+        """Whether each copy is followed by a check that its pages are still protected."""
         return self.capture.recheck.check_by != CHECK_NONE
 
     @property
@@ -380,7 +383,7 @@ cdef class Session:
         return snap_load(&self.capture.armed) != 0
 
     def close(self):
-        """Free what the capture used. Only after its threads have ended. Idempotent."""
+        """Free the resources of the capture. Only after its threads have ended. Idempotent."""
         self._close_files()
         self.close_uffds()
         if self.pool is not None:
@@ -388,7 +391,8 @@ cdef class Session:
         self.bitmaps = []
 
     def __del__(self):
-        # A Ctrl-C may come as the constructor returns. The userfaultfd is then still the caller's.
+        # KeyboardInterrupt may be raised as the constructor returns. The caller still owns the userfaultfd
+        # then.
         if self.capture != NULL:
             self._close_files()
 
@@ -404,8 +408,8 @@ cdef class Session:
             guard_end()
 
     def close_uffds(self):
-        """Close all userfaultfds that are still open: the kernel releases what they protect. A forked
-        child calls it too: whoever holds a copy keeps the protection alive."""
+        """Close all userfaultfds that are still open: the kernel releases the memory that they protect. A
+        forked child calls it, too: a process that holds a copy keeps the protection in place."""
         cdef int *uffds = <int *>self.descriptors.base
         cdef int i, fd
         for i in range(UFFDS_MAX):

@@ -1,8 +1,8 @@
 """Reading the target's memory: which pages hold data, and their bytes into a slot.
 
-Runs on capture threads. It reads only pages that were populated at T, since reading a hole creates
-it: a process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. What the target did to
-a page after T is noticed after the copy (`pyx/engine/recheck`), and the page put down as lost.
+Runs on capture threads. It reads only pages that were populated at T, since reading a hole fills it: a
+process_vm_readv of 64 MiB of memfd hole allocates 64 MiB in the target. Changes of the mapping after T, such
+as a discarded page, are detected after the copy (`pyx/engine/recheck`), and the page is recorded as lost.
 """
 
 from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
@@ -50,18 +50,19 @@ cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
             bits_fill(capture.data, page, n)
         else:
             clear_pages(capture, capture.data, page, n)
-        if kind != SNAP_LOST:           # in an earlier round it was
+        if kind != SNAP_LOST:           # it may have been lost in an earlier round
             clear_pages(capture, capture.lost, page, n)
 
 
 cdef void _find_extent(lane_t *lane, region_t *region, uint64_t offset) noexcept nogil:
-    """Cache the data or hole extent of the region's file around `offset` (from page first_page)."""
+    """Cache the extent of data or hole of the region's file around `offset`, which counts from page
+    first_page."""
     cdef long data = lseek(region.file, region.file_offset + offset, SEEK_DATA)
     cdef long edge
     lane.extent_region = region
     lane.extent_start = offset
     if data < 0:
-        # ENXIO: no data from here on. Any other answer tells nothing: read everything.
+        # ENXIO: no data from here on. On any other error read everything.
         lane.extent_data = errno != ENXIO
         lane.extent_end = region.pages * PAGE
     elif <uint64_t>data > region.file_offset + offset:
@@ -84,7 +85,7 @@ cdef uint64_t data_from(region_t *region, uint64_t page) noexcept nogil:
 
 
 cdef uint64_t _mapped(capture_t *capture, region_t *region, uint64_t page, uint64_t mask) noexcept nogil:
-    """Pages that the target has in its page tables: they are data, and need no look into the file."""
+    """Pages in the target's page tables: they are data, and need no lookup in the file."""
     cdef uint64_t entries[64]
     cdef uint64_t first = snap_ctz(mask)
     cdef uint64_t result = 0
@@ -99,13 +100,14 @@ cdef uint64_t _mapped(capture_t *capture, region_t *region, uint64_t page, uint6
     return result & mask
 
 
-cdef uint64_t _by_seek(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                       uint64_t mask) noexcept nogil:
-    """SEEK_HOLE goes over all pages up to the hole, 10 ms per GiB, in which the CPU does nothing else. So the
-    page tables are asked first, and a fault thread, for whom a writer waits, asks for its pages one by one.
+cdef uint64_t _populated_by_seek(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                                 uint64_t mask) noexcept nogil:
+    """SEEK_HOLE goes over all pages up to the hole: 10 ms per GiB, during which the CPU does nothing else. So
+    the page tables are read first, and a fault thread, for which a writer waits, looks up its pages one by
+    one.
 
-    The cache stays right: a page leaves it only when it is claimed, and a claimed one is not asked for again.
-    """
+    The cached extent remains correct: a page leaves it only when it is claimed, and a claimed page is not
+    looked up again."""
     cdef uint64_t result = _mapped(capture, region, page, mask) if mask else 0
     cdef uint64_t first, offset, n
     mask &= ~result
@@ -137,15 +139,16 @@ cdef uint64_t populated(capture_t *capture, lane_t *lane, region_t *region, uint
         return known
     if region.presence == PRESENCE_ALL:
         return mask
-    if capture.data != NULL:        # rounds: what existed in an earlier one may have been punched out since
+    if capture.data != NULL:        # rounds: pages of an earlier round may have been punched out since
         known = 0
     if region.presence == PRESENCE_SEEK:
-        return known | _by_seek(capture, lane, region, page, mask & ~known)
+        return known | _populated_by_seek(capture, lane, region, page, mask & ~known)
     return known | resident(region, page, mask & ~known)
 
 
 cdef uint64_t _copy_edge(region_t *region, uint64_t addr, char *dst) noexcept nogil:
-    """The page at addr, where the region begins or ends inside it: other bytes are zero, not copied."""
+    """Copy the page at addr, inside which the region begins or ends. The bytes outside the region are set to
+    zero."""
     cdef uint64_t begin = max(addr, region.start)
     cdef uint64_t end = min(addr + PAGE, region.end)
     memset(dst, 0, PAGE)
@@ -154,7 +157,7 @@ cdef uint64_t _copy_edge(region_t *region, uint64_t addr, char *dst) noexcept no
 
 
 cdef int _copy_in(lane_slot *slot, const char *src) noexcept nogil:
-    """One page behind what the slot holds, and into its checksum as long as that has kept up."""
+    """Append one page to the slot, and add it to the slot's checksum if that covers all data before it."""
     cdef int nonzero
     if not slot.sums or slot.summed != slot.used:
         return copy_page(slot.data + slot.used, src)
@@ -163,7 +166,7 @@ cdef int _copy_in(lane_slot *slot, const char *src) noexcept nogil:
     return nonzero
 
 
-cdef struct mark_t:                 # what a lane held before a copy, to take it back
+cdef struct lane_state_t:           # the state of a lane before a copy, to restore it
     lane_slot slot
     uint64_t last_entry
     uint64_t data
@@ -172,25 +175,25 @@ cdef struct mark_t:                 # what a lane held before a copy, to take it
     uint64_t lost
 
 
-cdef mark_t _mark(lane_t *lane) noexcept nogil:
-    cdef mark_t mark
-    mark.slot = lane.slot
-    mark.last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
-    mark.data = lane.data_pages
-    mark.zero = lane.zero_pages
-    mark.hole = lane.hole_pages
-    mark.lost = lane.lost_pages
-    return mark
+cdef lane_state_t _lane_state(lane_t *lane) noexcept nogil:
+    cdef lane_state_t state
+    state.slot = lane.slot
+    state.last_entry = lane.slot.entries[lane.slot.n_entries - 1] if lane.slot.n_entries else 0
+    state.data = lane.data_pages
+    state.zero = lane.zero_pages
+    state.hole = lane.hole_pages
+    state.lost = lane.lost_pages
+    return state
 
 
-cdef void _take_back(lane_t *lane, const mark_t *mark) noexcept nogil:
-    lane.slot = mark.slot
-    if mark.slot.n_entries:
-        lane.slot.entries[mark.slot.n_entries - 1] = mark.last_entry
-    lane.data_pages = mark.data
-    lane.zero_pages = mark.zero
-    lane.hole_pages = mark.hole
-    lane.lost_pages = mark.lost
+cdef void _restore_lane(lane_t *lane, const lane_state_t *state) noexcept nogil:
+    lane.slot = state.slot
+    if state.slot.n_entries:
+        lane.slot.entries[state.slot.n_entries - 1] = state.last_entry
+    lane.data_pages = state.data
+    lane.zero_pages = state.zero
+    lane.hole_pages = state.hole
+    lane.lost_pages = state.lost
 
 
 cdef struct loads_t:
@@ -221,8 +224,8 @@ cdef int _load(void *arg) noexcept nogil:
     return 0
 
 
-cdef void _put_one(capture_t *capture, lane_t *lane, uint64_t page) noexcept nogil:
-    """The page that has been read behind what the slot has."""
+cdef void _record_read_page(capture_t *capture, lane_t *lane, uint64_t page) noexcept nogil:
+    """Record the page that was read to the end of the slot's data."""
     if page_nonzero(lane.slot.data + lane.slot.used):
         lane.slot.used += PAGE
         put_pages(capture, lane, page, 1, SNAP_DATA)
@@ -230,9 +233,9 @@ cdef void _put_one(capture_t *capture, lane_t *lane, uint64_t page) noexcept nog
         put_pages(capture, lane, page, 1, SNAP_ZERO)
 
 
-cdef void _by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
-    """A page of ours where a load may fault: /proc/self/mem reads PROT_NONE and protection keys, too, and
-    answers EIO for what is not there."""
+cdef void _read_by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """A page of this process where a load may fault. /proc/self/mem also reads pages under PROT_NONE or
+    protection keys, and fails with EIO for pages that do not exist."""
     cdef uint64_t addr = page_addr(region, page)
     cdef uint64_t begin = max(addr, region.start)
     cdef uint64_t length = min(addr + PAGE, region.end) - begin
@@ -241,14 +244,14 @@ cdef void _by_kernel(capture_t *capture, lane_t *lane, region_t *region, uint64_
     if capture.mem < 0 or pread(capture.mem, dst + (begin - addr), length, <long>begin) != <ssize_t>length:
         put_pages(capture, lane, page, 1, SNAP_LOST)
     else:
-        _put_one(capture, lane, page)
+        _record_read_page(capture, lane, page)
 
 
-cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                      uint64_t n) noexcept nogil:
-    """By plain loads. Whoever lent us the memory may have unmapped, cut or protected it meanwhile: then the
-    run is taken back and read page by page through the kernel."""
-    cdef mark_t mark = _mark(lane)
+cdef int _copy_by_loads(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                        uint64_t n) noexcept nogil:
+    """The owner of the memory may have unmapped, truncated or protected it meanwhile. Then the run is undone
+    and read page by page through the kernel."""
+    cdef lane_state_t state = _lane_state(lane)
     cdef uint64_t low = <uint64_t>region.source + (page_addr(region, page) - region.addr)
     cdef loads_t loads
     cdef uint64_t i
@@ -259,15 +262,15 @@ cdef int _from_memory(capture_t *capture, lane_t *lane, region_t *region, uint64
     loads.n = n
     if guarded(_load, &loads, low, low + n * PAGE) == 0:
         return 0
-    _take_back(lane, &mark)
+    _restore_lane(lane, &state)
     for i in range(page, page + n):
-        _by_kernel(capture, lane, region, i)
+        _read_by_kernel(capture, lane, region, i)
     return 0
 
 
 cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_t n,
                     char *dst) noexcept nogil:
-    """Bytes of the run read into dst; -errno if none."""
+    """The bytes of the run that were read into dst; -errno if none."""
     cdef iovec local
     cdef iovec remote
     cdef ssize_t got
@@ -284,20 +287,21 @@ cdef ssize_t _fetch(capture_t *capture, region_t *region, uint64_t page, uint64_
             return got if got >= 0 else -errno
 
 
-cdef void _one_unreadable(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
-    """A page that process_vm_readv refuses: PROT_NONE, which /proc/PID/mem reads; or not mapped any more."""
+cdef void _read_unreadable(capture_t *capture, lane_t *lane, region_t *region, uint64_t page) noexcept nogil:
+    """A page that process_vm_readv cannot read: under PROT_NONE, which /proc/PID/mem reads, or not mapped any
+    more."""
     cdef char *dst = lane.slot.data + lane.slot.used
     cdef uint64_t offset = region.file_offset + (page - region.first_page) * PAGE
     if region.file >= 0 and offset >= region.file_end:
-        put_pages(capture, lane, page, 1, SNAP_HOLE)        # behind the end of its file: no access at T
+        put_pages(capture, lane, page, 1, SNAP_HOLE)        # beyond the end of its file: no access at T
     elif capture.mem < 0 or pread(capture.mem, dst, PAGE, <long>page_addr(region, page)) != <ssize_t>PAGE:
         put_pages(capture, lane, page, 1, SNAP_LOST)
     else:
-        _put_one(capture, lane, page)
+        _record_read_page(capture, lane, page)
 
 
-cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
-                         uint64_t n) noexcept nogil:
+cdef int _copy_by_syscalls(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
+                           uint64_t n) noexcept nogil:
     cdef char *base = lane.slot.data + lane.slot.used
     cdef char *dst = base
     cdef uint64_t i, got
@@ -316,34 +320,34 @@ cdef int _from_elsewhere(capture_t *capture, lane_t *lane, region_t *region, uin
             put_pages(capture, lane, page + i, 1, SNAP_LOST)
         elif region.reading == READ_FILE and region.presence != PRESENCE_SEEK and capture.data == NULL \
                 and not bits_test(capture.present, page + i):
-            # No page table entry and nothing but zeros: as good as a hole (rounds cannot tell: zero there).
+            # No page table entry and only zeros: equivalent to a hole. (In rounds it is recorded as zero.)
             put_pages(capture, lane, page + i, 1, SNAP_HOLE)
         else:
             put_pages(capture, lane, page + i, 1, SNAP_ZERO)
     lane.slot.used += dst - base
     if got < n:
-        _one_unreadable(capture, lane, region, page + got)
+        _read_unreadable(capture, lane, region, page + got)
         if got + 1 < n:
-            return _from_elsewhere(capture, lane, region, page + got + 1, n - got - 1)
+            return _copy_by_syscalls(capture, lane, region, page + got + 1, n - got - 1)
     return 0
 
 
 cdef int _copy(capture_t *capture, lane_t *lane, region_t *region, uint64_t page, uint64_t n) noexcept nogil:
     if region.reading == READ_MEMORY:
-        return _from_memory(capture, lane, region, page, n)
-    return _from_elsewhere(capture, lane, region, page, n)
+        return _copy_by_loads(capture, lane, region, page, n)
+    return _copy_by_syscalls(capture, lane, region, page, n)
 
 
 cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                   uint64_t n) noexcept nogil:
-    cdef mark_t mark = _mark(lane)
+    cdef lane_state_t state = _lane_state(lane)
     cdef uint64_t i
     cdef int err = _copy(capture, lane, region, page, n)
     if err or still_valid(capture, region, page, n):
         return err
-    # Some page is not what it was at T: it was discarded, replaced, moved or merged before or while it was
-    # copied. Take the run back; keep the pages that are still good.
-    _take_back(lane, &mark)
+    # Some page does not hold what it held at T: it was discarded, replaced, moved or merged before or during
+    # the copy. Undo the run, and copy page by page to keep those that are still valid.
+    _restore_lane(lane, &state)
     if n == 1:
         put_pages(capture, lane, page, 1, SNAP_LOST)
         return 0
@@ -356,7 +360,7 @@ cdef int copy_run(capture_t *capture, lane_t *lane, region_t *region, uint64_t p
 
 cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_t page,
                      uint64_t mask) noexcept nogil:
-    cdef mark_t mark = _mark(lane)
+    cdef lane_state_t state = _lane_state(lane)
     cdef uint64_t rest = mask
     cdef uint64_t first, n
     cdef int err
@@ -368,7 +372,7 @@ cdef int copy_window(capture_t *capture, lane_t *lane, region_t *region, uint64_
         rest &= ~bits_mask(first, n)
     if all_still_valid(capture, region, page, mask):
         return 0
-    _take_back(lane, &mark)
+    _restore_lane(lane, &state)
     while mask:
         first = snap_ctz(mask)
         err = copy_run(capture, lane, region, page + first, 1)

@@ -1,20 +1,20 @@
-"""Write tracking: arm, serve faults, walk, release. The threads of a capture, and their life.
+"""Write tracking: arm, serve faults, walk, release. The threads of a capture and their life cycle.
 
-On the first walker's thread (no Python state, no GIL, no allocation):
+The first walker's thread (no Python state, no GIL, no allocation):
 
-  wait for the caller → register → protect … protect → T → scan the page tables → let the fault threads go
-  (two-step: register → protect … → wait for the caller → protect what was hit → T → …)
-           → walk: next unit of unclaimed pages: claim, copy, unprotect
-           → wait for the other walkers → stop the fault threads
-           → unregister (releases all that is left) → finished
+    wait for the caller → register → protect … protect → T → scan the page tables → `armed`: faults are served
+    (two-step: register → protect … → wait for the caller → protect the dirty pages → T → …)
+             → walk: next unit of unclaimed pages: claim, copy, unprotect
+             → wait for the other walkers → stop the fault threads
+             → unregister (releases all remaining memory) → finished
 
 The other walkers help to protect, wait for `armed`, and walk.
 
-Shared words: capture.armed, stopping and finished are written by the first walker only (release) and
-read by all (acquire); capture.go and held by the caller, together, and held once more to 0.
-capture.failed is set once by whoever fails first. If a walker stops anywhere before `finished`, writers of
-unsaved pages wait; every failure path therefore runs through close_all, and the death of the process
-closes the userfaultfd, which does the same in the kernel.
+Shared words: capture.armed, stopping and finished are written by the first walker only (release) and read by
+all threads (acquire). capture.go and hold are written by the caller, together; hold is later reset to 0.
+capture.failed is set once, by the first thread that fails. If a walker stops anywhere before `finished`,
+writers of unsaved pages wait. Therefore every failure path runs through close_all, and when the process ends,
+the kernel closes the userfaultfd, which releases the memory as well.
 """
 
 from libc.errno cimport EBUSY, errno
@@ -41,9 +41,9 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     const int EPOLL_CLOEXEC
 
-# Where CPUs are short the walk should not share them evenly with writers: the sooner it is done, the fewer
-# faults they have. It runs behind the fault threads, and with a slice so long that a writer which is let go
-# takes the CPU from it at once (p99 of a stall 120 instead of 190 µs, with 16 pages a fault).
+# With few CPUs the walk should not share them evenly with writers: the sooner it is done, the fewer faults
+# they have. Its priority is below that of the fault threads. Its slice is so long that a released writer
+# preempts it at once (p99 of a stall 120 instead of 190 µs, with 16 pages a fault).
 cdef int WALK_NICE = -5
 
 
@@ -55,9 +55,9 @@ cdef void _publish(capture_t *capture, uint64_t *word) noexcept nogil:
     pthread_mutex_unlock(&capture.lock)
 
 
-cdef void _await_go(capture_t *capture) noexcept nogil:
-    """The walk takes the CPUs that whoever stopped the target needs to let it go on: not before that is done.
-    Faults are served meanwhile."""
+cdef void _await_walk(capture_t *capture) noexcept nogil:
+    """The walk would take the CPUs that the caller needs to let the stopped target run again, so it waits
+    until that is done. Faults are served meanwhile."""
     pthread_mutex_lock(&capture.lock)
     while snap_load(&capture.hold) and not snap_load(&capture.failed):
         pthread_cond_wait(&capture.changed, &capture.lock)
@@ -65,9 +65,9 @@ cdef void _await_go(capture_t *capture) noexcept nogil:
 
 
 cdef void _stop_others(capture_t *capture, lane_t *lane) noexcept nogil:
-    """Wait until the last has left, by counts: pthread_join frees memory, and free() would write to pages
-    that may be protected still. A walker may need a fault thread, so those stay till the last; and one
-    of them may wait for a missing page itself: it is answered here."""
+    """Wait by counters until the last thread has left: pthread_join frees memory, and free() would write to
+    pages that may still be protected. A walker may need a fault thread, so fault threads stay until the
+    walkers have left. One of them may itself wait for a missing page: it is filled here."""
     cdef uint64_t one = 1
     while snap_load(&capture.armed) and snap_load(&capture.walking):
         snap_sleep_ns(20000)
@@ -90,11 +90,11 @@ cdef void *_first_walker(void *arg) noexcept nogil:
         _publish(capture, &capture.armed)
         if not save_shared_pages(capture, lane):
             serve_deferred(capture, lane)
-            _await_go(capture)
+            _await_walk(capture)
             snap_nice_slice(WALK_NICE, LONG_SLICE_NS)
             walk(capture, lane)
     _stop_others(capture, lane)
-    # No other thread runs any more, so no page is released that is still being copied.
+    # No other thread runs any more, so no page is released while it is copied.
     close_all(capture, lane)
     for i in range(capture.n_lanes):
         if lane_close(capture.pool, &capture.lanes[i].slot):
@@ -111,7 +111,7 @@ cdef void *_other_walker(void *arg) noexcept nogil:
     help_parallel(capture, lane)
     if snap_load(&capture.armed):
         serve_deferred(capture, lane)
-        _await_go(capture)
+        _await_walk(capture)
         snap_nice_slice(WALK_NICE, LONG_SLICE_NS)
         walk(capture, lane)
     snap_leave(&capture.walking)
@@ -121,9 +121,9 @@ cdef void *_other_walker(void *arg) noexcept nogil:
 cdef class Tracker:
     """Write tracking of one `Session`.
 
-    `start` makes the threads and returns once T is fixed; `join` waits until all is released. Between
-    them the target's writers run. `Session.fail` ends it early; the target is released in any case.
-    """
+    `start` creates the threads, and `arm` fixes T; `join` waits until all memory is released. Between `arm`
+    and `join` the target's writers run. `Session.fail` ends the capture early; the target is released in any
+    case."""
 
     def __init__(self, Session session not None):
         self.session = session
@@ -131,11 +131,11 @@ cdef class Tracker:
         self.owner = getpid()
 
     def start(self):
-        """Make the threads; with two-step arming, protect. Returns when `arm` may be called, or the capture
-        has failed.
+        """Create the threads; with two-step arming, protect. Returns when `arm` may be called, or when the
+        capture has failed.
 
-        Raises nothing for a target that cannot be armed: ask `Session.failure`. Raises OSError if no thread
-        can be made."""
+        Does not raise if the target cannot be armed: see `Session.failure`. Raises OSError if a thread cannot
+        be created."""
         cdef capture_t *capture = self.session.capture
         cdef int i, err
         if self.running or snap_load(&capture.finished):
@@ -147,7 +147,7 @@ cdef class Tracker:
         if not err and capture.pidfd >= 0:
             err = watch(capture, capture.pidfd, WATCH_PID)
         for i in range(capture.n_lanes):
-            if i != capture.n_fault_lanes + 1:      # the warden saves nothing
+            if i != capture.n_fault_lanes + 1:      # the watchdog saves nothing
                 err = err or lane_open(capture.pool, &capture.lanes[i].slot)
         if err:
             self._drop_epoll()
@@ -160,8 +160,8 @@ cdef class Tracker:
             pthread_mutex_unlock(&capture.lock)
 
     def arm(self, bint hold=False):
-        """Fix T, and return then, or when the capture has failed; with `hold` the walk waits for `walk`.
-        Once, after `start`."""
+        """Fix T. Returns when T is fixed or the capture has failed. With `hold` the walk waits for `walk`.
+        Call it once, after `start`."""
         cdef capture_t *capture = self.session.capture
         with nogil:
             pthread_mutex_lock(&capture.lock)
@@ -173,7 +173,8 @@ cdef class Tracker:
             pthread_mutex_unlock(&capture.lock)
 
     cdef int _make_threads(self, capture_t *capture) except -1:
-        """The first walker comes last: until it runs, nothing is protected and all can be undone."""
+        """The first walker is created last: until it runs, nothing is protected, and the other threads can be
+        ended."""
         cdef int made = 0
         cdef int err = 0
         cdef int i
@@ -204,7 +205,7 @@ cdef class Tracker:
         return 0
 
     def wait(self, double seconds):
-        """Wait until everything is released, or so long. Whether it is."""
+        """Wait until all memory is released, or the time has passed. True if it is released."""
         cdef capture_t *capture = self.session.capture
         cdef uint64_t until = snap_now_ns() + <uint64_t>(seconds * 1e9)
         with nogil:
@@ -213,7 +214,7 @@ cdef class Tracker:
         return snap_load(&capture.finished) != 0
 
     def walk(self):
-        """The target goes on: let the walk begin. Idempotent."""
+        """Let the walk begin, after `arm` with `hold`: the target runs again. Idempotent."""
         cdef capture_t *capture = self.session.capture
         with nogil:
             pthread_mutex_lock(&capture.lock)
@@ -222,7 +223,7 @@ cdef class Tracker:
             pthread_mutex_unlock(&capture.lock)
 
     def join(self):
-        """Wait until the target is released and the threads are gone. Idempotent."""
+        """Wait until the target is released and the threads have ended. Idempotent."""
         if self.running:
             self.walk()
             with nogil:
@@ -242,8 +243,8 @@ cdef class Tracker:
         return 0
 
     def __dealloc__(self):
-        # Reached only if an exception skipped join(): the threads must not outlive their memory.
-        # In a forked child the threads are the parent's, and the arenas are wiped.
+        # self.running is still set only if an exception skipped join(). The threads must not outlive their
+        # memory. In a forked child the threads are the parent's, and the arenas are wiped.
         if self.running and getpid() == self.owner:
             with nogil:
                 capture_fail(self.session.capture, EBUSY, "abandoned", 0)

@@ -7,7 +7,7 @@ from snapengine.regions cimport RegionPlan
 
 
 cdef class Session:
-    # Everything of one capture that capture threads touch; Tracker and DirtyLog drive it.
+    # All state of one capture that capture threads touch. Tracker and DirtyLog run it.
     cdef capture_t *capture
     cdef readonly Pool pool
     cdef readonly int fault_lanes
@@ -15,7 +15,7 @@ cdef class Session:
     cdef Arena control
     cdef Arena lanes
     cdef Arena vmas
-    cdef Arena descriptors                # uffds: readable in a forked child, which must close them
+    cdef Arena descriptors                # uffds: readable in a forked child, which must close its copies
     cdef list bitmaps
     cdef object owned_fds
     cdef bint guarding                    # own memory: between guard_begin and guard_end
