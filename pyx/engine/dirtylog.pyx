@@ -41,7 +41,7 @@ from snapengine.engine.source cimport copy_run, data_from, populated, put_pages
 from snapengine.engine.recheck cimport populate_shadow, drop_shadow
 from snapengine.kernel.uffd cimport uffd_protect
 
-_WANTED_SECONDS = 0.05               # between rounds that only keep what is left to copy small
+cdef double WANTED_SECONDS = 0.05   # between rounds that only keep the remainder small
 cdef uint64_t PAGE = 4096
 cdef uint64_t MIB_PAGES = 256
 cdef uint64_t UNIT_PAGES = 512
@@ -315,8 +315,12 @@ cdef class DirtyLog:
         rate, then a last round with the target paused.
 
         Returns ``(stop_ns, vmstate)``; vmstate is None if the rounds did not converge within `max_rounds`
-        rounds or `max_seconds`. A failure is left in ``Session.failure``. Exceptions of the target's pause,
-        resume and vmstate are raised."""
+        rounds or `max_seconds`. With `wanted` (a `snapengine.base.latch.Latch`) further rounds keep the
+        remainder small until the latch is open. `max_rounds` does not count these rounds, `max_seconds` does.
+
+        A failure is left in ``Session.failure``. Exceptions of the target's pause, resume and vmstate are
+        raised.
+        """
         cdef capture_t *capture = self.session.capture
         cdef uint64_t begin = snap_now_ns()
         cdef uint64_t waiting = 0
@@ -336,7 +340,7 @@ cdef class DirtyLog:
             if dirty <= self.rate * downtime_limit:
                 if wanted is None or wanted.is_set():
                     return self._last_round(target)
-                wanted.wait(_WANTED_SECONDS)
+                wanted.wait(WANTED_SECONDS)
                 waiting += 1
             if capture.rounds >= max_rounds + waiting or snap_now_ns() > self.deadline:
                 return 0, None

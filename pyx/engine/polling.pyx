@@ -70,6 +70,6 @@ cdef void poll_faults(capture_t *capture, lane_t *lane) noexcept nogil:
 
 
 cdef void wake_if_overdue(capture_t *capture) noexcept nogil:
-    cdef uint64_t looked = snap_load(&capture.polling.polled_ns)
-    if looked and snap_now_ns() > looked + OVERDUE_NS:
+    cdef uint64_t polled = snap_load(&capture.polling.polled_ns)
+    if polled and snap_now_ns() > polled + OVERDUE_NS:
         wake_fault_threads(capture)

@@ -329,7 +329,7 @@ cdef class Session:
         return fault_buckets(self.capture)
 
     def lost_runs(self):
-        """(address, bytes) of memory that was gone before it could be saved."""
+        """[(address, bytes)] of memory that the target discarded or replaced before it was saved."""
         return list_lost_runs(self.capture)
 
     @property

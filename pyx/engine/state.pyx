@@ -1,7 +1,7 @@
 """State that capture threads share: lookups by page and by address, and the failure of a capture.
 
 The structs are in `snapengine/engine/state.pxd`, which names the writer of each word. Nothing here allocates
-memory or takes the GIL.
+memory or takes the GIL. docs/how/threads.md has the table of shared words.
 """
 
 from snapengine.base.atomics cimport snap_swap_if

@@ -16,13 +16,13 @@ cdef enum:
 
 
 cdef bint _parse(const char *text, const char *end, vma_t *vma) noexcept nogil:
-    """False: the line is cut."""
+    """False if the line is incomplete."""
     cdef maps_line_t line
     cdef maps_file_t file
     if not parse_range(text, end, &line) or not parse_file(&line, &file):
         return False
     vma.start, vma.end, vma.offset = line.start, line.end, line.offset
-    vma.flags = 0                   # nobody asks for those of a whole list
+    vma.flags = 0                   # not used in the table
     vma.device, vma.inode = file.device, file.inode
     return True
 
