@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from snapengine.base.checksum import crc32c_of
 from snapengine.image.records import read_record
-from snapengine.storage.sources import StreamSource
+from snapengine.storage.stream_source import StreamSource
 
 HEADER = struct.Struct("<8sHHIQ16s16sI")
 RECORD = struct.Struct("<4sHHQQIIQI")

@@ -15,7 +15,7 @@ from snapengine.image.stream import stream_image
 from snapengine.image.writer import Writer
 from snapengine.regions import PAGE_BYTES, Region
 from snapengine.storage.sinks import MemorySink
-from snapengine.storage.sources import StreamSource
+from snapengine.storage.stream_source import StreamSource
 
 DATA, ZERO, HOLE, LOST = range(4)
 FIELDS = {

@@ -1,10 +1,8 @@
 """pread and pwrite to the last byte, without the GIL. Any thread; owns nothing."""
 
 from libc.errno cimport EINTR, errno
-from libc.stdlib cimport free, malloc
 from posix.unistd cimport pread, pwrite
 
-from snapengine.base.checksum cimport crc32c
 from snapengine.base.oserror cimport raise_oserror
 
 import os
@@ -53,28 +51,6 @@ cdef int pwrite_all(int fd, const char *data, size_t count, uint64_t offset) noe
         offset += <uint64_t>done
         count -= <size_t>done
     return 0
-
-
-def crc_of_range(int fd, uint64_t offset, uint64_t length):
-    """CRC-32C of `length` bytes of a file, without the GIL. None: the file ends before that."""
-    cdef size_t room = min(length, <uint64_t>1 << 20)
-    cdef char *scratch = <char *>malloc(room + 1)
-    cdef uint32_t crc = 0
-    cdef int err = 0
-    cdef size_t count
-    if scratch == NULL:
-        raise MemoryError
-    with nogil:
-        while length and err == 0:
-            count = min(length, <uint64_t>room)
-            err = pread_all(fd, scratch, count, offset)
-            crc = crc32c(crc, scratch, count)
-            offset += count
-            length -= count
-    free(scratch)
-    if err > 0:
-        raise_oserror(err, b"pread")
-    return None if err else crc
 
 
 cdef uint64_t file_size(int fd) noexcept nogil:

@@ -1,14 +1,14 @@
 """Which page is where: the index, the page maps, and the order in which the last record wins.
 
-Owns C arrays only; the descriptor is the `Image`'s. Any thread may call it: the GIL guards the tables and
-is given up while a map is read. Every map is verified (`adopt`) before one entry of it is used.
+Owns C arrays only; the source is the `Image`'s. Any thread may call it: the GIL guards the tables and is
+given up while a map is read. Every map is verified (`adopt`) before one entry of it is used.
 """
 
+from libc.errno cimport EBADF
 from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memcpy, memset
 
 from snapengine.base.checksum cimport crc32c
-from snapengine.base.fileio cimport pread_all
 from snapengine.image.format cimport (
     SNAP_CHNK, SNAP_CHUNK_MAX_BYTES, SNAP_DATA, SNAP_LAST_PART, SNAP_MAY_IGNORE, SNAP_META_MAX_BYTES,
     SNAP_PAGES_MAX, SNAP_PAGE_BYTES, SNAP_VMST, SNAP_ZSTD, snap_entry_kind, snap_entry_page,
@@ -16,8 +16,9 @@ from snapengine.image.format cimport (
 )
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.image.runs cimport newest, run_t
+from snapengine.storage.source cimport Source, source_read, source_t
 
-from snapengine.errors import CorruptImageError, TruncatedImageError, UnsupportedVersionError
+from snapengine.errors import CorruptImageError, UnsupportedVersionError
 
 cdef uint64_t ANY_PAGES = <uint64_t>-1  # last_page of a chunk whose page map is still to say
 
@@ -72,12 +73,22 @@ cdef bint describes(const uint64_t *entries, chunk_t *chunk, const snap_record *
     )
 
 
-cdef class PageIndex:
-    """The chunks of one image. `name` is the image's, for messages; `fd` is open as long as this is used."""
+cdef int read_nothing(void *self, void *into, size_t count, uint64_t offset) noexcept nogil:
+    return EBADF
 
-    def __cinit__(self, str name, int fd=-1):
+
+cdef source_t NO_SOURCE
+NO_SOURCE.read = read_nothing
+
+
+cdef class PageIndex:
+    """The chunks of one image. `name` is the image's, for messages. Maps and payloads are read from `source`;
+    without one (a stream) every map is given by `add`, and there are no payloads to read."""
+
+    def __cinit__(self, str name, Source source=None):
         self.name = name
-        self.fd = fd
+        self.source = source
+        self.at = &NO_SOURCE if source is None else &source.at
 
     def __dealloc__(self):
         cdef size_t i
@@ -268,21 +279,23 @@ cdef class PageIndex:
         cdef uint64_t offset = chunk.offset
         cdef size_t length = sizeof(snap_record) + 8 * <size_t>chunk.entries
         cdef unsigned char *data = <unsigned char *>malloc(length)
-        cdef int fd = self.fd
         cdef int err
         if data == NULL:
             raise MemoryError
         try:
             with nogil:
-                err = pread_all(fd, data, length, offset)
-            if err < 0:
-                raise TruncatedImageError(f"{self.name}: became shorter while it was read", offset)
+                err = source_read(self.at, data, length, offset)
             if err:
-                raise_oserror(err, b"pread")
+                self.read_failed(err, offset)
             self.adopt(number, data, length)
         finally:
             free(data)
         return 0
+
+    cdef int read_failed(self, int err, uint64_t offset) except -1 with gil:
+        if self.source is None:
+            raise_oserror(err, b"read")
+        return self.source.failed(err, offset)
 
     cdef int adopt(self, size_t number, const unsigned char *data, size_t length) except -1:
         """Verify a chunk's record header and page map against checksum and index, and keep them."""

@@ -13,7 +13,7 @@ from libc.errno cimport EFAULT
 from libc.stdlib cimport free, malloc, qsort
 
 from snapengine.base.checksum cimport crc32c
-from snapengine.base.fileio cimport pread_all, pwrite_all
+from snapengine.base.fileio cimport pwrite_all
 from snapengine.base.nofault cimport (
     guard_begin, guard_end, guard_thread, guarded_clear, guarded_crc, guarded_store,
 )
@@ -22,10 +22,11 @@ from snapengine.image.format cimport (
 )
 from snapengine.image.index cimport chunk_t
 from snapengine.base.oserror cimport raise_oserror
+from snapengine.storage.source cimport source_read
 
 from zstandard import ZstdDecompressor, ZstdError
 
-from snapengine.errors import CorruptImageError, TruncatedImageError
+from snapengine.errors import CorruptImageError
 from snapengine.image.records import decompress
 
 
@@ -163,7 +164,7 @@ cdef class Restorer:
         cdef chunk_t *chunk = &self.index.chunks[self.live.runs[self.starts[number]].chunk]
         if chunk.header.encoding == SNAP_RAW:
             return self.copy_raw(number, into, scratch)
-        cdef int err = pread_all(self.index.fd, scratch, chunk.header.stored_bytes, payload_offset(chunk))
+        cdef int err = source_read(self.index.at, scratch, chunk.header.stored_bytes, payload_offset(chunk))
         if err:
             self.read_failed(err, chunk.offset)
         if crc32c(0, scratch, chunk.header.stored_bytes) != chunk.header.payload_crc:
@@ -186,7 +187,7 @@ cdef class Restorer:
             self.skip_to(&run, number, done)
             direct = self.direct(run, number, done, count, into)
             data = direct if direct != NULL else scratch + done
-            err = pread_all(self.index.fd, data, count, payload_offset(chunk) + done)
+            err = source_read(self.index.at, data, count, payload_offset(chunk) + done)
             if err:
                 self.read_failed(err, chunk.offset)
             if guarded_crc(&crc, data, count):
@@ -270,9 +271,7 @@ cdef class Restorer:
     cdef int read_failed(self, int err, uint64_t offset) except -1 with gil:
         if err == EFAULT:
             self.no_memory()
-        if err > 0:
-            raise_oserror(err, b"pread")
-        raise TruncatedImageError(f"{self.index.name}: became shorter while it was read", offset)
+        return self.index.read_failed(err, offset)
 
     cdef int damaged(self, uint64_t offset) except -1 with gil:
         raise CorruptImageError(f"{self.index.name}: the payload's checksum of CHNK does not match", offset)

@@ -6,15 +6,15 @@ when they are asked for, and nothing is used before its checksum has been verifi
 
 from __future__ import annotations
 
-import errno
+import io
 import mmap
 import os
-import stat
 import uuid
 from collections.abc import Iterator
 from typing import Any, Self
 
 from snapengine.base.buffers import HeldBuffer
+from snapengine.base.descriptor import Descriptor
 from snapengine.base.jobs import run_jobs
 from snapengine.base.names import encode, printable
 from snapengine.errors import (
@@ -28,6 +28,7 @@ from snapengine.image.describe import SizedBlobs, describe
 from snapengine.image.encode import LOST
 from snapengine.image.headers import Record
 from snapengine.image.index import PageIndex
+from snapengine.image.input import corrupt
 from snapengine.image.records import diagnose, read_file_header, read_payload, read_record
 from snapengine.image.restorer import Restorer
 from snapengine.image.rules import Listed, check_listed
@@ -45,11 +46,11 @@ from snapengine.image.sections import (
 )
 from snapengine.image.verify import VerifyReport, verify_image
 from snapengine.regions import PAGE_BYTES
-from snapengine.storage.sources import FileSource, corrupt
+from snapengine.storage.source import FileSource, MemorySource, Source
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
-MEMFD_NAME_BYTES = 249  # memfd_create(2)
+MEMFD_NAME_BYTES = 249  # memfd_create(2); none of them a NUL
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
 
@@ -57,7 +58,7 @@ RegionSpec = ImageRegion | str | int
 class VmState(SizedBlobs):
     """The named blobs of an image; each is read and verified when it is asked for."""
 
-    def __init__(self, source: FileSource, parts: dict[str, list[Record]]) -> None:
+    def __init__(self, source: Source, parts: dict[str, list[Record]]) -> None:
         self._source = source
         self._parts = parts
 
@@ -76,19 +77,18 @@ class VmState(SizedBlobs):
 
 
 class Image:
-    """One complete image file. Close it, or use it in a ``with``.
+    """One complete image. Close it, or use it in a ``with``.
 
     Any thread may call it. Every method raises an `ImageError` for a damaged image
     (`CorruptImageError`, `TruncatedImageError`, with ``offset``), an `ImageError` for pages that are not in
     the image, and `LostPagesError` for pages that the capture reports as lost.
     """
 
-    def __init__(self, fd: int, name: str) -> None:
-        """Take over `fd`, a readable regular file (or memfd); `name` is for messages."""
-        self._fd = fd
-        self.name = name
+    def __init__(self, source: Source) -> None:
+        """Take over `source`: it is closed with the image, and if this raises."""
+        self._source = source
+        self.name = source.name
         try:
-            self._source = FileSource(fd, name)
             self._load()
         except BaseException:
             self.close()
@@ -101,10 +101,8 @@ class Image:
         self.close()
 
     def close(self) -> None:
-        """Close the file. Idempotent; no other thread may be reading."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close what it is read from. Idempotent; no other thread may be reading."""
+        self._source.close()
 
     def _load(self) -> None:
         source = self._source
@@ -113,7 +111,7 @@ class Image:
         payload = read_payload(source, self.trailer_record)
         self.trailer = parse_trailer(source, self.trailer_record, payload, self.header)
         self.regions = self._load_regions()
-        self.index = PageIndex(self.name, self._fd)
+        self.index = PageIndex(self.name, source)
         self.vmstate = VmState(source, self._load_vmstate(self._load_index()))
 
     def _find_trailer(self) -> Record:
@@ -305,60 +303,46 @@ class Image:
         """A new memfd with the region's bytes, which the caller closes. Holes and zero pages stay holes."""
         place = self.region(region)
         plan = self.restorer(place, 0, place.length)
-        fd = os.memfd_create(_memfd_name(place.name), os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, place.length)
-            with mmap.mmap(fd, place.length) as memory, memoryview(memory) as view:
-                run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        file = Descriptor.memfd(_memfd_name(place.name))
+        os.ftruncate(file.fd, place.length)
+        with mmap.mmap(file.fd, place.length) as memory, memoryview(memory) as view:
+            run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
+        return file.detach()
 
     def verify(self) -> VerifyReport:
         """Read and check the whole file: every record, the index, and that every page is there."""
         return verify_image(self)
 
     @property
-    def source(self) -> FileSource:
-        """The file, for `snapengine.image.verify`."""
+    def source(self) -> Source:
+        """What it is read from."""
         return self._source
 
 
-def _memfd_name(name: str) -> str:
-    """At most 249 bytes without a NUL (memfd_create(2))."""
-    return os.fsdecode((b"snapengine:" + encode(name).replace(b"\0", b"?"))[:249])
+def _memfd_name(name: str) -> bytes:
+    return (b"snapengine:" + encode(name).replace(b"\0", b"?"))[:MEMFD_NAME_BYTES]
 
 
-def open_image(path_or_file: Any) -> Image:
-    """Open an image: a path, or a readable binary file object (in memory, or of a regular file).
+def open_image(image: Any) -> Image:
+    """Open an image: a path, a readable binary file object, or a `snapengine.storage.source.Source`.
+
+    The whole file is read, whatever the position of the file object, which stays the caller's. An object that
+    is no file on disk is read to its end and kept in memory; a `BytesIO` is not copied. A source is closed with
+    the image, or when this raises.
 
     `ImageError`: empty, not an image, cut or damaged. ``OSError``: it cannot be opened.
     """
-    if isinstance(path_or_file, (str, os.PathLike)):
-        name = os.fspath(path_or_file)
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block here
-    else:
-        name = str(getattr(path_or_file, "name", type(path_or_file).__name__))
-        fd = _descriptor_of(path_or_file)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, "is a directory, not an image", name)
-        raise ImageError(f"{name}: not a regular file; read a pipe with stream_image")
-    return Image(fd, name)
+    return Image(image if isinstance(image, Source) else _source_of(image))
 
 
-def _descriptor_of(file: Any) -> int:
-    """A descriptor of our own. What has none (BytesIO) is copied into a memfd."""
+def _source_of(file: Any) -> Source:
+    if isinstance(file, (str, os.PathLike)):
+        return FileSource(file)
+    name = str(getattr(file, "name", type(file).__name__))
+    if isinstance(file, io.BytesIO):  # it shares these bytes until somebody writes to it
+        return MemorySource(file.getvalue(), name)
     try:
-        return os.dup(file.fileno())
+        number = file.fileno()
     except (AttributeError, OSError):
-        fd = os.memfd_create("snapengine:image", os.MFD_CLOEXEC)
-        with os.fdopen(os.dup(fd), "wb") as copy:
-            while data := file.read(1 << 20):
-                copy.write(data)
-        return fd
-
-
+        return MemorySource(b"".join(iter(lambda: file.read(1 << 20), b"")), name)
+    return FileSource(number, name)

@@ -3,6 +3,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from snapengine.image.format cimport snap_record
 from snapengine.image.runs cimport Runs
+from snapengine.storage.source cimport Source, source_t
 
 
 cdef struct chunk_t:
@@ -24,7 +25,8 @@ cdef struct span_t:
 cdef class PageIndex:
     # Which chunk holds which page. Page maps are loaded, verified and kept as they are needed.
     cdef readonly str name
-    cdef readonly int fd             # -1: maps were given by add(), no payloads to read
+    cdef readonly Source source      # None: maps were given by add(), no payloads to read
+    cdef const source_t *at          # where `source` is read
     cdef chunk_t *chunks
     cdef readonly size_t count
     cdef size_t room
@@ -32,5 +34,7 @@ cdef class PageIndex:
     cdef int reserve(self, size_t count) except -1
     cdef int build_spans(self) except -1
     cdef int load(self, size_t number) except -1
+    # Raises what a result of `source_read` other than 0 means.
+    cdef int read_failed(self, int err, uint64_t offset) except -1 with gil
     cdef int adopt(self, size_t number, const unsigned char *data, size_t length) except -1
     cdef int collect(self, size_t number, uint64_t first, uint64_t end, Runs into) except -1

@@ -1,12 +1,13 @@
 from typing import Any
 
 from snapengine.image.runs import Runs
+from snapengine.storage.source import Source
 
 class PageIndex:
     name: str
-    fd: int
+    source: Source | None
     count: int
-    def __init__(self, name: str, fd: int = -1) -> None: ...
+    def __init__(self, name: str, source: Source | None = None) -> None: ...
     def add_index(
         self, payload: Any, start: int, limit: int
     ) -> tuple[int, list[tuple[int, int, int, int, int]]]: ...

@@ -14,13 +14,14 @@ from snapengine.base.checksum import crc32c_of
 from snapengine.errors import ImageError, TruncatedImageError
 from snapengine.image.encode import RAW
 from snapengine.image.headers import FileHeader, Record
+from snapengine.image.input import Input, Named, corrupt, truncated
 from snapengine.image.rules import (
     CHUNK_MAX_BYTES,
     META_MAX_BYTES,
     check_file_header,
     check_record,
 )
-from snapengine.storage.sources import FileSource, Named, Source, corrupt, truncated
+from snapengine.storage.source import Source
 
 MAGIC = b"\x89SNPE\r\n\x1a"
 
@@ -28,7 +29,7 @@ FILE_HEADER = struct.Struct("<8sHHIQ16s16sII")
 RECORD = struct.Struct("<4sHHQQIIQII")
 
 
-def read_file_header(source: Source) -> FileHeader:
+def read_file_header(source: Input) -> FileHeader:
     """Check magic, version and features. `ImageError` tells a non-image from a newer or a cut one."""
     try:
         magic = source.take(0, len(MAGIC))
@@ -44,7 +45,7 @@ def read_file_header(source: Source) -> FileHeader:
     return FileHeader((major, minor), image_id, parent_id)
 
 
-def read_record(source: Source, offset: int, *, expect: bytes | None = None) -> Record:
+def read_record(source: Input, offset: int, *, expect: bytes | None = None) -> Record:
     """Header and meta of the record at `offset`, verified; its payload comes from `read_payload`."""
     header = source.take(offset, RECORD.size)
     type_, encoding, flags, stored, raw, meta_bytes, arg, seq, payload_crc, crc = RECORD.unpack(header)
@@ -61,12 +62,12 @@ def read_record(source: Source, offset: int, *, expect: bytes | None = None) -> 
     return record
 
 
-def read_payload(source: Source, record: Record) -> bytes:
+def read_payload(source: Input, record: Record) -> bytes:
     """The payload of a known record: verified, then decompressed; `record.raw_bytes` bytes."""
     return decoded(source, record, take_payload(source, record))
 
 
-def take_payload(source: Source, record: Record) -> bytes:
+def take_payload(source: Input, record: Record) -> bytes:
     """The payload of a known record as it is stored, verified."""
     data = source.take(record.payload_offset, record.stored_bytes)
     if crc32c_of(data) != record.payload_crc:
@@ -100,7 +101,7 @@ def decompress(
     return raw
 
 
-def skip_payload(source: Source, record: Record) -> None:
+def skip_payload(source: Input, record: Record) -> None:
     """Verify the payload of a record of unknown type, in pieces."""
     crc = 0
     for start in range(record.payload_offset, record.end, CHUNK_MAX_BYTES):
@@ -109,7 +110,7 @@ def skip_payload(source: Source, record: Record) -> None:
         raise corrupt(source, "the payload's checksum does not match", record.offset)
 
 
-def diagnose(source: FileSource) -> ImageError:
+def diagnose(source: Source) -> ImageError:
     """Why a file has no valid trailer at its end: walk the records to the place where they stop."""
     offset = FILE_HEADER.size
     try:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from snapengine.errors import UnsupportedVersionError
 from snapengine.image.encode import MAX_PAGES, NAME_BYTES, PART_BYTES, RAW, ZSTD, page_size_fits, region_pages
 from snapengine.image.headers import LAST_PART, Record, Trailer
+from snapengine.image.input import Named, corrupt
 from snapengine.regions import KINDS
-from snapengine.storage.sources import Named, corrupt
 
 MAJOR = 1
 FEATURES = 0

@@ -12,11 +12,11 @@ from snapengine.base.jsonfields import parse_object
 from snapengine.base.names import decode
 from snapengine.image.encode import NAME_BYTES, REGION, region_pages
 from snapengine.image.headers import FileHeader, Record, Trailer
+from snapengine.image.input import Input, corrupt
 from snapengine.image.records import FILE_HEADER, RECORD
 from snapengine.image.result_fields import check_figures
 from snapengine.image.rules import INDEX_ENTRY_BYTES, check_region
 from snapengine.regions import KINDS, PAGE_BYTES
-from snapengine.storage.sources import Source, corrupt
 
 TRAILER = struct.Struct("<QQQQQQQ16s")
 TRAILER_RECORD_BYTES = RECORD.size + TRAILER.size
@@ -51,7 +51,7 @@ def page_text(region: ImageRegion, page: int) -> str:
     return f"region {region.name!r}: the page at offset {offset:#x} (address {region.addr + offset:#x})"
 
 
-def parse_trailer(source: Source, record: Record, payload: bytes, header: FileHeader) -> Trailer:
+def parse_trailer(source: Input, record: Record, payload: bytes, header: FileHeader) -> Trailer:
     """The trailer, checked against the file header and its own place in the file."""
     if len(payload) != TRAILER.size:
         raise corrupt(source, "the trailer has a wrong size", record.offset)
@@ -66,7 +66,7 @@ def parse_trailer(source: Source, record: Record, payload: bytes, header: FileHe
     return trailer
 
 
-def parse_regions(source: Source, record: Record, payload: bytes) -> Iterator[ImageRegion]:
+def parse_regions(source: Input, record: Record, payload: bytes) -> Iterator[ImageRegion]:
     """The regions in one REGN record."""
     position = 0
     for _ in range(record.arg):
@@ -82,7 +82,7 @@ def parse_regions(source: Source, record: Record, payload: bytes) -> Iterator[Im
         raise corrupt(source, "the regions do not fit their record", record.offset)
 
 
-def check_regions(source: Source, regions: list[ImageRegion]) -> None:
+def check_regions(source: Input, regions: list[ImageRegion]) -> None:
     """No page number belongs to two regions."""
     taken = sorted((region.first_page, region.first_page + region.pages) for region in regions)
     for (_, end), (first, _) in itertools.pairwise(taken):
@@ -90,7 +90,7 @@ def check_regions(source: Source, regions: list[ImageRegion]) -> None:
             raise corrupt(source, f"two regions share page number {first}", FILE_HEADER.size)
 
 
-def text_of(source: Source, record: Record, name: bytes) -> str:
+def text_of(source: Input, record: Record, name: bytes) -> str:
     """A name of at most 4096 bytes, none of them a NUL."""
     if len(name) > NAME_BYTES or b"\0" in name:
         raise corrupt(source, "a name is too long, or holds a NUL", record.offset)
@@ -121,7 +121,7 @@ class VmStateParts:
         return self._parts
 
 
-def parse_index(source: Source, record: Record, payload: bytes) -> bytes:
+def parse_index(source: Input, record: Record, payload: bytes) -> bytes:
     """The entries in one INDX record, after their number was checked."""
     if len(payload) != record.arg * INDEX_ENTRY_BYTES:
         raise corrupt(source, "the index has a wrong size", record.offset)

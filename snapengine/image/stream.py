@@ -11,6 +11,7 @@ from snapengine.image.describe import SizedBlobs, describe
 from snapengine.image.encode import DATA, LOST
 from snapengine.image.headers import Record
 from snapengine.image.index import PageIndex
+from snapengine.image.input import corrupt
 from snapengine.image.records import (
     FILE_HEADER,
     decoded,
@@ -32,7 +33,7 @@ from snapengine.image.sections import (
 )
 from snapengine.image.verify import VerifyReport, report_of
 from snapengine.regions import PAGE_BYTES
-from snapengine.storage.sources import StreamSource, corrupt
+from snapengine.storage.stream_source import StreamSource
 
 __all__ = ["ImageStream", "Pages", "stream_image"]
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from snapengine.base.fileio import crc_of_range
 from snapengine.image.encode import ZSTD
 from snapengine.image.headers import Record, Trailer
 from snapengine.image.index import PageIndex
+from snapengine.image.input import Named, corrupt, truncated
 from snapengine.image.records import FILE_HEADER, read_payload, read_record
 from snapengine.image.rules import KNOWN_TYPES, Order
 from snapengine.image.sections import ImageRegion, page_text
-from snapengine.storage.sources import FileSource, Named, corrupt, truncated
+from snapengine.storage.source import Source
 
 
 class Verifiable(Named, Protocol):
@@ -24,7 +24,7 @@ class Verifiable(Named, Protocol):
     trailer: Trailer
 
     @property
-    def source(self) -> FileSource: ...
+    def source(self) -> Source: ...
 
     @property
     def stats(self) -> dict[str, Any]: ...
@@ -105,11 +105,11 @@ def _verify_records(image: Verifiable) -> int:
     return vmstate_bytes
 
 
-def _verify_payload(source: FileSource, record: Record) -> None:
+def _verify_payload(source: Source, record: Record) -> None:
     if record.type in KNOWN_TYPES and record.encoding == ZSTD:
         read_payload(source, record)
         return
-    crc = crc_of_range(source.fd, record.payload_offset, record.stored_bytes)
+    crc = source.checksum(record.payload_offset, record.stored_bytes)
     text = record.type.decode("ascii", "backslashreplace")
     if crc is None:
         raise truncated(source, f"ends inside of {text}", record.offset)
