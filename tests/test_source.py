@@ -259,13 +259,14 @@ def test_another_object_is_read_to_its_end():
 def test_a_mapped_file_that_is_cut_while_it_is_a_source(tmp_path):
     path = tmp_path / "a.snap"
     path.write_bytes(SAMPLE.data)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
-        with open_image(MemorySource(memory)) as image:
-            assert image.read("ram", 0, 40960) == SAMPLE.memory["ram"]
-            os.truncate(path, 0)
-            for read in (lambda: image.read("ram", 0, 4096), image.verify):
-                with pytest.raises(OSError, match="Input/output error"):
-                    read()
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    with open_image(MemorySource(memory)) as image:
+        assert image.read("ram", 0, 40960) == SAMPLE.memory["ram"]
+        os.truncate(path, 0)
+        for read in (lambda: image.read("ram", 0, 4096), image.verify):
+            with pytest.raises(OSError, match="Input/output error"):
+                read()
 
 
 def test_a_destination_that_is_cut_while_it_is_filled(source_of):

@@ -32,8 +32,8 @@ def test_the_stub_is_true(parts, name):
 @pytest.mark.parametrize(
     ("name", "old", "new", "told"),
     [
-        ("base/fileio", "def crc_of_range(", "def crc_of(", ["crc_of: only", "crc_of_range: not"]),
-        ("base/fileio", "offset: int, length", "start: int, length", ["crc_of_range: "]),
+        ("base/fileio", "def file_system(", "def file_type(", ["file_system: not", "file_type: only"]),
+        ("base/fileio", "path: str", "name: str", ["file_system: "]),
         ("base/checksum", "data: Any, crc: int = 0", "data: Any, crc: int = 1", ["crc32c_of: "]),
         ("base/checksum", "data: Any, crc: int = 0", "data: Any, crc: int", ["crc32c_of: "]),
         ("base/checksum", "KERNELS:", "KERNEL:", ["KERNEL: only", "KERNELS: not"]),

@@ -1,8 +1,8 @@
 """Descriptors that are never lost: each belongs to an object from within the call of C that made it.
 
-The handler of a signal may raise between the return of ``os.open`` and the statement behind it. Then nobody
-knows the number, and the file stays open, with the lock that it may have. A `Descriptor` is closed by `close`,
-at the end of a ``with`` block, or when the object goes. One thread at a time.
+The handler of a signal may raise between the return of ``os.open`` and the next statement. Then nobody
+knows the number, and the file stays open, with the lock that it may have. A `Descriptor` is closed by
+`close`, at the end of a ``with`` block, or when the object is freed. One thread at a time.
 """
 
 from libc.errno cimport errno

@@ -1,8 +1,8 @@
 """Where the bytes of an image come from: a source is read at any offset, without the GIL.
 
-`Source` is the base class. C code reads through its `source_t`: one indirect call a piece, no Python. A source
-that is written in Python, such as one for an object store, is a subclass with a `pread` of its own; that
-takes the GIL for each piece.
+`Source` is the base class. C code reads through its `source_t`: one indirect call a piece, no Python. A
+source that is written in Python, such as one for an object store, is a subclass with a `pread` of its own;
+that takes the GIL for each piece.
 
 Ownership: a source owns what it reads from (its own descriptor, an exported buffer) until `close`. Whoever
 opens an image of a source hands it over: `Image.close` closes it. The index and the restorers of that image

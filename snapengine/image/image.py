@@ -326,9 +326,9 @@ def _memfd_name(name: str) -> bytes:
 def open_image(image: Any) -> Image:
     """Open an image: a path, a readable binary file object, or a `snapengine.storage.source.Source`.
 
-    The whole file is read, whatever the position of the file object, which stays the caller's. An object that
-    is no file on disk is read to its end and kept in memory; a `BytesIO` is not copied. A source is closed with
-    the image, or when this raises.
+    A file object stays the caller's; of a file on disk and of a `BytesIO`, which is not copied, its position
+    does not matter. Any other object is read to its end and kept in memory. A source is closed with the
+    image, or when this raises.
 
     `ImageError`: empty, not an image, cut or damaged. ``OSError``: it cannot be opened.
     """
