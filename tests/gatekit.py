@@ -5,7 +5,8 @@ import threading
 
 from waitkit import PATIENCE_S
 
-from snapengine.storage.sinks import PYTHON_LEVEL, FileSink
+from snapengine.storage.sink import PYTHON_LEVEL
+from snapengine.storage.sinks import FileSink
 
 MIB = 1 << 20
 

@@ -45,6 +45,35 @@ def test_who_is_dropped_closes_and_only_once(tmp_path):
     os.close(again)  # it was still there
 
 
+def test_other_calls_that_make_one(tmp_path):
+    made = [Descriptor.duplicate(1), Descriptor.memfd(b"name"), Descriptor.pidfd(os.getpid())]
+    made += Descriptor.pipe()
+    numbers = [one.fd for one in made]
+    assert len(set(numbers)) == 5
+    assert all(fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC for fd in numbers)
+    assert os.path.samestat(os.fstat(1), os.fstat(numbers[0]))
+    assert os.readlink(f"/proc/self/fd/{numbers[1]}").startswith("/memfd:name")
+    assert os.write(numbers[4], b"through") == len(os.read(numbers[3], 99))
+    mine = made[1].detach()
+    del made
+    os.close(mine)  # it was still there
+    for fd in numbers:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [(lambda: Descriptor.duplicate(-1), "dup: "), (lambda: Descriptor.memfd(b"x" * 300), "memfd_create: "),
+     (lambda: Descriptor.pidfd(-1), "pidfd_open: ")],
+)  # fmt: skip
+def test_calls_that_fail(make, error):
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=error):
+        make()
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_what_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         Descriptor(tmp_path / "nothing", os.O_RDONLY)

@@ -115,6 +115,65 @@ def test_only_the_chunks_that_are_asked_for_are_read():
         assert caught.value.offset == chunk.offset
 
 
+def interleaved(n):
+    """n regions of a page. Two chunks have an entry for every page; each entry of another covers them all."""
+    sink = MemorySink()
+    writer = Writer(sink)
+    writer.begin([(Region(f"r{page}", page << 13, 4096), page) for page in range(n)])
+    backwards = [(page, 1, ZERO) for page in reversed(range(n))]
+    for entries in (backwards, [(0, n, HOLE)] * n, backwards):
+        writer.py_chunk(entries)
+    for page in range(n):  # the index says of each that it may have any page
+        writer.py_chunk([(0, 1, ZERO), (n - 1, 1, ZERO), (page, 1, LOST if page == 7 else ZERO)])
+    writer.finish({})
+    return sink.getvalue()
+
+
+def looked_at_for_nothing(n):
+    with opened(interleaved(n)) as image:
+        report = image.verify()
+        assert (report.zero_pages, report.lost_pages) == (n - 1, 1)
+        for region in image.regions[:7]:
+            assert list(image.runs(region)) == [(0, 4096, "zero")]
+        return image.index.wasted
+
+
+def test_a_hostile_image_does_not_take_quadratic_time():
+    """Every map overlaps every region: without a bound, twice as many of both waste four times as much."""
+    few, many = looked_at_for_nothing(400), looked_at_for_nothing(800)
+    assert few > 0
+    assert many < 2.5 * few
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(chunk, min_size=1, max_size=8), st.lists(st.tuples(st.integers(0, PAGES - 1), st.just(3))))
+def test_many_lookups_find_what_the_first_ones_find(chunks, lookups):
+    """Whether a lookup reads maps or searches in the image that was resolved as a whole."""
+    data, newest = write([([(0, PAGES + 12, ZERO)], None), *chunks])
+    with opened(data) as image:
+        for first, pages in lookups * 20:
+            end = min(first + pages, PAGES)
+            found = [kind for _, count, kind in image.index.resolve(first, end) for _ in range(count)]
+            assert found == [newest[page][0] for page in range(first, end)]
+            if LOST not in found:
+                expected = b"".join(newest[page][1] for page in range(first, end))
+                assert image.read(0, first * 4096, (end - first) * 4096) == expected
+
+
+def test_a_damaged_chunk_never_hides_a_sound_one():
+    image_bytes = sample().data
+    chunk = of_type(image_bytes, b"CHNK", 1)
+    damaged = bytearray(image_bytes)
+    damaged[chunk.offset + 50] ^= 1
+    with opened(bytes(damaged)) as image:
+        for _ in range(100):
+            assert image.read("ram", 4096, 4096) == sample().memory["ram"][4096:8192]
+            with pytest.raises(CorruptImageError, match="damaged") as caught:
+                image.read("io", 0, 1)
+            assert caught.value.offset == chunk.offset
+        assert image.index.wasted < 100  # the image was resolved as a whole
+
+
 def test_a_chunk_that_is_not_the_one_in_the_index():
     image_bytes = sample().data
     with opened(reseal(image_bytes, of_type(image_bytes, b"CHNK", 1), arg=7)) as image, pytest.raises(

@@ -18,9 +18,10 @@ from snapengine.base.oserror cimport raise_oserror
 from snapengine.image.runs cimport newest, run_t
 from snapengine.storage.source cimport Source, source_read, source_t
 
-from snapengine.errors import CorruptImageError, UnsupportedVersionError
+from snapengine.errors import CorruptImageError, ImageError, UnsupportedVersionError
 
 cdef uint64_t ANY_PAGES = <uint64_t>-1  # last_page of a chunk whose page map is still to say
+cdef uint64_t WASTE_FACTOR = 4  # times the entries of the image
 
 
 cdef int by_span(const void *a, const void *b) noexcept nogil:
@@ -71,6 +72,14 @@ cdef bint describes(const uint64_t *entries, chunk_t *chunk, const snap_record *
         lowest == chunk.first_page and highest == chunk.last_page and highest < SNAP_PAGES_MAX
         and header.raw_bytes == data_pages * SNAP_PAGE_BYTES
     )
+
+
+cdef void cut_to(run_t *run, uint64_t first, uint64_t end) noexcept nogil:
+    """Leave of a run the pages in [first, end); it has some of them."""
+    cdef uint64_t cut = first - run.page if run.page < first else 0
+    run.page += cut
+    run.pages = min(run.pages - cut, end - run.page)
+    run.data_page += <uint32_t>cut if run.kind == SNAP_DATA else 0
 
 
 cdef int read_nothing(void *self, void *into, size_t count, uint64_t offset) noexcept nogil:
@@ -207,15 +216,35 @@ cdef class PageIndex:
         return pages
 
     def resolve(self, uint64_t first, uint64_t end):
-        """`Runs` of [first, end), each page as its newest entry has it; without pages in no map."""
+        """`Runs` of [first, end), each page as its newest entry has it; without pages in no map.
+
+        A lookup reads the maps of the chunks that overlap the range, and no others. Where maps overlap widely,
+        most of their entries lie outside of it, and many lookups would take quadratic time. So the entries that
+        were looked at for nothing are counted; when there were more of them than `WASTE_FACTOR` times those of
+        the image, the whole image is resolved once, and lookups are binary searches from then on. n lookups of
+        an image of n entries take O(n log n) time, whatever the image.
+        """
+        if first >= end:
+            return Runs()
+        self.build_spans()
+        if self.all is None and self.wasted > WASTE_FACTOR * (self.entries + self.count):
+            self.resolve_all()
+        if self.all is not None:
+            self.check_unreadable(first, end)
+        if self.all is not None:
+            return self.within(first, end)
+        cdef Runs items = self.overlapping(first, end)
+        cdef size_t found = items.count
+        items = newest(items)
+        self.wasted += found - min(found, items.count)  # superseded ones
+        return items
+
+    cdef Runs overlapping(self, uint64_t first, uint64_t end):
+        """The entries of all chunks, cut to [first, end)."""
         cdef Runs items = Runs()
         cdef size_t low = 0
-        cdef size_t high
+        cdef size_t high = self.count
         cdef size_t middle
-        if first >= end:
-            return items
-        self.build_spans()
-        high = self.count
         while low < high:  # the first span that begins at `end` or later
             middle = (low + high) // 2
             if self.spans[middle].first_page < end:
@@ -226,7 +255,55 @@ cdef class PageIndex:
             low -= 1
             if self.chunks[self.spans[low].chunk].last_page >= first:
                 self.collect(self.spans[low].chunk, first, end, items)
-        return newest(items)
+            else:
+                self.wasted += 1
+        return items
+
+    cdef int resolve_all(self) except -1:
+        """Make `all`. A damaged chunk must not hide the sound ones: it fails the lookups that it overlaps."""
+        cdef Runs items = Runs()
+        cdef list unreadable = []
+        cdef size_t i
+        for i in range(self.count):
+            try:
+                self.collect(i, 0, SNAP_PAGES_MAX, items)
+            except (ImageError, OSError):
+                unreadable.append(i)
+        self.unreadable = unreadable
+        self.all = newest(items)
+        return 0
+
+    cdef int check_unreadable(self, uint64_t first, uint64_t end) except -1:
+        """Raise why a chunk that may have pages of [first, end) cannot be read; drop `all` if it now can."""
+        cdef size_t number
+        for number in self.unreadable:
+            if self.chunks[number].first_page < end and self.chunks[number].last_page >= first:
+                self.load(number)
+                self.all = None
+                return 0
+        return 0
+
+    cdef Runs within(self, uint64_t first, uint64_t end):
+        """The runs of `all`, cut to [first, end)."""
+        cdef Runs items = Runs()
+        cdef Runs every = self.all
+        cdef size_t low = 0
+        cdef size_t high = every.count
+        cdef size_t middle
+        cdef run_t run
+        while low < high:  # the first run that ends behind `first`
+            middle = (low + high) // 2
+            if every.runs[middle].page + every.runs[middle].pages <= first:
+                low = middle + 1
+            else:
+                high = middle
+        while low < every.count and every.runs[low].page < end:
+            run = every.runs[low]
+            cut_to(&run, first, end)
+            if items.append(&run):
+                raise MemoryError
+            low += 1
+        return items
 
     cdef int build_spans(self) except -1:
         cdef uint64_t highest = 0
@@ -239,6 +316,7 @@ cdef class PageIndex:
         for i in range(self.count):
             self.spans[i].first_page = self.chunks[i].first_page
             self.spans[i].chunk = <uint32_t>i
+            self.entries += self.chunks[i].entries
         qsort(self.spans, self.count, sizeof(span_t), by_span)
         for i in range(self.count):
             highest = max(highest, self.chunks[self.spans[i].chunk].last_page)
@@ -249,7 +327,6 @@ cdef class PageIndex:
         """Append the chunk's entries, cut to [first, end)."""
         cdef uint32_t data_page = 0
         cdef uint32_t i
-        cdef uint64_t cut
         cdef run_t run
         self.load(number)
         run.chunk = <uint32_t>number
@@ -262,11 +339,9 @@ cdef class PageIndex:
             if run.kind == SNAP_DATA:
                 data_page += <uint32_t>run.pages
             if run.page >= end or run.page + run.pages <= first:
+                self.wasted += 1
                 continue
-            cut = first - run.page if run.page < first else 0
-            run.page += cut
-            run.pages = min(run.pages - cut, end - run.page)
-            run.data_page += <uint32_t>cut if run.kind == SNAP_DATA else 0
+            cut_to(&run, first, end)
             if into.append(&run):
                 raise MemoryError
         return 0

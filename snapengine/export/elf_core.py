@@ -48,7 +48,8 @@ from snapengine.image.sections import ImageRegion, page_text
 from snapengine.kernel.procmaps import Mapping
 from snapengine.process.record import ProcessRecord, process_of
 from snapengine.regions import PAGE_BYTES
-from snapengine.storage.sinks import FileSink, Sink, put, whole
+from snapengine.storage.sink import put
+from snapengine.storage.sinks import FileSink, Sink, whole
 
 if TYPE_CHECKING:
     from snapengine.image import Image

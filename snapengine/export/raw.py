@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from snapengine.image.encode import ZERO
 from snapengine.image.restorer import Restorer
 from snapengine.image.sections import ImageRegion
-from snapengine.storage.sinks import FileSink, Sink, put, whole
+from snapengine.storage.sink import put
+from snapengine.storage.sinks import FileSink, Sink, whole
 
 if TYPE_CHECKING:
     from snapengine.image.image import Image, RegionSpec

@@ -31,6 +31,10 @@ cdef class PageIndex:
     cdef readonly size_t count
     cdef size_t room
     cdef span_t *spans               # by first_page; NULL: not built yet
+    cdef uint64_t entries            # in all page maps; counted with `spans`
+    cdef readonly uint64_t wasted    # entries and chunks that `resolve` looked at for nothing
+    cdef Runs all                    # every page's newest run, once enough was wasted; None until then
+    cdef list unreadable             # the chunks whose maps could not be loaded for `all`
     cdef int reserve(self, size_t count) except -1
     cdef int build_spans(self) except -1
     cdef int load(self, size_t number) except -1
@@ -38,3 +42,7 @@ cdef class PageIndex:
     cdef int read_failed(self, int err, uint64_t offset) except -1 with gil
     cdef int adopt(self, size_t number, const unsigned char *data, size_t length) except -1
     cdef int collect(self, size_t number, uint64_t first, uint64_t end, Runs into) except -1
+    cdef Runs overlapping(self, uint64_t first, uint64_t end)
+    cdef int resolve_all(self) except -1
+    cdef int check_unreadable(self, uint64_t first, uint64_t end) except -1
+    cdef Runs within(self, uint64_t first, uint64_t end)

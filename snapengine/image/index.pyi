@@ -7,6 +7,7 @@ class PageIndex:
     name: str
     source: Source | None
     count: int
+    wasted: int
     def __init__(self, name: str, source: Source | None = None) -> None: ...
     def add_index(
         self, payload: Any, start: int, limit: int

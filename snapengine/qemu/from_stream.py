@@ -22,7 +22,8 @@ from snapengine.qemu.image_end import regions_of, write_end
 from snapengine.qemu.stream_pages import DirectIntake, Spool
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
-from snapengine.storage.sinks import PIPE_BYTES, Sink, enlarge_pipe, open_sink
+from snapengine.storage.pipes import PIPE_BYTES, enlarge_pipe
+from snapengine.storage.sinks import Sink, open_sink
 
 __all__ = ["drain", "ingest"]
 

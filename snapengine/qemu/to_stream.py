@@ -24,7 +24,7 @@ from snapengine.image.sections import ImageRegion
 from snapengine.qemu.blobs import HEAD, NAME_MAX_BYTES, TAIL
 from snapengine.qemu.stream_parser import HEAD_MAX_BYTES, RAM_MAX_BYTES, TAIL_MAX_BYTES, StreamParser
 from snapengine.qemu.stream_sender import PageSender
-from snapengine.storage.sinks import enlarge_pipe
+from snapengine.storage.pipes import enlarge_pipe
 
 __all__ = ["SMALL_BLOCK_BYTES", "Meter", "Sent", "make_head", "stream_blobs", "write_stream"]
 

@@ -1,0 +1,51 @@
+"""An image into a descriptor of the caller's: a file, a pipe, a socket, a terminal."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from snapengine.base.descriptor import Descriptor
+from snapengine.storage.sink import OwnSink, sink_error
+
+
+class FdSink(OwnSink):
+    """A descriptor of the caller's: never closed, its flags never changed."""
+
+    def __init__(self, fd: int, name: str | None = None) -> None:
+        super().__init__(name or f"fd:{fd}")
+        try:
+            self._file = _private_writer(fd)
+        except OSError as error:
+            raise sink_error(self.name, error) from None
+        self.fd = self._file.fd
+        self._own()
+
+    def _commit(self) -> None:
+        try:
+            if stat.S_ISREG(os.fstat(self.fd).st_mode):
+                os.fsync(self.fd)
+        except OSError as error:
+            raise sink_error(self.name, error) from None
+        finally:
+            self._file.close()
+
+    def _abort(self) -> None:
+        self._file.close()
+
+
+def _private_writer(fd: int) -> Descriptor:
+    """A descriptor of our own for the same file.
+
+    Of a pipe it is a new description with O_NONBLOCK, so that a write to a full pipe can be
+    cancelled: setting the flag on the caller's description would change it for everyone who shares it.
+    """
+    own = Descriptor.duplicate(fd)
+    if not stat.S_ISFIFO(os.fstat(own.fd).st_mode):
+        return own
+    try:
+        reopened = Descriptor(f"/proc/self/fd/{own.fd}", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # no /proc, or a pipe of another user: the writer polls instead
+        return own
+    own.close()
+    return reopened

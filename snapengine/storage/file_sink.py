@@ -1,0 +1,122 @@
+"""An image as a file, which appears under its name when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+
+from snapengine.base.descriptor import Descriptor
+from snapengine.errors import SinkError
+from snapengine.storage.sink import OwnSink, sink_error
+
+PARTIAL = ".partial"
+
+
+class FileSink(OwnSink):
+    """A file that appears, complete, under its name on commit.
+
+    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by who writes it. A
+    killed process leaves it behind; it has no trailer, so no reader takes it for an image, and the next sink
+    of that name removes it, since nobody holds its lock. Mode 0600: memory holds secrets.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(os.fspath(path))
+        self._path = os.path.realpath(self.name)  # a symbolic link stays one
+        directory, base = os.path.split(self._path)
+        _check_destination(self.name, self._path, directory)
+        prefix = _partial_prefix(directory, base)
+        _remove_stale(directory, prefix)
+        while not self._make(os.path.join(directory, f"{prefix}{secrets.token_hex(4)}{PARTIAL}")):
+            pass
+
+    def _make(self, path: str) -> bool:
+        """Create the file and lock it; False: somebody took it for stale before it was locked."""
+        self._temporary = path
+        try:
+            self._file = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self.fd = self._file.fd
+            if _lock(self.fd) and os.fstat(self.fd).st_nlink:
+                self._own()
+                return True
+            self._file.close()
+            return False
+        except OSError as error:
+            raise sink_error(self.name, error) from None
+        except BaseException:  # a Ctrl-C: the file may be there, but nobody is to abort it yet
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            raise
+
+    def _commit(self) -> None:
+        try:
+            os.fsync(self.fd)
+            os.replace(self._temporary, self._path)
+            _fsync_directory(os.path.dirname(self._path))
+        except OSError as error:
+            self._abort()
+            raise sink_error(self.name, error) from None
+        self._file.close()
+
+    def _abort(self) -> None:
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+
+
+def _partial_prefix(directory: str, base: str) -> str:
+    """What the names of unfinished files of `base` begin with: as many of its bytes as leave room."""
+    room = os.pathconf(directory, "PC_NAME_MAX") - len("..12345678") - len(PARTIAL)
+    return f".{os.fsdecode(os.fsencode(base)[:room])}."
+
+
+def _lock(fd: int) -> bool:
+    """False: another process holds the lock. A file system without locks is no obstacle: there nothing is
+    removed, as no lock is got."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove_stale(directory: str, prefix: str) -> None:
+    """Remove unfinished files that a killed process has left: those whose lock nobody holds."""
+    pattern = re.compile(re.escape(prefix) + r"[0-9a-f]{8}" + re.escape(PARTIAL))
+    with contextlib.suppress(OSError):  # a directory that may not be listed
+        for name in filter(pattern.fullmatch, os.listdir(directory)):
+            _remove_if_unlocked(os.path.join(directory, name))
+
+
+def _remove_if_unlocked(path: str) -> None:
+    # Not removed: another user's, gone, or somebody writes to it.
+    with contextlib.suppress(OSError), Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+
+
+def _check_destination(name: str, path: str, directory: str) -> None:
+    if not os.path.isdir(directory):
+        raise SinkError(errno.ENOENT, f"{name}: there is no directory {directory}")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:  # such as a name that is too long: better now than when all is saved
+        raise sink_error(name, error) from None
+    if stat.S_ISDIR(mode):
+        raise SinkError(errno.EISDIR, f"{name}: is a directory")
+    if not stat.S_ISREG(mode):
+        raise SinkError(errno.EINVAL, f"{name}: not a regular file (use fd:N for a device or pipe)")
+
+
+def _fsync_directory(directory: str) -> None:
+    with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)

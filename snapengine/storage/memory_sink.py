@@ -1,0 +1,24 @@
+"""An image in memory."""
+
+from __future__ import annotations
+
+from snapengine.storage.sink import Sink
+
+
+class MemorySink(Sink):
+    """The image in memory: `getvalue` after `commit`."""
+
+    def __init__(self) -> None:
+        super().__init__("memory")
+        self._bytes = bytearray()
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append."""
+        self._bytes += data
+
+    def getvalue(self) -> bytes:
+        """The bytes so far; none after `abort`."""
+        return bytes(self._bytes)
+
+    def _abort(self) -> None:
+        self._bytes.clear()
