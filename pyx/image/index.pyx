@@ -218,11 +218,11 @@ cdef class PageIndex:
     def resolve(self, uint64_t first, uint64_t end):
         """`Runs` of [first, end), each page as its newest entry has it; without pages in no map.
 
-        A lookup reads the maps of the chunks that overlap the range, and no others. Where maps overlap widely,
-        most of their entries lie outside of it, and many lookups would take quadratic time. So the entries that
-        were looked at for nothing are counted; when there were more of them than `WASTE_FACTOR` times those of
-        the image, the whole image is resolved once, and lookups are binary searches from then on. n lookups of
-        an image of n entries take O(n log n) time, whatever the image.
+        A lookup reads the maps of the chunks that overlap the range, and no others. In a hostile image all
+        maps overlap all ranges, and n lookups among n entries would take quadratic time. So the entries that
+        were looked at for nothing are counted. When their number exceeds `WASTE_FACTOR` times the entries of
+        the image, the whole image is resolved once, and lookups are binary searches from then on: n of them
+        take O(n log n) time.
         """
         if first >= end:
             return Runs()

@@ -6,13 +6,13 @@ created is not "present" here. Source: Documentation/admin-guide/mm/pagemap.rst.
 
 from libc.errno cimport EAGAIN, EINTR, EIO, errno
 from posix.ioctl cimport ioctl
-from posix.unistd cimport pread
 
 import os
 import re
 
 from snapengine.base.atomics cimport snap_load
 from snapengine.base.bitmap cimport bits_mask
+from snapengine.base.fileio cimport pread_all
 from snapengine.kernel.linux cimport (
     ECANCELED,
     IOCTL_PAGEMAP_SCAN, PAGE_IS_FILE, PAGE_IS_GUARD, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT,
@@ -117,16 +117,8 @@ cdef int scan_written_pages(int fd, uint64_t start, uint64_t n, uint64_t *pages)
 
 
 cdef int _read_entries(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:
-    cdef ssize_t got
-    cdef uint64_t done = 0
-    while done < n:
-        got = pread(fd, <char *>&entries[done], (n - done) * 8, (addr // 4096 + done) * 8)
-        if got < 0 and errno == EINTR:
-            continue
-        if got <= 0:
-            return EIO if got == 0 else errno
-        done += got // 8
-    return 0
+    cdef int err = pread_all(fd, entries, n * 8, addr // 4096 * 8)
+    return EIO if err < 0 else err
 
 
 cdef int pagemap_read(int fd, uint64_t addr, uint64_t *entries, uint64_t n) noexcept nogil:

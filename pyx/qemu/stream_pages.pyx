@@ -15,6 +15,7 @@ from posix.uio cimport pwritev
 from snapengine.base.atomics cimport snap_load, snap_store
 from snapengine.base.fileio cimport pread_all
 from snapengine.image.format cimport SNAP_DATA, SNAP_ENTRY_MAX_PAGES, SNAP_HOLE, SNAP_ZERO
+from snapengine.base.iovec cimport iovec_skip
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pages cimport copy_page, page_nonzero
 from snapengine.pipeline.pool cimport (
@@ -211,12 +212,7 @@ cdef class Spool(Intake):
                 return raise_oserror(errno if done < 0 else ENOSPC, b"spool file")
             offset += <uint64_t>done
             self.spooled_bytes += <uint64_t>done
-            while first < self.run_pages and <size_t>done >= self.parts[first].iov_len:
-                done -= <ssize_t>self.parts[first].iov_len
-                first += 1
-            if done:
-                self.parts[first].iov_base = <char *>self.parts[first].iov_base + done
-                self.parts[first].iov_len -= <size_t>done
+            first += iovec_skip(&self.parts[first], self.run_pages - first, <size_t>done)
         self.run_pages = 0
         return 0
 

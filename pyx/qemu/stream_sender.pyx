@@ -11,6 +11,7 @@ from posix.uio cimport writev
 
 from snapengine.image.format cimport SNAP_PAGE_BYTES, SNAP_ZERO
 from snapengine.qemu.migration cimport RAM_CONTINUE, RAM_PAGE, RAM_ZERO, vm_store64
+from snapengine.base.iovec cimport iovec_skip
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.poll cimport POLLOUT, poll, pollfd
 from snapengine.image.runs cimport run_t
@@ -92,6 +93,7 @@ cdef class PageSender(Restorer):
         """Write what is queued."""
         cdef iovec *part = self.parts
         cdef int left = 2 * self.queued
+        cdef int used
         cdef ssize_t done
         while left:
             done = writev(self.out, part, left)
@@ -99,13 +101,9 @@ cdef class PageSender(Restorer):
                 self.write_failed(errno)
                 continue
             self.sent_bytes += <uint64_t>done
-            while left and <size_t>done >= part.iov_len:
-                done -= <ssize_t>part.iov_len
-                part += 1
-                left -= 1
-            if done:
-                part.iov_base = <char *>part.iov_base + done
-                part.iov_len -= <size_t>done
+            used = iovec_skip(part, left, <size_t>done)
+            part += used
+            left -= used
         self.queued = 0
         return 0
 

@@ -16,6 +16,7 @@ from posix.uio cimport writev
 from posix.unistd cimport lseek
 
 from snapengine.base.atomics cimport snap_load
+from snapengine.base.iovec cimport iovec_skip
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.poll cimport POLLOUT, poll, pollfd
 
@@ -110,6 +111,7 @@ cdef class Outlet:
         cdef size_t left = 0
         cdef size_t limit
         cdef ssize_t done
+        cdef int used
         cdef int i
         for i in range(count):
             left += parts[i].iov_len
@@ -123,13 +125,9 @@ cdef class Outlet:
             self.spend(done)
             sent[0] += <uint64_t>done
             left -= <size_t>done
-            while count and <size_t>done >= parts[0].iov_len:
-                done -= <ssize_t>parts[0].iov_len
-                parts += 1
-                count -= 1
-            if done:
-                parts[0].iov_base = <char *>parts[0].iov_base + done
-                parts[0].iov_len -= <size_t>done
+            used = iovec_skip(parts, count, <size_t>done)
+            parts += used
+            count -= used
         return 0
 
     cdef size_t allow(self, size_t wanted) noexcept nogil:

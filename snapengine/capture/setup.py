@@ -13,12 +13,11 @@ from snapengine.capture.region_plan import Plan
 from snapengine.capture.resources import Resources
 from snapengine.engine.session import Session
 from snapengine.errors import HandoverError
-from snapengine.image.writer import Writer
 from snapengine.kernel import procfs
 from snapengine.kernel.features import PAGEMAP_WP_BIT, UNCHECKED
 from snapengine.kernel.uffd import FEATURES, Uffd, supported_features
 from snapengine.options import AUTO, DIRTY_LOGGING, TWO_STEP, WRITE_TRACKING, Options
-from snapengine.pipeline.encoder import Encoder
+from snapengine.pipeline.pipeline import writer_and_encoder
 from snapengine.regions import Region, any_shared, total_bytes
 from snapengine.storage.sinks import open_sink
 
@@ -82,14 +81,11 @@ def make_engine(
     uffd.detach()  # the session closes it
     if tracking and not parts.session.checks_protection:
         parts.warnings.append(f"{lacks(PAGEMAP_WP_BIT)}: {UNCHECKED}")
-    parts.writer = Writer(parts.sink, rate_limit=options.rate_limit)
     if parts.attached is not None:
         parts.copied = plan.place(parts.attached.copied_regions)
-    urgent = "writers" if tracking else "room"
-    parts.encoder = Encoder(
-        parts.session.pool, parts.writer, options.zstd_level, options.encoders,
-        store_raw="never" if options.compress_always else urgent, follow_sink=options.level_follows_sink,
-    )  # fmt: skip
+    parts.writer, parts.encoder = writer_and_encoder(
+        parts.session.pool, parts.sink, options, store_raw="writers" if tracking else "room"
+    )
 
 
 def _plan(parts: Resources, pid: int, regions: list[Region], features: int) -> Plan:

@@ -1,8 +1,9 @@
-"""The writing half of an image that is not a capture's: pool, encoder threads, writer."""
+"""From filled slots to the sink: how pool, encoder and writer are put together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from snapengine.base.workers import Crew
 from snapengine.image.writer import Writer
@@ -11,6 +12,21 @@ from snapengine.pipeline.encoder import Encoder
 from snapengine.pipeline.pool import Pool
 from snapengine.regions import PAGE_BYTES, Region
 from snapengine.storage.sinks import Sink
+
+
+def writer_and_encoder(
+    pool: Pool, sink: Sink, options: Options, *, store_raw: Literal["writers", "room"] = "room"
+) -> tuple[Writer, Encoder]:
+    """What takes filled slots from `pool` into `sink`, as the options say.
+
+    `store_raw`: when a chunk may be stored raw for speed (see `Encoder`); never with `compress_always`.
+    """
+    writer = Writer(sink, rate_limit=options.rate_limit)
+    encoder = Encoder(
+        pool, writer, options.zstd_level, options.encoders,
+        store_raw="never" if options.compress_always else store_raw, follow_sink=options.level_follows_sink,
+    )  # fmt: skip
+    return writer, encoder
 
 
 class Encoding:
@@ -29,12 +45,8 @@ class Encoding:
         self._threads = Crew()
         # Whoever fills slots waits for room, so no more pages are ever queued than the pool holds.
         most = min(total_pages, options.memory_limit // PAGE_BYTES)
-        self.writer = Writer(sink, rate_limit=options.rate_limit)
         self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
-        self._encoder = Encoder(
-            self.pool, self.writer, options.zstd_level, self._threads_wanted,
-            store_raw="never" if options.compress_always else "room", follow_sink=options.level_follows_sink,
-        )  # fmt: skip
+        self.writer, self._encoder = writer_and_encoder(self.pool, sink, options)
 
     @property
     def peak_bytes(self) -> int:

@@ -15,10 +15,10 @@ class FdSink(OwnSink):
     def __init__(self, fd: int, name: str | None = None) -> None:
         super().__init__(name or f"fd:{fd}")
         try:
-            self._file = _private_writer(fd)
+            self._descriptor = _private_writer(fd)
         except OSError as error:
             raise sink_error(self.name, error) from None
-        self.fd = self._file.fd
+        self.fd = self._descriptor.fd
         self._own()
 
     def _commit(self) -> None:
@@ -28,10 +28,10 @@ class FdSink(OwnSink):
         except OSError as error:
             raise sink_error(self.name, error) from None
         finally:
-            self._file.close()
+            self._descriptor.close()
 
     def _abort(self) -> None:
-        self._file.close()
+        self._descriptor.close()
 
 
 def _private_writer(fd: int) -> Descriptor:

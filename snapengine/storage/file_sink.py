@@ -39,12 +39,12 @@ class FileSink(OwnSink):
         """Create the file and lock it; False: somebody took it for stale before it was locked."""
         self._temporary = path
         try:
-            self._file = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.fd = self._file.fd
+            self._descriptor = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self.fd = self._descriptor.fd
             if _lock(self.fd) and os.fstat(self.fd).st_nlink:
                 self._own()
                 return True
-            self._file.close()
+            self._descriptor.close()
             return False
         except OSError as error:
             raise sink_error(self.name, error) from None
@@ -61,10 +61,10 @@ class FileSink(OwnSink):
         except OSError as error:
             self._abort()
             raise sink_error(self.name, error) from None
-        self._file.close()
+        self._descriptor.close()
 
     def _abort(self) -> None:
-        self._file.close()
+        self._descriptor.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
 
