@@ -1,4 +1,4 @@
-"""A caller's writable memory: what may be lent to a capture or a restore, and how it is held meanwhile."""
+"""A caller's writable memory: what a capture or restore may use, and how it is kept exported meanwhile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FIELD_NAME = re.compile(r":[^:]*:")  # PEP 3118: names in a format stand betwee
 
 
 class HeldBuffer:
-    """One buffer, or CPU tensor, held so that its memory stays: ``addr`` and ``length`` in bytes.
+    """One buffer, or CPU tensor, exported so that its memory stays: ``addr`` and ``length`` in bytes.
 
     A buffer is exported, so that its owner cannot resize or close it (`BufferError`). Of a tensor, which has
     no buffer protocol, the storage is kept: a tensor can be given another one (``p.data = ...``, ``set_``)
@@ -66,7 +66,7 @@ class HeldBuffer:
             raise ValueError(f"buffer {self.name!r} was moved or resized since it was lent")
 
     def view(self) -> memoryview:
-        """Its bytes, as long as it is held."""
+        """Its bytes, until `release`."""
         return memoryview((ctypes.c_char * self.length).from_address(self.addr)).cast("B")
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""Members of a JSON object that somebody else wrote: each with its type and range checked."""
+"""Members of an untrusted JSON object: the type and range of each are checked."""
 
 from __future__ import annotations
 

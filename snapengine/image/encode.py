@@ -90,12 +90,12 @@ def region_parts(entries: Sequence[bytes]) -> Iterator[tuple[bytes, int, bool]]:
 def blob_parts(source: Any) -> Iterator[tuple[bytes | memoryview, bool]]:
     """(part, is the last) of a bytes-like object or of a readable file; one empty part if it is empty."""
     blocks = _read_blocks(source) if hasattr(source, "read") else _slices(memoryview(source).cast("B"))
-    held: bytes | memoryview | None = None
+    previous: bytes | memoryview | None = None
     for block in blocks:
-        if held is not None:
-            yield held, False
-        held = block
-    yield b"" if held is None else held, True
+        if previous is not None:
+            yield previous, False
+        previous = block
+    yield b"" if previous is None else previous, True
 
 
 def _slices(view: memoryview) -> Iterator[memoryview]:

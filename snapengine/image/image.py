@@ -339,7 +339,7 @@ def _source_of(file: Any) -> Source:
     if isinstance(file, (str, os.PathLike)):
         return FileSource(file)
     name = str(getattr(file, "name", type(file).__name__))
-    if isinstance(file, io.BytesIO):  # it shares these bytes until somebody writes to it
+    if isinstance(file, io.BytesIO):  # shares these bytes until the next write
         return MemorySource(file.getvalue(), name)
     try:
         number = file.fileno()

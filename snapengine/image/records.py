@@ -1,7 +1,7 @@
 """Records in: the one place that takes bytes of an image apart. FORMAT.md defines every field.
 
-Nothing is parsed before its checksum has been verified, and no size that the file states is
-believed beyond the format's limits, so a hostile file can make this allocate 4 MiB at most.
+Nothing is parsed before its checksum has been verified, and no size in the file may
+exceed the format's limits, so a hostile file can make this allocate 4 MiB at most.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The figures in an image (its STAT record): of the types that `snapengine.result.Result` has.
 
 An embedder that writes an image itself may give no figures, and others of its own; but a member that
-`Result` has is of its type, so that whoever prints or adds up the figures need not look.
+`Result` has is of its type, so that code which prints or adds up the figures need not check.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class ImageStream:
         return self
 
     def info(self) -> dict[str, Any]:
-        """After the last item: as `Image.info`, without what needs the whole file at hand."""
+        """After the last item: as `Image.info`, without what needs random access."""
         return {
             **describe(self.header, self.regions, self.vmstate.sizes()),
             "file_bytes": self.stats["image_bytes"],

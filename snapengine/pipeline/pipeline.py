@@ -32,8 +32,8 @@ def writer_and_encoder(
 class Encoding:
     """Takes filled slots from `pool` into `sink`. One thread fills them (`snapengine.qemu.stream_pages`).
 
-    `on_failure` is called, once or more and from any thread, when an encoder fails: it must make whoever
-    fills slots stop. The sink's `commit` and `abort` remain the caller's.
+    `on_failure` is called, once or more and from any thread, when an encoder fails: it must stop the
+    thread that fills slots. The sink's `commit` and `abort` remain the caller's.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Encoding:
         self._on_failure = on_failure
         self._error: BaseException | None = None
         self._threads = Crew()
-        # Whoever fills slots waits for room, so no more pages are ever queued than the pool holds.
+        # The thread that fills slots waits for room, so no more pages are ever queued than the pool holds.
         most = min(total_pages, options.memory_limit // PAGE_BYTES)
         self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
         self.writer, self._encoder = writer_and_encoder(self.pool, sink, options)

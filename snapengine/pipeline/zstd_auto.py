@@ -2,8 +2,8 @@
 image costs CPU time, but no time.
 
 Fed by the encoder threads with what each chunk took, asked for the level of the next; needs nothing else, and
-is called with the GIL held only. It goes one level at a time, as the sink's cost is known for the present one
-only: while compression is what holds up, a sink with a limited rate looks faster than it is.
+is called with the GIL only. It goes one level at a time, as the sink's cost is known for the present one
+only: while compression is the bottleneck, a sink with a limited rate looks faster than it is.
 
 Levels are compared on the same chunks (`probe`): from one part of memory to the next sizes differ by more
 than from level to level.

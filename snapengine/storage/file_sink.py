@@ -20,9 +20,9 @@ PARTIAL = ".partial"
 class FileSink(OwnSink):
     """A file that appears, complete, under its name on commit.
 
-    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by who writes it. A
-    killed process leaves it behind; it has no trailer, so no reader takes it for an image, and the next sink
-    of that name removes it, since nobody holds its lock. Mode 0600: memory holds secrets.
+    Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by its writer. A
+    killed process leaves it behind. It has no trailer, so no reader takes it for an image. The next sink of
+    that name removes it, since its lock is free. Mode 0600: memory holds secrets.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,7 +36,7 @@ class FileSink(OwnSink):
             pass
 
     def _make(self, path: str) -> bool:
-        """Create the file and lock it; False: somebody took it for stale before it was locked."""
+        """Create the file and lock it; False: another sink removed it as stale before it was locked."""
         self._temporary = path
         try:
             self._descriptor = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -48,7 +48,7 @@ class FileSink(OwnSink):
             return False
         except OSError as error:
             raise sink_error(self.name, error) from None
-        except BaseException:  # a Ctrl-C: the file may be there, but nobody is to abort it yet
+        except BaseException:  # a Ctrl-C: the file may exist, but no caller can abort it yet
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             raise
@@ -88,7 +88,7 @@ def _lock(fd: int) -> bool:
 
 
 def _remove_stale(directory: str, prefix: str) -> None:
-    """Remove unfinished files that a killed process has left: those whose lock nobody holds."""
+    """Remove unfinished files that a killed process has left: those whose lock is free."""
     pattern = re.compile(re.escape(prefix) + r"[0-9a-f]{8}" + re.escape(PARTIAL))
     with contextlib.suppress(OSError):  # a directory that may not be listed
         for name in filter(pattern.fullmatch, os.listdir(directory)):
@@ -96,7 +96,7 @@ def _remove_stale(directory: str, prefix: str) -> None:
 
 
 def _remove_if_unlocked(path: str) -> None:
-    # Not removed: another user's, gone, or somebody writes to it.
+    # Not removed: another user's, gone, or locked by its writer.
     with contextlib.suppress(OSError), Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)

@@ -48,7 +48,7 @@ class Sink:
             self._abort()
 
     def cancel(self) -> None:
-        """From any thread: a `commit` that waits for somebody fails. The others go on; `abort` is to
+        """From any thread: a `commit` that waits for another process fails; any other goes on. `abort` is to
         follow."""
 
     def _commit(self) -> None:
@@ -60,7 +60,7 @@ class Sink:
 
 class OwnSink(Sink):
     """A sink with a descriptor of its own. When the object is freed before `commit` or `abort`, it aborts: an
-    interrupt may come as the call that made it returns, and then nobody else can. A forked child's copy does
+    interrupt may come as the call that made it returns, and then no caller can. A forked child's copy does
     nothing."""
 
     _owner = 0
