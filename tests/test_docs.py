@@ -10,6 +10,7 @@ from snapengine.cli.command import COMMANDS, make_parser
 
 README_WORDS = 900
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+SOURCE = re.compile(r"`((?:pyx|snapengine|tests|bench|fuzz|docs|examples|\.ci)/[\w.*/-]+\.\w+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORD_HOLDERS = (
     "snapengine/base/nofault.pxd", "pyx/base/nofault_impl.h", "snapengine/base/workers.py",
@@ -88,6 +89,17 @@ def test_relative_links_resolve(repository):
     assert len(found) > 40
     broken = {str(path): list(broken_links(path)) for path in found}
     assert not {path: links for path, links in broken.items() if links}
+
+
+def test_files_of_the_sources_that_pages_name_exist(repository):
+    found = {
+        (str(page.relative_to(repository)), name)
+        for page in pages(repository)
+        if page.name != "CHANGELOG.md" and "bench" not in page.parts
+        for name in SOURCE.findall(page.read_text())
+    }
+    assert len(found) > 60
+    assert not {(page, name) for page, name in found if not list(repository.glob(name))}
 
 
 def test_a_broken_link_is_found(tmp_path):
