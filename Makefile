@@ -23,14 +23,14 @@ FUZZ_SECONDS ?= 240
 # What AddressSanitizer runs: all that handles memory by address, of captures, restores and foreign input. And what
 # ThreadSanitizer runs: the threads of captures. Each takes some minutes.
 ADDRESS_TESTS ?= $(addprefix tests/test_,bitmap.py pool.py index.py rules.py capture.py target_killed.py freezer.py \
-	prearm.py inject.py stream_parser.py from_stream.py)
+	prearm.py inject.py source.py stream_parser.py from_stream.py)
 # What `make coverage` runs: tests of each room that need no QEMU.
 COVERAGE_TESTS ?= $(addprefix tests/test_,arena.py bitmap.py capture.py capture_memory.py checksum.py cli.py \
 	cli_output.py concurrency.py corruption.py descriptor.py doctor.py elf_core.py encoder.py decisions.py fd_writer.py \
 	freezer.py golden.py guest.py guest_check.py guest_memory.py handover.py histogram.py image.py index.py from_stream.py \
 	inject.py jobs.py latch.py layout.py listener.py message.py names.py own_memory.py pagemap.py pages.py permissions.py \
 	pool.py prearm.py process.py process_lost.py procmaps.py procmaps_line.py record.py region_pack.py rules.py \
-	scan_runs.py shared_mm.py sinks.py stream_parser.py try_register.py uffd.py units.py workers.py writer.py zstd_auto.py)
+	scan_runs.py shared_mm.py sinks.py source.py stream_parser.py try_register.py uffd.py units.py workers.py writer.py zstd_auto.py)
 THREAD_TESTS ?= $(addprefix tests/test_,pool.py capture.py prearm.py guest_memory.py stream_parser.py from_stream.py)
 
 .DEFAULT_GOAL := help
