@@ -41,7 +41,7 @@ def library(repository, tmp_path_factory):
         "SNAPENGINE_INSTRUMENT": "-DSNAPENGINE_CONTROLS",
         "SNAPENGINE_ONLY": " ".join(f"pyx/engine/{name}.pyx" for name in MODULES),
     }
-    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--force"]
     command += ["--build-lib", str(room / "lib"), "--build-temp", str(room / "temp")]
     run(command, repository, environment)
     return room / "lib"

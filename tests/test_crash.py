@@ -110,7 +110,11 @@ def test_target_that_dies(tmp_path, backing, method):
 
 @pytest.mark.parametrize(
     ("method", "step"),
-    [("write-tracking", "Writer"), ("dirty-logging", "Writer"), ("write-tracking", "Plan")],
+    [
+        ("write-tracking", "writer_and_encoder"),
+        ("dirty-logging", "writer_and_encoder"),
+        ("write-tracking", "Plan"),
+    ],
 )
 def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step):
     """UFFDIO_REGISTER answers ENOMEM, not ESRCH, once the memory of the target is gone."""

@@ -60,14 +60,22 @@ def interruptible() -> Iterator[None]:
                 previous[number] = signal.signal(number, interrupt)
     except ValueError:
         pass
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         sys.unraisablehook = hook
         if pending:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number in previous:
             signal.signal(number, previous[number])
+
+    try:
+        yield
+    finally:
+        try:
+            restore()
+        except Interrupted:  # raised again just here: the timer fires once, so not a second time
+            restore()
+            raise
 
 
 def _raise_soon(error: Interrupted) -> None:
