@@ -305,7 +305,7 @@ def test_a_userfaultfd_of_its_own(tmp_path):
         for cut in ("soft", "stop"):
             result = save(target.pid, tmp_path / f"{cut}.img", cut=cut)
             (item,) = [item for item in result.not_captured if item["start"] == lazy]
-            assert "userfaultfd of its own" in item["reason"]
+            assert "tracks it with a userfaultfd" in item["reason"]
             assert result.lost_pages == 0
             with open_image(tmp_path / f"{cut}.img") as image:
                 assert image.read_at(plain, 8) == (7).to_bytes(8, "little")

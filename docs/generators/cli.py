@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 from snapengine.cli.command import make_parser
 from snapengine.guest.main import add_arguments
@@ -15,9 +16,9 @@ OMITTED = (argparse._HelpAction, argparse._SubParsersAction)
 
 def render() -> str:
     """One section for each command, in the order of `snapengine --help`."""
-    os.environ["COLUMNS"] = "100"  # argparse wraps the usage lines to the terminal
-    parser = make_parser()
-    return "\n".join([*_section(parser, 2), *_commands(parser, 2)])
+    with mock.patch.dict(os.environ, {"COLUMNS": "100"}):  # argparse wraps the usage lines to the terminal
+        parser = make_parser()
+        return "\n".join([*_section(parser, 2), *_commands(parser, 2)])
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
