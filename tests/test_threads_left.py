@@ -126,6 +126,7 @@ CAPTURES = {
     "vmstate": (ZeroDivisionError, {"vmstate": raising}),
     "resume": (ZeroDivisionError, {"resume": raising}),
     "pause": (ZeroDivisionError, {"pause": raising}),
+    "vmstate, and resume": (ZeroDivisionError, {"vmstate": raising, "resume": raising}),
 }
 
 

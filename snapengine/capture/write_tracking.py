@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
@@ -56,8 +57,15 @@ class WriteTracking:
     def run(self) -> str:
         """Wait until all pages are saved and the target is released, or the capture has failed."""
         self._proceed.wait()
-        with self._steps:  # a step that is running still uses the target
-            self._resume()
+        try:
+            with self._steps:  # a step that is running still uses the target
+                self._resume()
+        except BaseException:
+            # The target has ended, or could not be resumed. What the threads use is freed next, so they end
+            # first. They must not wait for room: no encoder takes anything before the image has begun.
+            self._session.fail(errno.ECANCELED)
+            self.join()
+            raise
         self.join()
         return COMPLETED
 
