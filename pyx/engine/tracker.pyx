@@ -10,8 +10,9 @@ The first walker's thread (no Python state, no GIL, no allocation):
 
 The other walkers help to protect, wait for `armed`, and walk.
 
-Shared words: capture.armed, stopping and finished are written by the first walker only (release) and read by
-all threads (acquire). capture.go and hold are written by the caller, together; hold is later reset to 0.
+Shared words: capture.armed, stopping and finished are written by the first walker (release) and read by all
+threads (acquire). If a thread cannot be created, there is no first walker, and the caller writes stopping.
+capture.go and hold are written by the caller, together; hold is later reset to 0.
 capture.failed is set once, by the first thread that fails. If a walker stops anywhere before `finished`,
 writers of unsaved pages wait. Therefore every failure path runs through close_all, and when the process ends,
 the kernel closes the userfaultfd, which releases the memory as well.

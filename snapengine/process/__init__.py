@@ -8,12 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["ProcessTarget"]
 _PLACES = {"ProcessTarget": "target"}  # each is imported when first asked for
 
+if not TYPE_CHECKING:  # or every misspelled name would have a type
+    from snapengine.base.lazy import exports
 
-if not TYPE_CHECKING:
-
-    def __getattr__(name):
-        from importlib import import_module
-
-        if name in _PLACES:
-            return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = exports(__name__, _PLACES)

@@ -23,16 +23,7 @@ _PLACES = {
 
 __all__ = ["QemuTarget", "ingest", "restore_machine", "save_by_migration"]
 
-
 if not TYPE_CHECKING:  # or every misspelled name would have a type
+    from snapengine.base.lazy import exports
 
-    def __getattr__(name):
-        from importlib import import_module
-
-        if name not in _PLACES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-        return value
-
-    def __dir__():
-        return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = exports(__name__, _PLACES)

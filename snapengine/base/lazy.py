@@ -1,0 +1,23 @@
+"""Names of a package that are imported on first use, so that importing the package costs next to nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def exports(
+    package: str, places: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package (PEP 562). ``places``: each name and its module."""
+    names = vars(sys.modules[package])
+
+    def get(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = names[name] = getattr(import_module(f"{package}.{places[name]}"), name)
+        return value
+
+    return get, lambda: sorted({*names, *places})
