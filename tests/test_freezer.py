@@ -32,6 +32,7 @@ import snapengine
 from snapengine.errors import AttachError, TargetGoneError
 from snapengine.kernel.procmaps import read_maps
 from snapengine.process.inject import inject_userfaultfd
+from snapengine.process.target import ProcessTarget
 from snapengine.process.thread_state import ThreadState
 
 pytestmark = pytest.mark.usefixtures("programs")
@@ -236,8 +237,99 @@ def test_a_fork_of_ours_does_not_resume():
         assert state_of(target.pid) == "t"
 
 
+def test_who_waits_for_a_child_does_not_see_its_stops():
+    """waitpid(2) reports a ptrace stop to every thread of the tracer's process, as if the child had ended."""
+    ended = []
+    with Target("compute", 2) as target:
+        waiter = threading.Thread(target=lambda: ended.append(target.process.wait()))
+        waiter.start()
+        for _ in range(20):
+            with Freezer(target.pid):
+                assert os.waitpid(target.pid, os.WNOHANG | os.WUNTRACED) == (0, 0)
+                assert os.waitid(os.P_PID, target.pid, os.WEXITED | os.WSTOPPED | os.WNOHANG) is None
+        assert ended == []
+        target.process.kill()
+        waiter.join()
+    assert ended == [-signal.SIGKILL]
+
+
+def helper_of(target):
+    """The process that traces it."""
+    (tracer,) = tracers(target)
+    assert int(tracer) not in map(int, os.listdir("/proc/self/task"))
+    return int(tracer)
+
+
+def test_the_helper_is_killed():
+    """The process runs again, and who wanted it to be stopped is told."""
+    with Target("compute", 2) as target:
+        freezer = Freezer(target.pid)
+        for _ in range(3):
+            freezer.stop()
+            os.kill(helper_of(target), signal.SIGKILL)
+            check_gone(target)
+            until(lambda: not freezer.stopped)
+            assert "was killed, so the process ran on" in str(refuse_in(freezer.resume))
+            freezer.resume()
+            target.check_running(2)
+
+
+@pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
+def test_a_snapshot_whose_stop_ended_early_is_none(tmp_path, method):
+    path = tmp_path / "image"
+    with Target("compute", 2) as target:
+        of_target = ProcessTarget(target.pid, cut="stop", method=method)
+        vmstate = of_target.vmstate
+
+        def broken():
+            os.kill(helper_of(target), signal.SIGKILL)
+            check_gone(target)
+            return vmstate()
+
+        of_target.vmstate = broken
+
+        def take():
+            with snapengine.snapshot(of_target, path, method=method):
+                pass
+
+        error = refuse_in(take)
+        assert "was killed, so the process ran on" in str(error)
+        assert not path.exists()
+        target.check_running(2)
+
+
+STOP_IN_A_PROGRAM = """
+import os, sys
+from snapengine.process.freezer import Freezer
+freezer = Freezer(int(sys.argv[1]), deadline=60)
+freezer.stop()
+if sys.argv[2] == "exec":
+    os.execv("/bin/sleep", ["sleep", "1000"])
+print("stopped", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "exec"])
+def test_a_program_that_ends_resumes_its_target(how):
+    with Target("compute", 2) as target:
+        argv = [sys.executable, "-c", STOP_IN_A_PROGRAM, str(target.pid), how]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            try:
+                if how == "kill":
+                    assert program.stdout.readline() == "stopped\n"
+                    assert state_of(target.pid) == "t"
+                    program.kill()
+                else:
+                    until(lambda: Path(f"/proc/{program.pid}/comm").read_text() == "sleep\n")
+                check_gone(target)
+                target.check_running(2)
+            finally:
+                program.kill()
+
+
 def test_somebody_waits_for_any_child():
-    """os.wait() of another thread takes reports of our tracees away."""
+    """os.wait() of another thread takes no report of a stop away."""
     stop = threading.Event()
 
     def reap():

@@ -1,9 +1,9 @@
 """All threads of another process stopped at one moment, and their registers.
 
-ptrace(2) binds a tracee to the OS thread that seized it. The freezer therefore has a thread of its own for
-all ptrace calls, and its methods may be called from any thread. That thread holds no lock while it works.
-When it ends, the kernel detaches all its tracees: that is the only way to detach from a thread that did not
-stop. The same happens if the whole process ends, even by SIGKILL: the target resumes.
+ptrace(2) binds a tracee to the OS thread that seized it. The freezer therefore has a helper process for all
+ptrace calls (`pyx/process/stop_threads`) and a thread that waits for it; its methods may be called from any
+thread. When the helper ends, the kernel detaches all its tracees: that is the only way to detach from a
+thread that did not stop. The same happens if this process ends, even by SIGKILL: the target resumes.
 
 Processes that share the target's memory are stopped too (`pyx/process/shared_mm`); their registers are not
 read. Nor are those of a thread that waits in the kernel for the child of its vfork.
@@ -12,12 +12,8 @@ What it cannot stop:
 - a thread in another uninterruptible sleep, such as a fault inside a system call on memory under another
   userfaultfd, until that is resolved. The deadline ends the attempt.
 - workers of io_uring, which are kernel threads and cannot be traced, and requests of kernel AIO. They may
-keep
-  writing to buffers that the target gave to the kernel; `snapengine.process.permissions.kernel_writers` names
-  them.
-
-While it stops threads, this process gets SIGCHLD, as every tracer does. A wait(-1) in another thread of this
-process may consume the report of a stop, which is then found by a query.
+  keep writing to buffers that the target gave to the kernel;
+  `snapengine.process.permissions.kernel_writers` names them.
 """
 
 from libc.errno cimport ENOMEM, ESRCH, ETIMEDOUT
@@ -26,11 +22,9 @@ from libc.stdlib cimport calloc, free
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from posix.unistd cimport getpid
 
-from snapengine.base.pthreads cimport (
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_join,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_t,
-    snap_thread_start,
-)
+from snapengine.base.atomics cimport snap_tell, snap_wait_while, snap_word
+from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_thread_start
+from snapengine.kernel.linux cimport ECANCELED
 from snapengine.process.stop_threads cimport (
     FPREGS_BYTES, STOPPED, REGS_BYTES, STOPPING, RESUMED, freezer_t, stop_and_hold, thread_t,
 )
@@ -40,7 +34,7 @@ import os
 from snapengine.process import permissions
 from snapengine.process import inject_policy
 from snapengine.base import names
-from snapengine.errors import TargetGoneError
+from snapengine.errors import AttachError, TargetGoneError
 from snapengine.process.thread_state import ThreadState
 
 
@@ -69,9 +63,7 @@ cdef class Freezer:
         self.state = <freezer_t *>calloc(1, sizeof(freezer_t))
         if self.state == NULL:
             raise MemoryError
-        pthread_mutex_init(&self.state.lock, NULL)
-        pthread_cond_init(&self.state.changed, NULL)
-        self.owner = getpid()
+        self.owner = self.state.owner = getpid()
         self.pid = pid
         self.deadline = deadline
         self.state.phase = RESUMED
@@ -79,7 +71,7 @@ cdef class Freezer:
     @property
     def stopped(self):
         """Whether the process is stopped by this object."""
-        return self.running and self.state.phase == STOPPED
+        return self.running and snap_word(&self.state.phase) == STOPPED
 
     @property
     def sharers_known(self):
@@ -113,12 +105,9 @@ cdef class Freezer:
             raise OSError(err, f"pthread_create: {os.strerror(err)}")
         self.running = True
         with nogil:
-            pthread_mutex_lock(&self.state.lock)
-            while self.state.phase == STOPPING:
-                pthread_cond_wait(&self.state.changed, &self.state.lock)
-            pthread_mutex_unlock(&self.state.lock)
-        if self.state.phase == RESUMED:
-            self.resume()
+            snap_wait_while(&self.state.phase, STOPPING)
+        if snap_word(&self.state.phase) == RESUMED:
+            self._join()
             raise self._failure(info)
 
     def _failure(self, info):
@@ -129,21 +118,34 @@ cdef class Freezer:
             return inject_policy.sharer_not_stopped(info, self.state.at_process, tid, err)
         if err == ETIMEDOUT:
             return inject_policy.nobody_stopped(info, {tid}, self.deadline)
+        if err == ECANCELED:
+            return self._killed()
         if err == ESRCH:
             return TargetGoneError(err, f"process {info.pid} ({info.name}) has ended")
         return inject_policy.explain(info, tid, "seize", err, None)
 
+    def _killed(self):
+        text = f"the helper process that stopped process {self.pid} was killed, so the process ran on"
+        return AttachError(ECANCELED, text)
+
     def resume(self):
-        """Resume the process. Idempotent."""
+        """Resume the process. Idempotent.
+
+        Raises AttachError if it ran before this call, because somebody killed the helper process: what was
+        read of it meanwhile is not of one instant.
+        """
+        if self._join() and self.state.err == ECANCELED:
+            raise self._killed()
+
+    cdef bint _join(self) noexcept:
+        """Resume the process, and wait for the thread's end. False: there was none."""
         if not self.running or self.owner != getpid():
-            return
+            return False
         with nogil:
-            pthread_mutex_lock(&self.state.lock)
-            self.state.resume = True
-            pthread_cond_broadcast(&self.state.changed)
-            pthread_mutex_unlock(&self.state.lock)
+            snap_tell(&self.state.resume, True)
             pthread_join(self.thread, NULL)
         self.running = False
+        return True
 
     def threads(self):
         """The `ThreadState` of every thread at the last stop, by tid; may be called after `resume`.
@@ -212,9 +214,7 @@ cdef class Freezer:
             return
         if self.owner != getpid():
             return                      # a forked child: the thread does not exist here
-        self.resume()
-        pthread_cond_destroy(&self.state.changed)
-        pthread_mutex_destroy(&self.state.lock)
+        self._join()
         free(self.state.threads)
         free(self.state.area)
         free(self.state.sharers.processes)

@@ -65,11 +65,7 @@ cdef extern from "process/fd_passing.h" nogil:
     int snap_passing_received(const snap_passing *passing)
 
 cdef extern from "<sys/mman.h>" nogil:
-    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
-    int munmap(void *addr, size_t length)
-    int mprotect(void *addr, size_t length, int prot)
-    int PROT_NONE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_STACK, MAP_NORESERVE
-    void *MAP_FAILED
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
 
 cdef extern from "snapengine/internal/linux_compat.h" nogil:
     unsigned long USERFAULTFD_IOC_NEW
@@ -77,8 +73,6 @@ cdef extern from "snapengine/internal/linux_compat.h" nogil:
 cdef enum:
     PASSING_BYTES = 4096            # at least a snap_passing: a page
     PASSING_MESSAGE = 8             # where its msghdr is
-    STACK_BYTES = 65536
-    GUARD_BYTES = 4096
     MAX_THREADS_TRIED = 8
 
 cdef uint64_t CALL_LIMIT_NS = 2000000000   # for a call by a thread that is stopped, but does not run
@@ -250,19 +244,6 @@ cdef int _helper(void *arg) noexcept nogil:
     return 0
 
 
-cdef int _run_in_helper(job_t *job) noexcept nogil:
-    cdef size_t room = GUARD_BYTES + STACK_BYTES
-    cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK
-    cdef void *stack = mmap(NULL, room, PROT_READ | PROT_WRITE, flags, -1, 0)
-    cdef int err
-    if stack == MAP_FAILED:
-        return errno
-    mprotect(stack, GUARD_BYTES, PROT_NONE)
-    err = snap_run_in_helper(_helper, job, stack, room)
-    munmap(stack, room)
-    return err
-
-
 def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device, bint repair):
     """One stop of one thread: (step, errno, fd, stop_ns). `device`: the descriptor to hand over, or -1 to
     call userfaultfd(2)."""
@@ -279,7 +260,7 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device
     job.fd = -1
     job.device = device
     with nogil:
-        err = _run_in_helper(&job)
+        err = snap_run_in_helper(_helper, &job)
     if err:
         raise OSError(err, f"clone: {os.strerror(err)}")
     return _STEPS[job.step], job.err, job.fd, job.stop_ns

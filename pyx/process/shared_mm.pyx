@@ -10,15 +10,14 @@ kcmp() fails with EPERM for a process that this user may not trace. That depends
 since changing the user clears the dumpable attribute (credentials(7)), unless they set it by PR_SET_DUMPABLE.
 So a process for which kcmp() is refused counts as one that does not share.
 
-Runs on the freezer's thread; allocates with realloc, takes no lock.
+Runs in the freezer's helper process; allocates with realloc, takes no lock.
 """
 
 from libc.errno cimport ENOMEM, ENOSYS, EPERM, errno
 from libc.stdlib cimport atoi, realloc
-from libc.stdint cimport uintptr_t
 
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
-from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_thread_start
+from snapengine.kernel.ptrace cimport snap_newest_id
 
 cdef extern from "<unistd.h>" nogil:
     long c_syscall "syscall"(long number, ...)
@@ -64,21 +63,6 @@ cdef int _note(sharers_t *sharers, int process) noexcept nogil:
     return 0
 
 
-cdef void *_say_id(void *arg) noexcept nogil:
-    return <void *><uintptr_t>c_syscall(SYS_gettid)
-
-
-cdef int _newest_id(int *newest) noexcept nogil:
-    """The id of a thread made now. Older threads have lower ids, until the ids wrap at pid_max."""
-    cdef pthread_t thread
-    cdef void *answer
-    cdef int err = snap_thread_start(&thread, _say_id, NULL)
-    if err == 0:
-        pthread_join(thread, &answer)
-        newest[0] = <int><uintptr_t>answer
-    return err
-
-
 cdef int _ask_all(sharers_t *sharers) noexcept nogil:
     cdef DIR *folder = opendir(b"/proc")
     cdef dirent *entry
@@ -109,7 +93,7 @@ cdef int list_sharers(sharers_t *sharers) noexcept nogil:
 
 cdef int list_new_sharers(sharers_t *sharers) noexcept nogil:
     cdef int newest = 0, process
-    cdef int err = 0 if sharers.unknown else _newest_id(&newest)
+    cdef int err = 0 if sharers.unknown else snap_newest_id(&newest)
     if sharers.unknown or err:
         return err
     if not sharers.newest < newest <= sharers.newest + ASKED_ONE_BY_ONE:

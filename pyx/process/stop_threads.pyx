@@ -1,7 +1,13 @@
-"""The thread that stops all threads of a process: seize, interrupt, wait, read registers, detach.
+"""The helper process that stops all threads of a process: seize, interrupt, wait, read registers, detach.
 
-ptrace(2) binds a tracee to the OS thread that seized it, so this thread makes all ptrace calls. It holds no
-lock while it works. Its end detaches from everything. `pyx/process/freezer` starts it and waits for it.
+ptrace(2) binds a tracee to the OS thread that seized it, so the helper makes all ptrace calls. If a thread of
+this process made them, a wait for a child anywhere in this process would return the stops of that child
+(`snap_run_in_helper`). The helper's end detaches from everything. `pyx/process/freezer` starts it and waits
+for it.
+
+The helper is killed when this process ends, so the target resumes. If somebody kills the helper alone, the
+stop ends early, and `freezer_t.err` says so. One gap remains: killed within malloc, before the first stop,
+it leaves the lock of an arena held.
 
 Other processes may share the memory and write to it: `pyx/process/shared_mm` finds them, and they are stopped
 too. The parent of a vfork sleeps in the kernel, where it cannot stop, until its child calls execve() or ends.
@@ -14,21 +20,21 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
+from snapengine.base.atomics cimport snap_tell, snap_wait_while, snap_word
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.process.shared_mm cimport list_sharers, list_new_sharers
+from snapengine.kernel.linux cimport ECANCELED
 from snapengine.kernel.processvm cimport iovec
 from snapengine.kernel.ptrace cimport (
     NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, PTRACE_CONT, PTRACE_GETREGS, PTRACE_GETREGSET,
-    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_boost_self, snap_ptrace, snap_xstate_bytes,
-    user_regs_struct,
+    PTRACE_GETSIGMASK, PTRACE_O_TRACECLONE, PTRACE_SETREGS, snap_boost_self, snap_end_with_parent,
+    snap_leave_session, snap_ptrace, snap_run_in_helper, snap_xstate_bytes, user_regs_struct,
 )
-from snapengine.base.pthreads cimport (
-    pthread_cond_broadcast, pthread_cond_wait, pthread_mutex_lock, pthread_mutex_unlock, snap_name_thread,
-    snap_now_ns, snap_sleep_ns,
-)
+from snapengine.base.pthreads cimport snap_name_thread, snap_now_ns, snap_sleep_ns
 from snapengine.process.tracee cimport (
-    TRACEE_CLONED, TRACEE_ENDED, TRACEE_RUNNING, TRACEE_STOPPED, tracee_comm, tracee_detach, tracee_in_vfork,
-    tracee_interrupt, tracee_query, tracee_state_t, tracee_poll, tracee_refusal, tracee_seize, tracee_settle,
+    TRACEE_CLONED, TRACEE_ENDED, TRACEE_RUNNING, TRACEE_STOPPED, tracee_comm, tracee_detach,
+    tracee_in_vfork, tracee_interrupt, tracee_state_t, tracee_poll, tracee_refusal, tracee_seize,
+    tracee_settle,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -42,7 +48,7 @@ cdef enum:
     REFUSALS = 20                   # a thread that exits refuses with EPERM for some microseconds
 
 cdef uint64_t POLL_NS = 20000       # between polls of threads that have not stopped yet
-cdef uint64_t QUERY_NS = 2000000    # then a stop is queried: another thread may have consumed its report
+cdef uint64_t LOOK_NS = 2000000     # then /proc tells why a thread does not stop
 
 
 cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
@@ -184,7 +190,7 @@ cdef int _note_state(freezer_t *freezer, int i, tracee_state_t state, int born) 
 cdef int _wait_stopped(freezer_t *freezer) noexcept nogil:
     cdef uint64_t began = snap_now_ns()
     cdef uint64_t until = freezer.from_ns + freezer.limit_ns
-    cdef uint64_t query_at = began + QUERY_NS
+    cdef uint64_t look_at = began + LOOK_NS
     cdef uint64_t now
     cdef bint late
     cdef int i, waiting, err
@@ -192,9 +198,9 @@ cdef int _wait_stopped(freezer_t *freezer) noexcept nogil:
     cdef tracee_state_t state
     while True:
         now = snap_now_ns()
-        late = now >= query_at
+        late = now >= look_at
         if late:
-            query_at = now + QUERY_NS
+            look_at = now + LOOK_NS
         waiting = 0
         i = 0
         while i < freezer.n:
@@ -203,12 +209,10 @@ cdef int _wait_stopped(freezer_t *freezer) noexcept nogil:
                 _set_error_thread(freezer, freezer.threads[i].process, freezer.threads[i].tid)
                 state = tracee_poll(freezer.at_tid, PTRACE_CONT, &born)
                 if state == TRACEE_RUNNING and late:
-                    state = tracee_query(freezer.at_tid, PTRACE_CONT, &born)
                     # The end of the leader is reported only after that of the last thread.
-                    if state == TRACEE_RUNNING \
-                            and tracee_refusal(freezer.at_process, freezer.at_tid, &tracer) == 0:
+                    if tracee_refusal(freezer.at_process, freezer.at_tid, &tracer) == 0:
                         state = TRACEE_ENDED
-                    elif state == TRACEE_RUNNING and tracee_in_vfork(freezer.at_process, freezer.at_tid):
+                    elif tracee_in_vfork(freezer.at_process, freezer.at_tid):
                         freezer.threads[i].stopped = freezer.threads[i].in_vfork = True
                 err = _note_state(freezer, i, state, born)
                 if err:
@@ -287,27 +291,33 @@ cdef int _settle_all(freezer_t *freezer) noexcept nogil:
     return err
 
 
-cdef void *stop_and_hold(void *arg) noexcept nogil:
+cdef int _stop_and_hold(void *arg) noexcept nogil:
     cdef freezer_t *freezer = <freezer_t *>arg
     cdef int i
-    snap_name_thread(b"snap-freezer")
+    snap_leave_session()
+    if snap_end_with_parent(freezer.owner):
+        return 0
     snap_boost_self()
     freezer.err = _stop_all(freezer)
     if freezer.err == 0:
         freezer.err = _settle_all(freezer)
     if freezer.err == 0:
-        pthread_mutex_lock(&freezer.lock)
-        freezer.phase = STOPPED
-        pthread_cond_broadcast(&freezer.changed)
-        while not freezer.resume:
-            pthread_cond_wait(&freezer.changed, &freezer.lock)
-        pthread_mutex_unlock(&freezer.lock)
+        snap_tell(&freezer.phase, STOPPED)
+        snap_wait_while(&freezer.resume, False)
     for i in range(freezer.n):
         if not freezer.threads[i].gone:
-            tracee_detach(freezer.threads[i].tid)       # one that did not stop: by the end of this thread
+            tracee_detach(freezer.threads[i].tid)       # one that did not stop: by the end of this process
     freezer.stopped_ns = snap_now_ns() - freezer.from_ns
-    pthread_mutex_lock(&freezer.lock)
-    freezer.phase = RESUMED
-    pthread_cond_broadcast(&freezer.changed)
-    pthread_mutex_unlock(&freezer.lock)
+    snap_tell(&freezer.phase, RESUMED)
+    return 0
+
+
+cdef void *stop_and_hold(void *arg) noexcept nogil:
+    cdef freezer_t *freezer = <freezer_t *>arg
+    cdef int err
+    snap_name_thread(b"snap-freezer")
+    err = snap_run_in_helper(_stop_and_hold, freezer)
+    if snap_word(&freezer.phase) != RESUMED:
+        freezer.err = err or ECANCELED
+        snap_tell(&freezer.phase, RESUMED)
     return NULL

@@ -10,7 +10,7 @@ ended with ERESTARTSYS and the like, as long as both registers are unchanged. A 
 effects, which the kernel does not undo; `tracee_settle` does, and its helpers say how.
 """
 
-from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EINVAL, EPERM, errno
+from libc.errno cimport EAGAIN, EBUSY, ECHILD, EINTR, EPERM, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf, sscanf
 from libc.stdlib cimport strtol, strtoull
@@ -22,7 +22,7 @@ from posix.unistd cimport close, read
 from snapengine.kernel.processvm cimport iovec, process_vm_readv
 from snapengine.kernel.ptrace cimport (
     PTRACE_CONT, PTRACE_DETACH, PTRACE_EVENT_CLONE, PTRACE_EVENT_STOP, PTRACE_GETEVENTMSG,
-    PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_GETSIGINFO, PTRACE_GETSIGMASK, PTRACE_INTERRUPT, PTRACE_SEIZE,
+    PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_GETSIGMASK, PTRACE_INTERRUPT, PTRACE_SEIZE,
     SNAP_RSEQ_CS_OFFSET, snap_ptrace, snap_rseq_config, snap_rseq_cs, user_regs_struct,
 )
 
@@ -76,16 +76,6 @@ cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil:
     if not WIFSTOPPED(status):
         return TRACEE_ENDED
     return _classify(tid, request, status >> 16, WSTOPSIG(status), born)
-
-
-cdef tracee_state_t tracee_query(int tid, int request, int *born) noexcept nogil:
-    cdef int info[32]                                   # siginfo_t: si_signo, si_errno, si_code
-    cdef int err = snap_ptrace(PTRACE_GETSIGINFO, tid, 0, info)
-    if err == EINVAL:
-        return TRACEE_STOPPED                                 # a group stop has no siginfo
-    if err:
-        return TRACEE_RUNNING
-    return _classify(tid, request, info[2] >> 8 if info[2] > 0 else 0, info[0], born)
 
 
 cdef tracee_state_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:

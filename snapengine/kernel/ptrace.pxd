@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 cdef extern from "snapengine/internal/ptrace.h" nogil:
     int PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_CONT, PTRACE_SYSCALL, PTRACE_DETACH
     int PTRACE_GETREGS, PTRACE_SETREGS, PTRACE_GETREGSET, PTRACE_GETSIGMASK, PTRACE_SETSIGMASK
-    int PTRACE_GETSIGINFO, PTRACE_GETEVENTMSG, PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_PEEKDATA, PTRACE_POKEDATA
+    int PTRACE_GETEVENTMSG, PTRACE_GET_RSEQ_CONFIGURATION, PTRACE_PEEKDATA, PTRACE_POKEDATA
     int PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG
     int PTRACE_O_TRACECLONE, PTRACE_O_TRACESYSGOOD, PTRACE_O_SUSPEND_SECCOMP
     int PTRACE_EVENT_STOP, PTRACE_EVENT_CLONE
@@ -30,7 +30,10 @@ cdef extern from "snapengine/internal/ptrace.h" nogil:
 
     int snap_ptrace(int request, int tid, uintptr_t addr, void *data)    # 0 or errno
     # Runs fn(arg) in a helper process that shares our memory and survives us; waits for its end. 0 or errno.
-    int snap_run_in_helper(int (*fn)(void *) noexcept nogil, void *arg, void *stack, size_t stack_bytes)
+    int snap_run_in_helper(int (*fn)(void *) noexcept nogil, void *arg)
+    # For helpers:
+    int snap_end_with_parent(int parent)        # do not survive it. 0 or errno
+    int snap_newest_id(int *newest)             # the id of a task made now. 0 or errno
     void snap_leave_session()
     void snap_await_child(uint64_t ns)
     void snap_boost_self()

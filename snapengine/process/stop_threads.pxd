@@ -1,7 +1,6 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from snapengine.process.shared_mm cimport sharers_t
-from snapengine.base.pthreads cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     REGS_BYTES = 216                # struct user_regs_struct
@@ -25,6 +24,7 @@ cdef struct thread_t:
 
 
 cdef struct freezer_t:
+    int owner                       # this process
     int pid
     uint64_t limit_ns
     bint registers                  # whether to read them
@@ -40,14 +40,13 @@ cdef struct freezer_t:
     int err
     int at_tid                      # the thread that `err` is about
     int at_process                  # and its process
-    # Under `lock`.
-    pthread_mutex_t lock
-    pthread_cond_t changed
-    phase_t phase
-    bint resume                     # the owner wants it to run
+    # Words for snap_tell and snap_wait_while: what was written before the store is visible to who waited.
+    uint32_t phase                  # phase_t. By the helper; by the thread: RESUMED, after the helper's end
+    uint32_t resume                 # the owner writes 1 when the target shall run
 
 
-# Thread body (arg: freezer_t, phase STOPPING): stops all threads of `pid` and of the processes that share its
-# memory, reads the registers of `pid`'s threads, waits for `resume` (phase STOPPED), and resumes all (phase
-# RESUMED). `err` says whether the stop succeeded.
+# Thread body (arg: freezer_t, phase STOPPING). Its helper process stops all threads of `pid` and of the
+# processes that share its memory, reads the registers of `pid`'s threads, waits for `resume` (phase STOPPED),
+# and resumes all (phase RESUMED). `err` says whether the stop succeeded; ECANCELED: the helper was killed,
+# which ended the stop.
 cdef void *stop_and_hold(void *arg) noexcept nogil

@@ -248,9 +248,11 @@ class ProcessTarget(AttachedTarget):
 
     def close(self, status: str) -> None:
         """Resume the threads, if they are stopped. Idempotent."""
-        self._resume()
-        if self._claim is not None:
-            self._claim.release()
+        try:
+            self._resume()
+        finally:
+            if self._claim is not None:
+                self._claim.release()
 
     # -- parts --
 
@@ -259,7 +261,7 @@ class ProcessTarget(AttachedTarget):
         self._freezer.stop()
 
     def _resume(self) -> None:
-        if self._freezer is not None and self._freezer.stopped:
+        if self._freezer is not None:
             self._freezer.resume()
 
     def _list(self) -> None:

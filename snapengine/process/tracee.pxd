@@ -21,8 +21,6 @@ cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil
 # its signal mask was set by PTRACE_SETSIGMASK. Changes `regs` only; 1 if it did.
 cdef bint tracee_settle(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil
 cdef int tracee_detach(int tid) noexcept nogil
-# As tracee_poll, without waitpid: for a stop whose report a wait(-1) in another thread has consumed.
-cdef tracee_state_t tracee_query(int tid, int request, int *born) noexcept nogil
 # Why PTRACE_SEIZE failed with EPERM, or a thread does not stop: 0 it has ended or is a kernel worker; EAGAIN
 # it is ending, but may still write its clear_child_tid; EBUSY the thread `tracer` traces it; else EPERM.
 cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil

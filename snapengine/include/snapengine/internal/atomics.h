@@ -2,7 +2,11 @@
 #ifndef SNAPENGINE_ATOMICS_H
 #define SNAPENGINE_ATOMICS_H
 
+#include <limits.h>
+#include <linux/futex.h>
 #include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static inline uint64_t snap_fetch_or(uint64_t *word, uint64_t bits) {
     return __atomic_fetch_or(word, bits, __ATOMIC_ACQ_REL);
@@ -34,6 +38,18 @@ static inline void snap_store_seq(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
 }
 static inline uint64_t snap_load_seq(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+/* A word that one side stores and the other waits for, across threads and helper processes. It is not a lock: a
+ * side that is killed leaves nothing held. */
+static inline uint32_t snap_word(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+static inline void snap_tell(uint32_t *word, uint32_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+    syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, 0, 0, 0);
+}
+/* Return once the word is not `value`. The kernel compares it again before it sleeps, so no store is missed. */
+static inline void snap_wait_while(uint32_t *word, uint32_t value) {
+    while (snap_word(word) == value)
+        syscall(SYS_futex, word, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, value, 0, 0, 0);
+}
 static inline void snap_pause(void) { __builtin_ia32_pause(); }
 static inline int snap_ctz(uint64_t word) { return __builtin_ctzll(word); }
 static inline int snap_clz(uint64_t word) { return __builtin_clzll(word); }

@@ -14,6 +14,8 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -71,25 +73,60 @@ static inline int snap_ptrace(int request, pid_t tid, uintptr_t addr, void *data
 }
 
 /* Run fn(arg) in a helper process that shares our memory and descriptors, as posix_spawn does, and wait for
- * its end. A SIGKILL of the caller leaves the helper running.
+ * its end. A SIGKILL of the caller leaves the helper running, unless it calls snap_end_with_parent().
+ *
+ * A tracee of a thread of ours would be waited for by our whole process (waitpid(2), __WNOTHREAD): the program's
+ * own wait for its child, say Popen.poll() or Popen.wait(), would return a ptrace stop as the child's end. Only
+ * the helper's waits see the stops of its tracees.
  *
  * All signals are blocked meanwhile, so that no handler runs in the helper on the caller's data. The exit
  * signal is 0: no SIGCHLD handler of the program sees its end, and no wait(-1) of another thread reaps it.
  * Returns 0 or an errno value. */
-static inline int snap_run_in_helper(int (*fn)(void *), void *arg, void *stack, size_t stack_bytes) {
+#define SNAP_HELPER_GUARD 4096
+#define SNAP_HELPER_STACK (SNAP_HELPER_GUARD + 65536)
+static inline int snap_run_in_helper(int (*fn)(void *), void *arg) {
     sigset_t all, before;
+    char *stack =
+        mmap(0, SNAP_HELPER_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    if (stack == MAP_FAILED)
+        return errno;
+    mprotect(stack, SNAP_HELPER_GUARD, PROT_NONE);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int child = clone(fn, (char *)stack + stack_bytes, CLONE_VM | CLONE_FILES | CLONE_VFORK, arg);
+    int child = clone(fn, stack + SNAP_HELPER_STACK, CLONE_VM | CLONE_FILES | CLONE_VFORK, arg);
     int err = child < 0 ? errno : 0;
     if (child > 0)
         while (waitpid(child, 0, __WALL) < 0 && errno == EINTR)
             ;
     pthread_sigmask(SIG_SETMASK, &before, 0);
+    munmap(stack, SNAP_HELPER_STACK);
     return err;
 }
 
-/* In the helper of snap_run_in_helper: leave the caller's process group and session, so that signals to those
+/* In a helper: be killed when the thread that waits for it ends, which it does with its process or at execve(2)
+ * (prctl(2), PR_SET_PDEATHSIG). `parent`: the id of that process. Returns 0, or ESRCH if it has ended. */
+static inline int snap_end_with_parent(pid_t parent) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    return getppid() == parent ? 0 : ESRCH;
+}
+
+/* Store the id of a task made now: those of older tasks are lower, until ids wrap at pid_max. The task ends at
+ * once. For helpers, which have all signals blocked. Returns 0 or an errno value. */
+static inline int snap_do_nothing(void *arg) {
+    (void)arg;
+    return 0;
+}
+static inline int snap_newest_id(int *newest) {
+    char stack[4096] __attribute__((aligned(16)));
+    *newest = clone(snap_do_nothing, stack + sizeof stack, CLONE_VM | CLONE_FILES | CLONE_VFORK, 0);
+    if (*newest < 0)
+        return errno;
+    while (waitpid(*newest, 0, __WALL) < 0 && errno == EINTR)
+        ;
+    return 0;
+}
+
+/* In a helper: leave the caller's process group and session, so that signals to those
  * do not reach it. SIGCHLD gets its default action, so that sigtimedwait receives it. */
 static inline void snap_leave_session(void) {
     struct sigaction plain;
@@ -108,11 +145,12 @@ static inline void snap_await_child(uint64_t ns) {
     sigtimedwait(&child, 0, &left);
 }
 
-/* Schedule the calling thread before those of the target, which it keeps stopped: in a real-time class where
- * that is allowed (CAP_SYS_NICE or RLIMIT_RTPRIO), else with a better nice value where that is allowed. */
+/* Schedule the calling helper before the threads of the target, which it keeps stopped: in a real-time class
+ * where that is allowed (CAP_SYS_NICE or RLIMIT_RTPRIO), else with a better nice value where that is allowed.
+ * snap_newest_id() waits for its child during the stop, so a child inherits the class. */
 static inline void snap_boost_self(void) {
     struct sched_param first = {.sched_priority = 10};
-    if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
+    if (sched_setscheduler(0, SCHED_FIFO, &first))
         setpriority(PRIO_PROCESS, 0, -19);
 }
 
