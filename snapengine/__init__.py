@@ -14,7 +14,8 @@ TYPE_CHECKING = False  # type checkers know the name; to import `typing` would t
 
 if TYPE_CHECKING:
     from snapengine.capi import _C_API as _C_API
-    from snapengine.capture.capture import Capture, Progress, snapshot
+    from snapengine.capture.capture import Capture, snapshot
+    from snapengine.capture.progress import Progress
     from snapengine.errors import (
         AlreadyTrackedError,
         AttachError,
@@ -61,7 +62,7 @@ _PLACES = {
     "Options": "options",
     "PeerTarget": "handover.peer",
     "ProcessTarget": "process.target",
-    "Progress": "capture.capture",
+    "Progress": "capture.progress",
     "Region": "regions",
     "RegisterError": "errors",
     "Result": "result",

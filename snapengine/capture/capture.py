@@ -11,7 +11,6 @@ import errno
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from snapengine.capture.dirty_logging import DirtyLogging
 from snapengine.capture.explain import explain, explain_end
 from snapengine.capture.finalize import finish_image
 from snapengine.capture.live import live, wait_for_cancelled
+from snapengine.capture.progress import Progress, progress_of
 from snapengine.capture.resources import Resources
 from snapengine.capture.setup import make_engine, open_target
 from snapengine.capture.write_tracking import WriteTracking
@@ -39,19 +39,6 @@ STATES = {
     FIXED: "has its T already, and has not gone on",
     RUNNING: "was started already: a capture runs once",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a capture is. ``phase``: ``"arming"``, ``"saving"``, ``"writing"`` or ``"done"``."""
-
-    phase: str
-    pages_total: int
-    pages_done: int
-    image_bytes: int
-    faults: int
-    rounds: int
-    seconds: float
 
 
 def snapshot(
@@ -150,7 +137,7 @@ class Capture:
         self._cancelled = self._given_up = False
         self._error: BaseException | None = None
         self._result: Result | None = None
-        self._parts = Resources(target)
+        self._resources = Resources(target)
         self._engine: WriteTracking | DirtyLogging | None = None
         self._encoders = Crew()
         self._finisher = Crew()  # of one
@@ -220,15 +207,15 @@ class Capture:
     def cancel(self) -> None:
         """Give up: the target is released, the sink is aborted. Returns at once; `wait` says when."""
         self._cancelled = True
-        if not self._parts.opened and hasattr(self._target, "cancel"):
+        if not self._resources.opened and hasattr(self._target, "cancel"):
             self._target.cancel()  # it may be waiting for a peer
-        if self._parts.attached is not None:
-            self._parts.attached.cancelled()
-        if self._parts.sink is not None:
-            self._parts.sink.cancel()
+        if self._resources.attached is not None:
+            self._resources.attached.cancelled()
+        if self._resources.sink is not None:
+            self._resources.sink.cancel()
         self._stop_engine()
-        if self._parts.writer is not None:
-            self._parts.writer.cancel()
+        if self._resources.writer is not None:
+            self._resources.writer.cancel()
 
     @property
     def result(self) -> Result:
@@ -242,26 +229,7 @@ class Capture:
 
     def progress(self) -> Progress:
         """How far the capture is; may be called from any thread at any time."""
-        session, writer = self._parts.session, self._parts.writer
-        done = self._done.is_set()
-        began, now = self._parts.times.began, self._ended or time.monotonic_ns()
-        seconds = (now - began) / 1e9 if began else 0.0
-        if session is None:
-            return Progress("done" if done else "arming", 0, 0, 0, 0, 0, seconds)
-        counts = session.counters()
-        pages = counts["data"] + counts["zero"] + counts["hole"] + counts["lost"]
-        phase = "saving" if session.armed else "arming"
-        if session.armed and pages >= session.total_pages and self._options.method == WRITE_TRACKING:
-            phase = "writing"
-        return Progress(
-            phase="done" if done else phase,
-            pages_total=session.total_pages,
-            pages_done=pages,
-            image_bytes=writer.image_bytes if writer is not None else 0,
-            faults=counts["faults"],
-            rounds=session.rounds,
-            seconds=seconds,
-        )
+        return progress_of(self._resources, self._options, self._done.is_set(), self._ended)
 
     # -- the steps, on the caller's threads --
 
@@ -312,34 +280,34 @@ class Capture:
 
     def _prepare(self) -> bool:
         wait_for_cancelled()
-        self._parts.times.began = time.monotonic_ns()
+        self._resources.times.began = time.monotonic_ns()
         live.add(self)
         if self._options.timeout:
             self._limiter.start("snap-timeout", self._expire)
-        self._make_parts()
+        self._make_resources()
         self._make_engine()
         self._finisher.start("snap-finish", self._finish)
         return True
 
-    def _make_parts(self) -> None:
-        options, parts = self._options, self._parts
+    def _make_resources(self) -> None:
+        options, resources = self._options, self._resources
         check_before_open(self._target, options, self._vmstate, self._session_extra)
-        pid, regions = open_target(parts, self._sink_spec, options)
-        parts.times.began = time.monotonic_ns()  # without the wait for a peer
-        make_engine(parts, pid, regions, options, self._session_extra)
+        pid, regions = open_target(resources, self._sink_spec, options)
+        resources.times.began = time.monotonic_ns()  # without the wait for a peer
+        make_engine(resources, pid, regions, options, self._session_extra)
         for number in range(options.encoders):
             self._encoders.start(f"snap-encode-{number}", self._encode, number)
-        if self._cancelled and parts.session is not None:
-            parts.session.fail(errno.ECANCELED)
+        if self._cancelled and resources.session is not None:
+            resources.session.fail(errno.ECANCELED)
 
     def _make_engine(self) -> None:
         """All is made, and nothing is registered yet."""
         if self._options.method == WRITE_TRACKING:
-            self._engine = WriteTracking(self._parts, self._vmstate, self._steps)
+            self._engine = WriteTracking(self._resources, self._vmstate, self._steps)
             self._engine.prepare()
             self._raise_if_failed()  # before the target is stopped for nothing
         else:
-            self._engine = DirtyLogging(self._parts, self._vmstate, self._options, self._done)
+            self._engine = DirtyLogging(self._resources, self._vmstate, self._options, self._done)
             self._begin_image()
 
     def _fix(self) -> bool:
@@ -364,15 +332,15 @@ class Capture:
 
     def _begin_image(self) -> None:
         """Write the header. With write tracking after T: a slow sink must not keep the target stopped."""
-        parts = self._parts
-        assert parts.plan is not None
-        assert parts.writer is not None
-        parts.writer.begin(numbered(parts.plan.regions) + parts.copied)
+        resources = self._resources
+        assert resources.plan is not None
+        assert resources.writer is not None
+        resources.writer.begin(numbered(resources.plan.regions) + resources.copied)
         self._begun.set()
 
     def _raise_if_failed(self) -> None:
-        assert self._parts.session is not None
-        if self._parts.session.failure:
+        assert self._resources.session is not None
+        if self._resources.session.failure:
             assert isinstance(self._engine, WriteTracking)
             self._engine.join()
             self._raise_failure()
@@ -385,17 +353,17 @@ class Capture:
     # -- the encoder threads and the finisher thread --
 
     def _encode(self, number: int) -> None:
-        assert self._parts.session is not None
-        assert self._parts.encoder is not None
+        assert self._resources.session is not None
+        assert self._resources.encoder is not None
         self._begun.wait()
         try:
-            self._parts.encoder.run(number)
+            self._resources.encoder.run(number)
         except BaseException as error:
             if self._given_up:
                 return
             with self._lock:
                 self._error = self._error or error
-            self._parts.session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
+            self._resources.session.fail(getattr(error, "errno", None) or errno.EIO, b"encoder")
 
     def _finish(self) -> None:
         assert self._engine is not None
@@ -407,7 +375,7 @@ class Capture:
                 self._give_up()
             self._encoders.wait()
             self._raise_failure()
-            self._result = finish_image(self._parts, self._options, self._vmstate, status)
+            self._result = finish_image(self._resources, self._options, self._vmstate, status)
         except BaseException as error:
             self._error = self._in_words(self._error or error)
             self._stop_encoders()
@@ -420,30 +388,30 @@ class Capture:
 
     def _give_up(self) -> None:
         """There will be no image: discard what still waits for the sink."""
-        assert self._parts.writer is not None
+        assert self._resources.writer is not None
         self._raise_failure()
         self._given_up = True
-        self._parts.writer.cancel()
+        self._resources.writer.cancel()
 
     # -- failure --
 
     def _raise_failure(self) -> None:
         """Raise what stopped the capture, in words, if anything did."""
-        assert self._parts.session is not None
+        assert self._resources.session is not None
         if self._cancelled:
             raise CaptureCancelled("the capture was cancelled")
         if self._error is not None:
             raise self._error
-        failure = self._parts.session.failure
+        failure = self._resources.session.failure
         if failure is not None:
-            assert self._parts.plan is not None
-            raise explain(*failure, self._parts.plan)
+            assert self._resources.plan is not None
+            raise explain(*failure, self._resources.plan)
 
     def _in_words(self, error: BaseException) -> BaseException:
         """What stopped the capture, as its caller is told."""
         if self._expired and isinstance(error, Exception):
             return TimeLimitError(f"not done within {self._options.timeout:g} s: the target is released")
-        return explain_end(error, self._parts)
+        return explain_end(error, self._resources)
 
     def _note_failure(self, caught: BaseException) -> None:
         """A step failed.
@@ -472,8 +440,8 @@ class Capture:
 
     def _abandon(self) -> None:
         """`prepare` failed before the finisher thread had begun: undo all that it made."""
-        if self._parts.session is not None:
-            self._parts.session.fail(errno.ECANCELED)
+        if self._resources.session is not None:
+            self._resources.session.fail(errno.ECANCELED)
         if isinstance(self._engine, WriteTracking):
             self._engine.join()  # its threads use what is closed next
         self._stop_encoders()
@@ -486,24 +454,24 @@ class Capture:
 
     def _stop_engine(self) -> None:
         """Make the engine release the target and the finisher thread clean up."""
-        if self._parts.session is not None and not self._done.is_set():
-            self._parts.session.fail(errno.ECANCELED)
+        if self._resources.session is not None and not self._done.is_set():
+            self._resources.session.fail(errno.ECANCELED)
         if self._engine is not None:
             self._engine.let_go()
 
     def _stop_encoders(self) -> None:
         """The capture has failed: end the threads that use the pool and the sink, which are closed next."""
-        if self._parts.session is not None:
-            self._parts.session.fail(errno.ECANCELED)
-        if self._parts.writer is not None:
-            self._parts.writer.cancel()
+        if self._resources.session is not None:
+            self._resources.session.fail(errno.ECANCELED)
+        if self._resources.writer is not None:
+            self._resources.writer.cancel()
         self._begun.set()  # they find that the capture has failed
         self._encoders.dismiss()
         self._encoders.wait()
 
     def _clean_up(self, status: str) -> None:
         live.discard(self)
-        self._parts.close(status)
+        self._resources.close(status)
 
     # -- the end of the process, and its children (`snapengine.capture.live`) --
 
@@ -514,8 +482,8 @@ class Capture:
 
     def drop_in_child(self) -> None:
         """In a forked child: it has none of the threads, and must not keep the userfaultfd open."""
-        if self._parts.session is not None:
-            self._parts.session.close_uffds()
+        if self._resources.session is not None:
+            self._resources.session.close_uffds()
         self._error = CaptureCancelled("the capture belongs to the parent process")
         self._done = Latch()
         self._done.set()

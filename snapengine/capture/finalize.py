@@ -17,20 +17,20 @@ from snapengine.result import COMPLETED, Result
 
 
 def finish_image(
-    parts: Resources, options: Options, vmstate: dict[str, bytes], status: str
+    resources: Resources, options: Options, vmstate: dict[str, bytes], status: str
 ) -> Result:
     """Write what follows the memory, and commit the sink, if the capture is complete.
 
     `LostPagesError`: pages are lost, and ``options.strict``; `SinkError`.
     """
-    assert parts.writer is not None
-    assert parts.sink is not None
+    assert resources.writer is not None
+    assert resources.sink is not None
     copied = CopiedCounts()
     if status == COMPLETED:
-        blobs = {**vmstate, **_attached_blobs(parts, options.zstd_level, copied)}
+        blobs = {**vmstate, **_attached_blobs(resources, options.zstd_level, copied)}
         for name, blob in blobs.items():
-            parts.writer.vmstate(name, blob, options.zstd_level)
-    result = _make_result(parts, options, status, copied)
+            resources.writer.vmstate(name, blob, options.zstd_level)
+    result = _make_result(resources, options, status, copied)
     if status != COMPLETED:
         return result
     if options.strict and result.lost_pages:
@@ -38,41 +38,42 @@ def finish_image(
             f"{result.lost_pages} pages were discarded by the target before they were saved (strict)"
         )
     stats = result.to_json()
-    parts.writer.finish(stats)
-    parts.sink.commit()
+    resources.writer.finish(stats)
+    resources.sink.commit()
     pairs = {"lost_runs": result.lost_runs, "fault_histogram": result.fault_histogram}
     return Result(**{**stats, **pairs})
 
 
-def _attached_blobs(parts: Resources, level: int | None, copied: CopiedCounts) -> dict[str, bytes]:
+def _attached_blobs(resources: Resources, level: int | None, copied: CopiedCounts) -> dict[str, bytes]:
     """Write what an attached target's `copied_regions` held at T; what describes it."""
-    if parts.attached is None:
+    if resources.attached is None:
         return {}
-    assert parts.writer is not None
-    for number, (region, first_page) in enumerate(parts.copied):
-        write_copied(parts.writer, region, first_page, parts.attached.copied_bytes(number), level, copied)
-    return parts.attached.record()
+    assert resources.writer is not None
+    for number, (region, first_page) in enumerate(resources.copied):
+        copy = resources.attached.copied_bytes(number)
+        write_copied(resources.writer, region, first_page, copy, level, copied)
+    return resources.attached.record()
 
 
 def _make_result(
-    parts: Resources, options: Options, status: str, copied: CopiedCounts
+    resources: Resources, options: Options, status: str, copied: CopiedCounts
 ) -> Result:
-    assert parts.session is not None
-    assert parts.writer is not None
-    assert parts.plan is not None
-    assert parts.encoder is not None
+    assert resources.session is not None
+    assert resources.writer is not None
+    assert resources.plan is not None
+    assert resources.encoder is not None
     return Result(
         method=options.method,
         status=status,
-        image_bytes=parts.writer.image_bytes,
-        stop_ns=parts.times.stop,
-        duration_ns=time.monotonic_ns() - parts.times.began,
-        t_monotonic_ns=parts.session.t_ns,
-        t_unix_ns=parts.times.t_unix,
-        peak_buffer_bytes=parts.session.pool.peak_bytes + parts.encoder.scratch_bytes,
-        warnings=parts.warnings + parts.plan.warnings + _late_warnings(parts),
-        **_about_attached(parts),
-        **_from_engine(parts.session, parts.plan, options.method, copied),
+        image_bytes=resources.writer.image_bytes,
+        stop_ns=resources.times.stop,
+        duration_ns=time.monotonic_ns() - resources.times.began,
+        t_monotonic_ns=resources.session.t_ns,
+        t_unix_ns=resources.times.t_unix,
+        peak_buffer_bytes=resources.session.pool.peak_bytes + resources.encoder.scratch_bytes,
+        warnings=resources.warnings + resources.plan.warnings + _late_warnings(resources),
+        **_about_attached(resources),
+        **_from_engine(resources.session, resources.plan, options.method, copied),
     )
 
 
@@ -109,8 +110,8 @@ def _from_engine(session: Session, plan: Plan, method: str, copied: CopiedCounts
     }
 
 
-def _about_attached(parts: Resources) -> dict[str, Any]:
-    target = parts.attached
+def _about_attached(resources: Resources) -> dict[str, Any]:
+    target = resources.attached
     if target is None:
         return {}
     left_out = [not_captured_object(item) for item in target.not_captured]
@@ -122,8 +123,8 @@ def _about_attached(parts: Resources) -> dict[str, Any]:
     }
 
 
-def _late_warnings(parts: Resources) -> list[str]:
+def _late_warnings(resources: Resources) -> list[str]:
     """What an attached target did to its shared memory that no check of a page can tell."""
-    if parts.attached is None:
+    if resources.attached is None:
         return []
-    return parts.attached.late_warnings()
+    return resources.attached.late_warnings()

@@ -1,4 +1,4 @@
-"""Set-up of a capture: open the target, negotiate the userfaultfd, plan, allocate the engine's parts.
+"""Set-up of a capture: open the target, negotiate the userfaultfd, plan, allocate the resources.
 
 Runs on the caller's thread. Each resource is stored in `Resources` at once, so that a failure frees it.
 """
@@ -24,26 +24,26 @@ from snapengine.storage.sinks import open_sink
 TWO_STEP_BYTES = 64 << 20  # below, all is protected within a millisecond
 
 
-def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, list[Region]]:
+def open_target(resources: Resources, sink: Any, options: Options) -> tuple[int, list[Region]]:
     """The sink, and the target with a negotiated userfaultfd: its pid (0: this process) and regions."""
     tracking = options.method == WRITE_TRACKING
-    parts.sink = open_sink(sink)
-    attached = parts.attached
+    resources.sink = open_sink(sink)
+    attached = resources.attached
     if attached is not None:
         if attached.copy_limit is None:
             attached.copy_limit = options.copy_limit
         attached.check()  # its error says more than that userfaultfd is not allowed
     wanted = _wanted_features(options.method)
     if attached is not None and (ahead := attached.look_ahead()) is not None:
-        parts.plan = Plan(ahead, attached.pid, wanted, attached=True, mappings=attached.mappings)
-    pid, parts.fd, regions = parts.target.open(wanted)
-    parts.opened = True
-    handed_over = parts.fd >= 0 and attached is None
+        resources.plan = Plan(ahead, attached.pid, wanted, attached=True, mappings=attached.mappings)
+    pid, resources.fd, regions = resources.target.open(wanted)
+    resources.opened = True
+    handed_over = resources.fd >= 0 and attached is None
     if attached is not None:
-        parts.warnings += attached.warnings
+        resources.warnings += attached.warnings
         if tracking:  # with dirty logging no thread reads events
             wanted |= sum(FEATURES[name] for name in attached.events) & int(supported_features())
-    if not tracking and not parts.target.can_pause:  # some targets learn it from their peer
+    if not tracking and not resources.target.can_pause:  # some targets learn it from their peer
         if handed_over:
             raise HandoverError("dirty logging needs a peer that can pause: it announced no pause and resume")
         raise ValueError(NO_PAUSE)
@@ -51,57 +51,58 @@ def open_target(parts: Resources, sink: Any, options: Options) -> tuple[int, lis
         wanted &= ~FEATURES["EVENT_FORK"]
     if handed_over:  # its owner has negotiated
         wanted = FEATURES["PAGEFAULT_FLAG_WP"] | (0 if tracking else FEATURES["WP_ASYNC"])
-    if parts.fd >= 0:
-        parts.pidfd = os.pidfd_open(pid)
-    fd, parts.fd = parts.fd, -1  # it is the Uffd's from the call on
-    parts.uffd = Uffd(wanted, fd)
+    if resources.fd >= 0:
+        resources.pidfd = os.pidfd_open(pid)
+    fd, resources.fd = resources.fd, -1  # it is the Uffd's from the call on
+    resources.uffd = Uffd(wanted, fd)
     if attached is not None:
-        regions = attached.registered(parts.uffd)
+        regions = attached.registered(resources.uffd)
     return pid, regions
 
 
 def make_engine(
-    parts: Resources, pid: int, regions: list[Region], options: Options, extra: dict[str, Any]
+    resources: Resources, pid: int, regions: list[Region], options: Options, extra: dict[str, Any]
 ) -> None:
     """Make plan, session, writer and encoder. ``extra``: arguments of the session."""
-    uffd = parts.uffd
+    uffd = resources.uffd
     assert uffd is not None
-    assert parts.sink is not None
-    parts.warnings += _pins(pid)
-    plan = parts.plan = _plan(parts, pid, regions, uffd.features)
+    assert resources.sink is not None
+    resources.warnings += _pins(pid)
+    plan = resources.plan = _plan(resources, pid, regions, uffd.features)
     tracking = options.method == WRITE_TRACKING
-    parts.session = Session(
-        plan.regions, uffd.fd, uffd.features, pid, parts.pidfd,
+    resources.session = Session(
+        plan.regions, uffd.fd, uffd.features, pid, resources.pidfd,
         memory_limit=options.memory_limit, fault_threads=fault_threads(options),
         encoders=options.encoders, walkers=walkers(options, total_bytes(regions)),
         spill_dir=options.spill_dir, rounds=not tracking, attached=plan.attached,
-        target_stopped=tracking and parts.attached is not None and parts.attached.is_stopped,
-        sums=options.zstd_level is None, two_step=tracking and _two_step(parts, options, regions), **extra,
+        target_stopped=tracking and resources.attached is not None and resources.attached.is_stopped,
+        sums=options.zstd_level is None, two_step=tracking and _two_step(resources, options, regions),
+        **extra,
     )  # fmt: skip
     uffd.detach()  # the session closes it
-    if tracking and not parts.session.checks_protection:
-        parts.warnings.append(f"{lacks(PAGEMAP_WP_BIT)}: {UNCHECKED}")
-    if parts.attached is not None:
-        parts.copied = plan.place(parts.attached.copied_regions)
-    parts.writer, parts.encoder = writer_and_encoder(
-        parts.session.pool, parts.sink, options, store_raw="writers" if tracking else "room"
+    if tracking and not resources.session.checks_protection:
+        resources.warnings.append(f"{lacks(PAGEMAP_WP_BIT)}: {UNCHECKED}")
+    if resources.attached is not None:
+        resources.copied = plan.place(resources.attached.copied_regions)
+    resources.writer, resources.encoder = writer_and_encoder(
+        resources.session.pool, resources.sink, options, store_raw="writers" if tracking else "room"
     )
 
 
-def _plan(parts: Resources, pid: int, regions: list[Region], features: int) -> Plan:
+def _plan(resources: Resources, pid: int, regions: list[Region], features: int) -> Plan:
     """The plan that was made ahead, if nothing has changed since, or a new one."""
-    if parts.plan is not None:
-        if parts.plan.fits(regions, features):
-            return parts.plan
-        parts.plan.close()
-    mappings = parts.attached.mappings if parts.attached is not None else None
-    return Plan(regions, pid, features, attached=parts.attached is not None, mappings=mappings)
+    if resources.plan is not None:
+        if resources.plan.fits(regions, features):
+            return resources.plan
+        resources.plan.close()
+    mappings = resources.attached.mappings if resources.attached is not None else None
+    return Plan(regions, pid, features, attached=resources.attached is not None, mappings=mappings)
 
 
-def _two_step(parts: Resources, options: Options, regions: list[Region]) -> bool:
+def _two_step(resources: Resources, options: Options, regions: list[Region]) -> bool:
     if options.arming != AUTO:
         return options.arming == TWO_STEP
-    stopped = parts.attached is not None and parts.attached.stops_first
+    stopped = resources.attached is not None and resources.attached.stops_first
     return not stopped and total_bytes(regions) >= TWO_STEP_BYTES
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from snapengine.capture.capture import Capture
-    from snapengine.capture.capture import Progress as CaptureProgress
+    from snapengine.capture.progress import Progress as CaptureProgress
 
 DRAW_SECONDS = 0.08  # the least between two drawings
 WORDS = {"arming": "protecting", "saving": "saving", "writing": "writing out", "done": "done"}
