@@ -1,4 +1,4 @@
-"""Machines of QEMU for tests and benches: which QEMU there is, how one is started, and that none survives."""
+"""QEMU machines for tests and benches: finding QEMU, starting machines, and killing them at the end."""
 
 import contextlib
 import functools
@@ -17,27 +17,28 @@ BACKENDS = ("private", "memfd", "hugetlb", "file")
 
 
 def find_qemu():
-    """The path of QEMU, from the environment's QEMU or PATH; None if there is none."""
+    """Return the path of QEMU, from the environment variable QEMU or PATH, or None."""
     return shutil.which(os.environ.get("QEMU", "qemu-system-x86_64"))
 
 
 @functools.cache
 def qemu_version(qemu):
-    """(major, minor, micro) of the QEMU at this path."""
+    """Return (major, minor, micro) of the QEMU at this path."""
     shown = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     return tuple(map(int, re.search(r"version (\d+)\.(\d+)\.(\d+)", shown).groups()))
 
 
 def kvm_usable():
-    """Whether this user may open /dev/kvm. (Whether it runs a Linux guest is another matter.)"""
+    """Whether this user may open /dev/kvm. It may still be unable to run a Linux guest."""
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a QEMU is started that runs `guest` (sweepkit.Sweep, linuxkit.Linux) with its files in `room`.
+    """The configuration of a QEMU that runs `guest` (sweepkit.Sweep, linuxkit.Linux), with files in `room`.
 
-    `room` is its own, with a short path. `ram`: one of BACKENDS. `extra`: more arguments.
+    `room` is a directory of this machine only, with a short path. `ram` is one of BACKENDS, `extra` holds
+    more arguments.
     """
 
     guest: object
@@ -54,7 +55,7 @@ class Setup:
 
     @property
     def machine_arguments(self):
-        """What makes the machine, and must be the same where its state is loaded."""
+        """Arguments that define the machine. They must be the same where its state is loaded."""
         size = self.guest.memory // MIB
         kinds = {
             "private": None,
@@ -78,15 +79,15 @@ class Setup:
 
     @property
     def monitors(self):
-        """Arguments for two monitors: "kit" for the kit, "qmp" for what is tested."""
+        """Arguments for two monitors: "kit" for this module, "qmp" for the code under test."""
         names = [f"unix:{self.room}/{name},server=on,wait=off" for name in ("kit", "qmp")]
         return [argument for name in names for argument in ("-qmp", name)]
 
 
 class Machine(Observed):
-    """A QEMU that the kit starts. `incoming`: it waits for ``migrate-incoming``, stopped.
+    """A QEMU that this module starts. `incoming`: it is stopped, and waits for ``migrate-incoming``.
 
-    The main thread must start it: the kernel kills it when the thread that started it ends.
+    The main thread must start it, because the kernel kills it when the starting thread ends.
     """
 
     def __init__(self, setup, incoming=False):
@@ -113,7 +114,7 @@ class Machine(Observed):
             raise
 
     def kill(self):
-        """End QEMU and all that it started; what it left in /dev/shm goes, too."""
+        """Kill QEMU and its child processes, and remove its file in /dev/shm."""
         self.disconnect()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -122,7 +123,7 @@ class Machine(Observed):
 
 
 class Machines:
-    """``with Machines() as machines: machines(guest, accel=...)``: none of them outlives the block."""
+    """``with Machines() as machines: machines(guest, accel=...)``. The machines are killed at its end."""
 
     def __init__(self):
         self._room = tempfile.TemporaryDirectory(prefix="qemu-")  # a socket's path has at most 107 bytes
@@ -135,16 +136,16 @@ class Machines:
         return self._start(Setup(guest, self._new_room(), accel, ram, **more))
 
     def setup_like(self, machine, *extra, **changes):
-        """The Setup of the same machine anew, for a command that starts QEMU itself; see adopt()."""
+        """Return a Setup of the same machine, for a command that starts QEMU itself; see adopt()."""
         setup = machine.setup
         return replace(setup, room=self._new_room(), extra=(*setup.extra, *extra), **changes)
 
     def successor(self, machine, *extra, **changes):
-        """The same machine anew, waiting for ``migrate-incoming``."""
+        """Start the same machine again, waiting for ``migrate-incoming``."""
         return _as_before(self._start(self.setup_like(machine, *extra, **changes), True), machine)
 
     def adopt(self, setup, pid, machine):
-        """Watch, and kill in the end, a QEMU started with the command and the monitors of `setup`."""
+        """Observe a QEMU that was started with the command and monitors of `setup`; kill it at the end."""
         found = Observed(setup.guest, setup.room, pid)
         self._adopted.append((setup, found))
         found.connect()
@@ -172,13 +173,13 @@ class Machines:
 
 
 def _as_before(new, machine):
-    """The guest does not print a second time where its counter is."""
+    """Copy the address of the counter, which the guest prints only once."""
     new.__dict__["progress_address"] = machine.progress_address
     return new
 
 
 def _kill_adopted(found):
-    """Through a pidfd that is checked to be a QEMU: the number may have been given to another process."""
+    """Kill a QEMU through a pidfd, after checking that the pid was not reused by another program."""
     try:
         pidfd = os.pidfd_open(found.pid)
     except ProcessLookupError:

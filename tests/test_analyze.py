@@ -1,4 +1,4 @@
-"""`qemu analyze`: its figures are those of the stream, and of the images that `ingest` makes of it."""
+"""`qemu analyze`: its statistics match the stream, and its sizes match the images that `ingest` writes."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_images_are_as_large_as_it_says(tmp_path):
     for way, size in found.image_bytes.items():
         with (tmp_path / "stream").open("rb") as file:
             result = ingest(file.fileno(), "null:", Options(compress=way))
-        assert abs(result.image_bytes - size) < 32  # the figures in it have as many digits as time took
+        assert abs(result.image_bytes - size) < 32  # the digits of the times in the statistics vary
 
 
 def test_a_histogram_of_many_bars():

@@ -1,4 +1,4 @@
-"""Streams into images and back: the memory is what a machine would have read; a failure leaves nothing."""
+"""Conversion of streams to images and back: the memory is correct, and a failure leaves no file."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ NAMES = {name: used // 4096 for name, used in kit.BLOCKS}
 
 @contextlib.contextmanager
 def readable(data):
-    """A descriptor with these bytes and then the end."""
+    """Yield a descriptor of a file with these bytes."""
     with open(os.memfd_create("stream"), "w+b") as file:
         file.write(data)
         file.seek(0)
@@ -54,7 +54,7 @@ def memory_of(image):
 
 
 def check(image, result, pages, data):
-    """The image and its figures are those of a stream `data` with these pages."""
+    """Check the image and its statistics against the stream `data` with these pages."""
     image.verify()
     assert memory_of(image) == kit.memory_of(pages)
     assert stream_blobs(image) == (kit.head(), kit.tail())
@@ -99,7 +99,7 @@ def test_any_order_and_repetition(tmp_path_factory, pages, direct, end, zstd):
 
 
 def many_pages(count, seed=1):
-    """Pages of a block of `count`, each about twice, some zero."""
+    """Return 2 * `count` records of random pages in a block of `count` pages, some of them zero."""
     dice = random.Random(seed)
     return [
         ("pc.ram", dice.randrange(count), dice.choice([None, kit.filled(n), dice.randbytes(4096)]))
@@ -120,7 +120,7 @@ def test_more_than_the_buffers_hold(tmp_path, direct, compress):
     with snapengine.open_image(tmp_path / "vm") as image:
         image.verify()
         assert memory_of(image) == kit.memory_of(pages, blocks)
-    assert os.listdir(tmp_path) == ["vm"]  # the spool had no name
+    assert os.listdir(tmp_path) == ["vm"]  # the spool file is unnamed
 
 
 def test_extra_blobs(tmp_path):
@@ -221,7 +221,7 @@ def test_there_and_back(pages, direct, zstd):
         sent, data = regenerated(image)
     assert data.startswith(kit.head())
     assert data.endswith(kit.tail())
-    assert sent.data_pages + sent.zero_pages == 68  # of small blocks the holes, too
+    assert sent.data_pages + sent.zero_pages == 68  # including the holes of small blocks
     with image_of(data) as again:
         assert memory_of(again) == kit.memory_of(pages)
 
@@ -245,7 +245,7 @@ def test_a_head_from_scratch():
 
 
 def image_with(chunks, regions, blobs=None):
-    """An image of hand-made chunks: a list of (entries, data)."""
+    """Return an image of the given chunks, a list of (entries, data)."""
     sink = MemorySink()
     writer = Writer(sink)
     writer.begin(regions)
@@ -261,7 +261,7 @@ def image_with(chunks, regions, blobs=None):
 
 
 def test_an_image_that_came_another_way():
-    """Regions at the addresses of a process, page numbers with gaps."""
+    """An image of a process: regions at its addresses, and page numbers with gaps."""
     ram, bios = Region("pc.ram", 0x7F0000000000, 4 * 4096), Region("pc.bios", 0x7E0000000000, 4096)
     chunks = [
         ([(1002, 1, DATA), (7, 1, DATA), (1000, 1, ZERO)], kit.filled(1) + kit.filled(2)),
@@ -336,7 +336,7 @@ def command(*words, data=b"", **how):
 def test_command(tmp_path):
     data = kit.stream(kit.SOME_PAGES)
     done = command("ingest", "-", "./vm_state", data=data, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")  # no terminal: nothing to say
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")  # no output without a terminal
     (tmp_path / "file").write_bytes(data)
     done = command("ingest", "--direct", "--compress", "zstd", "--json", tmp_path / "file", tmp_path / "two")
     assert json.loads(done.stdout)["duplicate_pages"] == 3

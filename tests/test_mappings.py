@@ -390,7 +390,7 @@ def test_ram_blocks_of_a_machine(saved, kind, wanted):
         size = mapping.end - mapping.start
         machine._blocks.append(RamBlock(f"ram{number}", PAGE, 0, size, size, mapping.start))
     memory = sorted({found, small}, key=lambda mapping: mapping.start)
-    tracked = {region.addr: region for region in machine._sort(memory)}
+    tracked = {region.addr: region for region in machine._classify(memory)}
     if wanted == "copied":
         assert found.start not in tracked
         assert [region.addr for region in machine.copied_regions] == [found.start]

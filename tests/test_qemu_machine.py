@@ -1,4 +1,4 @@
-"""What QEMU's monitor says of a machine, and what is made of it: tables, descriptions, differences."""
+"""Parsing QEMU's replies about a machine: RAM block table, description, differences, monitor addresses."""
 
 import json
 import socket
@@ -56,7 +56,7 @@ def test_table_with_addresses_leaves_out_blocks_without_a_name():
     [
         ("", "empty"),
         (OLD + OLD.splitlines()[1] + "\n", "twice"),
-        (OLD + " pc.rom 4 KiB what is this\n", "not understood: 'pc.rom 4 KiB what is this'"),
+        (OLD + " pc.rom 4 KiB what is this\n", "unknown format: 'pc.rom 4 KiB what is this'"),
     ],
 )
 def test_tables_that_are_refused(text, words):
@@ -84,7 +84,7 @@ def test_a_block_that_qemu_resizes_may_differ_in_size():
 @pytest.mark.parametrize("known", [True, False])
 def test_another_size_of_ram(known):
     saved = changed()
-    if not known:  # an image made of a stream does not tell how far a block may grow
+    if not known:  # an image of a stream has no maximum sizes of blocks
         for block in saved["ram_blocks"]:
             del block["total"]
     found = changed()

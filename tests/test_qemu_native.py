@@ -1,4 +1,4 @@
-"""The measurement of QEMU's own snapshots (bench/peers/qemu_native.py): what it measures is a snapshot."""
+"""The benchmark of QEMU's own snapshots (bench/peers/qemu_native.py) measures consistent snapshots."""
 
 import subprocess
 import sys

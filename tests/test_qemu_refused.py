@@ -1,4 +1,4 @@
-"""Machines that cannot be saved or restored: one line that says why, the machine as before, nothing left."""
+"""Machines that cannot be saved or restored: the error is one line, the machine runs, and no file is left."""
 
 import contextlib
 import json
@@ -28,19 +28,19 @@ NOBODY = 65534
 
 
 def cli(*arguments, prefix=(), **named):
-    """The command line; (exit code, stdout, stderr)."""
+    """Run the command line; return (exit code, stdout, stderr)."""
     command = [*prefix, sys.executable, "-m", "snapengine.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, **named)
     return done.returncode, done.stdout, done.stderr
 
 
 def command_of(machine):
-    """What starts the same machine, with no monitor and no serial port."""
+    """Return the command of the same machine, without monitor and serial port."""
     return [machine.qemu, *machine.setup.machine_arguments, "-display", "none", "-serial", "null"]
 
 
 def save(machine, sink, way, **options):
-    """A snapshot of a running machine."""
+    """Save a running machine."""
     with Monitor(str(machine.socket)) as monitor:
         if way == "migration":
             save_by_migration(monitor, sink, Options(**options))
@@ -50,7 +50,7 @@ def save(machine, sink, way, **options):
 
 
 def attempt(machine, folder, way, match, **options):
-    """A snapshot that is refused; the guest runs on, and there is neither an image nor a part of one."""
+    """Check that a save fails, that the guest keeps running, and that no image or part of one is left."""
     with pytest.raises(SnapengineError, match=match) as caught:
         save(machine, folder / "vm.img", way, **options)
     assert "\n" not in str(caught.value)
@@ -69,7 +69,7 @@ def folder(tmp_path):
     return path
 
 
-# what is saved
+# saving
 
 
 @pytest.mark.parametrize("way", ["attached", "migration"])
@@ -87,7 +87,7 @@ def test_a_machine_that_migrates_already(machines, way, folder):
 def test_rounds_of_qemu_that_would_miss_writes(machines, folder):
     machine = machines(Sweep(hot=8 * MIB, delay=2000)).ready()
     attempt(machine, folder, "migration", "without KVM", method="dirty-logging")
-    machine.qmp("stop")  # it writes nothing that could be missed
+    machine.qmp("stop")  # a stopped guest writes nothing
     save(machine, folder / "vm.img", "migration", method="dirty-logging")
     assert os.listdir(folder) == ["vm.img"]
 
@@ -100,7 +100,7 @@ def test_a_device_that_shares_its_memory(machines, folder):
 
 
 class Answers:
-    """A monitor that knows these answers: of hardware that no test machine has."""
+    """A monitor with canned replies, for hardware that test machines lack."""
 
     def __init__(self, devices=(), network=""):
         self.devices, self.network = devices, network
@@ -136,7 +136,7 @@ def test_a_plain_device_is_not_refused():
 
 @pytest.mark.parametrize("way", ["attached", "migration"])
 def test_a_device_that_blocks_migration(machines, way, folder):
-    """An internal snapshot of a vvfat disk cannot be taken: QEMU itself blocks that."""
+    """QEMU blocks migration of a machine with a writable vvfat disk."""
     source = folder.parent / "fat"
     source.mkdir()
     extra = ["-drive", f"file=fat:rw:{source},format=raw,if=none,id=fat"]
@@ -199,8 +199,8 @@ def test_without_the_right_to_attach(machines, folder):
     machine.wait_progress(1000)
 
 
-def test_killed_while_the_guest_stands(machines, folder):
-    """SIGKILL between `stop` and `cont`: the guest goes on without us."""
+def test_killed_while_the_guest_is_stopped(machines, folder):
+    """SIGKILL between `stop` and `cont`: the guard resumes the guest."""
     machine = machines(Sweep()).ready()
     script = (
         "import os, signal, sys\n"
@@ -210,15 +210,15 @@ def test_killed_while_the_guest_stands(machines, folder):
         "target.open(0)\n"
         "target.pause()\n"
         "assert not target.monitor.execute('query-status')['running']\n"
-        "print('stands', flush=True)\n"
+        "print('stopped', flush=True)\n"
         "os.killpg(0, signal.SIGKILL)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, machine.socket], capture_output=True, text=True, check=False,
         timeout=PATIENCE_S, start_new_session=True,
     )  # fmt: skip
-    assert (done.stdout, done.returncode) == ("stands\n", -signal.SIGKILL), done.stderr
-    until(lambda: machine.qmp("query-status")["running"], "the guest stands for ever")
+    assert (done.stdout, done.returncode) == ("stopped\n", -signal.SIGKILL), done.stderr
+    until(lambda: machine.qmp("query-status")["running"], "the guest stays stopped")
     machine.wait_progress(1000)
 
 
@@ -237,14 +237,14 @@ def test_killed_while_qemu_saves_itself(machines, folder):
     machine.wait_progress(1000)
 
 
-# what is restored
+# restoring
 
 
 @pytest.fixture
 def saved(machines, folder):
-    """(a machine that was killed, its image)."""
+    """(machine, image): a saved machine, which has been killed."""
     machine = machines(Sweep(memory=32 * MIB)).ready()
-    machine.progress_address  # noqa: B018 - known from now on
+    machine.progress_address  # noqa: B018 - read it while the machine runs
     with Monitor(str(machine.socket)) as monitor, snapengine.snapshot(QemuTarget(monitor), folder / "vm.img"):
         pass
     machine.kill()
@@ -252,7 +252,7 @@ def saved(machines, folder):
 
 
 def qemus():
-    """The ids of the processes that this one has started and that are still there."""
+    """Return the pids of the existing child processes."""
     found = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -263,7 +263,7 @@ def qemus():
 
 
 def refused(path, command, error, match, **options):
-    """A restore that fails: no new QEMU runs, and no socket of ours is left."""
+    """Check that a restore fails with a one-line error, and that no new QEMU is left running."""
     before = qemus()
     with snapengine.open_image(path) as image, pytest.raises(error, match=match) as caught:
         restore_machine(image, command, **options)
@@ -338,7 +338,7 @@ def test_a_damaged_image(saved):
 
 
 def test_devices_that_qemu_refuses(saved, tmp_path):
-    """The state of the devices is cut: QEMU ends, and what it printed says why."""
+    """The device state is damaged: QEMU exits, and its output says why."""
     machine, path = saved
     with snapengine.open_image(path) as image:
         blobs = {name: image.vmstate[name] for name in image.vmstate}
@@ -348,7 +348,7 @@ def test_devices_that_qemu_refuses(saved, tmp_path):
     blobs["qemu.devices"] = blobs["qemu.devices"][:300] + b"\xff" * 300
     with snapengine.snapshot(buffers, tmp_path / "bad.img", vmstate=blobs):
         pass
-    refused(tmp_path / "bad.img", command_of(machine), MachineError, "refuses the state|ended while")
+    refused(tmp_path / "bad.img", command_of(machine), MachineError, "refuses the state|exited during")
 
 
 # the command line

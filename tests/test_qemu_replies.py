@@ -1,5 +1,5 @@
-"""Answers of a monitor whose members have other types than they should: a `MachineError`, and nothing else;
-what is taken has the type and the range that its users need."""
+"""Monitor replies with members of wrong types raise `MachineError` and nothing else. Accepted members have
+the type and range that their users need."""
 
 import json
 
@@ -24,7 +24,7 @@ EVENTS = [{"event": name, "timestamp": {"seconds": at, "microseconds": 5}, "data
 
 
 class Answering(Monitor):
-    """A monitor without a connection."""
+    """A monitor with canned replies and no connection."""
 
     def __init__(self, answers=ANSWERS, events=()):
         self.answers, self.told = answers, events
@@ -37,13 +37,13 @@ class Answering(Monitor):
 
 
 def changed(command):
-    """The monitors that give other answers to one command, each with what was changed."""
+    """Yield monitors with one wrong member in the reply to `command`, each with what was changed."""
     for where, answer in [*wrong_types([ANSWERS[command]])]:
         yield where, Answering(ANSWERS | {command: answer[0]})
 
 
 def outcome(act, *arguments):
-    """What it returns; None: it raises MachineError."""
+    """Return the result of `act`, or None if it raises MachineError."""
     try:
         return act(*arguments)
     except (MachineError, CaptureCancelled):
@@ -51,7 +51,7 @@ def outcome(act, *arguments):
 
 
 def tried(act, command):
-    """How many changed answers are refused; what comes of the others is yielded to the caller."""
+    """Check that some changed replies are rejected; return (change, result) of the accepted ones."""
     found = [(where, outcome(act, monitor)) for where, monitor in changed(command)]
     assert len(found) > 20
     assert any(one is None for _, one in found)
@@ -100,21 +100,22 @@ def test_the_reason_of_a_failed_migration():
 
 
 @pytest.mark.parametrize("events", [EVENTS[::-1], EVENTS[:1], EVENTS[1:], []])
-def test_the_time_that_the_guest_stood(events):
-    """Of two events of a kind the last counts, and a clock that was set back says nothing."""
-    assert Answering(events=EVENTS).stood_ns() == 2 * 10**9
+def test_the_time_that_the_guest_was_stopped(events):
+    """The duration needs both events. It is unknown if the clock was set back between them."""
+    assert Answering(events=EVENTS).stop_duration_ns() == 2 * 10**9
     later = [event | {"timestamp": {"seconds": 10 - number, "microseconds": 0}}
              for number, event in enumerate(EVENTS)]  # fmt: skip
-    assert Answering(events=later).stood_ns() is None
-    assert Answering(events=events).stood_ns() == (2 * 10**9 if len(events) == 2 else None)
+    assert Answering(events=later).stop_duration_ns() is None
+    assert Answering(events=events).stop_duration_ns() == (2 * 10**9 if len(events) == 2 else None)
 
 
 def test_events_with_other_types():
     refused = 0
     for where, events in wrong_types(EVENTS):
-        stood = outcome(Answering(events=[event for event in events if type(event) is dict]).stood_ns)
-        assert stood is None or (type(stood) is int and 0 <= stood < 1 << 63), where
-        refused += stood is None
+        objects = [event for event in events if type(event) is dict]
+        duration = outcome(Answering(events=objects).stop_duration_ns)
+        assert duration is None or (type(duration) is int and 0 <= duration < 1 << 63), where
+        refused += duration is None
     assert refused > 20
 
 

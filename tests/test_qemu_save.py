@@ -1,4 +1,4 @@
-"""Machines that stock QEMU runs: saved while they run, killed, restored, and going on where they were."""
+"""Machines of an unmodified QEMU: save them while they run, kill them, restore them, check the guest."""
 
 import os
 import time
@@ -24,13 +24,13 @@ EVERY_WAY = [
     pytest.param(way, accel, marks=[pytest.mark.host_optional] if accel == "kvm" else [])
     for way in WAYS
     for accel in ("tcg", "kvm")
-    if (way, accel) != ("migration-rounds", "tcg")  # which is refused
+    if (way, accel) != ("migration-rounds", "tcg")  # rejected: see test_qemu_refused
 ]
 PARTS = {"stop", "device_state", "arm", "cont", "guest"}
 
 
 def save(machine, path, way="attached", **fields):
-    """One snapshot of a running machine; the result."""
+    """Save a running machine; return the result."""
     method = "dirty-logging" if way.endswith("-rounds") else "write-tracking"
     if way.endswith("-rounds"):
         fields = {"downtime_limit": PATIENCE_S} | fields
@@ -44,7 +44,7 @@ def save(machine, path, way="attached", **fields):
 
 
 def save_with_faults(machine, path, **fields):
-    """The same, of a machine that writes to what is not saved yet: until then little leaves."""
+    """Save a machine while the sink is blocked until the guest has faulted on an unsaved page."""
     sink = GatedFile(path)
     with Monitor(str(machine.socket)) as monitor:
         options = Options(memory_limit=16 * MIB, **fields)
@@ -56,7 +56,7 @@ def save_with_faults(machine, path, **fields):
 
 
 def slow_sweep(accel):
-    """Dirty logging of all that a fast sweep writes would not end."""
+    """Return a guest that writes little: dirty logging of a fast sweep would not converge."""
     return Sweep(hot=8 * MIB, noise=0.5, delay=2000 if accel == "tcg" else 0)
 
 
@@ -67,7 +67,7 @@ def test_a_sweep_is_one_state_and_goes_on(machines, accel, way, turn, tmp_path):
     machine = machines(guest, accel=accel).ready()
     before = machine.counter()
     result = save(machine, tmp_path / "vm.img", way)
-    machine.wait_progress(1000)  # the source goes on
+    machine.wait_progress(1000)  # the source keeps running
     machine.qmp("stop")
     assert guest.faults(machine.read_ram()) == []
     machine.kill()
@@ -96,7 +96,7 @@ def test_linux_goes_on_from_its_counter(machines, linux_guest, way, turn, tmp_pa
         save_with_faults(machine, tmp_path / "vm.img", compress="zstd:1")
     else:
         save(machine, tmp_path / "vm.img", way, compress="zstd:1")
-    machine.guest.wait_round(machine, 2, start=len(machine.serial()))  # the source, and its self-check
+    machine.guest.wait_round(machine, 2, start=len(machine.serial()))  # the source passes its self-check
     rounds = machine.guest.wait_round(machine)[0]
     machine.kill()
     with snapengine.open_image(tmp_path / "vm.img") as image, restoring(machines, image, machine) as new:
@@ -105,7 +105,7 @@ def test_linux_goes_on_from_its_counter(machines, linux_guest, way, turn, tmp_pa
 
 @pytest.mark.timeout(900)
 def test_ram_and_disk_of_one_instant(machines, linux_guest, tmp_path):
-    """The guest's check is exact: a disk that is older or newer than the memory fails it."""
+    """The guest's check is exact: it fails if the disk is older or newer than the memory."""
     disk = make_disk(tmp_path / "disk")
     guest = linux_guest(disk=disk, rate=4000, batch=500, check="exact")
     machine = machines(guest).ready()
@@ -114,9 +114,9 @@ def test_ram_and_disk_of_one_instant(machines, linux_guest, tmp_path):
         with snapengine.snapshot(target, tmp_path / "vm.img") as capture:
             pass
     assert "block_snapshot" in capture.result.stop_parts_ns
-    assert any("disk0 goes on in" in warning for warning in capture.result.warnings)
+    assert any("disk0 now uses" in warning for warning in capture.result.warnings)
     content = disk.read_bytes()
-    machine.guest.wait_round(machine, 3, start=len(machine.serial()))  # it goes on, in the new file
+    machine.guest.wait_round(machine, 3, start=len(machine.serial()))  # it uses the new file
     assert disk.read_bytes() == content
     machine.kill()
     with snapengine.open_image(tmp_path / "vm.img") as image, restoring(machines, image, machine) as new:
@@ -141,7 +141,7 @@ def test_every_kind_of_ram(machines, ram, request, tmp_path):
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 @pytest.mark.parametrize("ram", ["private", "memfd", "file"])
 def test_zero_pages_that_a_guest_left_are_not_lost(machines, ram, method, tmp_path):
-    """Half of the memory was cleared, the other half is written to all the time, and the image waits."""
+    """Part of the memory is cleared, another part is written continuously, and the sink is blocked."""
     machine = machines(Sweep(hot=8 * MIB, noise=0.5, delay=2000), ram=ram).ready()
     machine.write_ram(32 * MIB, bytes(24 * MIB))
     sink = GatedFile(tmp_path / "vm.img")

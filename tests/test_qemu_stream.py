@@ -1,4 +1,4 @@
-"""With a real QEMU: what it sends becomes an image, and what is made of the image a machine goes on from."""
+"""With a real QEMU: its migration stream becomes an image, and a machine loads the stream made from that."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ GUEST = Sweep(memory=32 * MIB, hot=12 * MIB)
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """Machines start where `snapengine` is a command, which is this package, and in an empty directory."""
+    """Put a `snapengine` command of this package on PATH, and change to an empty directory."""
     script = tmp_path / "bin" / "snapengine"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m snapengine.cli "$@"\n')
@@ -35,7 +35,7 @@ def environment(tmp_path, monkeypatch):
 
 
 def ended(machine):
-    """The status that QEMU's migration ends with."""
+    """Wait for the end of QEMU's migration; return its status."""
 
     def look():
         status = machine.qmp("query-migrate").get("status")
@@ -45,7 +45,7 @@ def ended(machine):
 
 
 def goes_on(machine):
-    """The guest makes progress, and has left nothing out."""
+    """Check that the guest makes progress and that its memory is consistent."""
     machine.wait_progress()
     machine.qmp("stop")
     assert GUEST.faults(machine.read_ram()) == []
@@ -97,7 +97,7 @@ def test_into_an_image_and_on_in_a_new_machine(machines, environment, way, reque
 
 @pytest.mark.parametrize("send_configuration", [True, False])
 def test_a_head_from_scratch_and_devices_from_elsewhere(machines, tmp_path, send_configuration):
-    """The devices' state may come without RAM, from QMP: a made head and that state are a stream, too."""
+    """A generated head and device state saved through QMP (without RAM) also make a valid stream."""
     machine = machines(GUEST).ready()
     machine.qmp("stop")
     machine.qmp("xen-save-devices-state", filename=str(tmp_path / "devices"), live=False)
@@ -124,7 +124,7 @@ def test_a_capability_that_is_not_known(machines, environment):
     machine.qmp("migrate-set-capabilities", capabilities=state)
     words = environment / "words"
     machine.qmp("migrate", uri="exec:snapengine ingest - ./vm 2> words")
-    until(lambda: words.exists() and words.read_text(), "nothing is said")
+    until(lambda: words.exists() and words.read_text(), "no error message")
     assert "x-ignore-shared" in words.read_text()
     assert not (environment / "vm").exists()
 

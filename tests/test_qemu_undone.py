@@ -1,4 +1,4 @@
-"""A machine that is saved, or is not: the guest, its settings and files are as before, wherever we fail."""
+"""After a save or a failure at any step, the guest, its settings and its files are as before."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ import snapengine
 from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
 from snapengine.options import Options
 from snapengine.qemu.guard import Guard
-from snapengine.qemu.machine import OWN_DMA_FILES
+from snapengine.qemu.machine import EXTERNAL_DMA_FILES
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.restore import restore_machine
 from snapengine.qemu.target import QemuTarget
@@ -31,12 +31,12 @@ ODD = ["pause-before-switchover", "auto-converge", "late-block-activate"]
 
 
 def settings(machine):
-    """What is set for migration."""
+    """Return the migration capabilities and parameters."""
     return machine.qmp("query-migrate-capabilities"), machine.qmp("query-migrate-parameters")
 
 
 def pipes(machine):
-    """Those that QEMU has open. (10.0 itself leaves a /dev/userfaultfd open for each background-snapshot.)"""
+    """Return QEMU's open pipes. (10.0 itself leaks a /dev/userfaultfd for each background-snapshot.)"""
     folder = f"/proc/{machine.pid}/fd"
     return sorted(link for fd in os.listdir(folder) if (link := os.readlink(f"{folder}/{fd}"))[:5] == "pipe:")
 
@@ -46,7 +46,7 @@ def running(machine):
 
 
 def test_capabilities_that_are_in_the_way(machines, tmp_path, migration):
-    """QEMU would refuse background-snapshot beside them, or wait for a word before its end."""
+    """With them QEMU would refuse background-snapshot, or wait for a command before the end."""
     method, accel = migration
     machine = machines(SLOW, accel=accel).ready()
     states = [{"capability": name, "state": True} for name in ODD]
@@ -62,7 +62,7 @@ def test_capabilities_that_are_in_the_way(machines, tmp_path, migration):
 
 @pytest.mark.parametrize("command", ["migrate", "migrate-set-capabilities", "migrate-set-parameters"])
 def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, command):
-    """Nothing of ours is left in QEMU; and nobody waits for the end of a stream that never began."""
+    """Nothing of ours is left in QEMU, and nothing waits for a stream that never started."""
     machine = machines(SLOW).ready()
     machine.qmp("migrate-set-capabilities", capabilities=[{"capability": "xbzrle", "state": True}])
     before, opened = settings(machine), pipes(machine)
@@ -86,16 +86,16 @@ def test_a_command_that_is_refused_on_the_way(machines, tmp_path, monkeypatch, c
 
 @pytest.mark.host_optional
 def test_the_guest_does_not_wait_for_the_image(machines, kvm, tmp_path):
-    """Plain `migrate` stops it at the end of the stream; that the image is written later is our affair."""
+    """Plain `migrate` stops the guest at the end of the stream. It is resumed before the image is written."""
     machine = machines(SLOW, accel=kvm).ready()
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     seen = []
 
     def watch():
-        """The sink reads nothing before the guest has been stopped and runs again."""
+        """Unblock the sink only after the guest has been stopped and resumed."""
         try:
-            until(lambda: running(machine) and stops_of(machine)[-2:] == ["STOP", "RESUME"], "it stands")
+            until(lambda: running(machine) and stops_of(machine)[-2:] == ["STOP", "RESUME"], "not resumed")
             seen.append("RESUME")
         finally:
             gate.write_text("")
@@ -112,12 +112,12 @@ def test_the_guest_does_not_wait_for_the_image(machines, kvm, tmp_path):
 
 
 def stops_of(machine):
-    """The names of the events that say so, up to the last answer."""
+    """Return the names of the STOP and RESUME events received so far."""
     return [e["event"] for e in machine.qmp.events if e["event"] in ("STOP", "RESUME")]
 
 
 def test_killed_while_qemu_migrates(machines, tmp_path, migration):
-    """SIGKILL: a guard sets back what was set, and the guest runs."""
+    """After SIGKILL the guard restores the settings, and the guest runs."""
     method, accel = migration
     machine = machines(SLOW, accel=accel).ready()
     before = settings(machine)
@@ -128,7 +128,7 @@ def test_killed_while_qemu_migrates(machines, tmp_path, migration):
         until(lambda: machine.qmp("query-migrate").get("status") in ("active", "completed"), "no migration")
         os.killpg(saver.pid, signal.SIGKILL)
     until(lambda: settings(machine) == before, "the settings stay")
-    until(lambda: running(machine), "the guest stands for ever")
+    until(lambda: running(machine), "the guest stays stopped")
     machine.wait_progress(100)
 
 
@@ -162,11 +162,11 @@ def test_interrupted_where_the_guest_goes_on(machines, tmp_path, monkeypatch):
 
 
 class Disturbed(QemuTarget):
-    """Something happens to the machine before it is stopped, or while it stands."""
+    """A target that calls a function before the guest is stopped, or while it is stopped."""
 
-    def __init__(self, monitor, before=None, while_it_stands=None):
+    def __init__(self, monitor, before=None, while_stopped=None):
         super().__init__(monitor)
-        self.before, self.while_it_stands = before, while_it_stands
+        self.before, self.while_stopped = before, while_stopped
 
     def pause(self):
         if self.before:
@@ -174,15 +174,15 @@ class Disturbed(QemuTarget):
         super().pause()
 
     def vmstate(self):
-        if self.while_it_stands:
-            self.while_it_stands()
+        if self.while_stopped:
+            self.while_stopped()
         return super().vmstate()
 
 
-def test_qemu_that_dies_while_the_guest_stands(machines, tmp_path):
+def test_qemu_that_dies_while_the_guest_is_stopped(machines, tmp_path):
     machine = machines(Sweep()).ready()
     with Monitor(str(machine.socket)) as monitor:
-        target = Disturbed(monitor, while_it_stands=lambda: os.kill(machine.pid, signal.SIGKILL))
+        target = Disturbed(monitor, while_stopped=lambda: os.kill(machine.pid, signal.SIGKILL))
         capture = snapengine.snapshot(target, tmp_path / "vm.img")
         with pytest.raises(TargetGoneError):
             capture.start()
@@ -192,7 +192,7 @@ def test_qemu_that_dies_while_the_guest_stands(machines, tmp_path):
 
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 def test_a_device_that_is_plugged_in_meanwhile(machines, tmp_path, method):
-    """Its state would be in the image, and the description would not have it."""
+    """Its state would be in the image, but not in the description."""
     machine = machines(SLOW).ready()
     with Monitor(str(machine.socket)) as monitor:
         target = Disturbed(monitor, lambda: machine.qmp("device_add", driver="virtio-rng-pci", id="late"))
@@ -205,7 +205,7 @@ def test_a_device_that_is_plugged_in_meanwhile(machines, tmp_path, method):
 
 
 def test_a_disk_snapshot_that_fails(machines, tmp_path):
-    """Of two disks the second's cannot be made: the first's file is removed, and both go on as before."""
+    """The second of two snapshots fails: the first one's file is removed, and both disks are unchanged."""
     extra = []
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(bytes(MIB))
@@ -223,7 +223,7 @@ def test_a_disk_snapshot_that_fails(machines, tmp_path):
 
 
 def test_a_socket_that_another_process_opened(machines, tmp_path):
-    """As libvirt does it: whom the kernel names is not QEMU, and must not be attached to."""
+    """As with libvirt: the peer that the kernel reports is not QEMU, and must not be attached to."""
     room = machines.room / "handed"
     room.mkdir()
     setup = Setup(Sweep(), room)
@@ -252,15 +252,15 @@ def test_a_socket_that_another_process_opened(machines, tmp_path):
 
 @pytest.mark.parametrize("name", ["/dev/vhost-net", "/dev/vhost-vdpa-0", "/dev/vfio/12"])
 def test_files_of_devices_past_qemu(name):
-    assert OWN_DMA_FILES.fullmatch(name)
+    assert EXTERNAL_DMA_FILES.fullmatch(name)
 
 
-# what is restored
+# restoring
 
 
 @pytest.fixture
 def saved(machines, tmp_path):
-    """(a machine that was killed, its image, the command of the same machine)."""
+    """(machine, image, command): a saved machine, which has been killed, and its command."""
     machine = machines(Sweep(memory=32 * MIB)).ready()
     with Monitor(str(machine.socket)) as qmp, snapengine.snapshot(QemuTarget(qmp), tmp_path / "vm.img"):
         pass
@@ -287,7 +287,7 @@ def test_a_command_that_cannot_be_executed(saved, tmp_path, monkeypatch):
 
 
 def test_other_files_of_a_qemu_that_is_not_restored(saved):
-    """QEMU may remove its pid file and sockets itself; and the reason is not that we ended it."""
+    """QEMU removes its pid file and sockets on exit; the error does not name our SIGTERM as the reason."""
     machine, path, command = saved
     room = machine.room / "second"
     room.mkdir()
@@ -299,7 +299,7 @@ def test_other_files_of_a_qemu_that_is_not_restored(saved):
 
 
 def test_a_wrapper_around_qemu(saved):
-    """What is ended is QEMU, too; what is reported is QEMU's process."""
+    """The reported pid is QEMU's, and QEMU is terminated together with its wrapper."""
     machine, path, command = saved
     wrapper = ["sh", "-c", '"$@"; exit', "sh"]
     with snapengine.open_image(path) as image:
@@ -314,7 +314,7 @@ def test_a_wrapper_around_qemu(saved):
 
 
 def test_interrupted_while_it_loads(saved, monkeypatch):
-    """No QEMU and no thread is left that reads the image."""
+    """No QEMU is left, and no thread that reads the image."""
     from snapengine.qemu import restore
 
     started = []

@@ -1,4 +1,4 @@
-"""The kit itself: both guests run and find damage, and QEMU's own snapshots of them pass the checks."""
+"""Test of qemukit: both guests run and detect damage, and QEMU's own snapshots of them pass the checks."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def alive(pid):
 
 
 def restored(machines, machine, path):
-    """The machine in the file, loaded into a new QEMU; the old one is killed."""
+    """Kill the machine; load the state in the file into a new QEMU, and return that."""
     machine.kill()
     new = machines.successor(machine)
     new.load(f"exec:cat {path}")
@@ -61,14 +61,14 @@ def test_one_stale_page_fails_the_one_step_rule(machines):
 
 @pytest.mark.parametrize("background", [False, True], ids=["migrate", "background-snapshot"])
 def test_qemus_own_snapshot_of_the_sweep(machines, accel, background, tmp_path):
-    # Dirty logging of all that a fast sweep writes would not end: a small hot set, and a slow guest.
+    # Dirty logging of a fast sweep would not converge: use a small hot set and a slow guest.
     guest = Sweep(hot=8 * MIB, noise=1.0, delay=2000 if accel == "tcg" else 0)
     machine = machines(guest, accel=accel).ready()
     before = machine.counter()
     if accel == "tcg" and not background:  # QEMU's dirty logging would miss writes
         machine.qmp("stop")
     machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=background)
-    if background:  # the source runs on
+    if background:  # the source keeps running
         machine.wait_progress()
     new = restored(machines, machine, tmp_path / "state")
     assert new.guest.faults(new.read_ram()) == []
@@ -83,10 +83,10 @@ def test_qemus_own_snapshot_of_the_sweep(machines, accel, background, tmp_path):
 def test_qemus_own_snapshot_of_linux(machines, linux_guest, background, tmp_path):
     disk = make_disk(tmp_path / "disk")
     machine = machines(linux_guest(disk=disk, rate=2000, batch=500, check="atleast")).ready()
-    if not background:  # QEMU's dirty logging would miss writes: Linux runs by TCG
+    if not background:  # QEMU's dirty logging would miss writes, as Linux runs with TCG
         machine.qmp("stop")
     machine.migrate(f"exec:cat > {tmp_path}/state", background_snapshot=background)
-    if background:  # the source runs on, and its disk with it
+    if background:  # the source keeps running and writes to the disk
         machine.guest.wait_round(machine, 2, start=len(machine.serial()))
     rounds = machine.guest.wait_round(machine)[0]
     new = restored(machines, machine, tmp_path / "state")
@@ -96,7 +96,7 @@ def test_qemus_own_snapshot_of_linux(machines, linux_guest, background, tmp_path
 
 @pytest.mark.parametrize("snapshot", [True, False])
 def test_a_disk_snapshot_of_the_same_stop_agrees_to_the_record(machines, linux_guest, snapshot, tmp_path):
-    """And without one the guest finds that the disk has gone on."""
+    """Without a disk snapshot the guest finds that the disk is newer than its memory."""
     disk = make_disk(tmp_path / "disk")
     machine = machines(linux_guest(disk=disk, rate=2000, batch=500)).ready()
     machine.qmp("stop")
@@ -119,7 +119,7 @@ def test_linux_counts_its_writes(machines, linux_guest):
     begin, before = time.monotonic(), machine.counter()
     machine.wait_progress(12_000)
     done = machine.counter() - before
-    # In a round of 4096 it makes up for what it did not do while it had no CPU.
+    # Within a round of 4096 writes the guest catches up after it had no CPU.
     assert done - 2 * 4096 < 1.05 * 5000 * (time.monotonic() - begin), "its rate is not limited"
 
 
@@ -180,14 +180,14 @@ def test_nothing_survives(machines):
 
 
 def test_qemu_ends_with_who_started_it(machines):
-    """As when a test run is killed."""
+    """QEMU is killed when its starter is killed, as when a test run is."""
     script = (
         "import qemukit, sweepkit, sys, time; from pathlib import Path;"
         "machine = qemukit.Machine(qemukit.Setup(sweepkit.Sweep(), Path(sys.argv[1])));"
         "print(machine.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(machines.room)]
-    # Killed, it removes nothing: what it leaves is in the room that goes with this test.
+    # A killed starter removes no files, so they are created in the directory of this test.
     changed = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(machines.room)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | changed) as starter:
         pid = int(starter.stdout.readline())
@@ -214,4 +214,4 @@ def test_the_version_is_known():
     qemu = find_qemu()
     if qemu is None:
         pytest.skip("no QEMU")
-    assert qemu_version(qemu) >= (7, 2, 0), "older than what is supported"
+    assert qemu_version(qemu) >= (7, 2, 0), "older than the oldest supported version"

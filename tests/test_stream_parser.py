@@ -1,4 +1,4 @@
-"""The parser of migration streams: what it keeps, what it refuses and where, and what it costs."""
+"""The parser of migration streams: what it keeps, what it rejects at which offset, and its memory use."""
 
 import bz2
 import contextlib
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.image import records
-from snapengine.qemu.stream_pages import Census, Spool
+from snapengine.qemu.stream_pages import CountingSpool, Spool
 from snapengine.qemu.stream_parser import HEAD_MAX_BYTES, RAM_MAX_BYTES, StreamParser
 from snapengine.qemu.tail import check_tail, device_sections
 
@@ -24,7 +24,7 @@ RAM_OFFSET = len(b"QEVM") + 4 + len(kit.configuration())
 
 
 def parse(source):
-    """All of a stream; returns the parser."""
+    """Parse all of a stream; return the parser."""
     return run(StreamParser(source))
 
 
@@ -38,9 +38,9 @@ def run(parser):
     return parser
 
 
-def census(source):
-    """A census of all of a stream."""
-    with contextlib.closing(Census(source)) as counted:
+def counts_of(source):
+    """Parse all of a stream with a CountingSpool; return it."""
+    with contextlib.closing(CountingSpool(source)) as counted:
         return run(counted)
 
 
@@ -96,11 +96,11 @@ def test_switchover_command_is_passed_over():
 
 def test_continue_reaches_over_sections():
     parts = kit.section(kit.record(0, None, "pc.bios")), kit.section(kit.record(4096, kit.filled(1)))
-    assert census(kit.head() + b"".join(parts) + kit.tail()).histogram() == {0: 66, 1: 2}
+    assert counts_of(kit.head() + b"".join(parts) + kit.tail()).histogram() == {0: 66, 1: 2}
 
 
 def test_times_sent():
-    counted = census(VALID)
+    counted = counts_of(VALID)
     assert counted.histogram() == {0: 68 - 6, 1: 2, 2: 4}
     assert (counted.data_pages, counted.zero_pages, counted.repeats) == (4, 2, 4)
 
@@ -221,13 +221,13 @@ def test_refused(case, tmp_path):
     data, offset, words = REFUSED[case]
     path = tmp_path / "stream"
     path.write_bytes(data)
-    with path.open("rb") as file:  # some are longer than what is taken as bytes
+    with path.open("rb") as file:  # some are longer than the limit for a bytes object
         found = refused(file.fileno(), *words)
     assert offset is None or found == offset
 
 
 def test_every_truncation_is_found():
-    """Behind the EOF byte follows only what a machine may be told not to write, and no machine needs."""
+    """Except the one at the EOF byte: QEMU can be configured to omit the description that follows it."""
     whole = len(kit.stream(kit.SOME_PAGES, description=None))
     assert parse(VALID[:whole]).tail == kit.tail(None)
     for length in set(range(len(VALID))) - {whole}:
@@ -267,7 +267,7 @@ def test_mutations_end_in_a_result_or_a_stream_error(data):
             break
     counted, error = None, None
     try:
-        counted = census(bytes(changed))
+        counted = counts_of(bytes(changed))
     except StreamError as caught:
         error = caught
     if counted is None:
@@ -278,7 +278,7 @@ def test_mutations_end_in_a_result_or_a_stream_error(data):
 
 
 def resident():
-    """Bytes of this process in memory."""
+    """Resident bytes of this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
 

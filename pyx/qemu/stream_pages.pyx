@@ -1,8 +1,8 @@
-"""Pages of a migration stream into an image: at once, or through a spool that keeps the last version of each.
+"""Writing the pages of a migration stream to an image: directly, or through a spool file.
 
-The tables have two bits a page, in memory that appears where it is written to; so a stream makes this grow by
-the pages that it sends, not by the sizes that it states. One thread parses; encoders take filled slots from
-the pool, as in a capture.
+The tables have two bits per page, in memory that is populated on first write. So memory use grows with the
+pages that a stream sends, not with the sizes that it states. One thread parses; encoder threads take filled
+slots from the pool, as in a capture.
 """
 
 import tempfile
@@ -32,18 +32,20 @@ cdef uint64_t ALL = <uint64_t>-1
 
 
 cdef class Intake(StreamParser):
-    """What the two ways into an image share. Call `open_tables` after `read_head`, `attach` before pages are
-    queued for encoders, and `close_lane` when all have been."""
+    """Base of `DirectIntake` and `Spool`: the page tables, and the queue to the encoders.
+
+    Call `open_tables` after `read_head`, `attach` before pages are queued, and `close_lane` after the last.
+    """
 
     def open_tables(self):
-        """Make the tables for the RAM that the head describes."""
+        """Allocate the tables for the RAM that the head describes."""
         self.seen_bits = Arena(self.total_pages // 8 + 8)
         self.data_bits = Arena(self.total_pages // 8 + 8)
         self.seen = <uint64_t *>self.seen_bits.base
         self.data = <uint64_t *>self.data_bits.base
 
     def attach(self, Pool pool not None, bint sums):
-        """Queue pages in `pool` from here on; with `sums` with their checksums."""
+        """Queue pages in `pool` from now on. `sums`: compute their checksums."""
         self.pool = pool
         self.lane.sums = sums
         cdef int err = lane_open(pool.pool, &self.lane)
@@ -51,14 +53,14 @@ cdef class Intake(StreamParser):
             raise_oserror(err, b"slot")
 
     def close_lane(self):
-        """Queue what is left; no more will come."""
+        """Queue the remaining pages, and mark the end of the queue."""
         cdef int err = lane_close(self.pool.pool, &self.lane)
         pool_end(self.pool.pool)
         if err:
             raise_oserror(err, b"slot")
 
     def fail(self):
-        """Make this and the encoders stop. Any thread, any number of times."""
+        """Stop the parser and the encoders. Any thread may call it. Idempotent."""
         snap_store(&self.cancelled, 1)
         if self.pool is not None:
             pool_fail(self.pool.pool)
@@ -110,8 +112,8 @@ cdef class Intake(StreamParser):
         pages[0] = page - start
         return kind
 
-    cdef int room(self) except -1 nogil:
-        """One more entry and one more page fit the open slot; waits for the encoders."""
+    cdef int reserve(self) except -1 nogil:
+        """Make room for one entry and one page in the open slot. Waits for the encoders."""
         cdef int err = lane_room(self.pool.pool, &self.lane, 1, True)
         return raise_oserror(err, b"slot") if err else 0
 
@@ -119,7 +121,7 @@ cdef class Intake(StreamParser):
         cdef uint64_t part
         while pages:
             part = min(pages, <uint64_t>SNAP_ENTRY_MAX_PAGES)
-            self.room()
+            self.reserve()
             lane_entry(&self.lane, page, part, kind)
             page += part
             pages -= part
@@ -133,11 +135,13 @@ cdef class Intake(StreamParser):
 
 
 cdef class DirectIntake(Intake):
-    """Each page goes into the image as it comes; of one that comes twice the image holds both, and the last
-    counts. For streams that hardly repeat pages."""
+    """Writes each page to the image when it arrives, for streams that rarely repeat pages.
+
+    If a page arrives twice, the image contains both versions, and the later one is valid.
+    """
 
     cdef int on_page(self, uint64_t page, const char *data) except -1 nogil:
-        self.room()
+        self.reserve()
         if not copy_page(self.lane.data + self.lane.used, data):
             return self.zero_entry(page)
         self.mark(page, True)
@@ -147,7 +151,7 @@ cdef class DirectIntake(Intake):
         return 0
 
     cdef int on_zero(self, uint64_t page) except -1 nogil:
-        self.room()
+        self.reserve()
         return self.zero_entry(page)
 
     cdef int zero_entry(self, uint64_t page) except -1 nogil:
@@ -156,7 +160,7 @@ cdef class DirectIntake(Intake):
         return 0
 
     def put_holes(self):
-        """Say of the pages that never came that they are holes."""
+        """Queue hole entries for the pages that never arrived."""
         cdef uint64_t page = 0
         cdef uint64_t pages = 0
         with nogil:
@@ -167,15 +171,18 @@ cdef class DirectIntake(Intake):
 
 
 cdef class Spool(Intake):
-    """Each page goes to its place in an unnamed sparse file, over its older version; `put_all` queues the
-    last versions, in the order of their addresses. The file is in `spill_dir` (None: the system's)."""
+    """Writes each page to its offset in an unnamed sparse file, where it replaces an older version.
+
+    `put_all` queues the last versions in the order of their addresses. The file is in `spill_dir` (None: the
+    system's temporary directory).
+    """
 
     def __init__(self, source, spill_dir=None, *, name="stream"):
         self.file = tempfile.TemporaryFile(buffering=0, dir=spill_dir, prefix="snapengine-spool-")
         self.file_fd = self.file.fileno()
 
     def close(self):
-        """Free the file's space. Idempotent."""
+        """Close the file, which frees its space. Idempotent."""
         self.file.close()
 
     cdef int on_page(self, uint64_t page, const char *data) except -1 nogil:
@@ -200,7 +207,7 @@ cdef class Spool(Intake):
         return Intake.before_refill(self)
 
     cdef int flush(self) except -1 nogil:
-        """Write the pages whose bytes lie in the parser's buffer."""
+        """Write the run of pages that is in the parser's buffer to the file."""
         cdef uint64_t offset = self.run_first * PAGE_BYTES
         cdef int first = 0
         cdef ssize_t done
@@ -220,7 +227,7 @@ cdef class Spool(Intake):
         cdef uint64_t part
         cdef int err
         while pages:
-            self.room()
+            self.reserve()
             part = min(pages, lane_pages(self.pool.pool, &self.lane))
             err = pread_all(self.file_fd, self.lane.data + self.lane.used, part * PAGE_BYTES,
                             page * PAGE_BYTES)
@@ -233,7 +240,7 @@ cdef class Spool(Intake):
         return 0
 
     def put_all(self):
-        """Queue every page once: data, zero pages, and as holes those that never came."""
+        """Queue every page once: as data, as zero, or as a hole if it never arrived."""
         cdef uint64_t page = 0
         cdef uint64_t pages = 0
         cdef int kind
@@ -244,44 +251,46 @@ cdef class Spool(Intake):
                     PyErr_CheckSignals()
                 kind = self.run_at(page, self.total_pages, &pages)
                 if kind == SNAP_DATA:
-                    pages = min(pages, <uint64_t>16384)  # to look at the encoders and at signals now and then
+                    pages = min(pages, <uint64_t>16384)  # check for errors and signals regularly
                     self.put_data(page, pages)
                 else:
                     self.put_blank(page, pages, kind)
                 page += pages
 
 
-cdef class Census(Spool):
-    """A spool that also counts how often each page came."""
+cdef class CountingSpool(Spool):
+    """A spool that also counts the records of each page."""
 
     def open_tables(self):
-        """Make the tables, and the counts."""
+        """Allocate the tables and the counters."""
         Spool.open_tables(self)
-        self.count_room = Arena(self.total_pages * 2)
-        self.counts = <uint16_t *>self.count_room.base
+        self.counts_arena = Arena(self.total_pages * 2)
+        self.counts = <uint16_t *>self.counts_arena.base
 
-    cdef int note(self, uint64_t page) except -1 nogil:
+    cdef int count(self, uint64_t page) except -1 nogil:
         if self.counts[page] < COUNT_MAX:
             self.counts[page] += 1
         return 0
 
     cdef int on_page(self, uint64_t page, const char *data) except -1 nogil:
-        self.note(page)
+        self.count(page)
         return Spool.on_page(self, page, data)
 
     cdef int on_zero(self, uint64_t page) except -1 nogil:
-        self.note(page)
+        self.count(page)
         return Spool.on_zero(self, page)
 
     def histogram(self):
-        """How many pages came so often: a dict, times -> pages, 0 (never) included, ascending; what came more
-        than 65535 times counts as 65535."""
+        """Return a dict: records per page -> number of such pages, ascending, 0 included.
+
+        Pages with more than 65535 records are counted at 65535.
+        """
         cdef uint64_t[::1] view
         cdef uint64_t *slots
         cdef uint64_t page = 0
 
-        room = array("Q", bytes(8 * (COUNT_MAX + 1)))
-        view = room
+        table = array("Q", bytes(8 * (COUNT_MAX + 1)))
+        view = table
         slots = &view[0]
         with nogil:
             while page < self.total_pages:
@@ -291,4 +300,4 @@ cdef class Census(Spool):
                     continue
                 slots[self.counts[page]] += 1
                 page += 1
-        return {times: pages for times, pages in enumerate(room) if pages}
+        return {times: pages for times, pages in enumerate(table) if pages}

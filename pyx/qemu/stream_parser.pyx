@@ -1,11 +1,12 @@
-"""QEMU's migration stream taken apart: head, pages, tail, in one pass and bounded memory.
+"""Parser of QEMU's migration stream: head, pages and tail, in one pass and in bounded memory.
 
     header │ configuration │ START ram │ PART ram … [END ram] │ device state, EOF, description
     └────────────── head ────────────┘ └─────── pages ──────┘ └──────────── tail ────────────┘
 
-Head and tail are kept byte for byte, pages go to a subclass. What is not known is refused with its name and
-offset, as a guess would be a machine with wrong memory. A size in the stream is believed only as far as bytes
-have come: the buffer is fixed, head and tail are bounded. Any one thread; it owns the buffer, not `fd`.
+Head and tail are kept byte for byte; a subclass processes the pages. Unknown elements are rejected with their
+name and offset, because a wrong guess would corrupt the machine's memory. Sizes in the stream are untrusted:
+the buffer is fixed, head and tail are bounded. One thread at a time may use a parser. It owns the buffer, but
+not `fd`.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -25,16 +26,16 @@ from snapengine.base.oserror cimport raise_oserror
 
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.base.poll cimport POLLIN, poll, pollfd
-from snapengine.qemu.other_files import what_it_is
+from snapengine.qemu.other_files import identify
 
 HEAD_MAX_BYTES = BUFFER_BYTES
 TAIL_MAX_BYTES = 256 << 20
 RAM_MAX_BYTES = 1 << 44
-"""16 TiB: bounds what a stream can make the tables of its reader grow to."""
+"""16 TiB: bounds the size of the tables that a stream can make its reader allocate."""
 
 cdef enum:
     PAGE_BYTES = 4096
-    STEP_MS = 50             # longest wait between two looks at `cancelled`
+    POLL_MS = 50             # longest wait between two checks of `cancelled`
     NAME_MAX = 255
 
     NEW = 0
@@ -51,18 +52,18 @@ _FLAGS = {RAM_XBZRLE: "xbzrle pages", RAM_HOOK: "an RDMA hook", RAM_COMPRESS_PAG
 
 
 cdef class StreamParser:
-    """A stream from `source`: a readable descriptor, or the bytes themselves (at most 1 MiB of them).
+    """A parser of the stream from `source`: a readable descriptor, or a bytes object of at most 1 MiB.
 
-    Call `read_head`, `read_pages`, `read_tail`, in this order. `StreamError` (with the offset): the stream is
-    cut, damaged, or holds what is not known here. ``OSError``: it cannot be read. `CaptureCancelled`:
-    `cancel` was called. This class counts pages and drops them.
+    Call `read_head`, `read_pages` and `read_tail`, in this order. They raise `StreamError` (with the offset)
+    if the stream is truncated, damaged or uses an unsupported feature, ``OSError`` if it cannot be read, and
+    `CaptureCancelled` after `cancel`. This class counts pages and discards them.
     """
 
     def __cinit__(self, source, *args, name="stream", **kwargs):
         cdef const unsigned char[::1] data
         self.fd = -1 if isinstance(source, bytes) else source
         self.name = name
-        self.keep = bytearray()
+        self.head_bytes = bytearray()
         self.buffer = <char *>malloc(BUFFER_BYTES)
         if self.buffer == NULL:
             raise MemoryError
@@ -80,12 +81,12 @@ cdef class StreamParser:
         free(self.blocks)
 
     def cancel(self):
-        """Make a waiting or running read stop within 50 ms. Any thread."""
+        """Make a waiting or running read raise within 50 ms. Any thread may call it."""
         snap_store(&self.cancelled, 1)
 
     @property
     def ram_blocks(self):
-        """The RAM blocks of the head: a list of (name, bytes in use)."""
+        """The RAM blocks in the head: a list of (name, bytes in use)."""
         cdef size_t i
         return [
             (self.blocks[i].name[:self.blocks[i].name_bytes].decode(), self.blocks[i].pages * PAGE_BYTES)
@@ -109,7 +110,7 @@ cdef class StreamParser:
         return 0
 
     cdef int read_some(self) except -1 nogil:
-        """Wait for bytes and read what is there, behind `end`."""
+        """Wait for data, and append what is available to the buffer."""
         cdef pollfd entry
         cdef ssize_t got
         entry.fd = self.fd
@@ -120,7 +121,7 @@ cdef class StreamParser:
                 if snap_load(&self.cancelled):
                     raise CaptureCancelled(f"{self.name}: cancelled")
             entry.revents = 0
-            if poll(&entry, 1, STEP_MS) <= 0:
+            if poll(&entry, 1, POLL_MS) <= 0:
                 continue
             got = read(self.fd, self.buffer + self.end, BUFFER_BYTES - self.end)
             if got < 0 and (errno == EINTR or errno == EAGAIN):
@@ -144,7 +145,7 @@ cdef class StreamParser:
         raise StreamError(f"{self.name}: section 'ram' holds {what}", offset)
 
     cdef bytes take(self, size_t count):
-        """The next bytes (few: cold code), which become part of the head while that is read."""
+        """Return the next bytes, and add them to the head while it is read. Cold code, for few bytes."""
         if self.end - self.begin < count:
             with nogil:
                 self.need(count)
@@ -152,9 +153,9 @@ cdef class StreamParser:
         self.begin += count
         self.offset += count
         if self.state == NEW:
-            self.keep += data
-            if len(self.keep) > HEAD_MAX_BYTES:
-                self.refuse(b"what precedes the pages is longer than 1 MiB", self.offset)
+            self.head_bytes += data
+            if len(self.head_bytes) > HEAD_MAX_BYTES:
+                self.refuse(b"the head is longer than 1 MiB", self.offset)
         return data
 
     def _u8(self):
@@ -169,7 +170,7 @@ cdef class StreamParser:
     def _text(self, length, what):
         start = self.offset
         text = self.take(length).decode(errors="surrogateescape")
-        if not text.isprintable():  # nor is a lone surrogate
+        if not text.isprintable():  # a lone surrogate is not printable either
             raise StreamError(f"{self.name}: {what} is not text", start)
         return text
 
@@ -182,11 +183,11 @@ cdef class StreamParser:
     # -- the head --
 
     def read_head(self):
-        """Everything up to and including the START section of the RAM; sets `head` and what describes it."""
+        """Parse everything up to the START section of the RAM, inclusive. Sets `head` and its fields."""
         self._expect(NEW)
         magic = self.take(4)
         if magic != VM_MAGIC.to_bytes(4, "big"):
-            kind = what_it_is(magic)
+            kind = identify(magic)
             raise StreamError(f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}", 0)
         version = self._u32()
         if version != VM_VERSION:
@@ -202,9 +203,9 @@ cdef class StreamParser:
                 self._start(kind, start)
                 break
             else:
-                raise StreamError(f"{self.name}: {self._kind(kind)} where the RAM should begin", start)
-        self.head = bytes(self.keep)
-        self.keep = bytearray()
+                raise StreamError(f"{self.name}: {self._kind(kind)} in place of the RAM section", start)
+        self.head = bytes(self.head_bytes)
+        self.head_bytes = bytearray()
         self.state = IN_PAGES
 
     def _expect(self, int state):
@@ -237,7 +238,7 @@ cdef class StreamParser:
             if bits != 12:
                 raise StreamError(f"{self.name}: section {subsection!r}: pages of 2^{bits} bytes", start)
         elif subsection == "configuration/capabilities":
-            # Only those are listed that change the form of the stream; none of them is read here.
+            # The list has only capabilities that change the format; this parser supports none of them.
             count = self._u32()
             names = [self._text(self._u8(), "a capability's name") for _ in range(min(count, 16))]
             if names:
@@ -248,12 +249,12 @@ cdef class StreamParser:
             raise StreamError(f"{self.name}: unknown section {subsection!r}", start)
 
     def _command(self, start):
-        """Known is one command, which does nothing to a machine whose only streamed section is its RAM."""
+        """Accept SWITCHOVER_START only, which has no effect if RAM is the only iterative section."""
         number = int.from_bytes(self.take(2), "big")
         length = int.from_bytes(self.take(2), "big")
         if number != VM_CMD_SWITCHOVER_START or length:
             name = _COMMANDS.get(number, f"number {number}")
-            raise StreamError(f"{self.name}: command {name}, which needs a peer or is not known", start)
+            raise StreamError(f"{self.name}: command {name} is not supported", start)
 
     def _start(self, kind, start):
         self.section_id = self._u32()
@@ -269,7 +270,7 @@ cdef class StreamParser:
         self._footer()
 
     def _blocks(self):
-        """The list of RAM blocks: their sizes must add up to the total before it."""
+        """Parse the list of RAM blocks. Their sizes must add up to the total, which precedes the list."""
         start = self.offset
         word = self._u64()
         if word % PAGE_BYTES != RAM_MEM_SIZE:
@@ -284,8 +285,8 @@ cdef class StreamParser:
             length = self._u64()
             left = total - self.total_pages * PAGE_BYTES
             if not name or name in names or length % PAGE_BYTES or not 0 < length <= left:
-                raise StreamError(f"{self.name}: section 'ram': block {name!r} with {length} bytes where "
-                                  f"{left} are left", start)
+                raise StreamError(f"{self.name}: section 'ram': block {name!r} with {length} bytes, but "
+                                  f"{left} remain", start)
             names.add(name)
             self.add_block(name.encode(), length, start)
         start = self.offset
@@ -315,12 +316,12 @@ cdef class StreamParser:
     def _footer(self):
         start = self.offset
         if self._u8() != VM_FOOTER or self._u32() != self.section_id:
-            raise StreamError(f"{self.name}: section 'ram' has no footer of its own", start)
+            raise StreamError(f"{self.name}: the footer of section 'ram' is missing", start)
 
     # -- the pages --
 
     def read_pages(self):
-        """All PART and END sections of the RAM, up to the first device's section."""
+        """Parse all PART and END sections of the RAM, up to the first device section."""
         self._expect(IN_PAGES)
         while True:
             kind = self._peek()
@@ -348,7 +349,7 @@ cdef class StreamParser:
         self.state = IN_TAIL
 
     cdef int records(self) except -1 nogil:
-        """Records of one section, to its EOS."""
+        """Parse the records of one section, up to its EOS."""
         cdef uint64_t word, page
         cdef size_t used
         while True:
@@ -381,7 +382,7 @@ cdef class StreamParser:
             else:
                 self.need(used + 1)
                 if self.buffer[self.begin + used]:
-                    return self.refuse(b"section 'ram': a page of one byte that is not zero", self.offset)
+                    return self.refuse(b"section 'ram': a page of one byte other than zero", self.offset)
                 self.on_zero(page)
                 self.zeros += 1
                 used += 1
@@ -389,7 +390,7 @@ cdef class StreamParser:
             self.offset += used
 
     cdef int find_block(self) except -1 nogil:
-        """Make the block that the record at `begin` names the current one."""
+        """Set `current` to the block that the record at `begin` names."""
         cdef const char *record = self.buffer + self.begin
         cdef size_t length = <unsigned char>record[8]
         cdef size_t i
@@ -411,9 +412,9 @@ cdef class StreamParser:
     # -- the tail --
 
     def read_tail(self):
-        """From the first device's section to the end of the stream; sets `tail`, at most 256 MiB.
+        """Read from the first device section to the end of the stream. Sets `tail`, of at most 256 MiB.
 
-        What is in it is not looked at: `snapengine.qemu.tail` does that.
+        It is not parsed here; see `snapengine.qemu.tail`.
         """
         self._expect(IN_TAIL)
         data = bytearray()

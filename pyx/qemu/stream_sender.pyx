@@ -1,7 +1,7 @@
-"""Pages of an image as records of a migration stream, written with writev from where they were decoded.
+"""Sending the pages of an image as records of a migration stream. writev reads them from the decode buffer.
 
-One thread per object. It waits for the reader of the stream as long as that takes; a signal's Python handler
-runs meanwhile, and what it raises ends the wait.
+One thread per object. It waits for the reader of the stream without a timeout. Python signal handlers run
+during the wait, and an exception from one ends it.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -20,10 +20,10 @@ cdef char[1] ZERO_BYTE = [0]
 
 
 cdef class PageSender(Restorer):
-    """A plan for one RAM block: made like a `Restorer`, of whole pages; then `open`, and both of `send_*`."""
+    """Sends one RAM block. Construct it as a `Restorer` of whole pages; call `open`, then both `send_*`."""
 
     def open(self, int out, bytes name not None):
-        """Send to the descriptor `out`, as the block `name` (UTF-8, at most 255 bytes)."""
+        """Set the descriptor `out` and the block's `name` (UTF-8, at most 255 bytes)."""
         if len(name) > 255 or self.low % SNAP_PAGE_BYTES or self.high % SNAP_PAGE_BYTES:
             raise ValueError(f"block {name!r}: not whole pages, or a name of more than 255 bytes")
         self.out = out
@@ -31,11 +31,11 @@ cdef class PageSender(Restorer):
         self.block_name = name
 
     def send_data(self):
-        """All pages that hold data. Raises what the image or the descriptor has."""
+        """Send all data pages. Raises errors of the image and of the descriptor."""
         self._run(0, -1, 0, 0, self.jobs)
 
     def send_zeros(self, bint holes):
-        """A record of 9 bytes for each zero page, and with `holes` for each hole."""
+        """Send a record of 9 bytes for each zero page, and with `holes` also for each hole."""
         cdef size_t i
         cdef uint64_t page
         cdef const run_t *run
@@ -55,14 +55,14 @@ cdef class PageSender(Restorer):
         cdef uint64_t page
         cdef const char *data
         cdef const run_t *run
-        for i in range(first, self.starts[number + 1]):     # into no memory: always a whole payload
+        for i in range(first, self.starts[number + 1]):     # no destination: always a whole payload
             run = &self.live.runs[i]
             data = payload + <size_t>run.data_page * SNAP_PAGE_BYTES
             for page in range(run.page, run.page + run.pages):
                 self.add(page, data, SNAP_PAGE_BYTES, RAM_PAGE)
                 data += SNAP_PAGE_BYTES
                 self.data_pages += 1
-        return self.flush()  # the payload's bytes go away
+        return self.flush()  # the payload is freed after this call
 
     cdef int add(self, uint64_t page, const char *data, size_t length, uint64_t flag) except -1 nogil:
         cdef iovec *part
@@ -90,7 +90,7 @@ cdef class PageSender(Restorer):
         return 0
 
     cdef int flush(self) except -1 nogil:
-        """Write what is queued."""
+        """Write the queued records."""
         cdef iovec *part = self.parts
         cdef int left = 2 * self.queued
         cdef int used
@@ -108,7 +108,7 @@ cdef class PageSender(Restorer):
         return 0
 
     cdef int write_failed(self, int err) except -1 with gil:
-        """Return if the write is to be tried again, after a wait where the descriptor does not block."""
+        """Return if the write should be retried, after a wait for a non-blocking descriptor; else raise."""
         cdef pollfd entry
         PyErr_CheckSignals()
         if err == EAGAIN:

@@ -1,11 +1,11 @@
-"""QEMU machines: live snapshots, machines restored from them, and migration streams as images.
+"""QEMU machines: live snapshots, restoring machines, and conversion of migration streams to images.
 
 >>> from snapengine.qemu import QemuTarget, ingest, restore_machine, save_by_migration
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # type checkers know the name, and the import of `typing` is saved
+TYPE_CHECKING = False  # type checkers treat this name as true; it saves the import of `typing`
 
 if TYPE_CHECKING:
     from snapengine.qemu.from_stream import ingest
@@ -19,11 +19,11 @@ _PLACES = {
     "restore_machine": "restore",
     "save_by_migration": "via_migration",
 }
-"""Name and module. Each is imported on first use: most of the modules need asyncio, some of them do not."""
+"""Name -> module. A module is imported on first use of its name, because most of them import asyncio."""
 
 __all__ = ["QemuTarget", "ingest", "restore_machine", "save_by_migration"]
 
-if not TYPE_CHECKING:  # or every misspelled name would have a type
+if not TYPE_CHECKING:  # with a `__getattr__`, type checkers would accept every misspelled name
     from snapengine.base.lazy import exports
 
     __getattr__, __dir__ = exports(__name__, _PLACES)

@@ -1,4 +1,4 @@
-"""What is in a migration stream that QEMU wrote to a file, and what it would take as an image."""
+"""Analysis of a migration stream: its contents, and the size of the image that it would become."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from snapengine.options import Options
 from snapengine.pipeline.pipeline import Encoding
-from snapengine.qemu.image_end import regions_of, write_end
-from snapengine.qemu.stream_pages import Census
+from snapengine.qemu.image_end import finish_image, regions_of
+from snapengine.qemu.stream_pages import CountingSpool
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
 from snapengine.regions import PAGE_BYTES
 from snapengine.storage.sinks import NullSink
@@ -19,40 +19,40 @@ __all__ = ["Analysis", "analyze"]
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """A migration stream in figures. Sizes are bytes, pages have 4096."""
+    """Statistics of a migration stream. Sizes are in bytes; a page has 4096 bytes."""
 
     stream_bytes: int
     machine_type: str | None
     ram_blocks: list[tuple[str, int]]
     """(name, bytes in use)."""
     ram_end: bool
-    """Whether the RAM has an END section: `migrate` writes one, background-snapshot does not."""
+    """Whether the RAM has an END section. `migrate` writes one; background-snapshot does not."""
     pages_total: int
     page_records: int
     zero_records: int
     data_pages: int
-    """Pages whose last version holds anything but zeros."""
+    """Pages whose last version is not all zeros."""
     zero_pages: int
     absent_pages: int
-    """Pages that the stream does not mention."""
+    """Pages without a record in the stream."""
     times_sent: dict[int, int]
-    """How many pages came so often: times -> pages, 0 included."""
+    """Records per page -> number of such pages; 0 is included."""
     head_bytes: int
     ram_bytes: int
-    """Everything between head and tail: pages, their headers, the sections around them."""
+    """Everything between head and tail: pages, record headers, section headers and footers."""
     devices: list[DeviceSection]
     description_bytes: int
-    """What follows the last device: the EOF byte and QEMU's description of the device state."""
+    """Bytes after the last device: the EOF byte and QEMU's description of the device state."""
     image_bytes: dict[str, int]
-    """Size of the image by compression: ``"none"`` and one zstd level, each by really making it."""
+    """Compression -> size of the image, for ``"none"`` and one zstd level. Measured by encoding it."""
 
     @property
     def duplicate_records(self) -> int:
-        """Records that a later one makes useless."""
+        """Records that a later record of the same page supersedes."""
         return self.page_records + self.zero_records - self.data_pages - self.zero_pages
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types."""
+        """Return a dict of JSON types."""
         fields = asdict(self)
         fields["ram_blocks"] = [{"name": name, "used": used} for name, used in self.ram_blocks]
         fields["times_sent"] = {str(times): pages for times, pages in self.times_sent.items()}
@@ -62,63 +62,65 @@ class Analysis:
 
 def analyze(stream_fd: int, *, compress: str = "zstd", spill_dir: str | None = None, name: str = "stream",
             ) -> Analysis:  # fmt: skip
-    """Read a stream from a descriptor to its end, and make its image twice, into nothing.
+    """Read a stream from a descriptor to its end, and measure its image size with and without compression.
 
-    `compress` is the second one's, as in `Options`. In `spill_dir` (None: the system's) there must be room
-    for all pages that are not zero. `StreamError`: as for `ingest`. ValueError: `compress` is wrong.
+    `compress` is a value of `Options.compress`. `spill_dir` (None: the system's temporary directory) needs
+    space for all nonzero pages.
+
+    Raises `StreamError` as `ingest` does, and ValueError if `compress` is invalid.
     """
     if Options(compress=compress).level_follows_sink:
-        raise ValueError("compress: zstd:auto follows a sink, and there is none")
-    ways = [Options(compress=way, spill_dir=spill_dir) for way in dict.fromkeys(("none", compress))]
-    census = Census(stream_fd, spill_dir, name=name)
+        raise ValueError("compress: zstd:auto adapts to the sink, and analyze writes to none: give a level")
+    variants = [Options(compress=level, spill_dir=spill_dir) for level in dict.fromkeys(("none", compress))]
+    spool = CountingSpool(stream_fd, spill_dir, name=name)
     try:
-        census.read_head()
-        census.open_tables()
-        census.read_pages()
-        ram_bytes = census.offset - len(census.head)
-        census.read_tail()
-        check_tail(census.tail, census.offset, name)
-        sizes = {options.compress: image_size(census, options) for options in ways}
+        spool.read_head()
+        spool.open_tables()
+        spool.read_pages()
+        ram_bytes = spool.offset - len(spool.head)
+        spool.read_tail()
+        check_tail(spool.tail, spool.offset, name)
+        sizes = {options.compress: image_size(spool, options) for options in variants}
     finally:
-        census.close()
-    end = end_of_sections(census.tail)
+        spool.close()
+    end = end_of_sections(spool.tail)
     assert end is not None
     return Analysis(
-        stream_bytes=census.offset,
-        machine_type=census.machine_type,
-        ram_blocks=census.ram_blocks,
-        ram_end=census.has_end,
-        pages_total=census.total_pages,
-        page_records=census.pages,
-        zero_records=census.zeros,
-        data_pages=census.data_pages,
-        zero_pages=census.zero_pages,
-        absent_pages=census.total_pages - census.data_pages - census.zero_pages,
-        times_sent=census.histogram(),
-        head_bytes=len(census.head),
+        stream_bytes=spool.offset,
+        machine_type=spool.machine_type,
+        ram_blocks=spool.ram_blocks,
+        ram_end=spool.has_end,
+        pages_total=spool.total_pages,
+        page_records=spool.pages,
+        zero_records=spool.zeros,
+        data_pages=spool.data_pages,
+        zero_pages=spool.zero_pages,
+        absent_pages=spool.total_pages - spool.data_pages - spool.zero_pages,
+        times_sent=spool.histogram(),
+        head_bytes=len(spool.head),
         ram_bytes=ram_bytes,
-        devices=device_sections(census.tail),
-        description_bytes=len(census.tail) - end,
+        devices=device_sections(spool.tail),
+        description_bytes=len(spool.tail) - end,
         image_bytes=sizes,
     )
 
 
-def image_size(census: Census, options: Options) -> int:
-    """Bytes of the image that `ingest` would make."""
-    began = time.monotonic_ns()
-    total = sum(used for _, used in census.ram_blocks) // PAGE_BYTES
-    if options.zstd_level is not None and not options.compress_always:  # nobody waits for this image
+def image_size(spool: CountingSpool, options: Options) -> int:
+    """Return the size of the image that `ingest` would write."""
+    start_ns = time.monotonic_ns()
+    total = sum(used for _, used in spool.ram_blocks) // PAGE_BYTES
+    if options.zstd_level is not None and not options.compress_always:  # store no chunk raw: nothing waits
         options = replace(options, compress=f"{options.compress}:always")
-    encoding = Encoding(NullSink(), options, total, census.fail)
+    encoding = Encoding(NullSink(), options, total, spool.fail)
     try:
-        encoding.start(regions_of(census.ram_blocks))
-        census.attach(encoding.pool, options.zstd_level is None)
-        census.put_all()
-        census.close_lane()
+        encoding.start(regions_of(spool.ram_blocks))
+        spool.attach(encoding.pool, options.zstd_level is None)
+        spool.put_all()
+        spool.close_lane()
         encoding.join()
-        result = write_end(encoding.writer, census, options, {}, {}, began, encoding.peak_bytes)
+        result = finish_image(encoding.writer, spool, options, {}, {}, start_ns, encoding.peak_bytes)
     except BaseException:
-        census.fail()
+        spool.fail()
         raise
     finally:
         encoding.stop()

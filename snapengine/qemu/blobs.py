@@ -1,4 +1,4 @@
-"""The blobs of a machine's image: names and the description. FORMAT.md defines their content."""
+"""The blobs of a machine's image: names, and the machine description. FORMAT.md defines them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DEVICES = "qemu.devices"
 VERSION = 1
 MACHINE_MAX_BYTES = 1 << 20
 VIA_STREAM = "migration-stream"
-LISTED = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
+LIST_MEMBERS = {"devices": ("path", "type"), "disks": ("device", "node", "file")}
 VIA_DEVICES = "device-state"
-NAME_MAX_BYTES = 255  # a stream has one byte for a name's length
-RAM_BITS = 45  # more RAM no stream can have, see `snapengine.qemu.stream_parser`
+NAME_MAX_BYTES = 255  # the stream stores the length of a name in one byte
+RAM_BITS = 45  # limit of a block's size; see RAM_MAX_BYTES in `snapengine.qemu.stream_parser`
 
 
 def machine_blob(
     via: str, machine_type: str | None, blocks: Sequence[tuple[str, int]], more: dict[str, Any]
 ) -> bytes:
-    """The description of a machine as the bytes of its blob; `more` are further members.
+    """Return the machine description as a blob; `more` holds further members.
 
-    `machine_type` is None where the stream does not name it; `blocks` are (name, bytes in use).
+    `machine_type` is None if the stream does not name it; `blocks` are (name, bytes in use).
     """
     members: dict[str, Any] = {
         "version": VERSION,
@@ -43,8 +43,8 @@ def machine_blob(
 
 
 def parse_members(blob: bytes) -> dict[str, Any]:
-    """Members for `machine_blob` out of a blob that a caller made. ValueError: not one JSON object, or a
-    member has a type that no reader takes."""
+    """Parse a caller's blob into members for `machine_blob`. Raises ValueError if it is not one JSON object,
+    or if readers would reject the type of a member."""
     try:
         fields = parse_object(blob)
         _check_members(fields)
@@ -54,9 +54,9 @@ def parse_members(blob: bytes) -> dict[str, Any]:
 
 
 def machine_of(image: HasBlobs) -> dict[str, Any] | None:
-    """The description of the machine that an image is of, as FORMAT.md has it; None: it is of no machine.
+    """Return the machine description of an image (see FORMAT.md), or None if the image has none.
 
-    `CorruptImageError`: it is malformed. `UnsupportedVersionError`: another version.
+    Raises `CorruptImageError` if it is malformed, `UnsupportedVersionError` if its version is not supported.
     """
     size = image.vmstate.sizes().get(MACHINE)
     if size is None:
@@ -67,12 +67,12 @@ def machine_of(image: HasBlobs) -> dict[str, Any] | None:
 
 
 def check_machine(blob: bytes, name: str) -> dict[str, Any]:
-    """The members of the description in the image `name`; raises as `machine_of` does."""
+    """Return the members of the description in the image `name`; raises as `machine_of` does."""
     try:
         fields = parse_object(blob)
         version = fields.members.get("version")
         if type(version) is not int or version != VERSION:
-            text = f"{MACHINE} of version {without_controls(str(version))[:20]}; {VERSION} is known"
+            text = f"{MACHINE} of version {without_controls(str(version))[:20]}; {VERSION} is supported"
             raise UnsupportedVersionError(f"{name}: {text}")
         fields.plain("via")
         if fields.members.get("machine_type", "") is not None:
@@ -82,18 +82,18 @@ def check_machine(blob: bytes, name: str) -> dict[str, Any]:
     except ImageError:
         raise
     except ValueError as error:
-        text = f"{MACHINE} lacks a member, or one has a wrong type: {error}"
+        text = f"{MACHINE}: a member is missing or has the wrong type: {error}"
         raise CorruptImageError(f"{name}: {text}") from None
     return fields.members
 
 
 def _check_members(fields: Fields) -> None:
-    """``ValueError`` names a member that is there and is not what FORMAT.md says."""
+    """Raise ValueError with the name of a member that is present but violates FORMAT.md."""
     for key in filter(fields.has, ("qemu", "accelerator")):
         fields.plain(key)
     for key in filter(fields.has, ("cpus", "command_line")):
         fields.plains(key)
-    for key, members in LISTED.items():
+    for key, members in LIST_MEMBERS.items():
         for item in fields.objects(key) if fields.has(key) else ():
             for member in members:
                 item.plain(member)
@@ -110,15 +110,15 @@ def _check_members(fields: Fields) -> None:
 def _check_block(block: Fields) -> None:
     name = block.plain("name")
     if not 0 < len(name.encode()) <= NAME_MAX_BYTES:
-        raise ValueError(f"RAM block {name[:80]!r}: the name has not 1 to {NAME_MAX_BYTES} bytes")
+        raise ValueError(f"RAM block {name[:80]!r}: the name must have 1 to {NAME_MAX_BYTES} bytes")
     if block.number("used", RAM_BITS) == 0:
         raise ValueError(f"RAM block {name[:80]!r} is empty")
     for key in filter(block.has, ("total", "page_size")):
         block.number(key, 64)
 
 
-def _check_stream(figures: Fields) -> None:
-    for key in filter(figures.has, ("bytes", "pages", "zero_pages", "repeated")):
-        figures.number(key, 64)
-    if figures.has("ram_end"):
-        figures.flag("ram_end")
+def _check_stream(counts: Fields) -> None:
+    for key in filter(counts.has, ("bytes", "pages", "zero_pages", "repeated")):
+        counts.number(key, 64)
+    if counts.has("ram_end"):
+        counts.flag("ram_end")

@@ -1,7 +1,7 @@
-"""A migration stream into an image: parse, resolve repeated pages, compress, index, commit.
+"""Conversion of a migration stream to an image: parse, resolve repeated pages, compress, index, commit.
 
-One thread reads the stream and queues its pages; encoders write the image. The caller's thread waits in
-Python, so that a Ctrl-C reaches it whatever the others wait for.
+One thread reads the stream and queues its pages; encoder threads write the image. The caller's thread waits
+in Python code, so a Ctrl-C reaches it while the other threads are blocked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
 from snapengine.pipeline.pipeline import Encoding
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
-from snapengine.qemu.image_end import regions_of, write_end
+from snapengine.qemu.image_end import finish_image, regions_of
 from snapengine.qemu.stream_pages import DirectIntake, Spool
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
@@ -41,60 +41,61 @@ def ingest(
     watch: Callable[[int], None] | None = None,
     finish: Callable[[], dict[str, Any]] | None = None,
 ) -> Result:
-    """Read a migration stream to its end and make it an image.
+    """Read a migration stream to its end and write it as an image.
 
     Parameters
     ----------
     stream_fd:
-        Where the stream comes from: a pipe, a socket or a file. It remains the caller's.
+        The stream: a pipe, a socket or a file. The caller closes it.
     sink:
         As `snapengine.snapshot` takes it.
     options:
-        `compress`, `memory_limit`, `rate_limit`, `spill_dir`, `timeout` and `encoder_threads` count here.
+        `compress`, `memory_limit`, `rate_limit`, `spill_dir`, `timeout` and `encoder_threads` are used.
     direct:
-        Pages go into the image as they come, for a stream that sends a page once (background-snapshot); if
-        one comes again, the image holds it twice. Otherwise they go through an unnamed file in `spill_dir`,
-        which keeps the last of each, and the image holds each once.
+        Write each page to the image when it arrives. This suits a stream that sends each page once
+        (background-snapshot); a page that is sent again is stored again. Otherwise pages go through an
+        unnamed file in `spill_dir`, which keeps the last version of each, and the image stores each once.
     extra_blobs:
-        Further named blobs. A JSON object as "qemu.machine" is merged into the one that is written.
+        Further named blobs. A JSON object named "qemu.machine" is merged into the machine description.
     name:
-        The stream's name, for messages.
+        The stream's name in error messages.
     watch:
-        Is called about ten times a second with the bytes of the stream so far; what it raises ends the work.
+        Called about ten times a second with the bytes read so far. An exception from it ends the operation.
     finish:
-        Is called as soon as the stream has ended, long before the image is complete; returns fields of
-        the result that only the sender knows. What it raises leaves no image.
+        Called when the stream has ended, which can be long before the image is complete. It returns fields
+        of the result that only the sender knows. After an exception from it no image is left.
 
     Returns
     -------
     Result
-        The figures, with the method "write-tracking" if `direct`, else "dirty-logging". What only a capture
-        has is 0.
+        The method is "write-tracking" if `direct`, else "dirty-logging". Fields that only a capture
+        measures are 0.
 
     Raises
     ------
     StreamError
-        The stream is cut, damaged, or holds what this package does not know.
+        The stream is truncated, damaged, or uses an unsupported feature.
     SinkError, OSError, ValueError
-        The image or the spool cannot be written; the extra blobs are wrong. No image is left in any case.
+        The image or the spool file cannot be written, or the extra blobs are invalid. No image is left after
+        any error.
     TimeLimitError
-        It was not done within `options.timeout`.
+        The operation took longer than `options.timeout`.
     """
     blobs = dict(extra_blobs or {})
     members = parse_members(blobs.pop(MACHINE)) if MACHINE in blobs else {}
     if taken := {HEAD, TAIL} & blobs.keys():
-        raise ValueError(f"extra blobs: {', '.join(sorted(taken))} is the stream's")
+        raise ValueError(f"extra blobs: {', '.join(sorted(taken))} is a reserved name: use another")
     work = _Ingest(stream_fd, open_sink(sink), options or Options(), direct, blobs, members, name)
     work.finish = finish
     return work.run(watch)
 
 
 def drain(stream_fd: int, silence: float = DRAIN_SECONDS) -> None:
-    """Read the rest of a background-snapshot's stream and throw it away.
+    """Read the rest of a background-snapshot's stream and discard it.
 
-    QEMU 7.2 leaves the pages protected for ever, and the guest standing at the first that it writes to, if
-    background-snapshot fails or is cancelled (10.0 does not). So after an error of ours it must come to its
-    end. Gives up when nothing has come for `silence` seconds.
+    If a background-snapshot fails or is cancelled, QEMU 7.2 leaves the pages write-protected, and the guest
+    blocks for ever at its first write to one (10.0 does not). After an error on our side the migration must
+    therefore run to its end. This function gives up after `silence` seconds without data.
     """
     poll = select.poll()
     poll.register(stream_fd, select.POLLIN)
@@ -103,7 +104,7 @@ def drain(stream_fd: int, silence: float = DRAIN_SECONDS) -> None:
 
 
 class _Ingest:
-    """One run of `ingest`."""
+    """The state of one call of `ingest`."""
 
     def __init__(
         self,
@@ -134,10 +135,10 @@ class _Ingest:
         except BaseException:
             sink.abort()
             raise
-        self._began = time.monotonic_ns()
+        self._start_ns = time.monotonic_ns()
 
     def run(self, watch: Callable[[int], None] | None) -> Result:
-        """The whole work, on a thread of its own."""
+        """Convert the stream on a worker thread, and wait for it."""
         enlarge_pipe(self._stream_fd)
         worker = Crew()
         try:
@@ -171,7 +172,7 @@ class _Ingest:
         except BaseException as error:
             self._stop()
             cause = self._encoding.stop() if self._encoding is not None else None
-            # The reader is told to stop when an encoder fails; what failed there is the reason.
+            # A failing encoder cancels the reader; the encoder's error is the cause to report.
             self._error = cause if cause is not None and isinstance(error, CaptureCancelled) else error
             self._sink.abort()
         finally:
@@ -193,14 +194,14 @@ class _Ingest:
         intake.read_pages()
         intake.read_tail()
         check_tail(intake.tail, intake.offset, intake.name)
-        known = self.finish() if self.finish is not None else {}
+        sender_fields = self.finish() if self.finish is not None else {}
         if isinstance(intake, DirectIntake):
             intake.put_holes()
         else:
             intake.put_all()
         intake.close_lane()
         encoding.join()
-        result = write_end(encoding.writer, intake, self._options, self._blobs, self._members,
-                           self._began, encoding.peak_bytes, known)  # fmt: skip
+        result = finish_image(encoding.writer, intake, self._options, self._blobs, self._members,
+                              self._start_ns, encoding.peak_bytes, sender_fields)  # fmt: skip
         self._sink.commit()
         return result

@@ -19,16 +19,16 @@ Command = tuple[str, dict[str, Any]]
 """A QMP command and its arguments."""
 
 # In the shell, descriptor 0 is the pipe, whose end makes `read` fail, 1 is QMP, and 2 is the stream to drain,
-# or /dev/null. A migration ends a moment after its stream, and accepts settings only then: hence the turns.
+# or /dev/null. QEMU refuses settings until shortly after the end of the stream, so the commands repeat.
 # The connection stays open for a while, since QEMU discards unread commands when it is closed.
 SCRIPT = """read word || {
-    turns=$1
+    repeats=$1
     shift
     cat <&2 >/dev/null
-    while [ $turns -gt 0 ]; do
+    while [ $repeats -gt 0 ]; do
         printf '%s\\n' "$@"
         sleep 1
-        turns=$((turns - 1))
+        repeats=$((repeats - 1))
     done
     sleep 4
 }"""
@@ -46,19 +46,19 @@ class Guard:
         The commands that QEMU gets if we die.
     drain_fd:
         The read end of a pipe into which QEMU writes; it is drained first. -1: none.
-    turns:
+    repeats:
         How often the commands are sent, one second apart.
     """
 
     _pipe = -1
 
-    def __init__(self, fd: int, commands: Sequence[Command], *, drain_fd: int = -1, turns: int = 1) -> None:
+    def __init__(self, fd: int, commands: Sequence[Command], *, drain_fd: int = -1, repeats: int = 1) -> None:
         lines = [json.dumps({"execute": name, "arguments": values}) for name, values in commands]
         ours, self._pipe = os.pipe()
         try:
             # A session of its own: a Ctrl-C or a kill of our process group must not end it.
             self._shell = subprocess.Popen(
-                ["/bin/sh", "-c", SCRIPT, "sh", str(turns if lines else 0), *lines],
+                ["/bin/sh", "-c", SCRIPT, "sh", str(repeats if lines else 0), *lines],
                 stdin=ours,
                 stdout=fd if fd >= 0 else subprocess.DEVNULL,
                 stderr=drain_fd if drain_fd >= 0 else subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""What an image of a migration stream has beside its pages: regions, blobs, figures."""
+"""The parts of an image of a migration stream that are not pages: regions, blobs, statistics."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from snapengine.result import COMPLETED, Result
 
 
 def regions_of(blocks: Sequence[tuple[str, int]]) -> list[tuple[Region, int]]:
-    """Regions and first page numbers of RAM blocks (name, bytes in use), one behind the other: a stream says
-    nothing of addresses."""
+    """Return (region, first page number) for each RAM block (name, bytes in use).
+
+    The regions are placed one after the other from address 0, because a stream contains no addresses.
+    """
     regions = []
     at = 0
     for name, used in blocks:
@@ -25,24 +27,25 @@ def regions_of(blocks: Sequence[tuple[str, int]]) -> list[tuple[Region, int]]:
     return regions
 
 
-def write_end(
+def finish_image(
     writer: Writer,
     intake: DirectIntake | Spool,
     options: Options,
     blobs: dict[str, bytes],
     members: dict[str, Any],
-    began_ns: int,
+    start_ns: int,
     peak_bytes: int,
-    known: dict[str, Any] | None = None,
+    sender_fields: dict[str, Any] | None = None,
 ) -> Result:
-    """Write what follows the pages, the image's trailer included; returns its figures.
+    """Write the blobs, the index and the trailer; return the result.
 
-    `intake` has read all of the stream and queued all pages, which are written. `members` are added to the
-    machine's description, `began_ns` is the monotonic clock at the start, `known` are the sender's figures.
+    `intake` must have read the whole stream, and all of its pages must be written. `members` are added to the
+    machine description. `start_ns` is the monotonic clock at the start. `sender_fields` are fields of the
+    result that the sender measured.
     """
     for name, blob in {**_stream_blobs(intake, members), **blobs}.items():
         writer.vmstate(name, blob, options.zstd_level)
-    stats = _figures(writer, intake, began_ns, peak_bytes).to_json() | (known or {})
+    stats = _result(writer, intake, start_ns, peak_bytes).to_json() | (sender_fields or {})
     writer.finish(stats)
     return Result(**stats)
 
@@ -59,7 +62,7 @@ def _stream_blobs(intake: DirectIntake | Spool, members: dict[str, Any]) -> dict
     return {MACHINE: machine, HEAD: intake.head, TAIL: intake.tail}
 
 
-def _figures(writer: Writer, intake: DirectIntake | Spool, began_ns: int, peak_bytes: int) -> Result:
+def _result(writer: Writer, intake: DirectIntake | Spool, start_ns: int, peak_bytes: int) -> Result:
     direct = isinstance(intake, DirectIntake)
     saved = intake.saved if isinstance(intake, DirectIntake) else intake.data_pages
     return Result(
@@ -77,7 +80,7 @@ def _figures(writer: Writer, intake: DirectIntake | Spool, began_ns: int, peak_b
         rounds=0,
         arm_ns=0,
         stop_ns=0,
-        duration_ns=time.monotonic_ns() - began_ns,
+        duration_ns=time.monotonic_ns() - start_ns,
         fault_ns={"p50": 0, "p99": 0, "max": 0},
         peak_buffer_bytes=peak_bytes,
         spilled_bytes=0 if isinstance(intake, DirectIntake) else intake.spooled_bytes,

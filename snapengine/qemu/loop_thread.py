@@ -1,7 +1,7 @@
-"""An asyncio loop on its own thread, for callers that an interrupt (Ctrl-C) may hit while they wait.
+"""An asyncio loop on its own thread. Callers may be interrupted (Ctrl-C) while they wait for it.
 
-Only that thread creates, runs and closes the loop; no signal handler raises there. Callers use only
-`call_soon_threadsafe` of it. An exception inside that call may leave the callback in the queue while the loop
+Only that thread creates, runs and closes the loop, and no signal handler raises there. Callers use only the
+loop's `call_soon_threadsafe`. An exception inside that call may leave the callback queued while the loop
 sleeps, until the next such call; `close` makes one.
 
 Callers wait with `snapengine.base.latch`. The futures of `concurrent.futures` contain a Condition: an
@@ -22,11 +22,11 @@ from snapengine.base.workers import Crew
 Value = TypeVar("Value")
 
 
-class Answer(Generic[Value]):
+class Future(Generic[Value]):
     """The result of some work. The loop's thread fills it; another thread waits for it and takes it once."""
 
     def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None  # the loop's thread's alone
+        self.task: asyncio.Task[None] | None = None  # used by the loop's thread only
         self._filled = Latch()
         self._values: list[Value] = []
         self._errors: list[BaseException] = []
@@ -41,25 +41,25 @@ class Answer(Generic[Value]):
             self._filled.set()
 
     def is_filled(self, seconds: float) -> bool:
-        """Whether it is filled within `seconds`."""
+        """Wait up to `seconds`; return whether the result is available."""
         return self._filled.wait(seconds)
 
     def take(self) -> Value:
-        """The value. Raises what the work raised; `asyncio.CancelledError`."""
+        """Return the value, or raise the exception that ended the work."""
         if self._errors:
-            raise self._errors.pop()  # if it stayed in the list, it would be in a cycle with its traceback
+            raise self._errors.pop()  # pop: its traceback refers to this list, which would be a cycle
         return self._values.pop()
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Its thread closes it, so `__del__` does nothing: asyncio's raises if the constructor failed."""
+    """A loop that its thread closes. `__del__` does nothing: asyncio's raises if the constructor failed."""
 
     def __del__(self) -> None:
         return
 
 
-def _made() -> _Loop:
-    """A new loop. OSError: no free descriptors; those already opened are closed."""
+def _new_loop() -> _Loop:
+    """Create a loop. Raises OSError without free descriptors, and closes those already opened."""
     selector = selectors.DefaultSelector()
     try:
         return _Loop(selector)
@@ -69,21 +69,21 @@ def _made() -> _Loop:
 
 
 class LoopThread:
-    """A loop. `start` it, and `close` it even if that failed."""
+    """A loop and its thread. Call `start`, then `close`, even if `start` failed."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._errors: list[OSError] = []
         self._ready = Latch()
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop's thread's alone
-        self._thread = Crew()  # of one
+        self._tasks: set[asyncio.Task[None]] = set()  # used by the loop's thread only
+        self._thread = Crew()  # one thread
 
     def start(self, name: str) -> None:
-        """Create the loop and run it. OSError: it cannot be created."""
+        """Create the loop and run it. Raises OSError if it cannot be created."""
         self._thread.start(name, self._serve)
         self._ready.wait()
         if self._errors:
-            raise self._errors.pop()  # pop: the traceback of a half-made loop would make a cycle
+            raise self._errors.pop()  # pop: see `Future.take`
 
     @property
     def runs(self) -> bool:
@@ -92,7 +92,7 @@ class LoopThread:
 
     def _serve(self) -> None:
         try:
-            loop = self._loop = _made()
+            loop = self._loop = _new_loop()
         except OSError as error:
             self._errors.append(error)
             return
@@ -103,30 +103,30 @@ class LoopThread:
         finally:
             loop.close()
 
-    def begin(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> Answer[Value]:
-        """Start the work on the loop. RuntimeError: the loop is closed."""
+    def begin(self, work: Callable[[], Coroutine[Any, Any, Value]]) -> Future[Value]:
+        """Start the work on the loop. Raises RuntimeError if the loop is closed."""
         assert self._loop is not None
-        answer: Answer[Value] = Answer()
-        self._loop.call_soon_threadsafe(self._begin, self._loop, answer, work)
-        return answer
+        future: Future[Value] = Future()
+        self._loop.call_soon_threadsafe(self._begin, self._loop, future, work)
+        return future
 
     def _begin(
         self,
         loop: asyncio.AbstractEventLoop,
-        answer: Answer[Value],
+        future: Future[Value],
         work: Callable[[], Coroutine[Any, Any, Value]],
     ) -> None:
-        answer.task = loop.create_task(answer.fill(work))
-        self._tasks.add(answer.task)
-        answer.task.add_done_callback(self._tasks.discard)
+        future.task = loop.create_task(future.fill(work))
+        self._tasks.add(future.task)
+        future.task.add_done_callback(self._tasks.discard)
 
-    def cancel(self, answer: Answer[Any]) -> None:
-        """Cancel work that nobody waits for any more."""
+    def cancel(self, future: Future[Any]) -> None:
+        """Cancel work whose result is not needed any more."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(lambda: answer.task is not None and answer.task.cancel())
+        self._loop.call_soon_threadsafe(lambda: future.task is not None and future.task.cancel())
 
     async def cancel_others(self) -> None:
-        """On the loop: cancel all other work."""
+        """Cancel all other work. Runs on the loop."""
         others = self._tasks - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -140,7 +140,7 @@ class LoopThread:
         self._thread.wait()
 
     def end(self) -> None:
-        """Stop the loop, without waiting for its end."""
+        """Stop the loop without waiting for its thread."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)

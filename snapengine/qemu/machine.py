@@ -1,6 +1,7 @@
-"""What a QEMU machine is: enough to tell whether another one can go on from its snapshot.
+"""Description of a QEMU machine, and checks whether a machine can be saved or restored.
 
-The description is a blob of the image (FORMAT.md, "Blobs of a QEMU machine").
+The description is a blob of the image (FORMAT.md, "Blobs of a QEMU machine"). A restore compares it with the
+new machine.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ram_blocks import RamBlock
 from snapengine.qemu.replies import ask, ask_list, ask_migration, ask_text
 
-OWN_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
-OWN_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
+EXTERNAL_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
+EXTERNAL_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
 BUSY = ("setup", "active", "device", "cancelling", "pre-switchover", "postcopy-active", "postcopy-paused",
         "postcopy-recover", "postcopy-recover-setup", "postcopy-device", "wait-unplug", "colo")  # fmt: skip
-NOT_SAVED_IN = (
+UNSAVABLE_STATES = (
     "inmigrate",
     "postmigrate",
     "finish-migrate",
@@ -34,23 +35,23 @@ NOT_SAVED_IN = (
 
 
 def version_of(monitor: Monitor) -> str:
-    """``"7.2.22"``."""
+    """Return QEMU's version, such as ``"7.2.22"``."""
     qemu = ask(monitor, "query-version").object("qemu")
     return ".".join(str(qemu.number(part, 31)) for part in ("major", "minor", "micro"))
 
 
 def type_of(monitor: Monitor, path: str) -> str:
-    """The type of an object in QEMU's tree."""
+    """Return the type of an object in QEMU's object model (QOM)."""
     return ask_text(monitor, "qom-get", {"path": path, "property": "type"})
 
 
 def machine_type(monitor: Monitor) -> str:
-    """The machine's type as `-machine` takes it: ``"pc-i440fx-7.2"``."""
+    """Return the machine type as `-machine` takes it, such as ``"pc-i440fx-7.2"``."""
     return type_of(monitor, "/machine").removesuffix("-machine")
 
 
 def devices(monitor: Monitor) -> list[dict[str, str]]:
-    """All devices: ``path`` in the tree and ``type``, in the order of the paths."""
+    """Return all devices with ``path`` in the QOM tree and ``type``, sorted by path."""
     found = []
     for folder in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
         for item in ask_list(monitor, "qom-list", {"path": folder}):
@@ -61,8 +62,8 @@ def devices(monitor: Monitor) -> list[dict[str, str]]:
 
 
 def disks(monitor: Monitor) -> list[dict[str, str]]:
-    """The disks with a medium: the name of the ``device`` ("" if it has none), of its ``node``, and the
-    ``file`` it has now."""
+    """Return the disks with a medium: the names of ``device`` (may be "") and ``node``, and the current
+    ``file``."""
     found = []
     for item in ask_list(monitor, "query-block"):
         if item.has("inserted"):
@@ -73,16 +74,14 @@ def disks(monitor: Monitor) -> list[dict[str, str]]:
 
 
 def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -> dict[str, Any]:
-    """The description, in JSON types. ``via``: ``"device-state"`` or ``"migration-stream"``."""
+    """Return the description in JSON types. ``via`` is ``"device-state"`` or ``"migration-stream"``."""
     return {
         "version": VERSION,
         "via": via,
         "qemu": version_of(monitor),
         "machine_type": machine_type(monitor),
         "accelerator": "kvm" if uses_kvm(monitor) else "other",
-        "cpus": [
-            type_of(monitor, cpu.plain("qom-path")) for cpu in ask_list(monitor, "query-cpus-fast")
-        ],
+        "cpus": [type_of(monitor, cpu.plain("qom-path")) for cpu in ask_list(monitor, "query-cpus-fast")],
         "ram_blocks": [
             {"name": block.name, "used": block.used, "total": block.total, "page_size": block.page_size}
             for block in blocks
@@ -102,12 +101,12 @@ def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -
 
 
 def uses_kvm(monitor: Monitor) -> bool:
-    """Whether KVM runs the guest, and not TCG."""
+    """Return whether the guest runs with KVM."""
     return ask(monitor, "query-kvm").flag("enabled")
 
 
 def command_line(pid: int) -> list[str]:
-    """The arguments that QEMU was started with; nothing if this user may not know."""
+    """Return QEMU's command line; an empty list if `pid` is 0."""
     if not pid:
         return []
     data = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -115,63 +114,65 @@ def command_line(pid: int) -> list[str]:
 
 
 def refuse_busy(monitor: Monitor) -> str:
-    """Raise `MachineError` if the machine migrates or is in no state to be saved; else its run state."""
+    """Return the run state. Raises `MachineError` if the machine migrates or its state cannot be saved."""
     status = ask_migration(monitor).status
     if status in BUSY:
-        raise MachineError(f"the machine is migrating already (its migration is {status})")
+        raise MachineError(f"the machine is migrating already ({status}): wait, or cancel it")
     run_state = ask(monitor, "query-status").plain("status")
-    if run_state in NOT_SAVED_IN:
-        # What the migration left stopped has given its disks away until `cont`.
-        hint = ", after a migration of its own: let it run first (cont)" if run_state == "postmigrate" else ""
-        raise MachineError(f"the machine cannot be saved: it is in the state {run_state}{hint}")
+    if run_state in UNSAVABLE_STATES:
+        # After a migration QEMU has released its disks until `cont`.
+        hint = ", after a migration: resume it first (cont)" if run_state == "postmigrate" else ""
+        raise MachineError(f"the machine cannot be saved in the state {run_state}{hint}")
     return run_state
 
 
 def refuse_missed_writes(monitor: Monitor) -> None:
     """Raise `MachineError` if QEMU's own dirty logging may miss writes of the running guest.
 
-    Under TCG, QEMU 7.2 does: on a busy host the stream of a plain `migrate` held pages older than those of
-    the guest that it had stopped in 7 of 700 runs, under KVM in 0 of 300.
+    QEMU 7.2 misses writes under TCG: on a busy host, in 7 of 700 runs, the stream of a plain `migrate` held
+    older versions of pages than the stopped guest. Under KVM this happened in 0 of 300 runs.
     """
     if not uses_kvm(monitor):
         raise MachineError(
-            "without KVM, QEMU's dirty logging misses writes of a running guest: use write tracking, attach, "
-            "or stop the machine first"
+            "without KVM, QEMU's dirty logging misses writes of a running guest: use write tracking, attach "
+            "to QEMU, or stop the machine first"
         )
 
 
 def refuse_blocked(monitor: Monitor) -> None:
-    """Raise `MachineError` if a device of the machine blocks migration: its state cannot be saved."""
-    answer = ask(monitor, "query-migrate")
-    reasons = answer.plains("blocked-reasons") if answer.has("blocked-reasons") else []
+    """Raise `MachineError` if a device blocks migration, and with it the saving of device state."""
+    reply = ask(monitor, "query-migrate")
+    reasons = reply.plains("blocked-reasons") if reply.has("blocked-reasons") else []
     if reasons:
         raise MachineError(f"the machine cannot be saved: {reasons[0]}")
 
 
 def refuse_devices(monitor: Monitor, pid: int) -> None:
-    """Raise `MachineError`, with the name, for a device that writes to the machine's memory past QEMU."""
+    """Raise `MachineError` if a device writes to guest memory from outside QEMU's process."""
     for device in devices(monitor):
-        if OWN_DMA.fullmatch(device["type"]):
+        if EXTERNAL_DMA.fullmatch(device["type"]):
             name = device["path"].rpartition("/")[2]
             raise MachineError(
-                f"device {name} ({device['type']}) writes to the machine's memory past QEMU: that goes unseen"
+                f"device {name} ({device['type']}) writes to guest memory from outside QEMU's process, which "
+                "cannot be tracked: remove the device"
             )
     for name in open_files(pid):
-        if OWN_DMA_FILES.fullmatch(name):
+        if EXTERNAL_DMA_FILES.fullmatch(name):
             raise MachineError(
-                f"the machine uses {name}: the kernel or a device writes to its memory past QEMU "
-                "(for a network card: vhost=off)"
+                f"the machine uses {name}: the kernel or a device writes to guest memory from outside QEMU's "
+                "process, which cannot be tracked (for a network card: vhost=off)"
             )
     cards = monitor.human("info network")
     for kind in ("vhost-user", "vhost-vdpa"):
         if f"type={kind}" in cards:
             raise MachineError(
-                f"a network card of the type {kind}: who is not QEMU writes to the machine's memory"
+                f"a network card of the type {kind}: another process or a device writes to guest memory, "
+                "which cannot be tracked: use another network backend"
             )
 
 
 def open_files(pid: int) -> list[str]:
-    """What the descriptors of a process point to. Raises OSError."""
+    """Return the link targets of a process's descriptors. Raises OSError."""
     names = []
     for number in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -182,12 +183,12 @@ def open_files(pid: int) -> list[str]:
 
 
 def pack(description: Mapping[str, Any]) -> bytes:
-    """The description as a blob."""
+    """Encode the description as a blob."""
     return json.dumps(description, separators=(",", ":")).encode("ascii")
 
 
 def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What keeps the machine `found` from going on from `saved`, one line each; nothing: it fits."""
+    """Return one line for each difference that keeps the machine `found` from loading `saved`."""
     lines = []
     for name, word in (
         ("machine_type", "machine type"),
@@ -205,33 +206,33 @@ def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What became of one machine meanwhile, one line each: also of blocks that QEMU resizes by itself."""
+    """Return one line for each change of one machine over time, including blocks that QEMU itself resized."""
     lines = differences(before, now)
     sizes = {block["name"]: block["used"] for block in now["ram_blocks"]}
     for block in before["ram_blocks"]:
         size = sizes.get(block["name"], block["used"])
         if size != block["used"]:
-            lines.append(f"RAM block {block['name']} had {block['used']} bytes, and has {size}")
+            lines.append(f"RAM block {block['name']} had {block['used']} bytes and now has {size}")
     return lines
 
 
 def _block_differences(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
     lines = []
-    there = {block["name"]: block for block in found}
+    unmatched = {block["name"]: block for block in found}
     for block in saved:
-        other = there.pop(block["name"], None)
+        other = unmatched.pop(block["name"], None)
         if other is None:
             lines.append(f"RAM block {block['name']} ({block['used']} bytes) is missing")
         elif not _fits(block, other):
             lines.append(
                 f"RAM block {block['name']}: {block['used']} bytes were saved, this has {other['used']}"
             )
-    lines += [f"RAM block {name} ({block['used']} bytes) was not there" for name, block in there.items()]
+    lines += [f"RAM block {name} ({block['used']} bytes) was not there" for name, block in unmatched.items()]
     return lines
 
 
 def _fits(saved: dict[str, Any], other: dict[str, Any]) -> bool:
-    """QEMU resizes a block that it made larger than it uses (ACPI tables, for example)."""
+    """Sizes may differ where QEMU allocates more than it uses (ACPI tables): it resizes such blocks."""
     resized = other["total"] > other["used"] or saved.get("total", 0) > saved["used"]
     same_total = saved.get("total", other["total"]) == other["total"]
     return bool(

@@ -1,4 +1,4 @@
-# extern-only: no matching .pyx. The constants of QEMU's migration stream.
+# The constants of QEMU's migration stream. Extern only: there is no .pyx.
 
 cdef extern from "snapengine/internal/migration.h" nogil:
     const unsigned int VM_MAGIC

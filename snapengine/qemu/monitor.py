@@ -1,8 +1,7 @@
-"""A QEMU monitor (QMP), spoken to in plain calls.
+"""A blocking client of QEMU's monitor protocol (QMP).
 
-The protocol is the package qemu.qmp's, which is asynchronous: its loop runs on a thread of its own here
-(`snapengine.qemu.loop_thread`).
-Source: docs/interop/qmp-spec of QEMU.
+The package qemu.qmp implements the protocol with asyncio; its loop runs on a separate thread
+(`snapengine.qemu.loop_thread`). Specification: docs/interop/qmp-spec of QEMU.
 """
 
 from __future__ import annotations
@@ -22,35 +21,35 @@ from typing import Any, Self, TypeVar
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 from snapengine.errors import MachineError, TargetGoneError
-from snapengine.qemu.loop_thread import Answer, LoopThread
+from snapengine.qemu.loop_thread import Future, LoopThread
 from snapengine.qemu.replies import Reply
 
 CONNECT_SECONDS = 5.0
 SHORTENED_SECONDS = 3.0
 POLL_SECONDS = 0.1
-COMMAND_SECONDS = 60.0  # `stop` waits until all disk requests are done
+COMMAND_SECONDS = 60.0  # `stop` waits for all disk requests in flight
 
 Value = TypeVar("Value")
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class Monitor:
-    """A connection to a QMP socket. Close it, or use it in a ``with``.
+    """A connection to a QMP socket. Call `close`, or use it in a ``with``.
 
     Parameters
     ----------
     address:
-        A path of a Unix socket, ``unix:PATH``, ``HOST:PORT`` or ``tcp:HOST:PORT``.
+        The path of a Unix socket, ``unix:PATH``, ``HOST:PORT`` or ``tcp:HOST:PORT``.
     seconds, command_seconds:
-        The longest wait for the greeting, and for the answer to a command.
+        Timeouts of the greeting, and of the reply to a command.
 
     Raises
     ------
     MachineError
-        Nobody listens there, or what listens does not speak QMP. Every method: QEMU refused the command; the
-        text has QEMU's reason.
+        Nothing listens at the address, or it is not QMP. Every method: QEMU refused the command; the message
+        contains QEMU's reason.
     TargetGoneError
-        Every method: QEMU has ended, or closed the connection.
+        Every method: QEMU has exited or closed the connection.
     """
 
     def __init__(
@@ -82,14 +81,14 @@ class Monitor:
         self.close()
 
     def __del__(self) -> None:
-        """A Ctrl-C may come before the caller has us in a variable. On any thread, so it does not wait."""
+        """Disconnect, after a Ctrl-C before the caller stored the object. On any thread; does not wait."""
         if "_loop" in vars(self) and self._loop.runs and not self._disconnected:
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.begin(partial(_disconnect, self._client, self._loop, end=True))
 
     @property
     def peer_pid(self) -> int:
-        """The process that opened the socket for listening (unix(7), SO_PEERCRED); 0: not a Unix socket."""
+        """The process that called listen() on the Unix socket (SO_PEERCRED, unix(7)); 0: a TCP socket."""
         assert self._socket is not None
         if self._socket.family != socket.AF_UNIX:
             return 0
@@ -98,7 +97,7 @@ class Monitor:
 
     @property
     def passes_descriptors(self) -> bool:
-        """Whether `pass_descriptor` works: on Unix sockets."""
+        """Whether the connection can pass descriptors: only Unix sockets can."""
         return self._socket is not None and self._socket.family == socket.AF_UNIX
 
     def fileno(self) -> int:
@@ -109,63 +108,70 @@ class Monitor:
     def execute(
         self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Any:
-        """What the command returns, in JSON types."""
+        """Execute a command, and return its result in JSON types."""
         return self._run(partial(self._execute, command, arguments), seconds, command)
 
     def send(
         self, command: str, arguments: dict[str, Any] | None = None, *, seconds: float | None = None
     ) -> Callable[[], Any]:
-        """Send a command and return at once: calling what is returned waits for the answer. QEMU does what it
-        was sent in this order, without the way to us and back between two commands."""
-        answer = self._loop.begin(partial(self._execute, command, arguments))
-        return lambda: self._wait(answer, seconds, command)
+        """Send a command without waiting; calling the returned function waits for the reply.
+
+        QEMU executes commands in the order in which they were sent, so pipelined commands cost no round trip
+        between them.
+        """
+        future = self._loop.begin(partial(self._execute, command, arguments))
+        return lambda: self._wait(future, seconds, command)
 
     def human(self, line: str) -> str:
-        """The text that a command of the human monitor prints."""
+        """Execute a command of the human monitor, and return its output."""
         return str(self.execute("human-monitor-command", {"command-line": line}))
 
     def pass_descriptor(self, fd: int, name: str) -> None:
-        """Hand a descriptor over, for QEMU to use as ``fd:NAME`` (its own copy: ours stays ours)."""
+        """Pass a duplicate of a descriptor to QEMU, which uses it as ``fd:NAME``."""
         self._run(partial(self._execute, "getfd", {"fdname": name}, fd), None, "getfd")
 
     def pass_file(self, fd: int) -> int:
-        """Hand a descriptor over, for QEMU to open as ``/dev/fdset/N``. Returns N."""
+        """Pass a duplicate of a descriptor to QEMU, which opens it as ``/dev/fdset/N``. Returns N."""
         done = self._run(partial(self._execute, "add-fd", {}, fd), None, "add-fd")
-        return Reply(done, "QEMU's answer to add-fd").number("fdset-id", 63)
+        return Reply(done, "QEMU's reply to add-fd").number("fdset-id", 63)
 
     def events(self) -> list[tuple[str, int]]:
-        """The events since the last call: (name, QEMU's clock in nanoseconds)."""
+        """Return the events since the last call as (name, QEMU's clock in nanoseconds)."""
         found = []
         for event in self._run(self._take_events, None):
-            told = Reply(dict(event), "an event of QEMU's")
-            stamp = told.object("timestamp")
+            fields = Reply(dict(event), "an event of QEMU")
+            stamp = fields.object("timestamp")
             at = stamp.number("seconds", 33) * 10**9 + stamp.number("microseconds", 20) * 1000
-            found.append((told.plain("event"), at))
+            found.append((fields.plain("event"), at))
         return found
 
-    def stood_ns(self) -> int | None:
-        """How long the guest stood, by the events since the last `events`. None: they do not say, or QEMU's
-        clock was set meanwhile."""
+    def stop_duration_ns(self) -> int | None:
+        """Return how long the guest was stopped, from the STOP and RESUME events since the last `events`.
+
+        None: an event is missing, or QEMU's clock was set back between the two.
+        """
         at = dict(self.events())
-        stood = at.get("RESUME", -1) - at.get("STOP", 0)
-        return stood if stood >= 0 and "STOP" in at else None
+        duration = at.get("RESUME", -1) - at.get("STOP", 0)
+        return duration if duration >= 0 and "STOP" in at else None
 
     def shorten_waits(self) -> None:
-        """The operation is being cancelled: from now on wait at most some seconds for each answer, which is
-        enough for the commands that undo it. For any thread."""
+        """Limit the wait for each reply to a few seconds, because the operation is being cancelled.
+
+        That is enough for the commands that undo it. May be called from any thread.
+        """
         self._shortened = True
 
     def close(self) -> None:
-        """Disconnect; QEMU goes on. Idempotent."""
+        """Disconnect. QEMU keeps running. Idempotent."""
         try:
             self._close()
-        except BaseException:  # a Ctrl-C: QEMU's monitor serves nobody else until the connection is closed
+        except BaseException:  # a Ctrl-C: until we disconnect, the monitor serves no other client
             self._close()
             raise
 
     def _close(self) -> None:
         if not self._disconnected and self._loop.runs:
-            # What the connection ended with is not news any more.
+            # How the connection ended does not matter any more.
             with contextlib.suppress(QMPError, OSError, EOFError, TargetGoneError, MachineError):
                 self._run(partial(_disconnect, self._client, self._loop), CONNECT_SECONDS)
             self._disconnected = True
@@ -181,7 +187,7 @@ class Monitor:
 
     async def _execute(self, command: str, arguments: dict[str, Any] | None, fd: int = -1) -> Any:
         if fd >= 0:
-            self._client.send_fd_scm(fd)  # it goes with the next command's first byte
+            self._client.send_fd_scm(fd)  # sent with the first byte of the next command
         return await self._client.execute(command, arguments)
 
     async def _take_events(self) -> list[Any]:
@@ -191,43 +197,45 @@ class Monitor:
 
     def _connect(self, address: str, seconds: float) -> None:
         target = parse_address(address)
-        made = self._socket = socket.socket(socket.AF_UNIX if isinstance(target, str) else socket.AF_INET)
-        made.settimeout(seconds)
+        family = socket.AF_UNIX if isinstance(target, str) else socket.AF_INET
+        connection = self._socket = socket.socket(family)
+        connection.settimeout(seconds)
         try:
-            made.connect(target)
+            connection.connect(target)
         except BlockingIOError:
-            raise MachineError(f"{address}: another client holds the connection, and others wait") from None
+            text = f"{address}: another client is connected, and others wait: disconnect it"
+            raise MachineError(text) from None
         except OSError as error:
             raise MachineError(f"{address}: no QEMU listens there ({error.strerror or error})") from None
-        made.setblocking(False)
+        connection.setblocking(False)
 
     def _run(
         self, work: Callable[[], Coroutine[Any, Any, Value]], seconds: float | None, command: str = ""
     ) -> Value:
-        """Do `work` on the loop and wait for it."""
+        """Run `work` on the loop and wait for it."""
         return self._wait(self._loop.begin(work), seconds, command)
 
-    def _result(self, answer: Answer[Value], limit: float) -> Value:
-        """The value of `answer`. TimeoutError after `limit` seconds, or soon after `shorten_waits`."""
+    def _result(self, future: Future[Value], limit: float) -> Value:
+        """Return the value of `future`. TimeoutError after `limit` seconds, or soon after `shorten_waits`."""
         until = time.monotonic() + limit
         shortened = False
         while True:
             if self._shortened and not shortened:
                 shortened, until = True, min(until, time.monotonic() + SHORTENED_SECONDS)
-            if answer.is_filled(max(0.0, min(until - time.monotonic(), POLL_SECONDS))):
-                return answer.take()
+            if future.is_filled(max(0.0, min(until - time.monotonic(), POLL_SECONDS))):
+                return future.take()
             if time.monotonic() >= until:
                 raise TimeoutError
 
-    def _wait(self, answer: Answer[Value], seconds: float | None, command: str) -> Value:
-        """The answer; what can go wrong becomes an error of ours."""
+    def _wait(self, future: Future[Value], seconds: float | None, command: str) -> Value:
+        """Wait for the result, and translate errors to those of this package."""
         seconds = self.command_seconds if seconds is None else seconds
         try:
-            return self._result(answer, seconds)
+            return self._result(future, seconds)
         except TimeoutError:
-            self._loop.cancel(answer)
+            self._loop.cancel(future)
             what = f"{command} took more than {seconds:g} s" if command else "no greeting"
-            hint = "" if command else ": it is not QMP, or another client holds the connection"
+            hint = "" if command else ": it is not QMP, or another client is connected"
             raise MachineError(f"{self.address}: {what}{hint}") from None
         except ExecuteError as error:
             raise MachineError(f"QEMU refuses {command}: {error}") from None
@@ -237,9 +245,8 @@ class Monitor:
             raise TargetGoneError(errno.ESRCH, f"{self.address}: QEMU has closed the connection") from None
 
 
-
 async def _disconnect(client: QMPClient, loop: LoopThread, end: bool = False) -> None:
-    """After what was begun and is not waited for any more, by an interrupted caller."""
+    """Disconnect, after cancelling work that an interrupted caller left running."""
     try:
         await loop.cancel_others()
         if client.runstate.name != "IDLE":
@@ -250,7 +257,7 @@ async def _disconnect(client: QMPClient, loop: LoopThread, end: bool = False) ->
 
 
 def parse_address(address: str) -> str | tuple[str, int]:
-    """A path, or (host, port). Raises ValueError."""
+    """Return a path or (host, port). Raises ValueError."""
     if address.startswith("unix:"):
         return address[5:].split(",")[0]
     text = address.removeprefix("tcp:")

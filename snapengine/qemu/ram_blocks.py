@@ -1,7 +1,7 @@
-"""The RAM blocks of a QEMU process: names, sizes, and where they are in its memory.
+"""The RAM blocks of a QEMU process: their names, sizes and addresses.
 
-Source: the command `x-query-ramblock` (QEMU 6.2). Its table has an address since QEMU 8.0; before, the
-block's own record is looked for in the heap of the process.
+Source: the command `x-query-ramblock` (since QEMU 6.2). Its table has host addresses since QEMU 8.0. For
+older versions the heap of the process is searched for QEMU's RAMBlock structures.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ LINE = re.compile(
     r"\s+0x(?P<offset>[0-9a-f]{1,16})\s+0x(?P<used>[0-9a-f]{1,16})\s+0x(?P<total>[0-9a-f]{1,16})"
     r"(?:\s+0x(?P<addr>[0-9a-f]{1,16})\s+(?P<access>r[ow]))?\s*\Z"
 )
-HEAP_BYTES = 1 << 30  # most that is searched
-HOST_BEFORE = 16  # bytes from a block's address to its sizes in its record (QEMU 6.2 to 7.2)
-NAME_WITHIN = 128  # bytes between the sizes and its name
+HEAP_BYTES = 1 << 30  # a larger heap is not searched
+ADDR_BEFORE = 16  # bytes from the host address to the offset in a RAMBlock (QEMU 6.2 to 7.2)
+NAME_WITHIN = 128  # largest distance in bytes from the sizes to the name
 
 
 @dataclass(frozen=True, slots=True)
 class RamBlock:
-    """One block. ``used`` and ``total`` are bytes (it may grow to ``total``), ``page_size`` is that of the
-    host memory, ``offset`` is QEMU's own number for the block's first byte (ram_addr_t, not an address
-    of the guest). ``addr`` is the block's address in the QEMU process; 0: not known."""
+    """One RAM block.
+
+    ``used`` and ``total`` are sizes in bytes; the block may grow to ``total``. ``page_size`` is that of the
+    host memory. ``offset`` is QEMU's ram_addr_t of the first byte, which is not a guest address. ``addr`` is
+    the address in the QEMU process; 0: unknown.
+    """
 
     name: str
     page_size: int
@@ -44,9 +47,9 @@ class RamBlock:
 
 
 def parse_table(text: str) -> list[RamBlock]:
-    """The blocks of the table that `x-query-ramblock` prints. Raises MachineError.
+    """Return the blocks in the table that `x-query-ramblock` prints. Raises MachineError.
 
-    Blocks without a name are left out: QEMU does not migrate them (they are windows into devices).
+    Blocks without a name are omitted: they map device memory, and QEMU does not migrate them.
     """
     blocks = []
     for line in text.splitlines()[1:]:
@@ -54,9 +57,7 @@ def parse_table(text: str) -> list[RamBlock]:
             continue
         match = LINE.match(line)
         if match is None:
-            raise MachineError(
-                f"QEMU's table of RAM blocks has a line that is not understood: {line.strip()!r}"
-            )
+            raise MachineError(f"QEMU's table of RAM blocks has a line of unknown format: {line.strip()!r}")
         block = RamBlock(
             name=match["name"],
             page_size=int(match["size"]) << UNITS[match["unit"]],
@@ -68,21 +69,21 @@ def parse_table(text: str) -> list[RamBlock]:
         if block.name and block.used:
             blocks.append(block)
     if len({block.name for block in blocks}) < len(blocks) or not blocks:
-        raise MachineError("QEMU's table of RAM blocks is empty, or has a name twice")
+        raise MachineError("QEMU's table of RAM blocks is empty or contains a name twice")
     return blocks
 
 
 def ram_blocks(monitor: Monitor) -> list[RamBlock]:
-    """The machine's blocks; ``addr`` may be missing, see `locate`. Raises MachineError."""
+    """Return the machine's blocks; ``addr`` may be unknown (see `locate`). Raises MachineError."""
     return parse_table(ask(monitor, "x-query-ramblock").plain("human-readable-text"))
 
 
 def locate(blocks: Iterable[RamBlock], pid: int) -> list[RamBlock]:
-    """The blocks with their addresses in process `pid`. Raises MachineError, OSError.
+    """Return the blocks with their addresses in process `pid`. Raises MachineError, OSError.
 
-    Each block's record in the heap of QEMU holds offset, used and total length as three neighbouring 64-bit
-    words, shortly before them the block's address, and behind them its name. All five must fit, and a
-    writable mapping must hold the block; so no other bytes can be taken for it.
+    A RAMBlock in QEMU's heap contains the offset, the used and the total length as three consecutive 64-bit
+    words, the host address shortly before them, and the name after them. All five must match, and the block
+    must be mapped writable; this excludes false matches.
     """
     mappings = read_maps(pid)
     wanted = list(blocks)
@@ -92,16 +93,17 @@ def locate(blocks: Iterable[RamBlock], pid: int) -> list[RamBlock]:
             for block in wanted:
                 if block.name not in found and (addr := _search(memory, block, mappings)):
                     found[block.name] = addr
-    lost = [block.name for block in wanted if block.name not in found]
-    if lost:
+    missing = [block.name for block in wanted if block.name not in found]
+    if missing:
         raise MachineError(
-            f"process {pid}: the address of RAM block {lost[0]!r} is not known (QEMU before 8.0)"
+            f"process {pid}: the address of RAM block {missing[0]!r} is not found: use QEMU 8.0, which "
+            "reports it, or --via-migration"
         )
     return [replace(block, addr=found[block.name]) for block in wanted]
 
 
 def _heap(pid: int, mappings: list[Mapping]) -> Iterable[bytes]:
-    """The brk heap of the process, where its main thread allocates."""
+    """Yield the brk heap of the process, from which its main thread allocates."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in mappings:
             if mapping.path == "[heap]" and mapping.end - mapping.start <= HEAP_BYTES:
@@ -113,16 +115,16 @@ def _search(memory: bytes, block: RamBlock, mappings: list[Mapping]) -> int:
     name = block.name.encode() + b"\0"
     at = memory.find(sizes)
     while at >= 0:
-        behind = memory[at + len(sizes) : at + len(sizes) + NAME_WITHIN + len(name)]
-        if at >= HOST_BEFORE and name in behind:
-            (addr,) = struct.unpack_from("<Q", memory, at - HOST_BEFORE)
-            if _holds(mappings, addr, block):
+        following = memory[at + len(sizes) : at + len(sizes) + NAME_WITHIN + len(name)]
+        if at >= ADDR_BEFORE and name in following:
+            (addr,) = struct.unpack_from("<Q", memory, at - ADDR_BEFORE)
+            if _is_mapped(mappings, addr, block):
                 return int(addr)
         at = memory.find(sizes, at + 8)
     return 0
 
 
-def _holds(mappings: list[Mapping], addr: int, block: RamBlock) -> bool:
+def _is_mapped(mappings: list[Mapping], addr: int, block: RamBlock) -> bool:
     end = addr + -(-block.used // PAGE_BYTES) * PAGE_BYTES
     if addr % PAGE_BYTES or not addr:
         return False

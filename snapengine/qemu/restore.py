@@ -1,7 +1,7 @@
-"""A machine that goes on where an image has it: QEMU is started, waits, is fed a migration stream, runs.
+"""Restoring a machine from an image: start QEMU, send it a migration stream, let the guest run.
 
-The stream is made from the image, so that any QEMU and any RAM backend takes it, and no right to attach is
-needed. An image of an attached machine has no stream of its own; its devices' state is one but for the RAM.
+The stream is generated from the image. Every RAM backend accepts it, and no permission to attach is needed.
+An image of an attached machine contains no stream; its device state is a stream without RAM.
 """
 
 from __future__ import annotations
@@ -34,47 +34,47 @@ from snapengine.qemu.to_stream import Meter, make_head, stream_blobs, write_stre
 START_SECONDS = 30.0
 END_SECONDS = 2.0
 STREAM_NAME = "snapengine-stream"
-FILE_HEADER_BYTES = 8  # magic and version, which the devices' state has as every stream has
-# Behind the devices QEMU expects a description of their fields, for debuggers, and warns if there is none.
+FILE_HEADER_BYTES = 8  # magic and version, with which the device state begins like every stream
+# After the devices QEMU expects a description of their fields (for debuggers), and warns if it is missing.
 NO_DESCRIPTION = struct.pack(">BI", 0x06, 2) + b"{}"
-OURS = ("-incoming", "-daemonize", "-S", "-loadvm")
+RESERVED_OPTIONS = ("-incoming", "-daemonize", "-S", "-loadvm")
 
 
 @dataclass(slots=True)
 class Restored:
-    """A machine that was restored. Times are nanoseconds."""
+    """A restored machine. Times are in nanoseconds."""
 
     pid: int
     qmp: str
     status: str
-    """QEMU's run state: ``"running"``, or ``"paused"`` if that was asked for."""
+    """QEMU's run state: ``"running"``, or ``"paused"`` if that was requested."""
     start_ns: int = 0
-    """From the start of QEMU until its monitor answered."""
+    """From the start of QEMU until its monitor replied."""
     load_ns: int = 0
-    """From the first byte of the stream until QEMU had loaded it all."""
+    """From the first byte of the stream until QEMU had loaded all of it."""
     stream_bytes: int = 0
     differences: list[str] = field(default_factory=list)
-    """What differs from the machine that was saved (only with `force`; otherwise that is an error)."""
+    """Differences from the saved machine. Only with `force`; otherwise they are an error."""
     process: subprocess.Popen[bytes] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """In JSON types."""
+        """Return a dict of JSON types."""
         names = ("pid", "qmp", "status", "start_ns", "load_ns", "stream_bytes", "differences")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long to wait: for the answer to one command; until when, and what that was, for all of it."""
+    """Timeouts: of one command, and of the whole restore as a deadline (`until`) and as given (`timeout`)."""
 
     command_seconds: float = COMMAND_SECONDS
     until: float = math.inf
     timeout: float = 0.0
 
     def check(self) -> None:
-        """Raise TimeLimitError if the time is over."""
+        """Raise TimeLimitError after the deadline."""
         if time.monotonic() > self.until:
-            raise TimeLimitError(f"the machine was not loaded within {self.timeout:g} s: QEMU is ended")
+            raise TimeLimitError(f"the machine was not loaded within {self.timeout:g} s: QEMU was terminated")
 
 
 NO_LIMITS = Limits()
@@ -93,46 +93,46 @@ def restore_machine(
     timeout: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Restored:
-    """Start QEMU by `command` and let it go on from `image`.
+    """Start QEMU with `command` and load the state in `image`.
 
     Parameters
     ----------
     image:
-        Made by `snapengine qemu save` or `snapengine ingest`.
+        An image written by `snapengine qemu save` or `snapengine ingest`.
     command:
-        QEMU and its arguments, as the machine that was saved had them, without ``-S`` and ``-incoming``. Its
-        disks must be as they were at T.
+        QEMU and the arguments of the saved machine, without ``-S`` and ``-incoming``. The disks must have
+        their content of T.
     qmp:
-        Unix socket to make for the restored machine's monitor; None: in a new directory.
+        Path of the Unix socket to create for the machine's monitor; None: one in a new directory.
     run:
-        Let the guest run; otherwise it stays paused.
+        Whether to resume the guest; otherwise it stays paused.
     force:
-        Go on though the machine differs from the one that was saved.
+        Load the state even if the machine differs from the saved one.
     stdio:
-        QEMU has our standard input and output, and gets our signals; otherwise it has neither.
+        QEMU inherits our standard input and output, and receives our terminal's signals; otherwise neither.
     log:
-        The file for what QEMU prints (without `stdio`); None: it is kept until we end, for the errors' texts.
+        File for QEMU's output (without `stdio`); None: a temporary file, used in error messages only.
     command_seconds:
-        The longest wait for the monitor's answer to one command.
+        Timeout of the monitor's reply to one command.
     timeout:
-        Seconds until the machine must be loaded; None: no limit.
+        Timeout of the whole restore in seconds; None: no limit.
     progress:
-        Is called with the bytes of RAM that QEMU has taken so far, while it loads.
+        Called while QEMU loads the state, with the bytes of RAM that it has read so far.
 
     Raises
     ------
     ImageError
-        Not an image of a machine, or damaged. Nothing of the machine is left.
+        The image is not of a machine, or is damaged. No QEMU is left running.
     MachineError
-        QEMU does not start, is another machine, or refuses the state. It is ended.
+        QEMU does not start, is a different machine, or rejects the state. It is terminated.
     TimeLimitError
-        It is not loaded within `timeout`. QEMU is ended.
+        The machine was not loaded within `timeout`. QEMU is terminated.
     """
     saved = read_description(image)
     for argument in command:
-        if argument.replace("--", "-") in OURS:
+        if argument.replace("--", "-") in RESERVED_OPTIONS:
             raise MachineError(
-                f"the command has {argument} already: how QEMU waits and loads is up to snapengine"
+                f"the command has {argument} already: remove it, snapengine controls how QEMU starts"
             )
     if not command or shutil.which(command[0]) is None:
         raise MachineError(f"there is no program {command[0] if command else ''!r}")
@@ -140,12 +140,14 @@ def restore_machine(
         if qmp:
             path = os.path.abspath(qmp)
             if os.path.exists(path):
-                raise MachineError(f"{path} exists already: another machine may listen there")
+                raise MachineError(
+                    f"{path} exists already, another machine may listen there: use another path"
+                )
         else:
             folder = tempfile.mkdtemp(prefix="snapengine-qemu-")
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
             path = f"{folder}/qmp.sock"
-        # Not our standard output: who reads that would wait for the end of the machine.
+        # Not our standard output: its reader would wait until the machine exits.
         output: Any = None
         if not stdio:
             output = stack.enter_context(open(log, "w+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
@@ -159,17 +161,17 @@ def _start(
     image: Image, saved: dict[str, Any], command: Sequence[str], path: str, output: Any, run: bool,
     force: bool, limits: Limits, progress: Callable[[int], None] | None,
 ) -> Restored:  # fmt: skip
-    began = time.monotonic_ns()
-    monitor_at = path.replace(",", ",,")  # QEMU's way to write a comma in an option
+    start_ns = time.monotonic_ns()
+    escaped_path = path.replace(",", ",,")  # QEMU's escape for a comma in an option
     process = subprocess.Popen(
-        [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{monitor_at},server=on,wait=off"],
+        [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{escaped_path},server=on,wait=off"],
         stdin=subprocess.DEVNULL if output else None, stdout=output, stderr=output,
         start_new_session=output is not None,
     )  # fmt: skip
     try:
         with connect(path, process, limits) as monitor:
             restored = Restored(monitor.peer_pid or process.pid, path, "", process=process)
-            restored.start_ns = time.monotonic_ns() - began
+            restored.start_ns = time.monotonic_ns() - start_ns
             restored.differences = compare(monitor, saved, force, image.name)
             load(monitor, image, saved, restored, progress, limits)
             if run:
@@ -177,38 +179,38 @@ def _start(
             restored.status = ask(monitor, "query-status").plain("status")
         return restored
     except BaseException as error:
-        end(process)
+        terminate(process)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         if isinstance(error, TargetGoneError):
-            raise MachineError(f"QEMU ended while it was restored{said(output)}") from None
+            raise MachineError(f"QEMU exited during the restore{last_output(output)}") from None
         if isinstance(error, MachineError):
-            raise MachineError(f"{error}{said(output)}") from None
+            raise MachineError(f"{error}{last_output(output)}") from None
         raise
 
 
-def said(output: Any) -> str:
-    """The last line that QEMU printed, to stand behind an error."""
+def last_output(output: Any) -> str:
+    """Return the last line of QEMU's output in parentheses, to append to an error message."""
     if output is None:
         return ""
     output.seek(0)
     lines = output.read().decode("utf-8", "replace").strip().splitlines()
-    lines = [line for line in lines if "terminating on signal" not in line]  # that was our own
+    lines = [line for line in lines if "terminating on signal" not in line]  # caused by us
     return f" ({lines[-1].strip()})" if lines else ""
 
 
 def read_description(image: Image) -> dict[str, Any]:
-    """The description of the machine. `ImageError`: there is none, or it is malformed."""
+    """Return the machine description. Raises `ImageError` if it is missing or malformed."""
     saved = machine_of(image)
     if saved is None:
         raise ImageError(f"{image.name}: not an image of a QEMU machine (`snapengine info` says of what)")
     if saved["via"] not in (VIA_STREAM, VIA_DEVICES):
-        raise ImageError(f"{image.name}: its machine was saved in a way that is not known: {saved['via']!r}")
+        raise ImageError(f"{image.name}: the machine was saved by an unknown method: {saved['via']!r}")
     return saved
 
 
 def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
-    """What comes before the RAM in the stream, and what comes behind it."""
+    """Return the parts of the stream before and after the RAM."""
     if saved["via"] == VIA_STREAM:
         return stream_blobs(image)
     blocks = [(block["name"], block["used"]) for block in saved["ram_blocks"]]
@@ -224,7 +226,7 @@ def stream_ends(image: Image, saved: dict[str, Any]) -> tuple[bytes, bytes]:
 
 
 def connect(path: str, process: subprocess.Popen[bytes], limits: Limits = NO_LIMITS) -> Monitor:
-    """The monitor of a QEMU that is starting. Raises MachineError, TimeLimitError."""
+    """Connect to the monitor of a QEMU that is starting. Raises MachineError, TimeLimitError."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         limits.check()
@@ -238,12 +240,12 @@ def connect(path: str, process: subprocess.Popen[bytes], limits: Limits = NO_LIM
                 if time.monotonic() > deadline:
                     raise
         if time.monotonic() > deadline:
-            raise MachineError(f"QEMU's monitor did not appear within {START_SECONDS:g} s")
+            raise MachineError(f"QEMU did not open its monitor within {START_SECONDS:g} s")
         time.sleep(0.01)
 
 
 def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> list[str]:
-    """The differences. Raises MachineError if there are any, unless forced."""
+    """Return the differences from the saved machine. Raises MachineError if there are any, unless `force`."""
     found = machine.describe(monitor, 0, ram_blocks(monitor), saved["via"])
     lines = machine.differences(saved, found)
     if lines and not force:
@@ -255,27 +257,27 @@ def load(
     monitor: Monitor, image: Image, saved: dict[str, Any], restored: Restored,
     progress: Callable[[int], None] | None = None, limits: Limits = NO_LIMITS,
 ) -> None:  # fmt: skip
-    """Feed QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
+    """Send QEMU the stream, and wait until it has loaded it. Raises MachineError, TargetGoneError."""
     head, tail = stream_ends(image, saved)
-    began = time.monotonic_ns()
-    theirs, ours = os.pipe()
+    start_ns = time.monotonic_ns()
+    read_fd, write_fd = os.pipe()
     try:
-        monitor.pass_descriptor(theirs, STREAM_NAME)
+        monitor.pass_descriptor(read_fd, STREAM_NAME)
     except BaseException:
-        os.close(ours)
+        os.close(write_fd)
         raise
     finally:
-        os.close(theirs)
-    feeder = Feeder(image, ours, head, tail)
+        os.close(read_fd)
+    feeder = Feeder(image, write_fd, head, tail)
     try:
         feeder.start()
         monitor.execute("migrate-incoming", {"uri": f"fd:{STREAM_NAME}"})
         while True:
-            answer = ask_migration(monitor)
-            if answer.status == "completed":
+            state = ask_migration(monitor)
+            if state.status == "completed":
                 break
-            if answer.status == "failed":
-                raise feeder.error or MachineError(f"QEMU refuses the state: {answer.reason}")
+            if state.status == "failed":
+                raise feeder.error or MachineError(f"QEMU refuses the state: {state.reason}")
             if feeder.error is not None and not isinstance(feeder.error, TargetGoneError):
                 raise feeder.error
             limits.check()
@@ -285,20 +287,20 @@ def load(
         feeder.wait()
     except BaseException as error:
         if restored.process is not None:
-            end(restored.process)  # else the feeder waits for a reader for ever
-        feeder.end()  # before the image is closed
+            terminate(restored.process)  # otherwise the feeder would block in write() for ever
+        feeder.stop()  # before the image is closed
         cause = feeder.error
         if isinstance(error, TargetGoneError) and cause and not isinstance(cause, TargetGoneError):
             raise cause from None
         raise
     if feeder.error is not None:
         raise feeder.error
-    restored.load_ns = time.monotonic_ns() - began
+    restored.load_ns = time.monotonic_ns() - start_ns
     restored.stream_bytes = feeder.written
 
 
 class Feeder:
-    """Writes the stream on a thread of its own, and closes the pipe. `start`, then `wait` or `end`."""
+    """A thread that writes the stream and closes the pipe. Call `start`, then `wait` or `stop`."""
 
     def __init__(self, image: Image, fd: int, head: bytes, tail: bytes) -> None:
         self.written = 0
@@ -306,26 +308,27 @@ class Feeder:
         self.error: BaseException | None = None
         self._image = image
         self._fd = fd
-        self._ends = head, tail
+        self._head_tail = head, tail
         self._thread = Crew()
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the thread."""
         self._thread.start("snap-feed", self._feed)
 
     def wait(self) -> None:
-        """Wait for the end of the stream."""
+        """Wait until the stream is written."""
         self._thread.wait()
 
-    def end(self) -> None:
-        """Nobody reads any more: afterwards nothing uses the image, and the pipe is closed."""
+    def stop(self) -> None:
+        """End the thread after the pipe's reader has exited. Nothing uses the image afterwards."""
         if not self._thread.dismiss():
             os.close(self._fd)
         self._thread.wait()
 
     def _feed(self) -> None:
         try:
-            self.written = write_stream(self._image, self._fd, *self._ends, meter=self.meter).stream_bytes
+            sent = write_stream(self._image, self._fd, *self._head_tail, meter=self.meter)
+            self.written = sent.stream_bytes
         except OSError as error:
             broken = error.errno == errno.EPIPE
             self.error = TargetGoneError(errno.EPIPE, "QEMU closed the stream") if broken else error
@@ -335,14 +338,14 @@ class Feeder:
             os.close(self._fd)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a QEMU that we started: a machine that is restored by half is none. Idempotent.
+def terminate(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a QEMU that we started, because its machine is only partly restored. Idempotent.
 
-    It is asked first: QEMU then removes its other sockets and its pid file.
+    SIGTERM comes first: QEMU then removes its other sockets and its pid file.
     """
     if process.poll() is not None:
         return
-    own_group = os.getpgid(process.pid) == process.pid  # then there may be a wrapper around QEMU
+    own_group = os.getpgid(process.pid) == process.pid  # QEMU may have been started by a wrapper
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             if own_group:

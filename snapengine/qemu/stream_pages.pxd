@@ -10,27 +10,27 @@ cdef enum:
 
 
 cdef class Intake(StreamParser):
-    # Knows of each page whether it came, and whether it holds data.
+    # Two bits per page: whether it has arrived (seen), and whether it holds data (data).
     cdef Arena seen_bits
     cdef Arena data_bits
     cdef uint64_t *seen
     cdef uint64_t *data
     cdef Pool pool
     cdef lane_slot lane
-    cdef readonly uint64_t data_pages     # that hold data now
-    cdef readonly uint64_t zero_pages     # that came and are zero now
-    cdef readonly uint64_t repeats        # records of pages that had come before
+    cdef readonly uint64_t data_pages     # arrived pages whose last version holds data
+    cdef readonly uint64_t zero_pages     # arrived pages whose last version is zero
+    cdef readonly uint64_t repeats        # records of pages that had arrived before
 
-    # Takes note of a record; whether the page held data before it.
+    # Update the tables for a record. Returns whether the page held data before.
     cdef bint mark(self, uint64_t page, bint nonzero) noexcept nogil
-    # Kind of the pages from `page` on, and how many of them before `end` are of that kind.
+    # Return the kind of `page`, and in `pages` the length of the run of this kind, up to `end`.
     cdef int run_at(self, uint64_t page, uint64_t end, uint64_t *pages) noexcept nogil
-    cdef int room(self) except -1 nogil
+    cdef int reserve(self) except -1 nogil
     cdef int put_blank(self, uint64_t page, uint64_t pages, unsigned kind) except -1 nogil
 
 
 cdef class DirectIntake(Intake):
-    cdef readonly uint64_t saved          # data pages queued, superseded ones included
+    cdef readonly uint64_t saved          # data pages queued, including superseded versions
 
     cdef int zero_entry(self, uint64_t page) except -1 nogil
 
@@ -38,7 +38,7 @@ cdef class DirectIntake(Intake):
 cdef class Spool(Intake):
     cdef object file
     cdef int file_fd
-    cdef uint64_t run_first               # pages whose bytes are still in the buffer only
+    cdef uint64_t run_first               # a run of pages that is still in the parser's buffer only
     cdef int run_pages
     cdef iovec parts[RUN_PAGES]
     cdef readonly uint64_t spooled_bytes
@@ -47,7 +47,7 @@ cdef class Spool(Intake):
     cdef int put_data(self, uint64_t page, uint64_t pages) except -1 nogil
 
 
-cdef class Census(Spool):
-    cdef Arena count_room
-    cdef uint16_t *counts                 # records of each page, at most 65535
-    cdef int note(self, uint64_t page) except -1 nogil
+cdef class CountingSpool(Spool):
+    cdef Arena counts_arena
+    cdef uint16_t *counts                 # records of each page, saturating at 65535
+    cdef int count(self, uint64_t page) except -1 nogil

@@ -3,28 +3,28 @@ from libc.stdint cimport uint32_t, uint64_t
 
 cdef enum:
     BUFFER_BYTES = 1 << 20
-    BLOCKS_MAX = 1024       # a machine has a few dozen; each named record looks through them
+    BLOCKS_MAX = 1024       # a machine has a few dozen; find_block() searches them linearly
 
 
 cdef struct block_t:
-    uint64_t first_page      # blocks are numbered one behind the other
+    uint64_t first_page      # pages of all blocks are numbered consecutively
     uint64_t pages
     unsigned char name_bytes
     char name[255]
 
 
 cdef class StreamParser:
-    # Takes a stream apart, front to back. What a page is good for, a subclass says (on_page, on_zero).
+    # Parses a stream from front to back. Subclasses process the pages (on_page, on_zero).
     cdef readonly str name
-    cdef int fd                       # -1: all there is lies in the buffer
-    cdef char *buffer                 # BUFFER_BYTES; [begin, end) is what was read and not yet used
+    cdef int fd                       # -1: the whole stream is in the buffer
+    cdef char *buffer                 # BUFFER_BYTES; [begin, end) is read but not yet parsed
     cdef size_t begin
     cdef size_t end
-    cdef readonly uint64_t offset     # in the stream, of buffer[begin]
-    cdef bint ended                   # the descriptor is at its end
-    cdef uint64_t cancelled           # set by cancel() (release), looked at every 50 ms
+    cdef readonly uint64_t offset     # offset of buffer[begin] in the stream
+    cdef bint ended                   # the descriptor reported end of file
+    cdef uint64_t cancelled           # set by cancel() (release), polled every 50 ms
     cdef int state
-    cdef bytearray keep               # what is taken while the head is read
+    cdef bytearray head_bytes         # the head so far, while it is read
     cdef readonly bytes head
     cdef readonly bytes tail
     cdef readonly object machine_type  # None: the stream has no configuration section
@@ -35,15 +35,15 @@ cdef class StreamParser:
     cdef readonly uint64_t zeros      # ZERO records so far
     cdef block_t *blocks
     cdef size_t n_blocks
-    cdef block_t *current             # of the last record, for RAM_CONTINUE
+    cdef block_t *current             # block of the last record, for RAM_CONTINUE
 
-    # One record; `data` is 4096 bytes that stay where they are until before_refill().
+    # Process one record. `data` is 4096 bytes that remain valid until before_refill().
     cdef int on_page(self, uint64_t page, const char *data) except -1 nogil
     cdef int on_zero(self, uint64_t page) except -1 nogil
-    # The bytes of all pages so far are about to move.
+    # Called before the buffer is overwritten, which invalidates the `data` of all pages so far.
     cdef int before_refill(self) except -1 nogil
 
-    # Make `count` bytes available (at most BUFFER_BYTES) or raise.
+    # Make `count` bytes (at most BUFFER_BYTES) available at `begin`, or raise.
     cdef int need(self, size_t count) except -1 nogil
     cdef int read_some(self) except -1 nogil
     cdef int refuse(self, const char *what, uint64_t offset) except -1 with gil

@@ -5,13 +5,13 @@ from posix.uio cimport iovec
 from snapengine.image.restorer cimport Restorer, destination_t
 
 cdef enum:
-    BATCH = 256                        # pages a writev
+    BATCH = 256                        # pages per writev
 
 
 cdef class PageSender(Restorer):
-    # The pages of one RAM block as records of a migration stream, in the order of the image's chunks.
+    # Writes the pages of one RAM block as records of a migration stream, in the order of the image's chunks.
     cdef int out
-    cdef bint named                    # a record has named the block: the others are RAM_CONTINUE
+    cdef bint named                    # a record has named the block; later records use RAM_CONTINUE
     cdef uint64_t first_page
     cdef bytes block_name
     cdef char first_head[8 + 1 + 255]

@@ -1,7 +1,7 @@
-"""The end of a migration stream: device sections, EOF, and the description that QEMU puts behind it.
+"""The tail of a migration stream: device sections, EOF, and QEMU's description of the device state.
 
-A device's section does not say how long it is; where it ends only its device knows. So its end is where its
-footer stands and the next section, or the EOF, begins.
+A device section does not state its length; only the device's code knows where it ends. Its end is therefore
+found by its footer, which the next section or the EOF must follow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NUMBERS = struct.Struct(">II")
 
 
 class DeviceSection(NamedTuple):
-    """The state of one device; `size` in bytes, header and footer included."""
+    """The state of one device. `size` is in bytes and includes header and footer."""
 
     name: str
     instance: int
@@ -27,15 +27,15 @@ class DeviceSection(NamedTuple):
 
 
 def end_of_sections(tail: bytes) -> int | None:
-    """Where the EOF byte stands; None: the tail is not complete."""
+    """Return the offset of the EOF byte, or None if the tail is incomplete."""
     at = len(tail)
-    for _ in range(4):  # the length of the description may look like its mark, once
+    for _ in range(4):  # the description's length may contain the two marker bytes, once
         at = tail.rfind(bytes([EOF, DESCRIPTION]), 0, at + 1)
         if at < 0:
             break
         if at + 6 + int.from_bytes(tail[at + 2 : at + 6], "big") == len(tail) and _footer_before(tail, at):
             return at
-    at = len(tail) - 1  # suppress-vmdesc=on: there is no description, and nothing states a length
+    at = len(tail) - 1  # suppress-vmdesc=on: no description, and no length field to check
     whole = at >= 0 and tail[at] == EOF and sum(one.size for one in _walk(tail, at, strict=True)) == at
     return at if whole else None
 
@@ -45,19 +45,19 @@ def _footer_before(tail: bytes, at: int) -> bool:
 
 
 def check_tail(tail: bytes, offset: int, name: str) -> None:
-    """`StreamError` unless `tail`, which ends at byte `offset` of the stream, is complete at its end."""
+    """Raise `StreamError` if `tail` is incomplete. It ends at byte `offset` of the stream."""
     if end_of_sections(tail) is None:
         raise StreamError(f"{name}: the stream ends early, in the device state", offset)
 
 
 def device_sections(tail: bytes) -> list[DeviceSection]:
-    """The sections of a complete tail, in its order; as far as they can be told apart."""
+    """Return the sections of a complete tail, in order. A section without a footer extends to the EOF."""
     end = end_of_sections(tail)
     return [] if end is None else _walk(tail, end)
 
 
 def _walk(tail: bytes, end: int, *, strict: bool = False) -> list[DeviceSection]:
-    """Sections up to `end`; with `strict` without one that has no footer."""
+    """Return the sections up to `end`. `strict`: stop at a section without a footer."""
     found: list[DeviceSection] = []
     at = 0
     while at < end:
@@ -75,7 +75,7 @@ def _walk(tail: bytes, end: int, *, strict: bool = False) -> list[DeviceSection]
 
 
 def _header(tail: bytes, at: int) -> tuple[int, str, int, int, int] | None:
-    """(section id, name, instance, version, where its state begins), if a section begins here."""
+    """Return (section id, name, instance, version, offset of the state), or None: no section begins here."""
     body = at + _HEAD.size
     if body >= len(tail) or tail[at] != FULL:
         return None
@@ -90,7 +90,7 @@ def _header(tail: bytes, at: int) -> tuple[int, str, int, int, int] | None:
 
 
 def _section_end(tail: bytes, section_id: int, body: int, end: int) -> int | None:
-    """Behind the first footer of the section with a section or the EOF behind it; None: there is none."""
+    """Return the end of the first footer that a section or the EOF follows, or None."""
     footer = bytes([FOOTER]) + section_id.to_bytes(4, "big")
     at = tail.find(footer, body, end)
     while at >= 0:

@@ -1,8 +1,8 @@
-"""QemuTarget: a machine that stock QEMU runs, attached to from outside.
+"""QemuTarget: a machine of an unmodified QEMU, captured by attaching to its process.
 
-QEMU's process is attached to as any other (`snapengine.process.target`); its RAM blocks are tracked. T lies
-between `stop` and `cont`: the devices' state is taken by QMP meanwhile, so it is of the same instant as the
-memory. Tried on QEMU 7.2 and 10.0.
+It attaches to QEMU as to any other process (`snapengine.process.target`), and tracks the RAM blocks. T lies
+between `stop` and `cont`. The device state is saved through QMP in the same stop, so it is of the same
+instant as the memory. Tested with QEMU 7.2 and 10.0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from snapengine.regions import PAGE_BYTES, Region, kind_of
 from snapengine.result import fitted_parts
 from snapengine.targets.base import AttachedTarget
 
-ROM_BYTES = 8 << 20  # of one block that is copied while the guest stands
+ROM_BYTES = 8 << 20  # largest untrackable block; such a block is copied while the guest is stopped
 TRACKED = ("anonymous", "shmem", "hugetlb")
 
 
@@ -44,25 +44,24 @@ class QemuTarget(AttachedTarget):
     Parameters
     ----------
     monitor:
-        Its QMP connection. The target does not close it.
+        The QMP connection. The caller closes it.
     pid:
-        QEMU's process; 0: the one that listens at the monitor's Unix socket.
+        QEMU's process; 0: the process that listens on the monitor's Unix socket.
     block_snapshots:
-        Disk (its device's or its node's name in `query-block`) → file: an external snapshot of each is taken
-        at T, so the file that the disk had before keeps its content of T, and QEMU goes on in the new one.
+        Disk (device or node name in `query-block`) → new file. An external snapshot of each disk is taken at
+        T: the previous file keeps its content of T, and QEMU writes to the new one.
     deadline:
-        Seconds that a thread of QEMU may take to stop, for the moment in which it opens the userfaultfd.
+        Timeout in seconds for stopping a thread of QEMU, which is done to create the userfaultfd.
 
     Raises (when the capture opens it)
     ----------------------------------
     MachineError
-        The machine migrates, has a device whose memory accesses cannot be tracked, or QEMU refuses a command.
+        The machine migrates or has a device whose writes cannot be tracked, or QEMU refuses a command.
     AttachError
-        This user may not attach to QEMU; the text says why.
+        This user may not attach to QEMU; the message says why.
     RegisterError
-        A RAM block that the kernel cannot write-protect: a shared mapping of a file on a disk.
+        The kernel cannot write-protect a RAM block: a shared mapping of a file on a disk.
     """
-
 
     def __init__(
         self,
@@ -76,15 +75,18 @@ class QemuTarget(AttachedTarget):
         self.monitor = monitor
         if not self.pid:
             raise MachineError(
-                f"{monitor.address}: QEMU's process is not known (TCP, or a container): give its pid"
+                f"{monitor.address}: QEMU's process is unknown (TCP, or a container): give its pid"
             )
         self.stop_parts_ns: dict[str, int] = {}
-        """What the stop of the guest was spent on: ``stop``, ``block_snapshot``, ``device_state``, ``arm``
-        (dirty logging: the last round) and ``cont``, by our clock; ``guest``: from QEMU's event STOP to
-        RESUME, by QEMU's clock. What QEMU took to get to `stop`, and to answer `cont`, while the guest ran,
-        is left out, so the parts come to no more than ``guest``."""
+        """Durations of the phases of the guest's stop.
+
+        ``stop``, ``block_snapshot``, ``device_state``, ``arm`` (dirty logging: the last round) and ``cont``
+        are measured by our clock. ``guest`` is the time between QEMU's events STOP and RESUME, by QEMU's
+        clock. Time while the guest ran is excluded (before `stop` took effect, and after `cont` did), so the
+        sum of the phases does not exceed ``guest``.
+        """
         self.moved_disks: list[str] = []
-        """One line for each disk that goes on in another file since T, whatever becomes of the image."""
+        """One line for each disk that uses a new file since T, even if the capture fails later."""
         self._disks = dict(block_snapshots or {})
         self._deadline = deadline
         self._info: permissions.ProcessInfo | None = None
@@ -95,18 +97,18 @@ class QemuTarget(AttachedTarget):
         self._state_fd = self._state_set = -1
         self._machine: dict[str, Any] = {}
         self._changes: list[str] | None = None
-        self._stopped_at = self._stood_ns = self._at = 0
+        self._stopped_at = self._stopped_ns = self._part_began = 0
         self._was_running = False
-        self._saved: Callable[[], Any] | None = None
+        self._await_save: Callable[[], Any] | None = None
 
-    # -- what a capture calls --
+    # -- called by the capture --
 
     def check(self) -> None:
-        """Raise what speaks against attaching to QEMU: AttachError, TargetGoneError."""
+        """Check whether this user may attach to QEMU. Raises AttachError, TargetGoneError."""
         self._info = permissions.check_to_save(self.pid)
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
-        """Attach, while the machine runs."""
+        """Attach to QEMU while the machine runs."""
         try:
             return self._attach()
         except BaseException:
@@ -124,7 +126,7 @@ class QemuTarget(AttachedTarget):
         self._refuse_another_process()
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
-        tracked = self._tracked = self._sort(read_maps(self.pid))
+        tracked = self._tracked = self._classify(read_maps(self.pid))
         self._check_disks()
         self._machine = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
@@ -132,70 +134,70 @@ class QemuTarget(AttachedTarget):
         if info.ksm_pages:
             self.warnings.append(
                 f"KSM has merged {info.ksm_pages} pages of QEMU: pages that it merges from now on are lost "
-                "(-machine mem-merge=off)"
+                "(use -machine mem-merge=off)"
             )
         return self.pid, injected.fd, tracked
 
     def cancelled(self) -> None:
-        """From any thread: the capture is given up, so wait for no answer of QEMU's for long."""
+        """The capture is being cancelled: shorten the waits for QEMU. Called on any thread."""
         self.monitor.shorten_waits()
 
     def registered(self, uffd: Uffd) -> list[Region]:
-        """All RAM blocks: one that the kernel refuses is an error when it is armed."""
+        """Return all RAM blocks. If the kernel refuses one, arming it raises the error."""
         return self._tracked
 
     def pause(self) -> None:
-        """Stop the guest, unless it stands already."""
-        self.monitor.events()  # forget those of before
+        """Stop the guest, unless it is stopped already."""
+        self.monitor.events()  # discard earlier events
         self._was_running = ask(self.monitor, "query-status").flag("running")
         if self._was_running:
             self._guard = Guard(self.monitor.fileno(), [("cont", {})])
-        self._at = self._stopped_at = time.monotonic_ns()
-        stopped = self.monitor.send("stop") if self._was_running else None
+        self._part_began = self._stopped_at = time.monotonic_ns()
+        await_stop = self.monitor.send("stop") if self._was_running else None
         if not self._disks:
-            self._saved = self._send_save()
-        if stopped is not None:
-            stopped()
-        self._part("stop")
+            self._await_save = self._send_save()
+        if await_stop is not None:
+            await_stop()
+        self._end_part("stop")
 
     def vmstate(self) -> dict[str, bytes]:
-        """The devices' state at T, and what the machine is."""
+        """Wait until QEMU has saved the device state of T, and copy the untrackable blocks."""
         if self._disks:
             self._snapshot_disks()
-            self._part("block_snapshot")
-            self._saved = self._send_save()
-        assert self._saved is not None
-        self._saved()
-        self._part("device_state")
+            self._end_part("block_snapshot")
+            self._await_save = self._send_save()
+        assert self._await_save is not None
+        self._await_save()
+        self._end_part("device_state")
         self._copied = [*copy_all(self.pid, self._copies)]
         return {}
 
     def resume(self) -> None:
-        """Let the guest go on."""
+        """Resume the guest, if it ran before `pause`."""
         if not self._stopped_at:
             return
-        self._part("arm")
+        self._end_part("arm")
         if self._was_running:
             self.monitor.execute("cont")
-        self._part("cont")
-        self._stood_ns = time.monotonic_ns() - self._stopped_at
-        self._stopped_at = 0  # not before QEMU has said yes: what comes between has close() try again
+        self._end_part("cont")
+        self._stopped_ns = time.monotonic_ns() - self._stopped_at
+        self._stopped_at = 0  # only after QEMU confirmed: after an exception close() tries again
         if self._guard is not None:
             self._guard.dismiss()
-        self._note_events()
+        self._record_guest_stop()
 
     def armed(self) -> None:
-        """T is fixed, and the guest runs."""
-        self._look_again()
+        """T has passed, and the guest runs again."""
+        self._compare_again()
 
     def late_warnings(self) -> list[str]:
-        """Where the disks are now. Nothing of the RAM: QEMU maps it once."""
+        """Return the new files of the disks. RAM blocks need no check: QEMU does not map them again."""
         return list(self.moved_disks)
 
     def record(self) -> dict[str, bytes]:
-        """The blobs of the machine. Raises MachineError."""
-        if self._changes is None:  # dirty logging: T was just now
-            self._look_again()
+        """Return the blobs of the machine. Raises MachineError."""
+        if self._changes is None:  # dirty logging: `armed` is not called, and T was just now
+            self._compare_again()
         if self._changes:
             raise MachineError(
                 "the machine was changed while its snapshot was prepared: " + "; ".join(self._changes)
@@ -208,16 +210,16 @@ class QemuTarget(AttachedTarget):
 
     @property
     def stop_ns(self) -> int:
-        """How long the guest stood, in nanoseconds, as QEMU's events tell; by our clock if they do not."""
-        return self.stop_parts_ns.get("guest", self._stood_ns)
+        """How long the guest was stopped, in nanoseconds: by QEMU's events, or without them by our clock."""
+        return self.stop_parts_ns.get("guest", self._stopped_ns)
 
     def close(self, status: str) -> None:
-        """Let the guest go on if it stands, and take back what QEMU was given. Idempotent."""
+        """Resume the guest if it is stopped, and remove our descriptor from QEMU. Idempotent."""
         try:
             if self._stopped_at:
                 self.resume()
         except TargetGoneError:
-            self._stopped_at = 0  # QEMU has ended: nothing stands
+            self._stopped_at = 0  # QEMU has exited: nothing to resume
         finally:
             if self._guard is not None:
                 if self._stopped_at:
@@ -225,30 +227,30 @@ class QemuTarget(AttachedTarget):
                 self._guard.dismiss()
             self._close_state_file()
 
-    # -- parts --
+    # -- steps --
 
     def _send_save(self) -> Callable[[], Any]:
-        # live=false: otherwise QEMU gives up a stopped machine's disks, as after a migration.
+        # live=false: otherwise QEMU releases the disks of a stopped machine, as after a migration.
         arguments = {"filename": f"/dev/fdset/{self._state_set}", "live": False}
         return self.monitor.send("xen-save-devices-state", arguments)
 
-    def _look_again(self) -> None:
-        """Whether blocks or devices came or went before T. Not at T itself: that would lengthen the stop."""
+    def _compare_again(self) -> None:
+        """Find blocks and devices added or removed before T. Runs after T, to keep the stop short."""
         now = machine.describe(self.monitor, self.pid, ram_blocks(self.monitor), VIA_DEVICES)
         self._changes = machine.changes(self._machine, now)
 
-    def _part(self, name: str) -> None:
+    def _end_part(self, name: str) -> None:
         now = time.monotonic_ns()
-        self.stop_parts_ns[name] = now - self._at
-        self._at = now
+        self.stop_parts_ns[name] = now - self._part_began
+        self._part_began = now
 
-    def _note_events(self) -> None:
-        stood = self.monitor.stood_ns()
-        if stood is not None:
-            self.stop_parts_ns["guest"] = stood
-            self.stop_parts_ns = fitted_parts(self.stop_parts_ns, stood)
+    def _record_guest_stop(self) -> None:
+        duration = self.monitor.stop_duration_ns()
+        if duration is not None:
+            self.stop_parts_ns["guest"] = duration
+            self.stop_parts_ns = fitted_parts(self.stop_parts_ns, duration)
 
-    def _sort(self, mappings: list[MemoryMapping]) -> list[Region]:
+    def _classify(self, mappings: list[MemoryMapping]) -> list[Region]:
         tracked = []
         backings = Backings(self.pid)
         for block in self._blocks:
@@ -272,7 +274,7 @@ class QemuTarget(AttachedTarget):
                 continue
             size = found[0].page_bytes
             if not shared and any(backing.kind == "shmem" for backing in found):
-                # Guests give RAM back (balloon, free page reporting): with share=off only the event tells.
+                # Guests free RAM (balloon, free page reporting). With share=off only the event reports that.
                 self.events = frozenset(["EVENT_REMOVE"])
             kind = kind_of(size, shared)
             zeros = {m.inode for m, b in zip(covered, found, strict=True) if b.kind == "anonymous"} - {0}
@@ -284,9 +286,9 @@ class QemuTarget(AttachedTarget):
         return tracked
 
     def _open_state_file(self) -> None:
-        """QEMU writes the devices' state into a file of ours that it is handed, wherever it runs."""
+        """Create the file for the device state, and pass it to QEMU, which may see other file systems."""
         if not self.monitor.passes_descriptors:
-            raise MachineError(f"{self.monitor.address}: the devices' state needs QMP on a Unix socket")
+            raise MachineError(f"{self.monitor.address}: saving the device state needs QMP on a Unix socket")
         self._state_fd = os.memfd_create("snapengine:devices", os.MFD_CLOEXEC)
         writable = os.open(f"/proc/self/fd/{self._state_fd}", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -300,11 +302,11 @@ class QemuTarget(AttachedTarget):
         os.close(self._state_fd)
         self._state_fd = -1
         if self._state_set >= 0:
-            with contextlib.suppress(SnapengineError):  # QEMU has ended, or hangs: nothing can be done
+            with contextlib.suppress(SnapengineError):  # QEMU has exited or hangs: nothing can be done
                 self.monitor.execute("remove-fd", {"fdset-id": self._state_set})
 
     def _refuse_another_process(self) -> None:
-        """Who opened the socket need not be QEMU: libvirt hands over one that listens already."""
+        """Check that `pid` is QEMU. Another process may have opened the socket, as libvirt does."""
         ours = os.fstat(self._state_fd)
         for number in os.listdir(f"/proc/{self.pid}/fd"):
             try:
@@ -314,7 +316,7 @@ class QemuTarget(AttachedTarget):
             if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino) and self.pid != os.getpid():
                 return
         raise MachineError(
-            f"process {self.pid} is not the QEMU that answers at {self.monitor.address}: give that one's pid"
+            f"process {self.pid} is not the QEMU that answers at {self.monitor.address}: give QEMU's pid"
         )
 
     def _check_disks(self) -> None:
@@ -322,13 +324,13 @@ class QemuTarget(AttachedTarget):
         for device, file in self._disks.items():
             if device not in known:
                 raise MachineError(
-                    f"--block-snapshot: no disk {device!r}; there are: {', '.join(sorted(known)) or 'none'}"
+                    f"--block-snapshot: no disk {device!r}; disks: {', '.join(sorted(known)) or 'none'}"
                 )
             if os.path.exists(file):
-                raise MachineError(f"--block-snapshot: {file} exists already")
+                raise MachineError(f"--block-snapshot: {file} exists already: give a new file")
 
     def _snapshot_disks(self) -> None:
-        """All in one transaction: either every disk goes on in its new file, or none does."""
+        """Snapshot all disks in one transaction: either all of them use their new file, or none."""
         files = [os.path.abspath(file) for file in self._disks.values()]
         nodes = {disk["node"] for disk in machine.disks(self.monitor) if not disk["device"]}
         actions = []
@@ -341,12 +343,12 @@ class QemuTarget(AttachedTarget):
         try:
             self.monitor.execute("transaction", {"actions": actions})
         except MachineError:
-            used = {disk["file"] for disk in machine.disks(self.monitor)}  # a timeout says nothing
+            used = {disk["file"] for disk in machine.disks(self.monitor)}  # a timeout leaves the outcome open
             for file in files:
                 if file not in used:
                     Path(file).unlink(missing_ok=True)
             raise
         self.moved_disks = [
-            f"disk {device} goes on in {file}; the file that it had keeps its content of T"
+            f"disk {device} now uses {file}; its previous file keeps the content of T"
             for device, file in self._disks.items()
         ]

@@ -1,12 +1,12 @@
-"""An image back into a migration stream that `-incoming` of QEMU accepts.
+"""Conversion of an image to a migration stream that QEMU's `-incoming` accepts.
 
     head │ PART ram (a block) │ PART ram (the next block) … │ END ram │ tail
 
-Head and tail are blobs of the image, or made anew. The END section is always written: streams of `migrate`
-have it, those of background-snapshot do not, and QEMU (7.2 and 10.0) takes both; so there is one form only.
-Commands that stood between the sections of the RAM are left out: they concern sections that are refused.
-Blocks come one after the other, the pages of a block in the order of the image's chunks, so that each chunk
-is read once.
+Head and tail are blobs of the image, or are passed by the caller. The END section is always written: streams
+of `migrate` have it, those of background-snapshot do not, and QEMU (7.2 and 10.0) accepts both. Commands
+between the RAM sections of the original stream are omitted: they concern sections that the parser rejects.
+Blocks are written one after the other, and the pages of a block in the order of the image's chunks, so that
+each chunk is read once.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _MEM_SIZE, _EOS = 0x04, 0x10
 
 
 class Meter:
-    """How far `write_stream` is. Any thread may look."""
+    """Progress of `write_stream`. Any thread may read it."""
 
     def __init__(self) -> None:
         self.senders: list[PageSender] = []
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of RAM records that the reader has taken."""
+        """Bytes of RAM records written so far."""
         return sum(sender.sent_bytes for sender in self.senders)
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What `write_stream` wrote: pages of 4096 bytes, bytes of the whole stream."""
+    """Statistics of `write_stream`: pages of 4096 bytes, and bytes of the whole stream."""
 
     data_pages: int
     zero_pages: int
@@ -59,19 +59,20 @@ class Sent:
 
 
 def make_head(machine_type: str | None, blocks: Sequence[tuple[str, int]]) -> bytes:
-    """The head of a stream for a machine type such as "pc-i440fx-7.2" and its RAM blocks.
+    """Build the head of a stream for a machine type and its RAM blocks.
 
     Parameters
     ----------
     machine_type:
-        None leaves the configuration section out: for a machine with ``migration.send-configuration=off``.
+        For example "pc-i440fx-7.2". None omits the configuration section, for a machine with
+        ``migration.send-configuration=off``.
     blocks:
-        (name, bytes in use), in the machine's order; multiples of 4096.
+        (name, bytes in use), in the machine's order. Sizes are multiples of 4096.
 
     Raises
     ------
     ValueError
-        No block, or one that a stream cannot describe.
+        There is no block, or a stream cannot describe one.
     """
     head = bytearray(_MAGIC_VERSION)
     if machine_type is not None:
@@ -80,7 +81,7 @@ def make_head(machine_type: str | None, blocks: Sequence[tuple[str, int]]) -> by
     head += struct.pack(">BIB3sII", _START, RAM_SECTION_ID, 3, b"ram", 0, 4)
     total = sum(used for _, used in blocks)
     if total > RAM_MAX_BYTES:
-        raise ValueError(f"{total} bytes of RAM are not what a stream can describe")
+        raise ValueError(f"{total} bytes of RAM are more than the {RAM_MAX_BYTES} that are supported")
     head += struct.pack(">Q", total | _MEM_SIZE)
     for name, used in blocks:
         text = name.encode()
@@ -88,16 +89,16 @@ def make_head(machine_type: str | None, blocks: Sequence[tuple[str, int]]) -> by
             raise ValueError(f"RAM block {name[:80]!r}: the name is longer than {NAME_MAX_BYTES} bytes")
         head += struct.pack(">B", len(text)) + text + struct.pack(">Q", used)
     head += struct.pack(">Q", _EOS) + _footer(RAM_SECTION_ID)
-    _parse_head(bytes(head))  # what this package would not read it does not write
+    _parse_head(bytes(head))  # never write a head that this package would reject
     return bytes(head)
 
 
 def stream_blobs(image: Image) -> tuple[bytes, bytes]:
-    """The head and the tail that came with a stream. ImageError: there are none, or they are too large."""
+    """Return head and tail of the original stream. Raises ImageError if they are missing or too large."""
     sizes = image.vmstate.sizes()
     for name, limit in ((HEAD, HEAD_MAX_BYTES), (TAIL, TAIL_MAX_BYTES)):
         if name not in sizes:
-            raise ImageError(f"{image.name}: has no blob {name}: it did not come from a migration stream")
+            raise ImageError(f"{image.name}: has no blob {name}: it was not made from a migration stream")
         if sizes[name] > limit:
             raise ImageError(f"{image.name}: the blob {name} has {sizes[name]} bytes; {limit} are allowed")
     head = image.vmstate[HEAD]
@@ -112,30 +113,30 @@ def write_stream(
     image: Image, fd: int, head: bytes | None = None, tail: bytes | None = None, *, holes: Holes = "small",
     meter: Meter | None = None,
 ) -> Sent:  # fmt: skip
-    """Write the machine's stream into `fd`, a blocking or non-blocking descriptor that remains the caller's.
+    """Write the machine's stream to `fd`, a blocking or non-blocking descriptor. The caller closes it.
 
     Parameters
     ----------
     image:
-        Its regions are the RAM blocks of the head, by name and length.
+        An image whose regions match the RAM blocks of the head by name and length.
     head, tail:
-        None: the blobs that the image holds.
+        None: use the blobs of the image.
     holes:
-        A hole reads as zeros, and so does untouched RAM of a machine that waits for its stream; sending it
-        would populate nothing but cost time. Not so of blocks that QEMU fills from files at its start
-        (firmware, option ROMs, ACPI tables), which are small. So "small" sends the holes of blocks of up to
-        64 MiB as zero pages; "send" those of all blocks, for a machine whose RAM is not fresh; "skip" none.
+        Which holes to send as zero pages. Untouched RAM of a new QEMU reads as zeros anyway, so sending its
+        holes only costs time. Blocks that QEMU fills from files at its start (firmware, option ROMs, ACPI
+        tables) do need their holes, and are small. "small" sends the holes of blocks of up to 64 MiB.
+        "send" sends all holes, for a machine whose RAM has been used. "skip" sends none.
     meter:
-        Tells other threads how far the stream is.
+        Reports progress to other threads.
 
     Raises
     ------
     ImageError
-        The image does not fit the head, or is damaged: the reader then has half a stream.
+        The image does not match the head, or is damaged. In the second case the reader has a partial stream.
     StreamError
-        The head is no head of a stream.
+        The head is malformed.
     OSError
-        `fd` does not take it (EPIPE: the reader went away).
+        Writing to `fd` failed (EPIPE: the reader closed it).
     """
     if head is None or tail is None:
         own_head, own_tail = stream_blobs(image)
@@ -143,7 +144,7 @@ def write_stream(
         tail = own_tail if tail is None else tail
     parser = _parse_head(head)
     regions = _regions_of(image, parser.ram_blocks)
-    senders = [_sender(image, region, fd) for region in regions]  # before the reader gets half a stream
+    senders = [_sender(image, region, fd) for region in regions]  # checks the image before any write
     if meter is not None:
         meter.senders = senders
     enlarge_pipe(fd)
@@ -166,21 +167,21 @@ def _parse_head(head: bytes) -> StreamParser:
     parser = StreamParser(head, name="head")
     parser.read_head()
     if len(parser.head) != len(head):
-        raise StreamError(f"head: {len(head) - len(parser.head)} bytes too many", len(parser.head))
+        raise StreamError(f"head: {len(head) - len(parser.head)} bytes follow its end", len(parser.head))
     return parser
 
 
 def _regions_of(image: Image, blocks: list[tuple[str, int]]) -> list[ImageRegion]:
-    """The regions in the order of the blocks; each block has one, and each region is a block."""
+    """Return the regions in the order of the blocks. Regions and blocks must match one to one."""
     regions = {region.name: region for region in image.regions}
     wanted = dict(blocks)
     if len(regions) != len(image.regions) or regions.keys() != wanted.keys():
-        odd = sorted(regions.keys() ^ wanted.keys()) or sorted(regions)
-        raise ImageError(f"{image.name}: regions and RAM blocks differ: {', '.join(odd)}")
+        unmatched = sorted(regions.keys() ^ wanted.keys()) or sorted(regions)
+        raise ImageError(f"{image.name}: regions and RAM blocks differ: {', '.join(unmatched)}")
     for name, used in blocks:
         if regions[name].length != used or regions[name].addr % 4096:
             found = f"{regions[name].length} bytes at {regions[name].addr:#x}"
-            raise ImageError(f"{image.name}: {name}: {found} where the RAM block has {used}")
+            raise ImageError(f"{image.name}: {name}: {found}, but the RAM block has {used} bytes")
     return [regions[name] for name, _ in blocks]
 
 
