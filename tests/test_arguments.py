@@ -46,7 +46,7 @@ CASES = {
     "method": (process, {"method": "dirty-logging"}, {}, ValueError, "made for write-tracking, the options"),
     "no name": (buffer, {}, {"": b""}, ValueError, "has 0 bytes"),
     "long name": (buffer, {}, {"é" * 2049: b""}, ValueError, "has 4098 bytes; 1 to 4096"),
-    "NUL": (buffer, {}, {"a\0b": b""}, ValueError, "holds a NUL"),
+    "NUL": (buffer, {}, {"a\0b": b""}, ValueError, "contains a NUL"),
     "surrogate": (buffer, {}, {"\ud800": b""}, ValueError, "surrogate"),
     "name": (buffer, {}, {b"a": b""}, TypeError, "is no str"),
     "blob": (buffer, {}, {"a": "text"}, TypeError, "the blob 'a' is str, not bytes"),

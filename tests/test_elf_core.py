@@ -507,7 +507,7 @@ def test_export_format_core(on_disk, tmp_path, capsys):
 def test_export_errors_are_one_line(on_disk, tmp_path, capsys):
     plain = tmp_path / "plain.img"
     with image(None) as found:
-        plain.write_bytes(found.source.take(0, found.source.size))
+        plain.write_bytes(found.source.read_exactly(0, found.source.size))
     assert main(["export", "--format", "core", str(plain), str(tmp_path / "out")]) == 1
     words = capsys.readouterr().err.splitlines()
     assert len(words) == 1

@@ -7,7 +7,7 @@ import pytest
 from waitkit import PATIENCE_S, until
 
 from snapengine.base.latch import Latch
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 
 
 class Interrupt(KeyboardInterrupt):
@@ -73,13 +73,13 @@ def test_a_latch_that_is_interrupted_at_any_step_still_opens(method):
 
 
 def test_a_crew_that_is_waited_for_with_interrupts_at_any_step():
-    crew, gate = Crew(), Latch()
-    crew.start("worker", gate.wait)
-    until(lambda: crew.working)
-    steps = sum(1 for _ in every_step(lambda: crew.wait(0.0)))
+    workers, gate = Workers(), Latch()
+    workers.start("worker", gate.wait)
+    until(lambda: workers.working)
+    steps = sum(1 for _ in every_step(lambda: workers.wait(0.0)))
     assert steps
     gate.set()
-    assert in_time(crew.wait)
+    assert in_time(workers.wait)
 
 
 def in_time(work):
@@ -87,11 +87,11 @@ def in_time(work):
 
 
 def test_a_crew_that_is_dismissed_with_interrupts_at_any_step():
-    for _ in every_step(Crew().dismiss):
+    for _ in every_step(Workers().close):
         pass
-    crew = Crew()
-    for _ in every_step(crew.dismiss):
-        assert in_time(crew.dismiss)
+    workers = Workers()
+    for _ in every_step(workers.close):
+        assert in_time(workers.close)
 
 
 def test_waiting():

@@ -96,7 +96,7 @@ def test_a_region_is_restored_into_a_memory_file_whatever_its_name():
 
 def test_one_of_several_regions_of_a_name():
     with opened(image_with(["[heap]", "other", "[heap]"])) as image:
-        with pytest.raises(NoSuchRegionError, match=r"2 regions .*: say \[heap\]@10000") as caught:
+        with pytest.raises(NoSuchRegionError, match=r"2 regions .*: use \[heap\]@10000") as caught:
             image.region("[heap]")
         assert isinstance(caught.value, KeyError)
         assert "'" not in str(caught.value)[:1]

@@ -141,7 +141,7 @@ def test_the_walk_waits_and_is_woken(make):
     assert pool.open(0) == 0
     pages = pool.slot_pages * (pool.pool.slots + 3)
     walk = Worker(pool.save, 0, 0, pages, True)
-    until(lambda: pool.starved == 1)
+    until(lambda: pool.waiters == 1)
     assert pool.free_slots == pool.reserve, "the reserve is for faults alone"
     assert walk.is_alive()
     assert pool.pool.spilled_bytes == 0
@@ -152,7 +152,7 @@ def test_the_walk_waits_and_is_woken(make):
             assert not spilled
             seen += len(mine)
     assert walk.finish() == 0
-    assert pool.starved == 0
+    assert pool.waiters == 0
     assert pool.close(0) == 0
     assert seen + len(pool.take()[3]) == pages
 
@@ -162,7 +162,7 @@ def test_a_fault_takes_the_reserve_and_then_spills(make):
     assert pool.open(0) == 0
     assert pool.open(1) == 0
     walk = Worker(pool.save, 0, 0, pool.slot_pages * pool.pool.slots, True)
-    until(lambda: pool.starved == 1)
+    until(lambda: pool.waiters == 1)
     before = pool.free_slots
     assert before == pool.reserve
     # This thread is the fault lane: it comes back from each call, though nobody takes anything.
@@ -193,7 +193,7 @@ def test_a_failed_pool_wakes_everybody(make):
     pool = make()
     assert pool.open(0) == 0
     walk = Worker(pool.save, 0, 0, pool.slot_pages * 2 * pool.pool.slots, True)
-    until(lambda: pool.starved == 1)
+    until(lambda: pool.waiters == 1)
     idle = make()
     encoders = [Worker(idle.take) for _ in range(3)]
     pool.fail()

@@ -215,16 +215,16 @@ LINE = {"start": 4096, "end": 8192, "perms": "r--p", "offset": 0, "device": "00:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"pid": None}, "no proper 'pid'"),
-        ({"pid": True}, "no proper 'pid'"),
-        ({"pid": 1.0}, "no proper 'pid'"),
+        ({"pid": None}, "no valid 'pid'"),
+        ({"pid": True}, "no valid 'pid'"),
+        ({"pid": 1.0}, "no valid 'pid'"),
         ({"pid": -1}, "'pid' is out of range"),
         ({"pid": 2**31}, "'pid' is out of range"),
         ({"uid": 2**32}, "'uid' is out of range"),
-        ({"comm": 3}, "no proper 'comm'"),
+        ({"comm": 3}, "no valid 'comm'"),
         ({"comm": "a\0b"}, "NUL"),
         ({"exe": "\\q"}, "unknown escape"),
-        ({"cmdline": "x"}, "no proper 'cmdline'"),
+        ({"cmdline": "x"}, "no valid 'cmdline'"),
         ({"cmdline": ["x", None]}, "not a list of strings"),
         ({"cut": "hard"}, "'cut' is malformed"),
         ({"mappings": [3]}, "is not a JSON object"),
@@ -237,7 +237,7 @@ LINE = {"start": 4096, "end": 8192, "perms": "r--p", "offset": 0, "device": "00:
         ({"mappings": [LINE | {"inode": 2**64}]}, "'inode' is out of range"),
         ({"mappings": [LINE, LINE]}, "out of order"),
         ({"not_captured": [PAGE | {"perms": "rw"}]}, "'perms' is malformed"),
-        ({"not_captured": [PAGE | {"reason": None}]}, "no proper 'reason'"),
+        ({"not_captured": [PAGE | {"reason": None}]}, "no valid 'reason'"),
     ],
 )
 def test_a_wrong_member(changes, text):

@@ -258,7 +258,7 @@ def test_what_the_format_allows_is_read(what):
     ("kind", "size"), [("anon", 2 << 20), ("shared", 0), ("hugetlb", 4096), ("hugetlb-shared", 3 << 20)]
 )
 def test_the_writer_refuses_what_no_reader_takes(kind, size):
-    with pytest.raises(ValueError, match="pages of"):
+    with pytest.raises(ValueError, match="page size"):
         Writer(MemorySink()).begin([(Region("ram", 0, 2 << 20, size, kind), 0)])
 
 

@@ -130,7 +130,7 @@ def test_a_source_that_is_shorter_than_it_said(source_of):
     with open_image(source) as image:
         source.data = SAMPLE.data[: chunk.payload_offset + 5]
         for name in ("io", 1):
-            with pytest.raises(TruncatedImageError, match="became shorter"):
+            with pytest.raises(TruncatedImageError, match="was truncated"):
                 image.read(name, 0, 6000)
         with pytest.raises(TruncatedImageError):
             image.verify()
@@ -150,7 +150,7 @@ def test_a_source_that_returns_what_it_should_not():
     with pytest.raises(ValueError, match="returned 9 bytes where 8"):
         open_image(TooLong(SAMPLE.data)).close()
     with pytest.raises(NotImplementedError, match="must define pread"):
-        Source("nothing", 8).take(0, 8)
+        Source("nothing", 8).read_exactly(0, 8)
 
 
 def test_threads_read_one_source(source_of):
@@ -178,14 +178,14 @@ def test_the_bytes_of_a_source(kind):
     data = SAMPLE.data
     with KINDS[kind](data) as source:
         assert source.size == len(data)
-        assert source.take(5, 700) == data[5:705]
-        assert source.take(len(data), 0) == b""
+        assert source.read_exactly(5, 700) == data[5:705]
+        assert source.read_exactly(len(data), 0) == b""
         assert source.checksum(3, len(data) - 3) == crc32c_of(data[3:])
         for offset, count in ((1, len(data)), (1 << 63, 1 << 63), (len(data) + 1, 0)):
             assert source.checksum(offset, count) is None
         for offset, count in ((1, len(data)), (1 << 64, 1), (1 << 63, 1 << 63)):
             with pytest.raises(TruncatedImageError, match=f"ends at byte {len(data)}"):
-                source.take(offset, count)
+                source.read_exactly(offset, count)
 
 
 @pytest.mark.parametrize("kind", ["file", "memory"])

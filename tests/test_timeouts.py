@@ -212,7 +212,7 @@ def test_a_cancelled_command_is_no_image():
     sink = ExecSink("cat >/dev/null; sleep 1000")
     waiter = threading.Timer(0.2, sink.cancel)
     waiter.start()
-    with pytest.raises(SinkError, match="ended before it was done"):
+    with pytest.raises(SinkError, match="terminated before it finished"):
         sink.commit()
     waiter.join()
     assert sink._process.poll() is not None

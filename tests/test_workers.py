@@ -13,7 +13,7 @@ from waitkit import PATIENCE_S, until
 import snapengine
 from snapengine.base import workers as crew_module
 from snapengine.base.latch import Latch
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 
 MIB = 1 << 20
 LATE = ["before it is interrupted", "after all is freed"]
@@ -93,29 +93,29 @@ def test_a_capture_that_is_interrupted_as_it_starts_a_thread(
 
 def test_who_comes_late_does_nothing(interrupted, uncaught):
     done = []
-    crew = Crew()
-    crew.start("first", done.append, 1)
-    assert crew.wait(PATIENCE_S)
+    workers = Workers()
+    workers.start("first", done.append, 1)
+    assert workers.wait(PATIENCE_S)
     interrupted("second", True)
     with pytest.raises(Started):
-        crew.start("second", done.append, 2)
-    assert crew.dismiss()
-    assert crew.wait(0)
+        workers.start("second", done.append, 2)
+    assert workers.close()
+    assert workers.wait(0)
     interrupted.let_begin()
-    assert (done, uncaught, crew.working) == ([1], [], 0)
+    assert (done, uncaught, workers.working) == ([1], [], 0)
 
 
 def test_who_has_not_begun_yet_is_waited_for(interrupted):
     done = []
-    crew = Crew()
+    workers = Workers()
     interrupted("slow", True)
     with contextlib.suppress(Started):
-        crew.start("slow", done.append, 1)
-    crew.start("other", done.append, 2)
-    crew._started += 1  # as if the first had not been interrupted
-    assert not crew.wait(0.05)
+        workers.start("slow", done.append, 1)
+    workers.start("other", done.append, 2)
+    workers._n_started += 1  # as if the first had not been interrupted
+    assert not workers.wait(0.05)
     interrupted.let_begin()
-    assert crew.wait(PATIENCE_S)
+    assert workers.wait(PATIENCE_S)
     assert sorted(done) == [1, 2]
 
 
@@ -123,10 +123,10 @@ def test_the_end_of_a_failed_one_is_seen(uncaught):
     def fail():
         raise ValueError("why")
 
-    crew = Crew()
-    crew.start("failing", fail)
-    assert crew.wait(PATIENCE_S)
-    assert crew.working == 0
+    workers = Workers()
+    workers.start("failing", fail)
+    assert workers.wait(PATIENCE_S)
+    assert workers.working == 0
     assert list(map(str, uncaught)) == ["why"]
 
 
@@ -136,10 +136,10 @@ def test_what_was_given_is_let_go_before_the_end_is_told():
 
     given = Given()
     gone = weakref.ref(given)
-    crew = Crew()
-    crew.start("holding", id, given)
+    workers = Workers()
+    workers.start("holding", id, given)
     del given
-    assert crew.wait(PATIENCE_S)
+    assert workers.wait(PATIENCE_S)
     assert gone() is None
 
 
@@ -153,11 +153,11 @@ def test_a_name_for_the_kernel_and_no_record_for_python():
         gate.wait()
 
     before = threading.enumerate()
-    crew = Crew()
-    crew.start("snap-a-long-name", ask)
+    workers = Workers()
+    workers.start("snap-a-long-name", ask)
     until(lambda: names)
     gate.set()
-    assert crew.wait(PATIENCE_S)
+    assert workers.wait(PATIENCE_S)
     assert names == ["snap-a-long-nam\n"]
     assert threading.enumerate() == before
 
@@ -166,17 +166,17 @@ def test_a_debugger_sees_what_a_thread_does():
     seen = []
     threading.setprofile(lambda frame, event, argument: seen.append(frame.f_code.co_name))
     try:
-        crew = Crew()
-        crew.start("seen", test_a_dismissed_crew_is_nobody)
-        assert crew.wait(PATIENCE_S)
+        workers = Workers()
+        workers.start("seen", test_closed_workers_start_no_work)
+        assert workers.wait(PATIENCE_S)
     finally:
         threading.setprofile(None)
-    assert "test_a_dismissed_crew_is_nobody" in seen
+    assert "test_closed_workers_start_no_work" in seen
 
 
-def test_a_dismissed_crew_is_nobody():
-    crew = Crew()
-    assert crew.wait(0)
-    assert not crew.dismiss()
-    crew.start("late", pytest.fail, "it began")
-    assert crew.wait(0)
+def test_closed_workers_start_no_work():
+    workers = Workers()
+    assert workers.wait(0)
+    assert not workers.close()
+    workers.start("late", pytest.fail, "it began")
+    assert workers.wait(0)

@@ -1,8 +1,8 @@
-"""Memory that capture threads may write: its own mapping, which no capture ever protects.
+"""Memory for capture threads: a separate mapping, which no capture protects.
 
-A capture thread that faulted on memory of its own capture would wait for itself; so what these
-threads write (slots, queue, bitmaps, counters) never comes from malloc, which shares its pages with
-the program's buffers. Pages are zero and appear on first touch unless `touch()` made them.
+A capture thread that faulted on memory of its own capture would wait for itself. The memory that these
+threads write (slots, queue, bitmaps, counters) is therefore never allocated by malloc, which may place it on
+the same pages as buffers of the program. Pages are zero, and populated on first access or by `touch()`.
 """
 
 from libc.errno cimport errno
@@ -27,11 +27,11 @@ cdef uint64_t HUGE = 2 << 20
 
 
 cdef class Arena:
-    """`length` bytes of zeroed memory, aligned to 2 MiB where it is that long.
+    """`length` bytes of zeroed memory, aligned to 2 MiB if it is at least that long.
 
     Raises MemoryError. The mapping lives as long as the object. After a fork the child sees zeros
-    (MADV_WIPEONFORK, Linux 4.14): the child cannot use a capture of its parent, and the parent's
-    capture threads must not pay a copy for each page of it. `keep_on_fork` gives the child a copy.
+    (MADV_WIPEONFORK, Linux 4.14): it cannot use a capture of its parent, and the parent's capture threads
+    avoid a copy-on-write fault per page. With `keep_on_fork` the child gets a copy.
     """
 
     def __cinit__(self, uint64_t length, bint keep_on_fork=False):
@@ -58,18 +58,17 @@ cdef class Arena:
         self.length = rounded
 
     def touch(self, length=None):
-        """Make the first `length` bytes (None: all) present, in huge pages where the kernel has them: a first
-        touch costs 11 µs a page where the hypervisor backs memory lazily, and must not happen while a
-        writer waits."""
+        """Populate the first `length` bytes (None: all), in huge pages if available. A first access costs 11
+        µs per page where the hypervisor backs memory lazily, and must not happen while a writer waits."""
         cdef uint64_t wanted = self.length if length is None else min(length, self.length)
         with nogil:
             madvise(self.base, self.length, MADV_HUGEPAGE)
             if madvise(self.base, (wanted + 4095) & ~<uint64_t>4095, MADV_POPULATE_WRITE) != 0:
                 memset(self.base, 0, wanted)
 
-    cdef void lend(self):
-        """The content is not needed any more: the kernel may take the pages back when it runs short
-        (madvise(2), MADV_FREE). Until then a next user finds them present."""
+    cdef void mark_free(self):
+        """Discard the content (madvise(2), MADV_FREE): under memory pressure the kernel reclaims the pages.
+        Until then they stay populated for the next user."""
         madvise(self.base, self.length, MADV_FREE)
 
     def __dealloc__(self):
@@ -78,9 +77,9 @@ cdef class Arena:
 
 
 cdef class FileView:
-    """A read-only shared mapping of `length` bytes of a file from `offset` (a multiple of 4096).
+    """A read-only shared mapping of `length` bytes of a file at `offset` (a multiple of 4096).
 
-    Raises OSError. `close` unmaps it; idempotent.
+    Raises OSError. `close` unmaps it.
     """
 
     def __init__(self, int fd, uint64_t offset, uint64_t length):

@@ -1,7 +1,7 @@
-"""Claims: one bit a page, turned 0→1 by exactly one thread.
+"""Claim bitmaps: one bit per page, changed from 0 to 1 by exactly one thread.
 
-Every thread of a capture claims here; the memory comes from an arena, so that no claim can fault on
-memory that the capture itself protects.
+All threads of a capture claim pages here. The memory comes from an arena, so that no claim can fault on
+memory that the capture protects.
 """
 
 from snapengine.base.arena cimport Arena
@@ -33,7 +33,7 @@ cdef void bits_clear(uint64_t *bits, uint64_t first, uint64_t count) noexcept no
     while count:
         offset = first & 63
         n = min(64 - offset, count)
-        if bits[first >> 6] & bits_mask(offset, n):     # a page that was never written stays so
+        if bits[first >> 6] & bits_mask(offset, n):     # do not populate a page that was never written
             bits[first >> 6] &= ~bits_mask(offset, n)
         first += n
         count -= n
@@ -62,9 +62,9 @@ cdef uint64_t bits_next(uint64_t *bits, uint64_t first, uint64_t end) noexcept n
 
 
 cdef class Bitmap:
-    """`pages` bits, all clear.
+    """`pages` bits, initially clear.
 
-    `claim` is atomic against other threads; `count` is a snapshot without order.
+    `claim` is atomic. `count` is not: concurrent claims may or may not be counted.
     """
 
     def __cinit__(self, uint64_t pages):
@@ -79,13 +79,13 @@ cdef class Bitmap:
         return bits_claim(self.bits, word, mask)
 
     def claim(self, uint64_t page):
-        """Claim one page; True for the one caller that wins it. IndexError past the end."""
+        """Claim one page. Returns True to exactly one caller. Raises IndexError past the end."""
         if page >= self.pages:
             raise IndexError(f"page {page} of {self.pages}")
         return self.claim_word(page >> 6, <uint64_t>1 << (page & 63)) != 0
 
     def test(self, uint64_t page):
-        """Whether the page is claimed. IndexError past the end."""
+        """Whether the page is claimed. Raises IndexError past the end."""
         if page >= self.pages:
             raise IndexError(f"page {page} of {self.pages}")
         return bits_test(self.bits, page)

@@ -1,9 +1,9 @@
-"""CRC-32C without the GIL: by folding where the CPU has AVX-512 and VPCLMULQDQ, else by libcrc32c.
+"""CRC-32C without the GIL: by folding on CPUs with AVX-512 and VPCLMULQDQ, else by libcrc32c.
 
-The Python extension of google-crc32c is linked to libcrc32c, whose C API (`crc32c_extend`) is
-public; dlsym() on the extension searches its dependencies too, so the library is found wherever the
-wheel keeps it. Measured on 1 MiB, AMD EPYC (Zen 4): 20 GB/s there, xxh3_64 33 GB/s; but every
-xxhash call needs the GIL for a moment, which a computing Python thread gives up only every 5 ms.
+The Python extension of google-crc32c is linked to libcrc32c, whose C API (`crc32c_extend`) is public. dlsym()
+on the extension also searches its dependencies, so the location of the library in the wheel does not matter.
+Measured on 1 MiB, AMD EPYC (Zen 4): libcrc32c 20 GB/s, xxh3_64 33 GB/s. But every xxhash call needs the GIL,
+which a Python thread that computes releases only every 5 ms.
 """
 
 import ctypes
@@ -18,17 +18,17 @@ cdef extern from "base/crc_impl.h" nogil:
 ctypedef uint32_t (*extend_t)(uint32_t crc, const uint8_t *data, size_t count) noexcept nogil
 
 _library = ctypes.CDLL(_crc32c.__file__)
-cdef extend_t _extend = <extend_t><uintptr_t>ctypes.cast(_library.crc32c_extend, ctypes.c_void_p).value
+cdef extend_t _crc32c_extend = <extend_t><uintptr_t>ctypes.cast(_library.crc32c_extend, ctypes.c_void_p).value
 cdef bint _folding = snap_have_folding()
 
 KERNELS = ("libcrc32c", "folding") if _folding else ("libcrc32c",)
-"""The versions that can run here; the last one does."""
+"""The implementations that this CPU supports; the last one is used."""
 
 
 cdef uint32_t crc32c(uint32_t crc, const void *data, size_t length) noexcept nogil:
     if _folding:
         return snap_crc32c_folding(crc, data, length)
-    return _extend(crc, <const uint8_t *>data, length)
+    return _crc32c_extend(crc, <const uint8_t *>data, length)
 
 
 def crc32c_of(const unsigned char[::1] data not None, uint32_t crc=0):
@@ -37,7 +37,7 @@ def crc32c_of(const unsigned char[::1] data not None, uint32_t crc=0):
 
 
 def crc32c_with(str kernel, const unsigned char[::1] data not None, uint32_t crc=0):
-    """The same by the version named. ValueError for one that cannot run here."""
+    """CRC-32C by the implementation `kernel`. Raises ValueError if this CPU does not support it."""
     cdef size_t length = data.shape[0]
     cdef uint32_t value = crc
     cdef bint folding = kernel == "folding"
@@ -47,5 +47,5 @@ def crc32c_with(str kernel, const unsigned char[::1] data not None, uint32_t crc
     if length:
         start = &data[0]
         with nogil:
-            value = snap_crc32c_folding(crc, start, length) if folding else _extend(crc, start, length)
+            value = snap_crc32c_folding(crc, start, length) if folding else _crc32c_extend(crc, start, length)
     return value

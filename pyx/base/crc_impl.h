@@ -1,12 +1,12 @@
 /* CRC-32C by folding (VPCLMULQDQ on AVX-512 registers), alone and fused into the copy of a page.
  *
- * A CRC is a remainder modulo P = x^32 + 0x1EDC6F41, so 128 bits that lie D bits before others may be
- * replaced by (half that is first in memory) * x^(D+64) + (other half) * x^D, reduced and added to those:
- * two carry-less multiplications. Sixteen accumulators of 128 bits run through the data; at the end they
- * are folded into one, whose remainder the crc32 instruction gives.
+ * A CRC is a remainder modulo P = x^32 + 0x1EDC6F41. A block of 128 bits that precedes another by D bits can
+ * therefore be replaced by (half that is first in memory) * x^(D+64) + (other half) * x^D, reduced and added
+ * to the other block: two carry-less multiplications. Sixteen accumulators of 128 bits process the data. At
+ * the end they are folded into one, and the crc32 instruction computes its remainder.
  *
- * The constants are x^(D+32) and x^(D-32) mod P, bits reversed, shifted left by one: the CRC counts bits from
- * the other end, where the product of two 64-bit numbers is one bit short. */
+ * The constants are x^(D+32) and x^(D-32) mod P, bit-reversed and shifted left by one: the CRC is
+ * bit-reflected, and the reflected product of two 64-bit numbers is one bit short. */
 #ifndef SNAPENGINE_CRC_IMPL_H
 #define SNAPENGINE_CRC_IMPL_H
 
@@ -39,7 +39,7 @@ SNAP_FOLD_INLINE __m128i snap_fold_one(__m128i folded, __m128i next) {
                                        _mm_clmulepi64_si128(folded, by, 0x11)), next);
 }
 
-/* The remainder of four neighbouring blocks of 64 bytes. */
+/* The remainder of four adjacent blocks of 64 bytes. */
 SNAP_FOLD_INLINE uint32_t snap_remainder(__m512i a, __m512i b, __m512i c, __m512i d) {
     __m512i by = _mm512_broadcast_i32x4(snap_by_512());
     a = snap_fold(snap_fold(snap_fold(a, by, b), by, c), by, d);
@@ -51,7 +51,7 @@ SNAP_FOLD_INLINE uint32_t snap_remainder(__m512i a, __m512i b, __m512i c, __m512
     return (uint32_t)_mm_crc32_u64(rest, (uint64_t)_mm_extract_epi64(one, 1));
 }
 
-/* What the bytes before have left is added to the first 32 bits. */
+/* Add the remainder of the preceding bytes to the first 32 bits. */
 SNAP_FOLD_INLINE __m512i snap_begin(__m512i first, uint32_t rest) {
     return _mm512_xor_si512(first, _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)rest)));
 }
@@ -83,7 +83,7 @@ SNAP_FOLD_TARGET static inline uint32_t snap_crc32c_folding(uint32_t crc, const 
     return ~rest;
 }
 
-/* Copy a page; if it holds anything but zeros, continue *crc with it and return 1. */
+/* Copy a page. Unless it is all zero, continue *crc over it and return 1. */
 SNAP_FOLD_TARGET static inline int snap_copy_page_folding(char *restrict dst, const char *restrict src,
                                                    uint32_t *crc) {
     __m512i by = _mm512_broadcast_i32x4(snap_by_2048());

@@ -1,8 +1,8 @@
-"""Descriptors that are never lost: each belongs to an object from within the call of C that made it.
+"""File descriptors that cannot leak: an object owns each descriptor from within the C call that creates it.
 
-The handler of a signal may raise between the return of ``os.open`` and the next statement. Then nobody
-knows the number, and the file stays open, with the lock that it may have. A `Descriptor` is closed by
-`close`, at the end of a ``with`` block, or when the object is freed. One thread at a time.
+A signal handler may raise between the return of ``os.open`` and the next statement. The descriptor is then
+lost: the file stays open, and so does a lock on it. A `Descriptor` is closed by `close`, at the end of a
+``with`` block, or when the object is freed. Not thread-safe.
 """
 
 from libc.errno cimport errno
@@ -29,13 +29,13 @@ cdef extern from "<unistd.h>" nogil:
 
 
 cdef class Descriptor:
-    """open(2) with O_CLOEXEC. `fd`: its number, still there after `close`. Raises OSError.
+    """open(2) with O_CLOEXEC. `fd` is the number, which remains readable after `close`. Raises OSError.
 
-    The static methods make one by other calls; each of them sets close-on-exec.
+    The static methods create descriptors by other calls, all with close-on-exec.
     """
 
     cdef readonly int fd
-    cdef bint is_open               # False at first: an exception may come before `fd` is anything but 0
+    cdef bint is_open               # initially False: an exception may occur before `fd` is set
 
     def __init__(self, path not None, int flags, int mode=0o600):
         cdef bytes name = os.fsencode(path)
@@ -48,28 +48,28 @@ cdef class Descriptor:
 
     @staticmethod
     def duplicate(int fd):
-        """Another descriptor of the same open file."""
+        """Duplicate a descriptor (fcntl, F_DUPFD_CLOEXEC)."""
         cdef Descriptor made = Descriptor.__new__(Descriptor)
         made.take(fcntl(fd, F_DUPFD_CLOEXEC, 0), b"dup")
         return made
 
     @staticmethod
     def memfd(bytes name not None):
-        """A new file in memory (memfd_create)."""
+        """Create a memory file (memfd_create)."""
         cdef Descriptor made = Descriptor.__new__(Descriptor)
         made.take(memfd_create(name, MFD_CLOEXEC), b"memfd_create")
         return made
 
     @staticmethod
     def pidfd(int pid):
-        """A process (pidfd_open)."""
+        """Open a process (pidfd_open)."""
         cdef Descriptor made = Descriptor.__new__(Descriptor)
         made.take(<int>syscall(SYS_pidfd_open, pid, 0), b"pidfd_open")
         return made
 
     @staticmethod
     def pipe():
-        """Both ends of a new pipe: (to read from, to write to)."""
+        """Create a pipe (pipe2). Returns (read end, write end)."""
         cdef Descriptor reader = Descriptor.__new__(Descriptor)
         cdef Descriptor writer = Descriptor.__new__(Descriptor)
         cdef int[2] ends
@@ -80,7 +80,7 @@ cdef class Descriptor:
         return reader, writer
 
     def __enter__(self):
-        """The number."""
+        """Return the descriptor number."""
         return self.fd
 
     def __exit__(self, kind, error, traceback):
@@ -90,13 +90,13 @@ cdef class Descriptor:
         self.close()
 
     cpdef void close(self) noexcept:
-        """Close it (idempotent)."""
+        """Close the descriptor. Idempotent."""
         if self.is_open:
             self.is_open = False
             c_close(self.fd)
 
     def detach(self):
-        """Give it up: the number, which the caller closes from now on."""
+        """Release ownership: return the number, which the caller must close."""
         self.is_open = False
         return self.fd
 
@@ -105,7 +105,7 @@ cdef class Descriptor:
         self.is_open = True
 
     cdef int take(self, int fd, const char *call) except -1:
-        """Own what `call` has returned. Raises OSError if that is -1."""
+        """Take ownership of the result of `call`. Raises OSError if it is -1."""
         if fd < 0:
             raise_oserror(errno, call)
         self.own(fd)

@@ -1,4 +1,4 @@
-"""pread and pwrite to the last byte, without the GIL. Any thread; owns nothing."""
+"""Complete pread and pwrite without the GIL. Any thread; owns nothing."""
 
 from libc.errno cimport EINTR, errno
 from posix.unistd cimport pread, pwrite
@@ -59,7 +59,7 @@ cdef uint64_t file_size(int fd) noexcept nogil:
 
 
 def file_system(path):
-    """(type, block size in bytes) of the file system that a path is on: statfs(2). Raises OSError."""
+    """(type, block size in bytes) of the file system of a path (statfs(2)). Raises OSError."""
     cdef struct_statfs found
     cdef bytes name = os.fsencode(path)
     cdef const char *chars = name

@@ -1,4 +1,4 @@
-"""Latency histogram: 8 buckets for each power of two of nanoseconds, no allocation, one writer."""
+"""Latency histogram: 8 buckets per power of two nanoseconds, no allocation, one writer."""
 
 from snapengine.base.atomics cimport snap_bump, snap_peek
 
@@ -17,7 +17,7 @@ cdef int bucket_of(uint64_t ns) noexcept nogil:
     return (msb - 2) * 8 + <int>((ns >> (msb - 3)) & 7)
 
 
-cdef uint64_t bucket_top(int bucket) noexcept nogil:
+cdef uint64_t bucket_max_ns(int bucket) noexcept nogil:
     cdef int shift
     if bucket < 8:
         return bucket
@@ -25,8 +25,8 @@ cdef uint64_t bucket_top(int bucket) noexcept nogil:
     return ((<uint64_t>(8 + bucket % 8) + 1) << shift) - 1
 
 
-cdef uint64_t bucket_least(int bucket) noexcept nogil:
-    return bucket_top(bucket - 1) + 1 if bucket else 0
+cdef uint64_t bucket_min_ns(int bucket) noexcept nogil:
+    return bucket_max_ns(bucket - 1) + 1 if bucket else 0
 
 
 cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil:
@@ -53,22 +53,22 @@ cdef uint64_t histogram_quantile(const histogram_t *histogram, double share) noe
     for i in range(HISTOGRAM_BUCKETS):
         seen += histogram.counts[i]
         if seen >= share * total:
-            return min(bucket_top(i), histogram.longest)
+            return min(bucket_max_ns(i), histogram.longest)
     return histogram.longest
 
 
 def bucket_number(uint64_t ns):
-    """The number of the bucket that counts `ns`."""
+    """Index of the bucket that counts `ns`."""
     return bucket_of(ns)
 
 
 def bucket_floor(int bucket):
-    """The least nanoseconds that a bucket counts."""
-    return bucket_least(bucket)
+    """Smallest value in nanoseconds that a bucket counts."""
+    return bucket_min_ns(bucket)
 
 
 def quantiles(values, shares=(0.5, 0.99)):
-    """Quantiles of nanosecond `values` as this histogram gives them, and the exact maximum."""
+    """Quantiles of `values` in nanoseconds, as computed by this histogram, then the exact maximum."""
     cdef histogram_t histogram
     cdef int i
     for i in range(HISTOGRAM_BUCKETS):

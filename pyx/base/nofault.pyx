@@ -1,11 +1,11 @@
-"""Loads and stores of this process's own memory that do not end it when the memory is not there.
+"""Loads and stores of memory of this process that return an error if the memory is gone.
 
-The caller of a capture or a restore lends us a buffer. By mistake it may unmap it, cut its file short,
-protect it, or free what lies under it; the thread that copies then faults. `guard_impl.h` says how the fault
-becomes a result. A look before each copy would not do: between the look and the copy all may change.
+The caller of a capture or a restore supplies a buffer. By mistake it may unmap the buffer, truncate its file,
+protect it, or free the underlying memory. The thread that copies then faults; `nofault_impl.h` turns the
+fault into a result. A check before each copy would not suffice: the memory can change between check and copy.
 
-The handlers of SIGSEGV and SIGBUS are process-wide: ours are in force while a capture of own memory runs or a
-buffer is filled, and pass on every fault that is not of a guarded range.
+Handlers of SIGSEGV and SIGBUS are process-wide. Ours are installed while a capture of own memory runs or a
+buffer is filled. They forward every fault outside a guarded range.
 """
 
 from libc.errno cimport EFAULT
@@ -20,7 +20,7 @@ cdef extern from "base/nofault_impl.h" nogil:
     void snap_guard_thread()
 
 
-cdef struct move_t:
+cdef struct copy_t:
     char *to
     const char *data
     size_t length
@@ -44,44 +44,44 @@ cdef int guarded(guarded_t fn, void *arg, uintptr_t low, uintptr_t high) noexcep
 
 
 cdef int _store(void *arg) noexcept nogil:
-    cdef move_t *move = <move_t *>arg
-    memcpy(move.to, move.data, move.length)
+    cdef copy_t *copy = <copy_t *>arg
+    memcpy(copy.to, copy.data, copy.length)
     return 0
 
 
 cdef int _clear(void *arg) noexcept nogil:
-    cdef move_t *move = <move_t *>arg
-    memset(move.to, 0, move.length)
+    cdef copy_t *copy = <copy_t *>arg
+    memset(copy.to, 0, copy.length)
     return 0
 
 
-cdef int _sum(void *arg) noexcept nogil:
-    cdef move_t *move = <move_t *>arg
-    move.crc = crc32c(move.crc, move.data, move.length)
+cdef int _crc(void *arg) noexcept nogil:
+    cdef copy_t *copy = <copy_t *>arg
+    copy.crc = crc32c(copy.crc, copy.data, copy.length)
     return 0
 
 
 cdef int guarded_store(char *to, const char *data, size_t length) noexcept nogil:
-    cdef move_t move
-    move.to = to
-    move.data = data
-    move.length = length
-    return EFAULT if snap_guarded_call(_store, &move, <uintptr_t>to, <uintptr_t>to + length) else 0
+    cdef copy_t copy
+    copy.to = to
+    copy.data = data
+    copy.length = length
+    return EFAULT if snap_guarded_call(_store, &copy, <uintptr_t>to, <uintptr_t>to + length) else 0
 
 
 cdef int guarded_clear(char *to, size_t length) noexcept nogil:
-    cdef move_t move
-    move.to = to
-    move.length = length
-    return EFAULT if snap_guarded_call(_clear, &move, <uintptr_t>to, <uintptr_t>to + length) else 0
+    cdef copy_t copy
+    copy.to = to
+    copy.length = length
+    return EFAULT if snap_guarded_call(_clear, &copy, <uintptr_t>to, <uintptr_t>to + length) else 0
 
 
 cdef int guarded_crc(uint32_t *crc, const char *data, size_t length) noexcept nogil:
-    cdef move_t move
-    move.data = data
-    move.length = length
-    move.crc = crc[0]
-    if snap_guarded_call(_sum, &move, <uintptr_t>data, <uintptr_t>data + length):
+    cdef copy_t copy
+    copy.data = data
+    copy.length = length
+    copy.crc = crc[0]
+    if snap_guarded_call(_crc, &copy, <uintptr_t>data, <uintptr_t>data + length):
         return EFAULT
-    crc[0] = move.crc
+    crc[0] = copy.crc
     return 0

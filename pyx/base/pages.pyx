@@ -1,8 +1,8 @@
-"""Copy of a page with the zero test fused in: the scalar reference, and AVX2 where the CPU has it. With
-AVX-512 and VPCLMULQDQ the checksum is computed in the same pass, while the copy waits for memory.
+"""Page copy fused with the test for zero pages: a scalar reference, and AVX2. With AVX-512 and VPCLMULQDQ the
+checksum is computed in the same pass, while the copy waits for memory.
 
-Called once a page by capture threads; the source may be written by others meanwhile only where the
-caller knows that it is not (it is protected).
+Capture threads call it once per page. The caller must ensure that no other thread writes to the source during
+the copy (the page is protected).
 """
 
 from snapengine.base.checksum cimport crc32c
@@ -27,10 +27,10 @@ if snap_have_avx2():
     _nonzero = snap_page_nonzero_avx2
 
 KERNEL = "avx2" if _copy == snap_copy_page_avx2 else "scalar"
-"""The version that runs here: ``"avx2"`` or ``"scalar"``."""
+"""The implementation in use: ``"avx2"`` or ``"scalar"``."""
 
 KERNELS = ("scalar", "avx2") if snap_have_avx2() else ("scalar",)
-"""The versions that can run here."""
+"""The implementations that this CPU supports."""
 
 
 cdef int copy_page(char *dst, const char *src) noexcept nogil:
@@ -44,7 +44,8 @@ cdef int page_nonzero(const char *src) noexcept nogil:
 cdef bint _folding = snap_have_folding()
 
 SUM_KERNELS = ("apart", "folding") if _folding else ("apart",)
-"""The ways to copy and sum a page that can run here: one after the other, in one pass. The last one runs."""
+"""The implementations of copy and checksum that this CPU supports: two passes or one. The last one is
+used."""
 
 
 cdef int copy_page_sum(char *dst, const char *src, uint32_t *crc) noexcept nogil:
@@ -57,9 +58,9 @@ cdef int copy_page_sum(char *dst, const char *src, uint32_t *crc) noexcept nogil
 
 
 def copy_with(str kernel, unsigned char[::1] dst not None, const unsigned char[::1] src not None):
-    """Copy one page by the version named; whether it holds anything but zeros. For tests and the bench.
+    """Copy one page by the implementation `kernel`; return whether it is non-zero. For tests and benchmarks.
 
-    Both buffers have 4096 bytes; ValueError otherwise, or for a version that cannot run here.
+    Raises ValueError unless both buffers have 4096 bytes and this CPU supports the implementation.
     """
     if dst.shape[0] != 4096 or src.shape[0] != 4096:
         raise ValueError("both buffers must have 4096 bytes")
@@ -71,7 +72,8 @@ def copy_with(str kernel, unsigned char[::1] dst not None, const unsigned char[:
 
 
 def nonzero_with(str kernel, const unsigned char[::1] src not None):
-    """Whether a page of 4096 bytes holds anything but zeros, by the version named. ValueError as above."""
+    """Whether a page of 4096 bytes is non-zero, by the implementation `kernel`. Raises ValueError as
+    above."""
     if src.shape[0] != 4096:
         raise ValueError("the buffer must have 4096 bytes")
     if kernel not in KERNELS:
@@ -83,7 +85,7 @@ def nonzero_with(str kernel, const unsigned char[::1] src not None):
 
 def copy_sum_with(str kernel, unsigned char[::1] dst not None, const unsigned char[::1] src not None,
                   uint32_t crc=0):
-    """Copy one page; the CRC-32C continued with it, or None if it holds only zeros. ValueError as above."""
+    """Copy one page; return the CRC-32C continued over it, or None if it is all zero. ValueError as above."""
     if dst.shape[0] != 4096 or src.shape[0] != 4096:
         raise ValueError("both buffers must have 4096 bytes")
     if kernel not in SUM_KERNELS:

@@ -1,4 +1,4 @@
-/* Copy one page and say whether it holds anything but zeros: a scalar reference and an AVX2 version. */
+/* Copy one page and test it for non-zero bytes: a scalar reference and an AVX2 version. */
 #ifndef SNAPENGINE_PAGES_IMPL_H
 #define SNAPENGINE_PAGES_IMPL_H
 

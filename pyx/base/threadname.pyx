@@ -1,8 +1,8 @@
-"""The calling thread's name, as the kernel has it."""
+"""The kernel's name of the calling thread."""
 
 from snapengine.base.pthreads cimport snap_name_thread
 
 
 def name_thread(str name not None):
-    """Let `ps` and /proc show the calling thread under `name` (of its bytes the first 15)."""
+    """Set the name of the calling thread (PR_SET_NAME), truncated to 15 bytes."""
     snap_name_thread(name.encode())

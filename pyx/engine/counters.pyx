@@ -9,7 +9,7 @@ from libc.stdint cimport uint64_t
 from snapengine.base.atomics cimport snap_peek
 from snapengine.base.bitmap cimport bits_count, bits_next, bits_test
 from snapengine.base.histogram cimport (
-    HISTOGRAM_BUCKETS, bucket_least, histogram_merge, histogram_quantile, histogram_t,
+    HISTOGRAM_BUCKETS, bucket_min_ns, histogram_merge, histogram_quantile, histogram_t,
 )
 from snapengine.engine.state cimport lane_t, next_filled, page_addr, region_t
 
@@ -57,7 +57,7 @@ cdef dict fault_quantiles(capture_t *capture):
 cdef list fault_buckets(capture_t *capture):
     cdef histogram_t total = _all_faults(capture)
     cdef int i
-    return [(bucket_least(i), total.counts[i]) for i in range(HISTOGRAM_BUCKETS) if total.counts[i]]
+    return [(bucket_min_ns(i), total.counts[i]) for i in range(HISTOGRAM_BUCKETS) if total.counts[i]]
 
 
 cdef list list_lost_runs(capture_t *capture):

@@ -18,7 +18,7 @@ peer's descriptor may have these events, too.)
 from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOENT, ESRCH
 from posix.unistd cimport close
 
-from snapengine.base.atomics cimport snap_add, snap_leave, snap_load, snap_peek, snap_store, snap_swap
+from snapengine.base.atomics cimport snap_add, snap_decrement, snap_load, snap_peek, snap_store, snap_swap
 from snapengine.kernel.linux cimport (
     UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
@@ -53,7 +53,7 @@ cdef int _read(capture_t *capture, int uffd, uffd_msg *messages) noexcept nogil:
         if messages[i].event == UFFD_EVENT_REMOVE and uffd == capture.uffds[0]:
             start = snap_removed(&messages[i])
             invalidate(capture, start, snap_removed_end(&messages[i]) - start, True)
-    snap_leave(&capture.recheck.event_readers)
+    snap_decrement(&capture.recheck.event_readers)
     return n
 
 

@@ -12,7 +12,7 @@ While the first walker polls for faults (`pyx/engine/polling`), it serves them b
 from libc.errno cimport EAGAIN, ENOMEM, ESRCH
 
 from snapengine.base.atomics cimport (
-    snap_add, snap_bump, snap_leave, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
+    snap_add, snap_bump, snap_decrement, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
 )
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.engine.events cimport defer_fault, drain_events, handle_event, read_messages
@@ -206,7 +206,7 @@ cdef void _serve(capture_t *capture, lane_t *lane, uint64_t uffd, const uffd_msg
             release(capture, lane, uffd, addr, PAGE)
         return
     page = page_at(region, addr)
-    snap_add(&capture.pool.urgent, 1)
+    snap_add(&capture.pool.faults_served, 1)
     if not snap_load(&capture.armed) and not snap_control(capture.serve_before_t):
         _prearm(capture, lane, uffd, region, page, addr, missing)
     elif missing:
@@ -320,5 +320,5 @@ cdef void _serve_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
 cdef void *fault_thread(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     _serve_until_stopped(lane.capture, lane)
-    snap_leave(&lane.capture.running)   # the last access: the first walker waits for it
+    snap_decrement(&lane.capture.running)   # the last access: the first walker waits for it
     return NULL

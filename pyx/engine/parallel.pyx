@@ -11,7 +11,8 @@ releases the target when the process ends.
 from snapengine.base.atomics cimport snap_load, snap_load_seq, snap_pause, snap_peek
 from snapengine.base.pthreads cimport (
     cpu_set_t, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t, pthread_cond_wait,
-    pthread_mutex_lock, pthread_mutex_unlock, snap_leave_cpu, snap_nice_slice, snap_now_ns, snap_return_to,
+    pthread_mutex_lock, pthread_mutex_unlock, snap_leave_cpu, snap_nice_slice, snap_now_ns,
+    snap_restore_affinity,
 )
 
 cdef extern from "<sched.h>" nogil:
@@ -122,7 +123,7 @@ cdef void help_parallel(capture_t *capture, lane_t *lane) noexcept nogil:
             _wait(capture, &capture.parallel.wanted)
     pthread_mutex_unlock(&capture.lock)
     if moved:
-        snap_return_to(&before)
+        snap_restore_affinity(&before)
 
 
 cdef uint64_t spans(capture_t *capture) noexcept nogil:

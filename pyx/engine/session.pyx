@@ -294,7 +294,7 @@ cdef class Session:
             self.capture.lanes[i].index = i
             self.capture.lanes[i].walks = i == 0 or i > self.fault_lanes + 1
             self.capture.lanes[i].slot.slot = NO_SLOT
-            self.capture.lanes[i].slot.sums = sums and self.capture.lanes[i].walks
+            self.capture.lanes[i].slot.computes_crc = sums and self.capture.lanes[i].walks
         return 0
 
     def fail(self, int err, bytes call=b"cancelled"):

@@ -159,10 +159,10 @@ cdef uint64_t _copy_edge(region_t *region, uint64_t addr, char *dst) noexcept no
 cdef int _copy_in(lane_slot *slot, const char *src) noexcept nogil:
     """Append one page to the slot, and add it to the slot's checksum if that covers all data before it."""
     cdef int nonzero
-    if not slot.sums or slot.summed != slot.used:
+    if not slot.computes_crc or slot.crc_bytes != slot.used:
         return copy_page(slot.data + slot.used, src)
     nonzero = copy_page_sum(slot.data + slot.used, src, &slot.crc)
-    slot.summed += PAGE if nonzero else 0
+    slot.crc_bytes += PAGE if nonzero else 0
     return nonzero
 
 

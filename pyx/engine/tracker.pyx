@@ -23,7 +23,7 @@ from libc.stdint cimport uint64_t
 from posix.unistd cimport close, getpid, write
 
 from snapengine.engine.arming cimport arm
-from snapengine.base.atomics cimport snap_leave, snap_load, snap_store
+from snapengine.base.atomics cimport snap_decrement, snap_load, snap_store
 from snapengine.engine.events cimport close_all
 from snapengine.engine.watch cimport WATCH_PID, WATCH_STOP, watch
 from snapengine.engine.fault_threads cimport answer_missing, fault_thread, serve_deferred
@@ -115,7 +115,7 @@ cdef void *_other_walker(void *arg) noexcept nogil:
         _await_walk(capture)
         snap_nice_slice(WALK_NICE, LONG_SLICE_NS)
         walk(capture, lane)
-    snap_leave(&capture.walking)
+    snap_decrement(&capture.walking)
     return NULL
 
 

@@ -9,7 +9,7 @@
 
 from libc.stdint cimport uint64_t
 
-from snapengine.base.atomics cimport snap_leave, snap_load
+from snapengine.base.atomics cimport snap_decrement, snap_load
 from snapengine.base.bitmap cimport bits_test
 from snapengine.engine.events cimport drain_events
 from snapengine.engine.fault_threads cimport await_arming, fill_missing
@@ -70,5 +70,5 @@ cdef void _watch_until_stopped(capture_t *capture, lane_t *lane) noexcept nogil:
 cdef void *watchdog_thread(void *arg) noexcept nogil:
     cdef lane_t *lane = <lane_t *>arg
     _watch_until_stopped(lane.capture, lane)
-    snap_leave(&lane.capture.running)
+    snap_decrement(&lane.capture.running)
     return NULL

@@ -1,7 +1,7 @@
-"""Which page is where: the index, the page maps, and the order in which the last record wins.
+"""The page index: which chunk holds the newest version of a page.
 
-Owns C arrays only; the source is the `Image`'s. Any thread may call it: the GIL guards the tables and is
-given up while a map is read. Every map is verified (`adopt`) before one entry of it is used.
+Owns C arrays only; the `Image` owns the source. Any thread may call it: the GIL protects the tables, and is
+released while a map is read. Every map is verified (`accept`) before any of its entries is used.
 """
 
 from libc.errno cimport EBADF
@@ -20,8 +20,8 @@ from snapengine.storage.source cimport Source, source_read, source_t
 
 from snapengine.errors import CorruptImageError, ImageError, UnsupportedVersionError
 
-cdef uint64_t ANY_PAGES = <uint64_t>-1  # last_page of a chunk whose page map is still to say
-cdef uint64_t WASTE_FACTOR = 4  # times the entries of the image
+cdef uint64_t ANY_PAGES = <uint64_t>-1  # last_page of a chunk that is in no index yet
+cdef uint64_t WASTE_FACTOR = 4  # limit of `wasted`, as a multiple of the entries in the image
 
 
 cdef int by_span(const void *a, const void *b) noexcept nogil:
@@ -31,7 +31,7 @@ cdef int by_span(const void *a, const void *b) noexcept nogil:
 
 
 cdef bint plausible(const snap_index *item) noexcept nogil:
-    """Whether an index entry describes a chunk that the format allows."""
+    """Whether an index entry describes a chunk that the format permits."""
     cdef uint64_t head = sizeof(snap_record) + 8 * <uint64_t>item.entries
     return (
         item.type == SNAP_CHNK and 0 < item.entries <= SNAP_META_MAX_BYTES // 8
@@ -40,8 +40,9 @@ cdef bint plausible(const snap_index *item) noexcept nogil:
     )
 
 
-cdef bint fits(const chunk_t *chunk, const snap_record *header, size_t number, size_t length) noexcept nogil:
-    """Whether a chunk's sizes and number are those of its index entry and within the limits."""
+cdef bint sizes_match(const chunk_t *chunk, const snap_record *header, size_t number,
+                      size_t length) noexcept nogil:
+    """Whether a chunk's sizes and number match its index entry and are within the limits."""
     cdef bint stored_ok = header.stored_bytes == header.raw_bytes
     if header.encoding == SNAP_ZSTD:
         stored_ok = 0 < header.stored_bytes < header.raw_bytes
@@ -54,8 +55,8 @@ cdef bint fits(const chunk_t *chunk, const snap_record *header, size_t number, s
     )
 
 
-cdef bint describes(const uint64_t *entries, chunk_t *chunk, const snap_record *header) noexcept nogil:
-    """Whether a page map has the pages that the index and the payload's size say."""
+cdef bint map_matches(const uint64_t *entries, chunk_t *chunk, const snap_record *header) noexcept nogil:
+    """Whether a page map matches the pages in the index entry and the size of the payload."""
     cdef uint64_t lowest = SNAP_PAGES_MAX
     cdef uint64_t highest = 0
     cdef uint64_t data_pages = 0
@@ -65,7 +66,7 @@ cdef bint describes(const uint64_t *entries, chunk_t *chunk, const snap_record *
         highest = max(highest, snap_entry_page(entries[i]) + snap_entry_pages(entries[i]) - 1)
         if snap_entry_kind(entries[i]) == SNAP_DATA:
             data_pages += snap_entry_pages(entries[i])
-    if chunk.last_page == ANY_PAGES:  # from a stream: there is no index yet
+    if chunk.last_page == ANY_PAGES:  # a stream: its index comes later
         chunk.first_page = lowest
         chunk.last_page = highest
     return (
@@ -74,8 +75,8 @@ cdef bint describes(const uint64_t *entries, chunk_t *chunk, const snap_record *
     )
 
 
-cdef void cut_to(run_t *run, uint64_t first, uint64_t end) noexcept nogil:
-    """Leave of a run the pages in [first, end); it has some of them."""
+cdef void clip(run_t *run, uint64_t first, uint64_t end) noexcept nogil:
+    """Clip a run to the pages in [first, end), which it must overlap."""
     cdef uint64_t cut = first - run.page if run.page < first else 0
     run.page += cut
     run.pages = min(run.pages - cut, end - run.page)
@@ -91,8 +92,8 @@ NO_SOURCE.read = read_nothing
 
 
 cdef class PageIndex:
-    """The chunks of one image. `name` is the image's, for messages. Maps and payloads are read from `source`;
-    without one (a stream) every map is given by `add`, and there are no payloads to read."""
+    """The chunks of one image. `name` is the image's name for messages. Maps and payloads are read from
+    `source`. Without a source (a stream), `add` supplies the maps, and there are no payloads to read."""
 
     def __cinit__(self, str name, Source source=None):
         self.name = name
@@ -107,22 +108,22 @@ cdef class PageIndex:
         free(self.spans)
 
     cdef int reserve(self, size_t count) except -1:
-        cdef size_t room = max(count, 2 * self.room)
+        cdef size_t capacity = max(count, 2 * self.capacity)
         cdef chunk_t *grown
-        if count > self.room:
-            grown = <chunk_t *>realloc(self.chunks, room * sizeof(chunk_t))
+        if count > self.capacity:
+            grown = <chunk_t *>realloc(self.chunks, capacity * sizeof(chunk_t))
             if grown == NULL:
                 raise MemoryError
             self.chunks = grown
-            self.room = room
+            self.capacity = capacity
         return 0
 
     def add_index(self, const unsigned char[::1] payload not None, uint64_t start, uint64_t limit):
-        """Take in one INDX payload whose records lie in [start, limit).
+        """Add the entries of one INDX payload, whose records lie in [start, limit).
 
-        Returns the offset behind its last record, and for each VMST record (offset, record bytes, part
-        number, raw bytes, entries). Offsets must ascend: so no two records can share bytes, and their count
-        is bounded by the file.
+        Returns the end of its last record, and for each VMST record (offset, record bytes, part number, raw
+        bytes, entries). Offsets must ascend: records then cannot overlap, and the size of the file limits
+        their number.
         """
         cdef snap_index item
         cdef size_t listed = <size_t>payload.shape[0] // sizeof(item)
@@ -133,14 +134,14 @@ cdef class PageIndex:
             memcpy(&item, &payload[i * sizeof(item)], sizeof(item))
             if (item.record_bytes < sizeof(snap_record) or item.record_bytes > limit
                     or item.offset < start or item.offset > limit - item.record_bytes):
-                raise CorruptImageError(f"{self.name}: an index entry points outside of the records", limit)
+                raise CorruptImageError(f"{self.name}: an index entry points outside the records", limit)
             start = item.offset + item.record_bytes
             if item.type == SNAP_VMST:
                 numbers = item.first_page, item.last_page, item.entries
                 vmstate.append((item.offset, item.record_bytes, *numbers))
                 continue
             if not plausible(&item):
-                raise CorruptImageError(f"{self.name}: an index entry is impossible", limit)
+                raise CorruptImageError(f"{self.name}: an index entry is invalid", limit)
             memset(&self.chunks[self.count], 0, sizeof(chunk_t))
             self.chunks[self.count].offset = item.offset
             self.chunks[self.count].record_bytes = item.record_bytes
@@ -151,7 +152,7 @@ cdef class PageIndex:
         return start, vmstate
 
     def add(self, const unsigned char[::1] head not None, uint64_t offset):
-        """Take in a chunk from a stream: `head` is its record header and page map."""
+        """Add a chunk of a stream: `head` is its record header and page map."""
         cdef snap_record header
         memcpy(&header, &head[0], sizeof(header))
         self.reserve(self.count + 1)
@@ -162,17 +163,17 @@ cdef class PageIndex:
         chunk.entries = header.meta_bytes // 8
         chunk.last_page = ANY_PAGES
         self.count += 1
-        self.adopt(self.count - 1, &head[0], head.shape[0])
+        self.accept(self.count - 1, &head[0], head.shape[0])
 
     def check(self, size_t number, const unsigned char[::1] head not None, uint64_t offset):
-        """Compare a chunk record found in the file with what the index says about it."""
+        """Compare a chunk record of the file with its index entry."""
         if number >= self.count or self.chunks[number].offset != offset:
-            raise CorruptImageError(f"{self.name}: a chunk that is not in the index", offset)
+            raise CorruptImageError(f"{self.name}: a chunk is not in the index", offset)
         if self.chunks[number].map == NULL:
-            self.adopt(number, &head[0], head.shape[0])
+            self.accept(number, &head[0], head.shape[0])
 
     def same_as(self, PageIndex other not None):
-        """Whether both list the same chunks."""
+        """Whether both contain the same chunks."""
         cdef size_t i
         if self.count != other.count:
             return False
@@ -207,7 +208,7 @@ cdef class PageIndex:
         return chunk.offset, chunk.record_bytes, chunk.header.encoding
 
     def data_pages(self):
-        """Data pages in all chunks, superseded ones included. Loads every map."""
+        """Number of data pages in all chunks, including superseded ones. Loads every map."""
         cdef uint64_t pages = 0
         cdef size_t i
         for i in range(self.count):
@@ -216,31 +217,31 @@ cdef class PageIndex:
         return pages
 
     def resolve(self, uint64_t first, uint64_t end):
-        """`Runs` of [first, end), each page as its newest entry has it; without pages in no map.
+        """`Runs` of [first, end) by the newest entry of each page. Pages that no map has are left out.
 
-        A lookup reads the maps of the chunks that overlap the range, and no others. In a hostile image all
-        maps overlap all ranges, and n lookups among n entries would take quadratic time. So the entries that
-        were looked at for nothing are counted. When their number exceeds `WASTE_FACTOR` times the entries of
-        the image, the whole image is resolved once, and lookups are binary searches from then on: n of them
-        take O(n log n) time.
+        A lookup loads only the maps of chunks that overlap the range. In a hostile image all maps overlap all
+        ranges, and n lookups in n entries would take quadratic time. The index therefore counts entries
+        examined without a match (`wasted`). When the count exceeds `WASTE_FACTOR` times the entries of the
+        image, the whole image is resolved once, and later lookups are binary searches: n lookups take
+        O(n log n) time.
         """
         if first >= end:
             return Runs()
         self.build_spans()
-        if self.all is None and self.wasted > WASTE_FACTOR * (self.entries + self.count):
-            self.resolve_all()
-        if self.all is not None:
+        if self.resolved is None and self.wasted > WASTE_FACTOR * (self.entries + self.count):
+            self.build_resolved()
+        if self.resolved is not None:
             self.check_unreadable(first, end)
-        if self.all is not None:
-            return self.within(first, end)
+        if self.resolved is not None:
+            return self.clip_resolved(first, end)
         cdef Runs items = self.overlapping(first, end)
         cdef size_t found = items.count
         items = newest(items)
-        self.wasted += found - min(found, items.count)  # superseded ones
+        self.wasted += found - min(found, items.count)  # superseded entries
         return items
 
     cdef Runs overlapping(self, uint64_t first, uint64_t end):
-        """The entries of all chunks, cut to [first, end)."""
+        """The entries of all chunks, clipped to [first, end)."""
         cdef Runs items = Runs()
         cdef size_t low = 0
         cdef size_t high = self.count
@@ -259,8 +260,8 @@ cdef class PageIndex:
                 self.wasted += 1
         return items
 
-    cdef int resolve_all(self) except -1:
-        """Make `all`. A damaged chunk must not hide the sound ones: it fails the lookups that it overlaps."""
+    cdef int build_resolved(self) except -1:
+        """Build `resolved`. A damaged chunk fails only the lookups that it overlaps."""
         cdef Runs items = Runs()
         cdef list unreadable = []
         cdef size_t i
@@ -270,28 +271,29 @@ cdef class PageIndex:
             except (ImageError, OSError):
                 unreadable.append(i)
         self.unreadable = unreadable
-        self.all = newest(items)
+        self.resolved = newest(items)
         return 0
 
     cdef int check_unreadable(self, uint64_t first, uint64_t end) except -1:
-        """Raise why a chunk that may have pages of [first, end) cannot be read; drop `all` if it now can."""
+        """Raise the error of an unreadable chunk that may overlap [first, end). If it is readable now,
+        discard `resolved`."""
         cdef size_t number
         for number in self.unreadable:
             if self.chunks[number].first_page < end and self.chunks[number].last_page >= first:
                 self.load(number)
-                self.all = None
+                self.resolved = None
                 return 0
         return 0
 
-    cdef Runs within(self, uint64_t first, uint64_t end):
-        """The runs of `all`, cut to [first, end)."""
+    cdef Runs clip_resolved(self, uint64_t first, uint64_t end):
+        """The runs of `resolved`, clipped to [first, end)."""
         cdef Runs items = Runs()
-        cdef Runs every = self.all
+        cdef Runs every = self.resolved
         cdef size_t low = 0
         cdef size_t high = every.count
         cdef size_t middle
         cdef run_t run
-        while low < high:  # the first run that ends behind `first`
+        while low < high:  # the first run that ends after `first`
             middle = (low + high) // 2
             if every.runs[middle].page + every.runs[middle].pages <= first:
                 low = middle + 1
@@ -299,7 +301,7 @@ cdef class PageIndex:
                 high = middle
         while low < every.count and every.runs[low].page < end:
             run = every.runs[low]
-            cut_to(&run, first, end)
+            clip(&run, first, end)
             if items.append(&run):
                 raise MemoryError
             low += 1
@@ -324,7 +326,7 @@ cdef class PageIndex:
         return 0
 
     cdef int collect(self, size_t number, uint64_t first, uint64_t end, Runs into) except -1:
-        """Append the chunk's entries, cut to [first, end)."""
+        """Append the chunk's entries, clipped to [first, end)."""
         cdef uint32_t data_page = 0
         cdef uint32_t i
         cdef run_t run
@@ -341,13 +343,13 @@ cdef class PageIndex:
             if run.page >= end or run.page + run.pages <= first:
                 self.wasted += 1
                 continue
-            cut_to(&run, first, end)
+            clip(&run, first, end)
             if into.append(&run):
                 raise MemoryError
         return 0
 
     cdef int load(self, size_t number) except -1:
-        """Read and verify a chunk's page map, unless it is here already."""
+        """Read and verify the page map of a chunk, unless it is loaded."""
         cdef chunk_t *chunk = &self.chunks[number]
         if chunk.map != NULL:
             return 0
@@ -362,7 +364,7 @@ cdef class PageIndex:
                 err = source_read(self.at, data, length, offset)
             if err:
                 self.read_failed(err, offset)
-            self.adopt(number, data, length)
+            self.accept(number, data, length)
         finally:
             free(data)
         return 0
@@ -372,8 +374,8 @@ cdef class PageIndex:
             raise_oserror(err, b"read")
         return self.source.failed(err, offset)
 
-    cdef int adopt(self, size_t number, const unsigned char *data, size_t length) except -1:
-        """Verify a chunk's record header and page map against checksum and index, and keep them."""
+    cdef int accept(self, size_t number, const unsigned char *data, size_t length) except -1:
+        """Verify a chunk's record header and page map against checksum and index, and store them."""
         cdef chunk_t *chunk = &self.chunks[number]
         cdef snap_record header
         cdef uint32_t crc
@@ -381,18 +383,20 @@ cdef class PageIndex:
         crc = crc32c(0, data, sizeof(header) - 4)
         crc = crc32c(crc, data + sizeof(header), length - sizeof(header))
         if crc != header.header_crc:
-            raise CorruptImageError(f"{self.name}: a chunk's header or page map is damaged", chunk.offset)
+            text = f"{self.name}: a chunk's header or page map is damaged: the checksum does not match"
+            raise CorruptImageError(text, chunk.offset)
         if header.encoding > SNAP_ZSTD or header.flags & ~(SNAP_LAST_PART | SNAP_MAY_IGNORE):
             text = f"{self.name}: a chunk uses an unknown encoding or flag"
             raise UnsupportedVersionError(text, chunk.offset)
         cdef const uint64_t *entries = <const uint64_t *>(data + sizeof(header))
-        if not fits(chunk, &header, number, length) or not describes(entries, chunk, &header):
-            raise CorruptImageError(f"{self.name}: a chunk contradicts itself or the index", chunk.offset)
+        if not sizes_match(chunk, &header, number, length) or not map_matches(entries, chunk, &header):
+            text = f"{self.name}: a chunk is inconsistent with itself or with the index"
+            raise CorruptImageError(text, chunk.offset)
         cdef uint64_t *page_map = <uint64_t *>malloc(length - sizeof(header))
         if page_map == NULL:
             raise MemoryError
         memcpy(page_map, entries, length - sizeof(header))
-        if chunk.map != NULL:  # another thread was faster
+        if chunk.map != NULL:  # another thread has loaded it
             free(page_map)
             return 0
         chunk.header = header

@@ -1,4 +1,4 @@
-"""Runs of pages, and of those that overlap the newest: C arrays only. One thread at a time per object."""
+"""Runs of pages, and the resolution of overlapping runs: the newest wins. One thread at a time per object."""
 
 from libc.stdlib cimport free, malloc, qsort, realloc
 from libc.string cimport memset
@@ -20,7 +20,7 @@ cdef int by_page(const void *a, const void *b) noexcept nogil:
 
 
 cdef void push(run_t **heap, size_t count, run_t *item) noexcept nogil:
-    """Add to a heap of `count` items with the newest on top."""
+    """Add an item to a heap of `count` items; the newest is on top."""
     cdef size_t at = count
     while at and newer(item, heap[(at - 1) // 2]):
         heap[at] = heap[(at - 1) // 2]
@@ -47,20 +47,20 @@ cdef void pop(run_t **heap, size_t count) noexcept nogil:
 
 
 cdef class Runs:
-    """Runs of pages in ascending order. Iterating gives (page, pages, kind) with neighbours merged."""
+    """Runs of pages in ascending order. Iteration yields (page, pages, kind), with adjacent runs merged."""
 
     def __dealloc__(self):
         free(self.runs)
 
     cdef int append(self, const run_t *run) noexcept nogil:
-        cdef size_t room = max(<size_t>64, 2 * self.room)
+        cdef size_t capacity = max(<size_t>64, 2 * self.capacity)
         cdef run_t *grown
-        if self.count == self.room:
-            grown = <run_t *>realloc(self.runs, room * sizeof(run_t))
+        if self.count == self.capacity:
+            grown = <run_t *>realloc(self.runs, capacity * sizeof(run_t))
             if grown == NULL:
                 return -1
             self.runs = grown
-            self.room = room
+            self.capacity = capacity
         self.runs[self.count] = run[0]
         self.count += 1
         return 0
@@ -108,7 +108,7 @@ cdef class Runs:
         return [pages[0], pages[1], pages[2], pages[3]]
 
 
-cdef bint in_order(Runs items) noexcept nogil:
+cdef bint is_disjoint(Runs items) noexcept nogil:
     cdef size_t i
     for i in range(1, items.count):
         if items.runs[i].page < items.runs[i - 1].page + items.runs[i - 1].pages:
@@ -117,9 +117,10 @@ cdef bint in_order(Runs items) noexcept nogil:
 
 
 cdef int sweep(Runs items, Runs into) noexcept nogil:
-    """Page by page the newest of `items`, which are sorted by page. Returns 0 or -1 (no memory)."""
+    """Append the newest run of each page of `items`, which are sorted by page. Returns 0, or -1: out of
+    memory."""
     cdef run_t **heap = <run_t **>malloc(items.count * sizeof(run_t *))
-    cdef size_t waiting = 0
+    cdef size_t heap_count = 0
     cdef size_t next_item = 0
     cdef int err = 0
     cdef uint64_t page = 0
@@ -128,16 +129,16 @@ cdef int sweep(Runs items, Runs into) noexcept nogil:
     if heap == NULL:
         return -1
     while err == 0:
-        while waiting and heap[0].page + heap[0].pages <= page:
-            pop(heap, waiting)
-            waiting -= 1
-        if waiting == 0:
+        while heap_count and heap[0].page + heap[0].pages <= page:
+            pop(heap, heap_count)
+            heap_count -= 1
+        if heap_count == 0:
             if next_item == items.count:
                 break
             page = items.runs[next_item].page
         while next_item < items.count and items.runs[next_item].page <= page:
-            push(heap, waiting, &items.runs[next_item])
-            waiting += 1
+            push(heap, heap_count, &items.runs[next_item])
+            heap_count += 1
             next_item += 1
         if heap[0].page + heap[0].pages <= page:
             continue
@@ -155,16 +156,16 @@ cdef int sweep(Runs items, Runs into) noexcept nogil:
 
 
 cdef Runs newest(Runs items):
-    """Page by page the newest of `items`, ascending. May return `items` itself, sorted."""
+    """The newest run of each page of `items`, ascending. May sort and return `items` itself."""
     cdef Runs result = Runs()
-    cdef bint apart
+    cdef bint disjoint
     cdef int err = 0
     with nogil:
-        if not in_order(items):
+        if not is_disjoint(items):
             qsort(items.runs, items.count, sizeof(run_t), by_page)
-        apart = in_order(items)
-        if not apart:
+        disjoint = is_disjoint(items)
+        if not disjoint:
             err = sweep(items, result)
     if err:
         raise MemoryError
-    return items if apart else result
+    return items if disjoint else result

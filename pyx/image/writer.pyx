@@ -1,9 +1,8 @@
-"""Records out: an image as a stream of checksummed records. FORMAT.md defines every byte.
+"""Writes an image as a stream of checksummed records. FORMAT.md defines every byte.
 
-Owns the index (malloc'ed, so that `chunk` needs no GIL) and no descriptor: the sink has that. Runs on
-the encoder threads, one at a time; it may wait for the sink as long as that takes, so no capture
-thread may ever call it. A failed write leaves half a record behind, so it ends the image: every
-later call fails too.
+Owns the index (malloc'ed, so that `chunk` needs no GIL), but no descriptor: the sink owns it. Runs on the
+encoder threads, one at a time. It may wait for the sink without limit, so no capture thread may call it. A
+failed write leaves a partial record in the sink; all later calls therefore fail too.
 """
 
 import uuid
@@ -30,7 +29,7 @@ from snapengine.image import encode
 from snapengine.base import names
 from snapengine.errors import CaptureCancelled, SinkError
 
-# A copy to or from an odd place of a file is slower: restoring 1 GiB takes 93 instead of 112 ms.
+# Smallest payload to align. Unaligned copies are slower: restoring 1 GiB takes 112 ms instead of 93.
 cdef uint64_t ALIGN_FROM_BYTES = 64 << 10
 
 cdef enum:
@@ -39,13 +38,13 @@ cdef enum:
     DONE = 2
     BROKEN = 3
 
-    PYTHON_LEVEL = -2  # sink.fd: no descriptor, call sink.write
+    PYTHON_LEVEL = -2  # value of sink.fd: no descriptor, call sink.write
 
 
 cdef const char *check_chunk(
     const uint64_t *entries, const snap_record *head, snap_index *item
 ) noexcept nogil:
-    """What is wrong with a chunk (NULL: nothing); fills in the lowest and the highest page of `item`."""
+    """The error in a chunk, or NULL. Stores the lowest and the highest page in `item`."""
     cdef uint64_t data_pages = 0
     cdef uint64_t last
     cdef uint32_t i
@@ -77,10 +76,11 @@ cdef const char *check_chunk(
 
 
 cdef class Writer:
-    """An image into `sink` (see `snapengine.storage.sinks`), at most `rate_limit` bytes a second (0: any).
+    """Writes an image to `sink` (see `snapengine.storage.sinks`), at most `rate_limit` bytes per second (0:
+    no limit).
 
     `image_id` and `parent_id` are 16 bytes (default: a new UUID; zeros). Call `begin`, then `chunk` and
-    `vmstate` in any order, then `finish`. The sink's `commit` and `abort` remain the caller's.
+    `vmstate` in any order, then `finish`. The caller calls `commit` or `abort` of the sink.
     """
 
     def __cinit__(self, sink, *, image_id=None, parent_id=None, uint64_t rate_limit=0):
@@ -91,8 +91,8 @@ cdef class Writer:
             raise ValueError("image_id and parent_id must have 16 bytes")
         self.vmstate_names = set()
         self.python_level = sink.fd == PYTHON_LEVEL
-        self.outlet = Outlet(max(sink.fd, -1), rate_limit)
-        self.outlet.cancelled = &self.cancelled
+        self.fd_writer = FdWriter(max(sink.fd, -1), rate_limit)
+        self.fd_writer.cancelled = &self.cancelled
 
     def __dealloc__(self):
         free(self.index)
@@ -100,7 +100,7 @@ cdef class Writer:
     def begin(self, regions):
         """Write the file header and the regions: a list of (`Region`, first page number).
 
-        `ValueError`: a region is malformed, or two share a page number.
+        Raises ValueError if a region is malformed, or if two regions share a page number.
         """
         entries = encode.region_entries(regions)
         self._expect(NEW)
@@ -148,12 +148,12 @@ cdef class Writer:
             self.align(sizeof(header) + header.meta_bytes)
             item.offset = self.image_bytes
         self.record(&header, entries, payload)
-        self.note(&item)
+        self.add_index_entry(&item)
         self.chunks += 1
         return 0
 
     cdef int align(self, uint64_t before) except -1 nogil:
-        """Padding, so that `before` bytes from then on an address of the file is a multiple of 64."""
+        """Write padding so that the file offset `before` bytes after it is a multiple of 64."""
         cdef snap_record header
         cdef char[SNAP_ALIGN_BYTES] zeros
         cdef uint64_t over = (self.image_bytes + before) % SNAP_ALIGN_BYTES
@@ -167,9 +167,9 @@ cdef class Writer:
         return self.record(&header, zeros, NULL)
 
     def py_chunk(self, entries, data=b"", *, level=None):
-        """One chunk from Python: `entries` is a list of (page, pages, kind), `data` the DATA pages.
+        """Write one chunk from Python: `entries` is a list of (page, pages, kind), `data` the DATA pages.
 
-        With a zstd `level` the payload is compressed when that makes it smaller.
+        With a zstd `level` the payload is compressed if that makes it smaller.
         """
         if not entries:
             raise ValueError("chunk: the page map is empty")
@@ -188,12 +188,12 @@ cdef class Writer:
     def vmstate(self, name, blob_or_file, level=None):
         """Write a named blob (bytes-like, or a readable binary file that is read to its end).
 
-        It goes out in parts of 1 MiB, with a zstd `level` compressed where that makes them smaller.
-        `ValueError`: the name is taken, empty, longer than 4096 bytes, or holds a NUL.
+        It is written in parts of 1 MiB. With a zstd `level` each part is compressed if that makes it smaller.
+        Raises ValueError if the name is taken, empty, longer than 4096 bytes, or contains a NUL.
         """
         meta = names.encode(name)
         if b"\0" in meta:
-            raise ValueError(f"vmstate: the name {name[:80]!r} holds a NUL")
+            raise ValueError(f"vmstate: the name {name[:80]!r} contains a NUL")
         if not 0 < len(meta) <= SNAP_NAME_MAX_BYTES or name in self.vmstate_names:
             raise ValueError(f"vmstate: the name {name[:80]!r} is empty, too long or taken")
         self._expect(OPEN)
@@ -209,11 +209,12 @@ cdef class Writer:
             self._write(SNAP_VMST, payload, meta=meta, arg=number, raw_bytes=len(part),
                         encoding=encoding, flags=SNAP_LAST_PART if last else 0)
             item.record_bytes = self.image_bytes - item.offset
-            self.note(&item)
+            self.add_index_entry(&item)
             self.vmstate_parts += 1
 
     def finish(self, stats):
-        """Write `stats` (with "image_bytes" filled in), index and trailer; return the image's bytes."""
+        """Write `stats` (and set its "image_bytes"), index and trailer. Returns the size of the image in
+        bytes."""
         self._expect(OPEN)
         cdef snap_trailer trailer
         cdef const unsigned char[::1] image_id = self.image_id
@@ -239,14 +240,14 @@ cdef class Writer:
         return total
 
     def cancel(self):
-        """Make a blocked or throttled write stop within 50 ms, and every later one fail. Any thread."""
+        """End a blocked or throttled write within 50 ms, and fail every later one. Any thread may call it."""
         snap_store(&self.cancelled, 1)
 
     def _expect(self, int state):
         if self.state == BROKEN:
             self.fail(self.failed_errno)
         if self.state != state:
-            raise ValueError("the writer is " + ("not begun", "begun already", "finished")[self.state])
+            raise ValueError("the writer has " + ("not begun", "already begun", "finished")[self.state])
 
     def _write_index(self, size_t per_part):
         cdef size_t start = 0
@@ -265,7 +266,7 @@ cdef class Writer:
 
     def _write(self, uint32_t kind, payload, *, meta=b"", raw_bytes=None, uint32_t arg=0, int encoding=0,
                int flags=0):
-        """One record from Python objects; the payload is stored as given."""
+        """Write one record from Python objects; the payload is stored as given."""
         cdef const unsigned char[::1] meta_view = meta
         cdef const unsigned char[::1] view = payload
         cdef snap_record header
@@ -303,18 +304,18 @@ cdef class Writer:
         parts[2] = iovec(<void *>payload, payload_bytes)
         if self.python_level:
             for i in range(3):
-                self.py_send(parts[i].iov_base, parts[i].iov_len)
+                self.send_to_sink(parts[i].iov_base, parts[i].iov_len)
             return 0
-        err = self.outlet.send(parts, 3, &self.image_bytes)
+        err = self.fd_writer.send(parts, 3, &self.image_bytes)
         return self.fail(err) if err else 0
 
-    cdef int py_send(self, const void *data, size_t length) except -1 with gil:
-        """Bytes into a sink without a descriptor, in pieces that the rate limit allows."""
+    cdef int send_to_sink(self, const void *data, size_t length) except -1 with gil:
+        """Write bytes to a sink without a descriptor, in pieces that the rate limit allows."""
         cdef size_t done = 0
         cdef size_t limit
         while done < length:
             with nogil:
-                limit = self.outlet.allow(length - done)
+                limit = self.fd_writer.acquire(length - done)
             if limit == 0:
                 self.fail(ECANCELED)
             try:
@@ -323,26 +324,26 @@ cdef class Writer:
                 self.state = BROKEN
                 self.failed_errno = getattr(error, "errno", None) or EIO
                 raise
-            self.outlet.spend(limit)
+            self.fd_writer.consume(limit)
             done += limit
             self.image_bytes += limit
         return 0
 
-    cdef int note(self, const snap_index *entry) except -1 nogil:
-        cdef size_t room = max(<size_t>256, 2 * self.index_room)
+    cdef int add_index_entry(self, const snap_index *entry) except -1 nogil:
+        cdef size_t room = max(<size_t>256, 2 * self.index_capacity)
         cdef snap_index *grown
-        if self.index_count == self.index_room:
+        if self.index_count == self.index_capacity:
             grown = <snap_index *>realloc(self.index, room * sizeof(snap_index))
             if grown == NULL:
                 return self.fail(ENOMEM)
             self.index = grown
-            self.index_room = room
+            self.index_capacity = room
         self.index[self.index_count] = entry[0]
         self.index_count += 1
         return 0
 
     cdef int fail(self, int err) except -1 with gil:
-        """The image cannot be completed: raise why, now and on every later call."""
+        """Raise the error that ends the image; every later call raises it again."""
         self.state = BROKEN
         self.failed_errno = err
         if err == ECANCELED:

@@ -1,12 +1,13 @@
 """Slots between the capture threads and the encoders: bounded memory, then a spill file.
 
-A slot holds the data pages and the page map of one chunk to be. Each capture thread fills its own;
-a full one goes into the queue, whose chunks leave in the order they came (dirty logging needs it: the
-last version of a page counts). The walk waits when slots run out; a fault never does: it takes the
-reserve, then writes its slot to the spill file itself. `lock` is held for a few dozen instructions.
+A slot holds the data pages and the page map of one future chunk. Each capture thread fills its own slot and
+queues it when it is full. The queue is FIFO, which dirty logging requires: the last version of a page is the
+valid one. When no slot is free, the walk waits. A fault thread never waits: it uses the reserve, then writes
+its slot to the spill file. `lock` is held for a few dozen instructions.
 
-If a thread stops between any two instructions: outside the lock the others go on with the slots
-that are left; inside it they wait for the scheduler, never for the GIL, the sink or a fault.
+A thread may be preempted at any instruction. If it does not hold the lock, the others continue with the
+remaining slots. If it holds the lock, they wait for the scheduler, but never for the GIL, the sink or a
+fault.
 """
 
 from libc.errno cimport ENOBUFS
@@ -23,7 +24,7 @@ from snapengine.base.pthreads cimport (
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from snapengine.pipeline.spill cimport spill_place, spill_put, spill_take
+from snapengine.pipeline.spill cimport spill_extent, spill_read, spill_write
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -33,7 +34,7 @@ cdef extern from "snapengine/internal/linux_compat.h" nogil:
 
 cdef uint64_t PAGE = 4096
 cdef uint64_t MAP_BYTES = ENTRIES_MAX * 8
-cdef uint64_t EARLY_SLOTS = 16      # touched before arming: as many as a capture uses whose sink keeps up
+cdef uint64_t PREPOPULATED_SLOTS = 16   # before arming: enough for a capture whose sink keeps up
 SLOT_BYTES = 1 << 20
 SMALL_SLOT_BYTES = 256 << 10
 
@@ -51,14 +52,15 @@ cdef void _use_slot(pool_t *pool, lane_slot *lane, uint32_t slot) noexcept nogil
     lane.n_entries = 0
     lane.used = 0
     lane.crc = 0
-    lane.summed = 0
+    lane.crc_bytes = 0
     lane.data = slot_data(pool, slot)
     lane.entries = slot_entries(pool, slot)
 
 
-cdef void _touch_slot(pool_t *pool, uint32_t slot) noexcept nogil:
-    """First touch, in one call and before a page is claimed: 11 µs a page where a hypervisor backs memory
-    lazily. Most captures never need all slots, so they are not all touched before arming."""
+cdef void _populate_slot(pool_t *pool, uint32_t slot) noexcept nogil:
+    """Populate a slot in one call, before a page is claimed: a first access costs 11 µs per page where a
+    hypervisor backs memory lazily. Most captures do not need all slots, so not all are populated before
+    arming."""
     cdef char *start = slot_data(pool, slot)
     cdef uint64_t offset
     if madvise(start, pool.stride, MADV_POPULATE_WRITE) != 0:
@@ -68,20 +70,20 @@ cdef void _touch_slot(pool_t *pool, uint32_t slot) noexcept nogil:
 
 cdef uint32_t _pop_free(pool_t *pool, bint *fresh) noexcept nogil:
     pool.n_free -= 1
-    if pool.n_free < pool.least_free:
-        pool.least_free = pool.n_free
-    fresh[0] = pool.free_slots[pool.n_free] >= pool.touched
+    if pool.n_free < pool.min_free:
+        pool.min_free = pool.n_free
+    fresh[0] = pool.free_slots[pool.n_free] >= pool.populated
     if fresh[0]:
-        pool.touched = pool.free_slots[pool.n_free] + 1
+        pool.populated = pool.free_slots[pool.n_free] + 1
     return pool.free_slots[pool.n_free]
 
 
-cdef void _sum_up(lane_slot *lane) noexcept nogil:
-    """What was not summed while it was copied. Here the data is in this core's cache; left to an encoder on
-    another core it would be fetched once more, and the slots in flight would not fit the cache."""
-    if lane.sums and lane.summed < lane.used:
-        lane.crc = crc32c(lane.crc, lane.data + lane.summed, lane.used - lane.summed)
-        lane.summed = lane.used
+cdef void _complete_crc(lane_slot *lane) noexcept nogil:
+    """Checksum the bytes that were not checksummed during the copy. The data is still in this core's cache.
+    An encoder on another core would have to fetch it, and the queued slots would exceed the cache."""
+    if lane.computes_crc and lane.crc_bytes < lane.used:
+        lane.crc = crc32c(lane.crc, lane.data + lane.crc_bytes, lane.used - lane.crc_bytes)
+        lane.crc_bytes = lane.used
 
 
 cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_offset) noexcept nogil:
@@ -94,30 +96,30 @@ cdef int _queue(pool_t *pool, uint32_t slot, lane_slot *lane, uint64_t spill_off
     ref.data_bytes = lane.used
     ref.spill_offset = spill_offset
     ref.crc = lane.crc
-    ref.summed = lane.sums and lane.summed == lane.used
+    ref.has_crc = lane.computes_crc and lane.crc_bytes == lane.used
     pool.tail += 1
     pthread_cond_signal(&pool.filled)
     return 0
 
 
-cdef void _place(pool_t *pool, uint64_t offset, uint64_t data_bytes, uint32_t n_entries,
-                 spill_place *place) noexcept nogil:
-    place.offset = offset
-    place.bytes = pool.stride
-    place.entries_at = pool.slot_bytes
-    place.data_bytes = data_bytes
-    place.n_entries = n_entries
+cdef void _fill_extent(pool_t *pool, uint64_t offset, uint64_t data_bytes, uint32_t n_entries,
+                       spill_extent *extent) noexcept nogil:
+    extent.offset = offset
+    extent.bytes = pool.stride
+    extent.entries_offset = pool.slot_bytes
+    extent.data_bytes = data_bytes
+    extent.n_entries = n_entries
 
 
 cdef int pool_read_back(pool_t *pool, const chunk_ref *chunk, char *data, uint64_t *entries) noexcept nogil:
-    cdef spill_place place
-    _place(pool, chunk.spill_offset, chunk.data_bytes, chunk.n_entries, &place)
-    return spill_take(pool.spill_fd, &place, data, entries)
+    cdef spill_extent extent
+    _fill_extent(pool, chunk.spill_offset, chunk.data_bytes, chunk.n_entries, &extent)
+    return spill_read(pool.spill_fd, &extent, data, entries)
 
 
 cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
-    """Write the slot to the file and queue that copy; the thread keeps the slot, empty."""
-    cdef spill_place place
+    """Write the slot to the spill file and queue the copy. The thread keeps the slot, now empty."""
+    cdef spill_extent extent
     cdef uint64_t offset
     cdef int err
     pthread_mutex_lock(&pool.lock)
@@ -125,8 +127,8 @@ cdef int _spill(pool_t *pool, lane_slot *lane) noexcept nogil:
     pool.spill_end += pool.stride
     pool.spilled_bytes += lane.used
     pthread_mutex_unlock(&pool.lock)
-    _place(pool, offset, lane.used, lane.n_entries, &place)
-    err = spill_put(pool.spill_fd, &place, lane.data, lane.entries)
+    _fill_extent(pool, offset, lane.used, lane.n_entries, &extent)
+    err = spill_write(pool.spill_fd, &extent, lane.data, lane.entries)
     if err:
         return err
     pthread_mutex_lock(&pool.lock)
@@ -157,23 +159,23 @@ cdef int lane_room(pool_t *pool, lane_slot *lane, uint64_t pages, bint wait) noe
     cdef bint fresh = False
     if _fits(pool, lane, pages):
         return 0
-    _sum_up(lane)
+    _complete_crc(lane)
     pthread_mutex_lock(&pool.lock)
     if wait:
-        snap_add(&pool.starved, 1)
+        snap_add(&pool.waiters, 1)
         while pool.n_free <= pool.reserve and not snap_load(&pool.failed):
             pthread_cond_wait(&pool.room, &pool.lock)
-        snap_add(&pool.starved, <uint64_t>-1)
+        snap_add(&pool.waiters, <uint64_t>-1)
     if pool.n_free:
         err = _queue(pool, lane.slot, lane, 0)
         if not err:
             _use_slot(pool, lane, _pop_free(pool, &fresh))
         pthread_mutex_unlock(&pool.lock)
         if wait and fresh and not err:
-            _touch_slot(pool, lane.slot)
+            _populate_slot(pool, lane.slot)
         return err
     pthread_mutex_unlock(&pool.lock)
-    if wait:                        # only a failed capture gets here: what it saves is thrown away
+    if wait:                        # reached only if the capture failed: its data is discarded
         _use_slot(pool, lane, lane.slot)
         return 0
     return _spill(pool, lane)
@@ -196,13 +198,13 @@ cdef bint pool_has_room(pool_t *pool, uint32_t slots) noexcept nogil:
 
 
 cdef void pool_await(pool_t *pool, uint64_t slots) noexcept nogil:
-    # No more than can be free: each lane holds one, and the reserve is as large.
+    # Limited to the number that can be free: each lane holds one slot, and the reserve is as large.
     slots = pool.reserve + min(slots, <uint64_t>(pool.n_slots - 2 * pool.reserve))
     pthread_mutex_lock(&pool.lock)
-    snap_add(&pool.starved, 1)
+    snap_add(&pool.waiters, 1)
     while pool.n_free < slots and not snap_load(&pool.failed):
         pthread_cond_wait(&pool.room, &pool.lock)
-    snap_add(&pool.starved, <uint64_t>-1)
+    snap_add(&pool.waiters, <uint64_t>-1)
     pthread_mutex_unlock(&pool.lock)
 
 
@@ -231,7 +233,7 @@ cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil:
     cdef int err = 0
     if lane.slot == NO_SLOT:
         return 0
-    _sum_up(lane)
+    _complete_crc(lane)
     pthread_mutex_lock(&pool.lock)
     if lane.n_entries:
         err = _queue(pool, lane.slot, lane, 0)
@@ -282,32 +284,32 @@ cdef void pool_give_back(pool_t *pool, uint32_t slot) noexcept nogil:
     pool.free_slots[pool.n_free] = slot
     pool.n_free += 1
     if pool.n_free > pool.reserve:
-        pthread_cond_broadcast(&pool.room)     # walkers wait for different numbers of them
+        pthread_cond_broadcast(&pool.room)     # walkers wait for different numbers of slots
     pthread_mutex_unlock(&pool.lock)
 
 
-# The slots of the last capture, for the next one: where a hypervisor backs memory lazily, and takes it back
-# when it is free, the first touch of 16 MiB costs 50 to 120 ms. Read and written with the GIL.
-cdef Arena _kept = None
+# The slot memory of the last capture, reused by the next one. Where a hypervisor backs memory lazily and
+# reclaims free memory, the first access to 16 MiB costs 50 to 120 ms. Protected by the GIL.
+cdef Arena _cached = None
 
 
-cdef Arena _slots_memory(uint64_t length):
-    global _kept
-    cdef Arena memory = _kept
+cdef Arena _allocate_slots(uint64_t length):
+    global _cached
+    cdef Arena memory = _cached
     if memory is not None and length <= memory.length <= 2 * length:
-        _kept = None
+        _cached = None
         return memory
     return Arena(length)
 
 
-cdef void _keep(Arena memory):
-    global _kept
-    memory.lend()
-    _kept = memory
+cdef void _cache(Arena memory):
+    global _cached
+    memory.mark_free()
+    _cached = memory
 
 
 def check_room(uint64_t memory_limit, int lanes, int encoders):
-    """Raise ValueError if the limit is too small for so many capture and encoder threads."""
+    """Raise ValueError if the limit is too small for this number of capture and encoder threads."""
     if memory_limit // (SMALL_SLOT_BYTES + MAP_BYTES) < <uint64_t>(2 * lanes + 2 + 2 * encoders):
         raise ValueError(f"memory_limit: {memory_limit} bytes are too few for {lanes} capture threads "
                          f"and {encoders} encoder threads")
@@ -319,17 +321,17 @@ cdef class Pool:
     Parameters
     ----------
     memory_limit:
-        Bytes for slots, the encoders' scratch of `encoders` slots included.
+        Bytes for slots, including the scratch memory of the encoders.
     total_pages:
-        Pages of the target: a small target gets a small pool.
+        Pages of the target; limits the pool of a small target.
     lanes:
-        Capture threads, each with a slot of its own.
+        Number of capture threads; each has one open slot.
     encoders:
-        Encoder threads, each with one slot's worth of scratch that counts as buffer.
+        Number of encoder threads. `memory_limit` includes two slots of scratch memory for each.
     spill_dir:
         Directory of the spill file, or None for the system's temporary directory.
 
-    Raises ValueError if the limit is too small for the threads, OSError if the file cannot be made.
+    Raises ValueError if the limit is too small for the threads, OSError if the file cannot be created.
     """
 
     def __init__(self, uint64_t memory_limit, uint64_t total_pages, int lanes, int encoders, spill_dir=None):
@@ -342,15 +344,15 @@ cdef class Pool:
         n = memory_limit // (slot_bytes + MAP_BYTES)
         n = min(n - 2 * encoders, least + total_pages * PAGE // slot_bytes + 1)
         self.spill_file = tempfile.TemporaryFile(buffering=0, dir=spill_dir, prefix="snapengine-spill-")
-        # A chunk is queued when 64 pages more would not fit, or when it is full: no more chunks than this
-        # can lie in the spill file at one time.
+        # A chunk is queued only when it is full or another 64 pages do not fit. That limits the number of
+        # chunks in the spill file at one time.
         ring = 64
         while ring < n + 2 * lanes + total_pages // 32:
             ring *= 2
         self.control = Arena(sizeof(pool_t) + n * 4)
         self.control.touch()
-        self.memory = _slots_memory(n * (slot_bytes + MAP_BYTES))
-        self.memory.touch(min(n, max(least, EARLY_SLOTS)) * (slot_bytes + MAP_BYTES))
+        self.memory = _allocate_slots(n * (slot_bytes + MAP_BYTES))
+        self.memory.touch(min(n, max(least, PREPOPULATED_SLOTS)) * (slot_bytes + MAP_BYTES))
         self.queue = Arena(ring * sizeof(chunk_ref))
         self.pool = <pool_t *>self.control.base
         pthread_mutex_init(&self.pool.lock, NULL)
@@ -361,8 +363,8 @@ cdef class Pool:
         self.pool.stride = slot_bytes + MAP_BYTES
         self.pool.n_slots = n
         self.pool.n_free = n
-        self.pool.touched = min(n, max(least, EARLY_SLOTS))
-        self.pool.least_free = n
+        self.pool.populated = min(n, max(least, PREPOPULATED_SLOTS))
+        self.pool.min_free = n
         self.pool.reserve = lanes
         self.pool.free_slots = <uint32_t *>(self.control.base + sizeof(pool_t))
         self.pool.ring = <chunk_ref *>self.queue.base
@@ -373,12 +375,12 @@ cdef class Pool:
 
     @property
     def peak_bytes(self):
-        """Most bytes of slots in use at one time."""
-        return (self.pool.n_slots - self.pool.least_free) * self.pool.stride
+        """Largest number of bytes in used slots at one time."""
+        return (self.pool.n_slots - self.pool.min_free) * self.pool.stride
 
     @property
     def spilled_bytes(self):
-        """Bytes of data that went through the spill file."""
+        """Bytes of data that were written to the spill file."""
         return self.pool.spilled_bytes
 
     @property
@@ -388,14 +390,14 @@ cdef class Pool:
 
     @property
     def stride(self):
-        """Bytes of one slot, page map included."""
+        """Bytes of one slot, including its page map."""
         return self.pool.stride
 
     def close(self):
-        """Free the slots and the spill file (it has no name: its space is free then). Idempotent. Only after
-        all threads have ended."""
+        """Free the slots and the spill file (an unnamed file, whose space this frees). Idempotent. All
+        threads must have ended."""
         self.spill_file.close()
         if self.memory is not None:
-            _keep(self.memory)
+            _cache(self.memory)
         self.memory = None
         self.queue = None

@@ -1,7 +1,7 @@
-"""The spill file: slots that found no room in the queue's memory, on disk until an encoder comes to them.
+"""The spill file: filled slots on disk, for when all slots in memory are in use.
 
-Each place holds one slot, the page map behind the data. Capture threads write, encoders read; a place has one
-of each, and goes through the queue.
+Each extent holds one slot: its data, then its page map. One capture thread writes an extent and passes it
+through the queue to one encoder, which reads it.
 """
 
 from libc.errno cimport EIO
@@ -15,21 +15,21 @@ cdef extern from "<fcntl.h>" nogil:
     const int FALLOC_FL_KEEP_SIZE
 
 
-cdef int spill_put(int fd, const spill_place *place, const char *data, const uint64_t *entries
-                   ) noexcept nogil:
-    cdef int err = pwrite_all(fd, data, place.data_bytes, place.offset)
+cdef int spill_write(int fd, const spill_extent *at, const char *data,
+                     const uint64_t *entries) noexcept nogil:
+    cdef int err = pwrite_all(fd, data, at.data_bytes, at.offset)
     if err:
         return err
-    return pwrite_all(fd, <const char *>entries, place.n_entries * 8, place.offset + place.entries_at)
+    return pwrite_all(fd, <const char *>entries, at.n_entries * 8, at.offset + at.entries_offset)
 
 
-cdef int spill_take(int fd, const spill_place *place, char *data, uint64_t *entries) noexcept nogil:
-    cdef int err = pread_all(fd, data, place.data_bytes, place.offset)
+cdef int spill_read(int fd, const spill_extent *at, char *data, uint64_t *entries) noexcept nogil:
+    cdef int err = pread_all(fd, data, at.data_bytes, at.offset)
     if not err:
-        err = pread_all(fd, entries, place.n_entries * 8, place.offset + place.entries_at)
-    if err < 0:                             # the file ends before that
+        err = pread_all(fd, entries, at.n_entries * 8, at.offset + at.entries_offset)
+    if err < 0:                             # early end of file
         err = EIO
     if not err:
-        # Gives the space back early; a file system without holes keeps it until the file is closed.
-        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, place.offset, place.bytes)
+        # Frees the space early. A file system without hole punching frees it when the file is closed.
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at.offset, at.bytes)
     return err

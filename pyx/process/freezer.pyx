@@ -22,7 +22,7 @@ from libc.stdlib cimport calloc, free
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from posix.unistd cimport getpid
 
-from snapengine.base.atomics cimport snap_tell, snap_wait_while, snap_word
+from snapengine.base.atomics cimport snap_store_wake, snap_futex_wait, snap_load_word
 from snapengine.base.pthreads cimport pthread_join, pthread_t, snap_thread_start
 from snapengine.kernel.linux cimport ECANCELED
 from snapengine.process.stop_threads cimport (
@@ -71,7 +71,7 @@ cdef class Freezer:
     @property
     def stopped(self):
         """Whether the process is stopped by this object."""
-        return self.running and snap_word(&self.state.phase) == STOPPED
+        return self.running and snap_load_word(&self.state.phase) == STOPPED
 
     @property
     def sharers_known(self):
@@ -105,8 +105,8 @@ cdef class Freezer:
             raise OSError(err, f"pthread_create: {os.strerror(err)}")
         self.running = True
         with nogil:
-            snap_wait_while(&self.state.phase, STOPPING)
-        if snap_word(&self.state.phase) == RESUMED:
+            snap_futex_wait(&self.state.phase, STOPPING)
+        if snap_load_word(&self.state.phase) == RESUMED:
             self._join()
             raise self._failure(info)
 
@@ -142,7 +142,7 @@ cdef class Freezer:
         if not self.running or self.owner != getpid():
             return False
         with nogil:
-            snap_tell(&self.state.resume, True)
+            snap_store_wake(&self.state.resume, True)
             pthread_join(self.thread, NULL)
         self.running = False
         return True

@@ -20,7 +20,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
-from snapengine.base.atomics cimport snap_tell, snap_wait_while, snap_word
+from snapengine.base.atomics cimport snap_store_wake, snap_futex_wait, snap_load_word
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.process.shared_mm cimport list_sharers, list_new_sharers
 from snapengine.kernel.linux cimport ECANCELED
@@ -302,13 +302,13 @@ cdef int _stop_and_hold(void *arg) noexcept nogil:
     if freezer.err == 0:
         freezer.err = _settle_all(freezer)
     if freezer.err == 0:
-        snap_tell(&freezer.phase, STOPPED)
-        snap_wait_while(&freezer.resume, False)
+        snap_store_wake(&freezer.phase, STOPPED)
+        snap_futex_wait(&freezer.resume, False)
     for i in range(freezer.n):
         if not freezer.threads[i].gone:
             tracee_detach(freezer.threads[i].tid)       # one that did not stop: by the end of this process
     freezer.stopped_ns = snap_now_ns() - freezer.from_ns
-    snap_tell(&freezer.phase, RESUMED)
+    snap_store_wake(&freezer.phase, RESUMED)
     return 0
 
 
@@ -317,7 +317,7 @@ cdef void *stop_and_hold(void *arg) noexcept nogil:
     cdef int err
     snap_name_thread(b"snap-freezer")
     err = snap_run_in_helper(_stop_and_hold, freezer)
-    if snap_word(&freezer.phase) != RESUMED:
+    if snap_load_word(&freezer.phase) != RESUMED:
         freezer.err = err or ECANCELED
-        snap_tell(&freezer.phase, RESUMED)
+        snap_store_wake(&freezer.phase, RESUMED)
     return NULL

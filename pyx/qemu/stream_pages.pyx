@@ -47,7 +47,7 @@ cdef class Intake(StreamParser):
     def attach(self, Pool pool not None, bint sums):
         """Queue pages in `pool` from now on. `sums`: compute their checksums."""
         self.pool = pool
-        self.lane.sums = sums
+        self.lane.computes_crc = sums
         cdef int err = lane_open(pool.pool, &self.lane)
         if err:
             raise_oserror(err, b"slot")

@@ -40,8 +40,8 @@ cdef class PageSender(Restorer):
         cdef uint64_t page
         cdef const run_t *run
         with nogil:
-            for i in range(self.blank.count):
-                run = &self.blank.runs[i]
+            for i in range(self.zero_runs.count):
+                run = &self.zero_runs.runs[i]
                 if not holes and run.kind != SNAP_ZERO:
                     continue
                 for page in range(run.page, run.page + run.pages):
@@ -49,14 +49,14 @@ cdef class PageSender(Restorer):
                     self.zero_pages += 1
             self.flush()
 
-    cdef int place(self, size_t first, size_t number, const char *payload, uint64_t done, uint64_t count,
-                   const destination_t *into) except -1 nogil:
+    cdef int write_out(self, size_t first, size_t number, const char *payload, uint64_t done, uint64_t count,
+                       const destination_t *into) except -1 nogil:
         cdef size_t i
         cdef uint64_t page
         cdef const char *data
         cdef const run_t *run
         for i in range(first, self.starts[number + 1]):     # no destination: always a whole payload
-            run = &self.live.runs[i]
+            run = &self.data_runs.runs[i]
             data = payload + <size_t>run.data_page * SNAP_PAGE_BYTES
             for page in range(run.page, run.page + run.pages):
                 self.add(page, data, SNAP_PAGE_BYTES, RAM_PAGE)

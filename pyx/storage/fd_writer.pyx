@@ -1,9 +1,9 @@
-"""Bytes into a descriptor, without the GIL. Runs on the encoder threads, never on a capture thread.
+"""Writes to a descriptor without the GIL. Runs on the encoder threads, never on a capture thread.
 
-A thread that is stuck in write(2) cannot be cancelled, so nothing here blocks for longer than 50 ms
-where that can be helped: regular files take at most 2 MiB a call; a pipe is written without
-blocking where its description has O_NONBLOCK (the sinks open theirs that way); a socket gets
-MSG_DONTWAIT; anything else is polled first and gets no more than POLLOUT vouches for (PIPE_BUF).
+A thread that blocks in write(2) cannot be cancelled, so writes block for at most 50 ms where possible. A call
+to a regular file writes at most 2 MiB. A pipe is written in non-blocking mode if its open file description
+has O_NONBLOCK (the sinks open theirs that way). A socket is written with MSG_DONTWAIT. Anything else is
+polled first, and a call writes no more than POLLOUT guarantees (PIPE_BUF).
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
@@ -36,16 +36,16 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
 
 cdef enum:
-    FILE = 0         # never blocks for long: regular file, block device
+    FILE = 0         # blocks only briefly: regular file, block device
     NONBLOCK = 1     # O_NONBLOCK is set: EAGAIN when full
     SOCKET = 2
     POLLED = 3       # may block on more than PIPE_BUF bytes
 
-    STEP_MS = 50     # longest wait between two looks at `cancelled`
+    POLL_MS = 50     # longest interval between two checks of `cancelled`
     PIPE_BUF = 4096
     WRITE_MAX = 2 << 20
     PARTS_MAX = 4
-    WRITEOUT_BYTES = 8 << 20    # written to a file before the disk is started on them
+    WRITEOUT_BYTES = 8 << 20    # written to a file between two calls of sync_file_range
 
 
 cdef uint64_t now_ns() noexcept nogil:
@@ -62,27 +62,27 @@ cdef void sleep_s(double seconds) noexcept nogil:
 
 
 cdef void wait_writable(int fd) noexcept nogil:
-    """Wait up to STEP_MS. The write that follows reports errors; this does not."""
+    """Wait up to POLL_MS. Errors are ignored: the next write reports them."""
     cdef pollfd entry
     entry.fd = fd
     entry.events = <short>POLLOUT
     entry.revents = 0
-    poll(&entry, 1, STEP_MS)
+    poll(&entry, 1, POLL_MS)
 
 
 cdef int writable_now(int fd) noexcept nogil:
-    """1 also for POLLERR and POLLHUP: the write will then say what is wrong."""
+    """Wait up to POLL_MS. Returns 1 also for POLLERR and POLLHUP: the next write reports the error."""
     cdef pollfd entry
     entry.fd = fd
     entry.events = <short>POLLOUT
     entry.revents = 0
-    return poll(&entry, 1, STEP_MS) > 0
+    return poll(&entry, 1, POLL_MS) > 0
 
 
-cdef class Outlet:
-    """Descriptor `fd` (-1: discard everything) with at most `rate_limit` bytes a second (0: any).
+cdef class FdWriter:
+    """Writes to descriptor `fd` (-1: discard) at most `rate_limit` bytes per second (0: no limit).
 
-    `OSError`: `fd` is not an open descriptor.
+    Raises OSError if `fd` is not an open descriptor.
     """
 
     def __cinit__(self, int fd, uint64_t rate_limit=0):
@@ -91,12 +91,12 @@ cdef class Outlet:
         self.tokens = 0.0
         self.refilled_ns = now_ns()
         self.cancelled = NULL
-        self.mode = FILE if fd < 0 else self.find_mode(fd)
-        self.waiting_bytes = 0
+        self.mode = FILE if fd < 0 else self.detect_mode(fd)
+        self.writeout_bytes = 0
 
     @staticmethod
-    def find_mode(int fd):
-        """How to write to `fd` without getting stuck (one of this module's modes)."""
+    def detect_mode(int fd):
+        """The mode (one of this module's) in which writes to `fd` do not block."""
         cdef struct_stat status
         cdef int flags = fcntl(fd, F_GETFL)
         if flags < 0 or fstat(fd, &status) < 0:
@@ -116,13 +116,13 @@ cdef class Outlet:
         for i in range(count):
             left += parts[i].iov_len
         while left:
-            limit = self.allow(left)
+            limit = self.acquire(left)
             if limit == 0:
                 return ECANCELED
             done = self.write_some(parts, count, limit)
             if done < 0:
                 return <int>-done
-            self.spend(done)
+            self.consume(done)
             sent[0] += <uint64_t>done
             left -= <size_t>done
             used = iovec_skip(parts, count, <size_t>done)
@@ -130,9 +130,10 @@ cdef class Outlet:
             count -= used
         return 0
 
-    cdef size_t allow(self, size_t wanted) noexcept nogil:
-        """A token bucket of 50 ms: that long is a burst at most, and a step at least."""
-        cdef double bucket = self.rate * STEP_MS / 1000.0 + 1.0
+    cdef size_t acquire(self, size_t wanted) noexcept nogil:
+        """A token bucket that holds 50 ms worth of bytes: the largest burst, and the smallest partial
+        write."""
+        cdef double bucket = self.rate * POLL_MS / 1000.0 + 1.0
         cdef double step = min(<double>wanted, bucket - 1.0 if bucket > 2.0 else 1.0)
         cdef uint64_t now
         while not (self.cancelled != NULL and snap_load(self.cancelled)):
@@ -143,26 +144,26 @@ cdef class Outlet:
             self.refilled_ns = now
             if self.tokens >= step:
                 return min(wanted, <size_t>self.tokens)
-            sleep_s(min(STEP_MS / 1000.0, (step - self.tokens) / self.rate))
+            sleep_s(min(POLL_MS / 1000.0, (step - self.tokens) / self.rate))
         return 0
 
-    cdef void spend(self, size_t count) noexcept nogil:
+    cdef void consume(self, size_t count) noexcept nogil:
         if self.rate != 0.0:
             self.tokens -= <double>count
 
     cdef void start_writeout(self, size_t count) noexcept nogil:
-        """The disk writes while the capture goes on, so that the fsync at the end finds little left (1 GiB:
-        both take 0.4 s, against 0.6 to 1.0). An error of the disk is kept for that fsync; a block device is
-        written to likewise, and memory files have no disk."""
+        """Start writeback during the capture, so that little is left for the fsync at the end (1 GiB: 0.4 s
+        for capture and fsync, instead of 0.6 to 1.0 s). The fsync reports disk errors. A block device is
+        handled the same way; on memory files the call has no effect."""
         cdef long end
-        self.waiting_bytes += count
-        if self.waiting_bytes < WRITEOUT_BYTES:
+        self.writeout_bytes += count
+        if self.writeout_bytes < WRITEOUT_BYTES:
             return
         end = lseek(self.fd, 0, SEEK_CUR)
-        if end >= <long>self.waiting_bytes:
-            sync_file_range(self.fd, end - <long>self.waiting_bytes, <long>self.waiting_bytes,
+        if end >= <long>self.writeout_bytes:
+            sync_file_range(self.fd, end - <long>self.writeout_bytes, <long>self.writeout_bytes,
                             SYNC_FILE_RANGE_WRITE)
-        self.waiting_bytes = 0
+        self.writeout_bytes = 0
 
     cdef ssize_t write_some(self, iovec *parts, int count, size_t limit) noexcept nogil:
         cdef iovec some[PARTS_MAX]

@@ -1,14 +1,14 @@
-"""Where the bytes of an image come from: a source is read at any offset, without the GIL.
+"""Sources of image bytes: random-access reads without the GIL.
 
-`Source` is the base class. C code reads through its `source_t`: one indirect call a piece, no Python. A
-source that is written in Python, such as one for an object store, is a subclass with a `pread` of its own;
-that takes the GIL for each piece.
+`Source` is the base class. C code reads through its `source_t`: one indirect call per read, no Python. A
+source in Python, such as one for an object store, is a subclass that defines `pread`; each read then takes
+the GIL.
 
-Ownership: a source owns what it reads from (its own descriptor, an exported buffer) until `close`. Whoever
-opens an image of a source hands it over: `Image.close` closes it. The index and the restorers of that image
-hold references, so the struct that they read through stays valid; after `close` every read returns EBADF.
+Ownership: a source owns its descriptor or exported buffer until `close`. An image takes over the source that
+it is opened from, and `Image.close` closes it. The index and the restorers of the image hold references to
+the source, so the struct that they read through stays valid. After `close` every read returns EBADF.
 
-Threads: any number may read at once. `close` needs that no other thread reads.
+Threads: any number may read at once. No thread may read during `close`.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -34,7 +34,7 @@ from snapengine.errors import ImageError, TruncatedImageError
 
 cdef enum:
     ENDS_EARLY = -1
-    PIECE_BYTES = 256 << 10     # of a checksum: fits a second-level cache
+    PIECE_BYTES = 256 << 10     # read at once for a checksum: fits the L2 cache
 
 
 cdef int read_by_python(void *self, void *into, size_t count, uint64_t offset) noexcept with gil:
@@ -85,7 +85,8 @@ cdef int copy_bytes(void *arg) noexcept nogil:
 
 
 cdef int read_memory(void *self, void *into, size_t count, uint64_t offset) noexcept nogil:
-    """Neither side need be there: the destination is the caller's, and a mapped file may have been cut."""
+    """Both sides may fault: the destination is the caller's memory, and the source may be a truncated
+    mapping."""
     cdef const memory_t *memory = <const memory_t *>self
     cdef uint32_t crc = 0
     cdef copy_t copy
@@ -94,7 +95,7 @@ cdef int read_memory(void *self, void *into, size_t count, uint64_t offset) noex
         return EBADF
     if offset > memory.length or count > memory.length - offset:
         return ENDS_EARLY
-    if count == 0:                  # of an empty object, whose address may be NULL
+    if count == 0:                  # the address of an empty object may be NULL
         return 0
     copy.into = into
     copy.data = memory.data + offset
@@ -108,7 +109,7 @@ cdef int read_memory(void *self, void *into, size_t count, uint64_t offset) noex
 
 
 cdef class Source:
-    """Bytes that can be read at any offset. `name` is for messages, `size` in bytes as it was when opened.
+    """Bytes that can be read at any offset. `name` is used in messages; `size` is in bytes, as of opening.
 
     A subclass in Python calls ``super().__init__(name, size)`` and defines `pread`.
     """
@@ -129,20 +130,21 @@ cdef class Source:
 
     @property
     def size(self):
-        """Bytes, when it was opened."""
+        """Size in bytes when the source was opened."""
         return self.at.size
 
     def pread(self, count, offset):
-        """At most `count` bytes from `offset` on, at least one unless it ends there: a bytes-like object.
+        """Return at most `count` bytes from `offset` as a bytes-like object; at least one, unless at the end.
 
-        What it raises, the reader of the image raises.
+        Its exceptions propagate to the reader of the image.
         """
         raise NotImplementedError("a subclass of Source must define pread(count, offset)")
 
-    def take(self, offset, count):
-        """Exactly `count` bytes at `offset`, or `TruncatedImageError` before anything is allocated."""
+    def read_exactly(self, offset, count):
+        """Return exactly `count` bytes at `offset`. Raises `TruncatedImageError` before it allocates
+        memory."""
         if offset + count > self.at.size:
-            text = f"{self.name}: ends at byte {self.at.size}, inside of a record"
+            text = f"{self.name}: ends at byte {self.at.size}, inside a record"
             raise TruncatedImageError(text, offset)
         cdef uint64_t start = offset
         cdef size_t length = count
@@ -156,7 +158,7 @@ cdef class Source:
         return data
 
     def checksum(self, uint64_t offset, uint64_t count):
-        """CRC-32C of `count` bytes at `offset`; None: the source ends before that. Raises OSError."""
+        """CRC-32C of `count` bytes at `offset`, or None if the source ends earlier. Raises OSError."""
         cdef char *scratch
         cdef size_t length
         cdef uint32_t crc = 0
@@ -180,7 +182,7 @@ cdef class Source:
         return None if err else crc
 
     def close(self):
-        """Let go of what it reads from. Idempotent; no other thread may be reading."""
+        """Release the underlying object. Idempotent; no other thread may be reading."""
 
     cdef int failed(self, int err, uint64_t offset) except -1 with gil:
         error, self.error = self.error, None
@@ -188,13 +190,13 @@ cdef class Source:
             raise error
         if err > 0:
             raise_oserror(err, b"read")
-        raise TruncatedImageError(f"{self.name}: became shorter while it was read", offset)
+        raise TruncatedImageError(f"{self.name}: was truncated while it was read", offset)
 
 
 cdef class FileSource(Source):
-    """A regular file: a path, which is opened, or a descriptor, which is duplicated and stays the caller's.
+    """A regular file, from a path or from a descriptor, which is duplicated and remains the caller's.
 
-    Owns its descriptor `fd`. ``OSError``: it cannot be opened. `ImageError`: it is not a regular file.
+    Owns the descriptor `fd`. Raises OSError if it cannot be opened, `ImageError` if it is not a regular file.
     """
 
     def __cinit__(self, *arguments, **named):
@@ -208,7 +210,7 @@ cdef class FileSource(Source):
         if isinstance(file, int):
             self.descriptor = Descriptor.duplicate(file)
             self.name = name or f"fd:{file}"
-        else:  # a FIFO must not block here
+        else:  # O_NONBLOCK: opening a FIFO must not block
             self.descriptor = Descriptor(file, os.O_RDONLY | os.O_NONBLOCK)
             self.name = name or os.fsdecode(file)
         self.fd = self.descriptor.fd
@@ -225,15 +227,15 @@ cdef class FileSource(Source):
         self.at.size = <uint64_t>status.st_size
 
     def close(self):
-        """Close its descriptor. Idempotent; no other thread may be reading."""
+        """Close the descriptor. Idempotent; no other thread may be reading."""
         self.fd = -1
         if self.descriptor is not None:
             self.descriptor.close()
 
 
 cdef class MemorySource(Source):
-    """A bytes-like object, which is exported as long as the source is open: it can be neither resized nor
-    closed. A reader that finds the object's memory gone (a mapped file that was cut) gets EIO."""
+    """A bytes-like object. Its buffer is exported while the source is open, so it can be neither resized nor
+    closed. A read of memory that is gone (a mapping of a truncated file) fails with EIO."""
 
     def __cinit__(self, *arguments, **named):
         self.at.read = read_memory
@@ -252,7 +254,7 @@ cdef class MemorySource(Source):
             PyBuffer_Release(&self.view)
 
     def close(self):
-        """Release the object. Idempotent; no other thread may be reading."""
+        """Release the buffer. Idempotent; no other thread may be reading."""
         if self.memory.is_open:
             self.memory.is_open = False
             PyBuffer_Release(&self.view)

@@ -1,1 +1,1 @@
-"""Small parts that know nothing of snapshots: bitmaps, checksums, file I/O, worker threads, units."""
+"""Utilities independent of snapshots: bitmaps, checksums, file I/O, worker threads, units."""

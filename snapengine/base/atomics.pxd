@@ -9,15 +9,15 @@ cdef extern from "snapengine/internal/atomics.h" nogil:
     void snap_bump(uint64_t *word, uint64_t value)                      # relaxed; one writer only
     uint64_t snap_peek(const uint64_t *word)                            # relaxed
     void snap_set(uint64_t *word, uint64_t value)                       # relaxed
-    void snap_leave(uint64_t *count)                                    # release; one less
-    uint64_t snap_swap(uint64_t *word, uint64_t value)                  # acquire + release; the old value
+    void snap_decrement(uint64_t *count)                                # release
+    uint64_t snap_swap(uint64_t *word, uint64_t value)                  # acquire + release; old value
     bint snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value)  # compare-and-swap
     void snap_store_seq(uint64_t *word, uint64_t value)                 # sequentially consistent
     uint64_t snap_load_seq(const uint64_t *word)                        # sequentially consistent
-    # A word that one side stores and the other waits for; by futex(2), without a lock.
-    uint32_t snap_word(const uint32_t *word)                            # acquire
-    void snap_tell(uint32_t *word, uint32_t value)                      # release; wakes who waits
-    void snap_wait_while(uint32_t *word, uint32_t value)
+    # Futex words (futex(2)): one side stores, the other waits.
+    uint32_t snap_load_word(const uint32_t *word)                       # acquire
+    void snap_store_wake(uint32_t *word, uint32_t value)                # release; wakes all waiters
+    void snap_futex_wait(uint32_t *word, uint32_t value)                # until the word is not `value`
     void snap_pause()
     int snap_ctz(uint64_t word)
     int snap_clz(uint64_t word)

@@ -1,4 +1,4 @@
-"""A caller's writable memory: what a capture or restore may use, and how it is kept exported meanwhile."""
+"""Writable buffers of a caller: validation, and their export during a capture or restore."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import ctypes
 import re
 from typing import Any
 
-_FIELD_NAME = re.compile(r":[^:]*:")  # PEP 3118: names in a format stand between colons
+_FIELD_NAME = re.compile(r":[^:]*:")  # PEP 3118: names in a format are enclosed in colons
 
 
-class HeldBuffer:
-    """One buffer, or CPU tensor, exported so that its memory stays: ``addr`` and ``length`` in bytes.
+class ExportedBuffer:
+    """One buffer or CPU tensor, exported so that its memory stays valid: ``addr`` and ``length`` in bytes.
 
-    A buffer is exported, so that its owner cannot resize or close it (`BufferError`). Of a tensor, which has
-    no buffer protocol, the storage is kept: a tensor can be given another one (``p.data = ...``, ``set_``)
-    while it is in use. Neither stops an owner who frees the memory all the same (``resize(refcheck=False)``
-    of numpy, ``resize_`` of a storage): `check` finds what was done before, the capture what comes after.
+    The owner of an exported buffer cannot resize or close it (`BufferError`). A tensor has no buffer
+    protocol: a reference to its storage is held, since the tensor can get another storage (``p.data = ...``,
+    ``set_``) while it is in use. The owner can still free the memory (``resize(refcheck=False)`` of numpy,
+    ``resize_`` of a storage): `check` detects it before a capture, the capture detects it later.
 
-    ``read_only`` says in an error what follows from that. Raises TypeError (no buffer, Python objects) or
-    ValueError (empty, read-only, not contiguous).
+    ``read_only`` is the text of an error about a read-only buffer. Raises TypeError (no buffer, Python
+    objects) or ValueError (empty, read-only, not contiguous).
     """
 
     def __init__(self, name: str, buffer: Any, read_only: str = "it cannot be filled") -> None:
@@ -32,15 +32,15 @@ class HeldBuffer:
             self.addr, self.length = _tensor_address(name, buffer)
             self._export = _storage_of(buffer)
         else:
-            self.addr, self.length = self._hold(view)
+            self.addr, self.length = self._export_view(view)
         if self.length == 0:
             raise ValueError(f"buffer {name!r} is empty")
 
-    def _hold(self, view: memoryview) -> tuple[int, int]:
+    def _export_view(self, view: memoryview) -> tuple[int, int]:
         if holds_objects(view.format):
             raise TypeError(
                 f"buffer {self.name!r} holds Python objects (format {view.format!r}): its bytes are "
-                "addresses, which mean nothing later; use an array of numbers or bytes, or pickle"
+                "addresses, which are invalid later; use an array of numbers or bytes, or pickle"
             )
         if view.readonly:
             raise ValueError(f"buffer {self.name!r} is read-only: {self._read_only}")
@@ -52,9 +52,9 @@ class HeldBuffer:
         return ctypes.addressof(self._export), view.nbytes
 
     def check(self) -> None:
-        """`ValueError`: the owner has moved or resized the memory since it was lent."""
+        """Raise ValueError if the owner has moved or resized the memory since the export."""
         if self._export is None:
-            raise ValueError(f"buffer {self.name!r} was released already: a target is used once")
+            raise ValueError(f"buffer {self.name!r} was already released: a target can be used only once")
         if isinstance(self._export, ctypes.Array):
             view = memoryview(self._buffer)
             now = ctypes.addressof((ctypes.c_char * view.nbytes).from_buffer(view)) if view.nbytes else 0
@@ -63,19 +63,19 @@ class HeldBuffer:
             start, length = _storage_range(self._export, self.addr, self.length)
             same = start <= self.addr and self.addr + self.length <= start + length
         if not same:
-            raise ValueError(f"buffer {self.name!r} was moved or resized since it was lent")
+            raise ValueError(f"buffer {self.name!r} was moved or resized after it was passed to the target")
 
     def view(self) -> memoryview:
-        """Its bytes, until `release`."""
+        """The bytes of the buffer; valid until `release`."""
         return memoryview((ctypes.c_char * self.length).from_address(self.addr)).cast("B")
 
     def release(self) -> None:
-        """Let go of it. Idempotent."""
+        """Release the buffer. Idempotent."""
         self._export = self._buffer = None
 
 
 def holds_objects(form: str) -> bool:
-    """Whether a buffer of that format (PEP 3118) holds references to Python objects, also within records."""
+    """Whether a buffer of this format (PEP 3118) contains references to Python objects, also in records."""
     return "O" in _FIELD_NAME.sub("", form)
 
 
@@ -87,10 +87,10 @@ def _tensor_address(name: str, tensor: Any) -> tuple[int, int]:
         contiguous = bool(tensor.is_contiguous())
     except AttributeError:
         raise TypeError(f"{name!r}: {type(tensor).__name__} is neither a buffer nor a tensor") from None
-    except RuntimeError as error:  # a sparse or a fake one
+    except RuntimeError as error:  # a sparse or fake tensor
         raise ValueError(f"tensor {name!r} has no memory of its own: {error}") from None
     if device != "cpu":
-        raise ValueError(f"tensor {name!r} is on {device}, not in this machine's memory")
+        raise ValueError(f"tensor {name!r} is on {device}, not in host memory; copy it with .cpu()")
     if not contiguous:
         raise ValueError(f"tensor {name!r} is not contiguous")
     if length and not addr:
@@ -99,7 +99,7 @@ def _tensor_address(name: str, tensor: Any) -> tuple[int, int]:
 
 
 def _storage_of(tensor: Any) -> Any:
-    """What owns the bytes (PyTorch 2.0; before that the tensor is all there is to hold)."""
+    """The owner of the bytes: the storage (PyTorch 2.0), in earlier versions the tensor."""
     return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor
 
 

@@ -1,10 +1,10 @@
-# extern-only: no matching .pyx. What is left of a vector of buffers after a write took a part of it.
+# Inline only: no matching .pyx. Advance a vector of buffers after a partial write.
 from libc.stddef cimport size_t
 from posix.uio cimport iovec
 
 
 cdef inline int iovec_skip(iovec *parts, int count, size_t done) noexcept nogil:
-    """Take `done` bytes off the front; returns how many parts are used up. `done` is at most their sum."""
+    """Skip the first `done` bytes, which is at most the sum; return the number of parts used up."""
     cdef int used = 0
     while used < count and done >= parts[used].iov_len:
         done -= parts[used].iov_len

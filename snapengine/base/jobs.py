@@ -1,52 +1,52 @@
-"""Many small pieces of work, such as the chunks of an image, done by several threads."""
+"""Runs many small jobs, such as the chunks of an image, on several threads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 
-JOBS_PER_THREAD = 4  # a thread takes longer to start than so many chunks to read
-PIECES_PER_THREAD = 4
+JOBS_PER_THREAD = 4  # starting a thread takes longer than reading fewer chunks
+RANGES_PER_THREAD = 4
 
 
 def run_jobs(jobs: int, threads: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(begin, end)`` so that it covers [0, jobs), on `threads` threads; 0: one per usable CPU, at
-    most 4, and fewer for few jobs.
+    """Call ``work(begin, end)`` for ranges that cover [0, jobs), on `threads` threads.
 
-    Raises what one of them raises. By then none works any more; nor does any after an interrupt.
+    With 0 threads: one per usable CPU, at most 4, and fewer for few jobs. Raises the exception of a thread.
+    When this returns or raises, also after an interrupt, no thread is working.
     """
     threads = min(threads or min(4, len(os.sched_getaffinity(0)), jobs // JOBS_PER_THREAD), jobs)
     if threads <= 1:
         work(0, jobs)
         return
-    step = max(1, jobs // (threads * PIECES_PER_THREAD))
-    pieces = iter(range(0, jobs, step))  # the next one is taken in C: no two threads take the same
+    step = max(1, jobs // (threads * RANGES_PER_THREAD))
+    ranges = iter(range(0, jobs, step))  # advanced in C: no two threads get the same range
     failures: list[BaseException] = []
-    over = False
+    stopped = False
 
-    def take() -> None:
-        nonlocal over
+    def run_ranges() -> None:
+        nonlocal stopped
         try:
-            for begin in pieces:
-                if over:
+            for begin in ranges:
+                if stopped:
                     return
                 work(begin, min(begin + step, jobs))
         except BaseException as error:
-            over = True
+            stopped = True
             failures.append(error)
 
-    crew = Crew()
+    workers = Workers()
     try:
         for number in range(threads):
-            crew.start(f"snap-job-{number}", take)
-        crew.wait()
+            workers.start(f"snap-job-{number}", run_ranges)
+        workers.wait()
     except BaseException:
-        over = True
-        crew.dismiss()
-        crew.wait()
+        stopped = True
+        workers.close()
+        workers.wait()
         raise
     if failures:
         del failures[1:]
-        raise failures.pop()  # in the list it would be in a cycle, which keeps the memory that `work` fills
+        raise failures.pop()  # popped: a reference cycle would keep the memory that `work` fills

@@ -1,4 +1,4 @@
-"""Members of an untrusted JSON object: the type and range of each are checked."""
+"""Access to the members of an untrusted JSON object, with checks of type and range."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NoReturn, Self
 
 from snapengine.base.names import unescape
 
-MAX_VALUES = 1 << 22  # values in one document: each costs some 100 bytes once it is parsed
-MAX_DEPTH = 32  # who prints the document again has a stack, too
+MAX_VALUES = 1 << 22  # values in one document; each takes some 100 bytes when parsed
+MAX_DEPTH = 32  # limits the recursion of code that prints the document
 
 
 def parse_object(blob: bytes) -> Fields:
-    """The one JSON object in ASCII that `blob` must be. ``ValueError``: it is not.
+    """Parse `blob`, which must be one JSON object in ASCII. Raises ValueError if it is not.
 
-    Text in it can be encoded as UTF-8, and there is neither NaN nor Infinity, which are no JSON.
+    Strings must be encodable as UTF-8. NaN and Infinity, which are not JSON, are rejected.
     """
     if sum(map(blob.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError("it has too many values")
@@ -27,7 +27,7 @@ def parse_object(blob: bytes) -> Fields:
         if _depth(value) > MAX_DEPTH:
             raise ValueError("too deep")
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails for a lone surrogate
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON in ASCII") from None
     return Fields(value, "it")
@@ -45,7 +45,7 @@ def _number(text: str) -> float:
 
 
 def _depth(value: Any) -> int:
-    """How deep the lists and objects nest, level by level: without a stack of ours."""
+    """Nesting depth of lists and objects, computed without recursion."""
     depth = 0
     level = [value]
     while level and depth <= MAX_DEPTH:
@@ -56,45 +56,45 @@ def _depth(value: Any) -> int:
 
 
 class Fields:
-    """One JSON object. ``what`` names it in the error, a `refusal`, that each method raises."""
+    """One JSON object. ``what`` names it in errors. Each method raises `error_type`."""
 
-    refusal: type[Exception] = ValueError
+    error_type: type[Exception] = ValueError
 
     def __init__(self, value: Any, what: str) -> None:
         if type(value) is not dict:
-            raise self.refusal(f"{what} is not a JSON object")
+            raise self.error_type(f"{what} is not a JSON object")
         self.members: dict[str, Any] = value
         self._what = what
 
     def has(self, key: str) -> bool:
-        """Whether there is such a member."""
+        """Whether the member exists."""
         return key in self.members
 
     def _take(self, key: str, wanted: type) -> Any:
         value = self.members.get(key)
         if type(value) is not wanted:
-            raise self.refusal(f"{self._what} has no proper {key!r}")
+            raise self.error_type(f"{self._what} has no valid {key!r}")
         return value
 
     def number(self, key: str, bits: int) -> int:
         """An integer in [0, 2^bits)."""
         value: int = self._take(key, int)
         if not 0 <= value < 1 << bits:
-            raise self.refusal(f"{self._what}: {key!r} is out of range")
+            raise self.error_type(f"{self._what}: {key!r} is out of range")
         return value
 
     def text(self, key: str, pattern: re.Pattern[str] | None = None) -> str:
-        """A name, unescaped; all of it must match the pattern."""
+        """A name, unescaped. The whole name must match the pattern."""
         name = unescape(self._take(key, str))
         if pattern is not None and not pattern.fullmatch(name):
-            raise self.refusal(f"{self._what}: {key!r} is malformed")
+            raise self.error_type(f"{self._what}: {key!r} is malformed")
         return name
 
     def names(self, key: str) -> list[str]:
         """A list of names."""
         items = self._take(key, list)
         if not all(type(item) is str for item in items):
-            raise self.refusal(f"{self._what}: {key!r} is not a list of strings")
+            raise self.error_type(f"{self._what}: {key!r} is not a list of strings")
         return [unescape(item) for item in items]
 
     def objects(self, key: str) -> list[Self]:
@@ -106,21 +106,21 @@ class Fields:
         return bool(self._take(key, bool))
 
     def plain(self, key: str) -> str:
-        """Text without the escapes of a name."""
+        """A string that is not an escaped name."""
         return str(self._take(key, str))
 
     def plains(self, key: str) -> list[str]:
-        """A list of such text."""
+        """A list of strings that are not escaped names."""
         items: list[str] = self._take(key, list)
         if not all(type(item) is str for item in items):
-            raise self.refusal(f"{self._what}: {key!r} is not a list of strings")
+            raise self.error_type(f"{self._what}: {key!r} is not a list of strings")
         return items
 
     def integers(self, key: str, bits: int) -> list[int]:
         """A list of integers in [0, 2^bits)."""
         items: list[int] = self._take(key, list)
         if not all(_is_number(item, bits) for item in items):
-            raise self.refusal(f"{self._what}: {key!r} is not a list of numbers")
+            raise self.error_type(f"{self._what}: {key!r} is not a list of numbers")
         return items
 
     def pairs(self, key: str, bits: int) -> list[Sequence[int]]:
@@ -128,7 +128,7 @@ class Fields:
         items: list[Sequence[int]] = self._take(key, list)
         for item in items:
             if type(item) is not list or len(item) != 2 or not all(_is_number(one, bits) for one in item):
-                raise self.refusal(f"{self._what}: {key!r} is not a list of pairs of numbers")
+                raise self.error_type(f"{self._what}: {key!r} is not a list of pairs of numbers")
         return items
 
     def object(self, key: str) -> Self:
@@ -136,7 +136,7 @@ class Fields:
         return type(self)(self._take(key, dict), repr(key))
 
     def numbers(self, bits: int) -> None:
-        """All members must be integers in [0, 2^bits)."""
+        """Check that all members are integers in [0, 2^bits)."""
         for key in self.members:
             self.number(key, bits)
 

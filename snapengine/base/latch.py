@@ -1,8 +1,9 @@
-"""Waiting in Python so that an interrupt in the middle of it harms nobody.
+"""Interrupt-safe waiting: an exception of a signal handler in a waiter leaves no lock held.
 
-The handler of a signal raises between any two steps of Python code. `threading.Condition`, and with it
-`Event`, takes its lock in Python code: an exception there leaves the lock taken for ever, and whoever needs
-it next waits for ever. What is used here is written in C, and takes effect as a whole or not at all.
+A signal handler may raise between any two steps of Python code. `threading.Condition`, and with it `Event`,
+acquires its lock in Python code. An exception there leaves the lock held, and the next thread that needs it
+waits for ever. The primitives used here are implemented in C: each call takes effect completely or not at
+all.
 """
 
 from __future__ import annotations
@@ -11,48 +12,48 @@ import contextlib
 import time
 from _queue import Empty, SimpleQueue
 
-LOOK_SECONDS = 0.2  # a waiter that another one, interrupted, has not told looks itself
+POLL_SECONDS = 0.2  # a notification can be lost with an interrupted waiter; the others then poll
 
 
-class Bell:
-    """Wakes one waiter for each ring. Any thread may call any method."""
+class Wakeup:
+    """Each `notify` wakes one waiter. Any thread may call any method."""
 
     def __init__(self) -> None:
-        self._rings: SimpleQueue[None] = SimpleQueue()
+        self._tokens: SimpleQueue[None] = SimpleQueue()
 
-    def ring(self) -> None:
-        """Wake one."""
-        self._rings.put(None)
+    def notify(self) -> None:
+        """Wake one waiter."""
+        self._tokens.put(None)
 
-    def listen(self, seconds: float) -> None:
-        """Wait for a ring, but no longer than that."""
+    def wait(self, seconds: float) -> None:
+        """Wait for a notification, for at most `seconds`."""
         with contextlib.suppress(Empty):
-            self._rings.get(timeout=max(seconds, 0.0))
+            self._tokens.get(timeout=max(seconds, 0.0))
 
 
 class Latch:
-    """Closed, and then open for ever. Any thread may call any method."""
+    """Initially closed; once open, it stays open. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._open = False
-        self._bell = Bell()
+        self._wakeup = Wakeup()
 
     def set(self) -> None:
-        """Open it."""
+        """Open the latch."""
         self._open = True
-        self._bell.ring()
+        self._wakeup.notify()
 
     def is_set(self) -> bool:
         """Whether it is open."""
         return self._open
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is open; False if `timeout` seconds passed."""
+        """Wait until the latch is open. Returns False after `timeout` seconds."""
         until = None if timeout is None else time.monotonic() + timeout
         while not self._open:
-            left = LOOK_SECONDS if until is None else min(until - time.monotonic(), LOOK_SECONDS)
+            left = POLL_SECONDS if until is None else min(until - time.monotonic(), POLL_SECONDS)
             if left <= 0:
                 return self._open
-            self._bell.listen(left)
-        self._bell.ring()  # for the next who waits
+            self._wakeup.wait(left)
+        self._wakeup.notify()  # wake the next waiter
         return True

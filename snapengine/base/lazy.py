@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use, so that importing the package costs next to nothing."""
+"""Lazy imports: names of a package are imported on first use, so that importing the package is cheap."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def exports(
     package: str, places: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package (PEP 562). ``places``: each name and its module."""
+    """`__getattr__` and `__dir__` for a package (PEP 562). ``places`` maps each name to its module."""
     names = vars(sys.modules[package])
 
     def get(name: str) -> Any:

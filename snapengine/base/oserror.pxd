@@ -1,2 +1,2 @@
-# The one door for errno: raises OSError(err, "call: text"); OSError picks its own subclass.
+# Raises OSError(err, "call: text"); OSError selects the subclass. Every errno is raised by this function.
 cdef int raise_oserror(int err, const char *call) except -1 with gil

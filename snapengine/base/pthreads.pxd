@@ -1,7 +1,7 @@
-# extern-only: no matching .pyx. POSIX threads for capture threads, which have no Python state.
+# extern-only: no matching .pyx. POSIX threads for capture threads, which have no Python thread state.
 
 cdef enum:
-    LONG_SLICE_NS = 4000000         # for what runs beside writers: longer than the default (at most 3 ms)
+    LONG_SLICE_NS = 4000000         # time slice of threads beside writers: above the default (at most 3 ms)
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -32,15 +32,16 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_broadcast(pthread_cond_t *cond)
 
 cdef extern from "snapengine/internal/threads.h" nogil:
-    # pthread_create with every signal blocked in the new thread.
+    # pthread_create with all signals blocked in the new thread, except SIGSEGV and SIGBUS.
     int snap_thread_start(pthread_t *thread, void *(*start)(void *) noexcept nogil, void *arg)
     # Bind the calling thread to the n-th CPU that the process may use.
     int snap_pin_to(int n)
     ctypedef struct cpu_set_t:
         pass
-    # If the calling thread runs on that CPU, and may run on another: move. Whether it did; then back by:
+    # Move the calling thread to another CPU if it runs on `cpu`. Returns whether it moved;
+    # snap_restore_affinity() then undoes it.
     bint snap_leave_cpu(int cpu, cpu_set_t *before)
-    void snap_return_to(const cpu_set_t *before)
+    void snap_restore_affinity(const cpu_set_t *before)
     unsigned long long snap_now_ns()        # CLOCK_MONOTONIC
     void snap_sleep_ns(unsigned long long ns)
     void snap_name_thread(const char *name)

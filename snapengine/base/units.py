@@ -1,4 +1,4 @@
-"""Sizes and times, as people write and read them. Parsing is exact: no size goes through a float."""
+"""Parsing and formatting of sizes and times. Parsing is exact: sizes are not converted to float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB)?|B)?", re.IGNORECASE | re.ASCII)
 _STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
-_MAX_SIZE = (1 << 63) - 1  # what an off_t holds
+_MAX_SIZE = (1 << 63) - 1  # largest off_t
 
 
 def parse_size(text: str) -> int:
@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds from ``2``, ``0.3`` or ``300ms``; always more than 0 and finite."""
+    """Seconds from ``2``, ``0.3`` or ``300ms``. The result is positive and finite."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s)?", text.strip(), re.ASCII)
     seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
     if not 0 < seconds < 1e9:
@@ -42,7 +42,7 @@ def parse_seconds(text: str) -> float:
 
 
 def format_size(size: float) -> str:
-    """4096 as ``"4.00 KiB"``: three digits in the unit that fits."""
+    """4096 as ``"4.00 KiB"``: three digits, in the appropriate unit."""
     value = float(size)
     for step in _STEPS[:-1]:
         if abs(value) < 999.5:
@@ -52,7 +52,7 @@ def format_size(size: float) -> str:
 
 
 def format_ns(nanoseconds: float) -> str:
-    """A time in the unit that fits: ``"850 ns"``, ``"12.3 µs"``, ``"4.56 ms"``, ``"7.89 s"``."""
+    """A time in the appropriate unit: ``"850 ns"``, ``"12.3 µs"``, ``"4.56 ms"``, ``"7.89 s"``."""
     value = float(nanoseconds)
     for unit in ("ns", "µs", "ms"):
         if abs(value) < 999.5:

@@ -1,14 +1,16 @@
-"""Threads that work on parts which are freed when none of them does any more.
+"""Worker threads that can be waited for reliably, even if a signal handler raises while they are started.
 
-`_thread.start_new_thread` starts them, which is one call of C: the handler of a signal raises before it or
-behind it. `threading.Thread.start` is Python code that waits with a Condition: an exception in its middle
-leaves a thread that hangs before it does anything, or one that is listed as starting, for ever.
+The threads use resources that are freed after the last of them has ended. `_thread.start_new_thread` starts
+them. It is one C call, so a signal handler raises before or after it. `threading.Thread.start` is Python code
+that waits on a Condition: an exception in the middle of it leaves a thread that hangs at its start, or one
+that is listed as starting for ever.
 
-Behind the call an exception comes before the caller has counted the thread, so no count of started threads is
-complete. Each signs on by itself instead; once the crew is dismissed none does, and touches nothing.
+A signal handler may also raise after the call, before the caller has counted the thread. A count of started
+threads is therefore unreliable, and each thread registers itself. After `close` no thread registers, and a
+thread that has not registered accesses nothing.
 
-All fields but `_started`, which is the starter's alone, are written under the lock. That is a lock of C's:
-see `snapengine.base.latch` for why there is no Condition.
+The lock protects all fields except `_n_started`, which only the starting thread accesses. It is implemented
+in C; `snapengine.base.latch` explains why no Condition is used.
 """
 
 from __future__ import annotations
@@ -20,86 +22,87 @@ from _thread import start_new_thread
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.base.latch import LOOK_SECONDS, Bell, Latch
+from snapengine.base.latch import POLL_SECONDS, Latch, Wakeup
 from snapengine.base.threadname import name_thread
 
 Job = tuple[Callable[..., Any], tuple[object, ...]]
 
 
-class Crew:
-    """Threads, started by one thread, that count themselves. All methods but `start` may be called by any.
+class Workers:
+    """A group of threads that register themselves. One thread calls `start`; any thread may call the rest.
 
-    The interpreter does not wait for them when it exits. What one raises goes to `threading.excepthook`.
+    The interpreter does not wait for them at exit. `threading.excepthook` gets their exceptions.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ends = Bell()
-        self._started = 0
-        self._begun = 0
-        self._working = 0
-        self._dismissed = False
+        self._ends = Wakeup()
+        self._n_started = 0
+        self._n_begun = 0
+        self._n_working = 0
+        self._closed = False
 
     @property
     def working(self) -> int:
-        """How many work at the moment."""
-        return self._working
+        """Number of threads that are working now."""
+        return self._n_working
 
     def start(self, name: str, work: Callable[..., Any], *arguments: object) -> None:
-        """Start a thread that calls ``work(*arguments)``, unless the crew is dismissed by then. It has begun
-        when this returns: the memory that Python maps for a new thread is not mapped later, into a hole that
-        the caller makes in memory of its own.
+        """Start a thread that calls ``work(*arguments)``, unless the group is closed by then.
 
-        `name`: what the kernel shows (of its bytes the first 15). RuntimeError: there are too many threads.
+        Returns when the thread runs: Python then maps no more memory for it, which could otherwise fill a
+        hole that the caller creates in its own memory. `name` is the kernel's name of the thread, truncated
+        to 15 bytes. Raises RuntimeError if there are too many threads.
         """
-        there = Latch()
-        start_new_thread(self._run, (name, [(work, arguments)], there))
-        self._started += 1
-        there.wait()
+        begun = Latch()
+        start_new_thread(self._run, (name, [(work, arguments)], begun))
+        self._n_started += 1
+        begun.wait()
 
-    def _run(self, name: str, job: list[Job], there: Latch) -> None:
-        """A thread's body. CPython keeps the arguments until the thread has ended: of `job` the list only."""
-        there.set()
+    def _run(self, name: str, job: list[Job], begun: Latch) -> None:
+        """Body of a thread. CPython keeps its arguments until it has ended; `job` is a list that is
+        emptied."""
+        begun.set()
         name_thread(name)
         with self._lock:
-            if self._dismissed:
+            if self._closed:
                 return
-            self._begun += 1
-            self._working += 1
+            self._n_begun += 1
+            self._n_working += 1
         try:
             _do(*job.pop())
         finally:
             with self._lock:
-                self._working -= 1
-            self._ends.ring()
+                self._n_working -= 1
+            self._ends.notify()
 
-    def dismiss(self) -> bool:
-        """Let no thread begin any more. Returns whether any has."""
+    def close(self) -> bool:
+        """Let no further thread begin to work. Returns whether any has begun."""
         with self._lock:
-            self._dismissed = True
-            return self._begun > 0
+            self._closed = True
+            return self._n_begun > 0
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all that were started have ended, or after `dismiss` those that had begun; then none of
-        these threads touches, or keeps alive, what it was given. The kernel may list it for a moment more.
+        """Wait until all started threads have ended; after `close`, those that had begun. They then neither
+        access nor reference their arguments, though the kernel may list them a moment longer.
 
-        False if `timeout` seconds passed.
+        Returns False after `timeout` seconds.
         """
         until = None if timeout is None else time.monotonic() + timeout
         while not self._ended():
-            left = LOOK_SECONDS if until is None else min(until - time.monotonic(), LOOK_SECONDS)
+            left = POLL_SECONDS if until is None else min(until - time.monotonic(), POLL_SECONDS)
             if left <= 0:
                 return False
-            self._ends.listen(left)
+            self._ends.wait(left)
         return True
 
     def _ended(self) -> bool:
         with self._lock:
-            return not self._working and (self._dismissed or self._begun >= self._started)
+            return not self._n_working and (self._closed or self._n_begun >= self._n_started)
 
 
 def _do(work: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    """As `threading.Thread.run` is called: under a debugger or a profiler, if there is one."""
+    """Call `work` as `threading.Thread` does: with the debugger's trace and profile functions, if set."""
     sys.settrace(threading.gettrace())
     sys.setprofile(threading.getprofile())
     try:
@@ -107,6 +110,6 @@ def _do(work: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     except BaseException:
         threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), None]))
     finally:
-        # Who asked for threading.current_thread(), as `logging` does, has left a record of this thread there,
-        # which up to Python 3.12 stays for ever.
+        # threading.current_thread(), which `logging` calls, creates a record of this thread that Python up to
+        # 3.12 never removes.
         getattr(threading, "_active", {}).pop(threading.get_ident(), None)

@@ -74,7 +74,7 @@ def _check_blob(name: str, blob: bytes, attached: bool) -> None:
     if not 0 < size <= NAME_BYTES:
         raise ValueError(f"vmstate: the name {name[:80]!r} has {size} bytes; 1 to {NAME_BYTES} are allowed")
     if "\0" in name:
-        raise ValueError(f"vmstate: the name {name[:80]!r} holds a NUL")
+        raise ValueError(f"vmstate: the name {name[:80]!r} contains a NUL")
     if not isinstance(blob, bytes | bytearray | memoryview):
         raise TypeError(f"vmstate: the blob {name[:80]!r} is {type(blob).__name__}, not bytes")
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from snapengine.base.latch import Latch
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 from snapengine.capture.arguments import check_before_open
 from snapengine.capture.dirty_logging import DirtyLogging
 from snapengine.capture.explain import explain, explain_end
@@ -139,10 +139,10 @@ class Capture:
         self._result: Result | None = None
         self._resources = Resources(target)
         self._engine: WriteTracking | DirtyLogging | None = None
-        self._encoders = Crew()
-        self._finisher = Crew()  # of one
+        self._encoders = Workers()
+        self._finisher = Workers()  # of one
         self._expired = False
-        self._limiter = Crew()  # of one, if there is a limit of time
+        self._limiter = Workers()  # of one, if there is a limit of time
         self._ended = 0
 
     # -- what callers use --
@@ -428,7 +428,7 @@ class Capture:
         """A step failed: undo what all steps did. Returns what to raise instead, if anything."""
         self._note_failure(caught)  # again: an interrupt may have come before it
         error = self._in_words(caught)
-        if self._finisher.dismiss():
+        if self._finisher.close():
             if isinstance(caught, Exception):
                 self._stop_engine()
             else:
@@ -449,7 +449,7 @@ class Capture:
             self._clean_up("cancelled" if self._cancelled else "failed")
         finally:
             self._done.set()
-            self._limiter.dismiss()
+            self._limiter.close()
             self._limiter.wait()
 
     def _stop_engine(self) -> None:
@@ -466,7 +466,7 @@ class Capture:
         if self._resources.writer is not None:
             self._resources.writer.cancel()
         self._begun.set()  # they find that the capture has failed
-        self._encoders.dismiss()
+        self._encoders.close()
         self._encoders.wait()
 
     def _clean_up(self, status: str) -> None:
@@ -489,5 +489,5 @@ class Capture:
         self._done.set()
         self._steps = threading.Lock()
         self._stepping = 0
-        self._finisher = Crew()
-        self._limiter = Crew()
+        self._finisher = Workers()
+        self._limiter = Workers()

@@ -1,1 +1,1 @@
-"""What other tools read: raw memory and ELF cores."""
+"""Export of images to other formats: raw memory and ELF cores."""

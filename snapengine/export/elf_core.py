@@ -1,15 +1,15 @@
-"""The image of a process as an ELF core for debuggers. `snapengine.export.elf_notes` packs the bytes.
+"""Export of the image of a process as an ELF core. `snapengine.export.elf_notes` packs headers and notes.
 
 Memory is in one of three states in the core:
 
-- *stored*: a PT_LOAD whose p_filesz is all of it. Zero pages and holes are holes in the file: they take
-  no room.
-- *blank*: a hole of zeros of 64 MiB or more, as reservations are: a PT_LOAD with p_filesz 0, which debuggers
-  read as zeros, and no place in the file, which could be longer than a file system allows.
-- *absent*: in no PT_LOAD. A debugger reads it from the mapped file where NT_FILE names one, and else says
-  that it cannot. (The kernel writes a PT_LOAD with p_filesz 0; gdb 13.1 reads that as zeros unless it finds
-  a file.) NT_FILE names a file only for memory that is as the file has it: what is stored anyway, what the
-  process may not write, and private pages that it had not populated.
+- *stored*: in a PT_LOAD whose p_filesz is its whole size. Zero pages and holes are holes in the sparse file.
+- *blank*: a hole of 64 MiB or more that reads as zeros, such as a reservation. It is in a PT_LOAD with
+  p_filesz 0, which debuggers read as zeros. It has no range in the file, which could otherwise exceed the
+  size limit of the file system.
+- *absent*: in no PT_LOAD. A debugger reads it from the mapped file if NT_FILE names one, and otherwise
+  reports that it cannot access the memory. (The kernel writes a PT_LOAD with p_filesz 0, which gdb 13.1 reads
+  as zeros unless it finds a file.) NT_FILE names a file only for memory that has the content of the file:
+  memory that is stored, memory that the process cannot write, and private pages that were not populated.
 
 ```
 mapping     r-x libc      rw- libc .data            rw- heap
@@ -48,8 +48,8 @@ from snapengine.image.sections import ImageRegion, page_text
 from snapengine.kernel.procmaps import Mapping
 from snapengine.process.record import ProcessRecord, process_of
 from snapengine.regions import PAGE_BYTES
-from snapengine.storage.sink import put
-from snapengine.storage.sinks import FileSink, Sink, whole
+from snapengine.storage.sink import write_all
+from snapengine.storage.sinks import FileSink, Sink, atomic_output
 
 if TYPE_CHECKING:
     from snapengine.image import Image
@@ -57,12 +57,13 @@ if TYPE_CHECKING:
 Lost = Literal["refuse", "omit"]
 MAX_FILE_BYTES = (1 << 63) - 1
 MAX_FILE_NOTE_BYTES = 256 << 20
-LARGE_BYTES = 64 << 20  # of a hole that gets no place in the file
+LARGE_BYTES = 64 << 20  # smallest hole without a range in the file
 
 
 @dataclass(frozen=True, slots=True)
 class CoreFile:
-    """What `export_core` wrote. ``file_bytes`` is the length of the sparse file, not its room on disk."""
+    """The result of `export_core`. ``file_bytes`` is the length of the sparse file, not its allocation on
+    disk."""
 
     file_bytes: int
     segments: int
@@ -70,14 +71,14 @@ class CoreFile:
     stored_bytes: int
     absent_bytes: int
     lost_bytes: int
-    """Of the absent bytes, those that were lost at capture time."""
+    """Absent bytes that were lost at capture time."""
 
 
 class Piece(NamedTuple):
-    """A part of one mapping. ``position`` counts from the start of the memory in the file, if it is stored
-    and not ``blank``.
+    """A part of one mapping. ``position`` is its offset from the start of the memory in the file, if it is
+    ``stored`` and not ``blank``.
 
-    ``from_file``: NT_FILE may name the mapping's file for it.
+    ``from_file``: NT_FILE may name the file of the mapping for this part.
     """
 
     mapping: Mapping
@@ -91,7 +92,7 @@ class Piece(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A part of a region that has a place in the file: addresses, and ``position`` as in `Piece`."""
+    """A part of a region with a range in the file: its addresses, and ``position`` as in `Piece`."""
 
     start: int
     end: int
@@ -102,22 +103,22 @@ class Span(NamedTuple):
 def export_core(
     image: Image, out: str | os.PathLike[str] | Sink, *, lost: Lost = "refuse"
 ) -> CoreFile:
-    """Write the core; a file appears, complete, under its name at the end. Mode 0600, as an image has it.
-    Another sink than a file gets the bytes in their order, with all the zeros.
+    """Write an ELF core. A file has mode 0600, as an image, and gets its name at the end, when it is
+    complete. A sink that is not a file is written sequentially, including all zeros.
 
-    Pages that were lost at capture time are refused, or with ``lost="omit"`` absent from the core and from
-    NT_FILE: gdb says of them that it cannot access them, also where they were a program's data.
+    An image with pages that were lost at capture time is rejected. With ``lost="omit"`` these pages are
+    absent from the core and from NT_FILE; gdb then reports that it cannot access them.
 
-    `ImageError`: the image holds no process, or is damaged; `LostPagesError`: it has lost pages. `SinkError`:
-    the file cannot be written. Nothing is left of it after an error.
+    Raises `ImageError` if the image has no process or is damaged, `LostPagesError` if it has lost pages,
+    `SinkError` if the file cannot be written. After an error no partial file is left.
     """
     record = process_of(image)
     if record is None:
-        raise ImageError(f"{image.name}: a core needs a process record, and this image has none")
+        raise ImageError(f"{image.name}: a core requires a process record, which this image does not have")
     if lost == "refuse":
         _refuse_lost(image)
     layout = Layout(image, record)
-    with whole(out) as sink:
+    with atomic_output(out) as sink:
         if isinstance(sink, FileSink):
             layout.write(sink.fd)
         else:
@@ -133,8 +134,8 @@ def _refuse_lost(image: Image) -> None:
 
 
 class Layout:
-    """What goes where in the file: headers, notes, and each region in one piece but for large holes, so that
-    it is read once."""
+    """The layout of the file: headers, notes, and the regions without their large holes. A region is stored
+    contiguously otherwise, so that each chunk is read once."""
 
     def __init__(self, image: Image, record: ProcessRecord) -> None:
         self._image = image
@@ -142,7 +143,8 @@ class Layout:
         self._starts = [region.addr for region in self._regions]
         self._check_regions()
         mappings = with_unmapped(record.mappings, self._regions)
-        # Counted from the start of the memory in the file: the count of segments decides where that is.
+        # Positions are relative to the start of the memory in the file, which depends on the number of
+        # segments.
         self._spans, self._memory_bytes = self._place_regions()
         self._span_ends = [span.end for span in self._spans]
         self._pieces = list(merged(piece for mapping in mappings for piece in self._pieces_of(mapping)))
@@ -153,10 +155,10 @@ class Layout:
         self._notes_at = head
         self._memory_at = -(-(head + len(self._notes)) // PAGE_BYTES) * PAGE_BYTES
         if self._memory_at + self._memory_bytes > MAX_FILE_BYTES:
-            raise CorruptImageError(f"{image.name}: its regions are more than a file can hold")
+            raise CorruptImageError(f"{image.name}: its regions exceed the maximum size of a file")
 
     def _files(self) -> list[FileRange]:
-        """NT_FILE repeats a name for every range: that must not multiply what the image says without end."""
+        """The entries of NT_FILE. The note repeats a name for each range, so its size is limited."""
         files, total = [], 0
         for item in file_ranges(self._pieces):
             files.append(item)
@@ -168,17 +170,19 @@ class Layout:
     def _check_regions(self) -> None:
         for one, two in itertools.pairwise(self._regions):
             if one.addr + one.length > two.addr:
-                raise CorruptImageError(f"{self._image.name}: two regions hold address {two.addr:#x}")
+                raise CorruptImageError(f"{self._image.name}: two regions contain address {two.addr:#x}")
         for region in self._regions:
-            if region.addr + region.length == 1 << 64:  # no process has it, and a `Mapping` cannot end there
-                raise CorruptImageError(f"{self._image.name}: a region holds the last page of all addresses")
+            if region.addr + region.length == 1 << 64:  # in no process; a `Mapping` cannot end there
+                text = f"{self._image.name}: a region contains the last page of the address space"
+                raise CorruptImageError(text)
             runs = self._image.resolve(region, 0, region.length)
             gap = runs.first_gap(region.first_page, region.first_page + region.pages)
             if gap is not None:
                 raise ImageError(f"{self._image.name}: {page_text(region, gap)} is not in the image")
 
     def _place_regions(self) -> tuple[list[Span], int]:
-        """Where each part is, congruent to its address modulo the page size (p_align), and the end."""
+        """The parts with their positions, congruent to the addresses modulo the page size (p_align), and the
+        end."""
         spans, end = [], 0
         for region in self._regions:
             for start, stop in self._without_large_holes(region):
@@ -188,7 +192,7 @@ class Layout:
         return spans, end
 
     def _without_large_holes(self, region: ImageRegion) -> Iterator[tuple[int, int]]:
-        """The addresses between holes, and lost memory, of `LARGE_BYTES` or more."""
+        """The address ranges between holes or lost memory of at least `LARGE_BYTES`."""
         at = region.addr
         shift = region.addr - region.start_byte
         for page, pages, kind in self._image.resolve(region, 0, region.length):
@@ -202,7 +206,7 @@ class Layout:
             yield at, region.addr + region.length
 
     def _pieces_of(self, mapping: Mapping) -> Iterator[Piece]:
-        """The mapping cut where regions begin and end, and where pages are absent."""
+        """The parts of a mapping, divided at region boundaries and at absent pages."""
         at = mapping.start
         for number in range(max(bisect_right(self._starts, at) - 1, 0), len(self._regions)):
             region = self._regions[number]
@@ -230,8 +234,8 @@ class Layout:
             yield Piece(mapping, start, end, stored, from_file, position, kind == LOST, blank)
 
     def write(self, fd: int) -> None:
-        """Everything into an empty file. Raises OSError and ImageError."""
-        os.ftruncate(fd, self._memory_at + self._memory_bytes)  # what is not written stays a hole
+        """Write the core to an empty file. Raises OSError and ImageError."""
+        os.ftruncate(fd, self._memory_at + self._memory_bytes)  # unwritten ranges are holes
         _write_all(fd, self._head())
         for start, end, position, region in self._spans:
             runs = self._image.resolve(region, start - region.addr, end - start)
@@ -240,18 +244,18 @@ class Layout:
             plan.into_file(fd, self._memory_at + position, 0, plan.jobs)
 
     def write_in_order(self, sink: Sink) -> None:
-        """The same into a pipe. Raises OSError and ImageError."""
+        """Write the core to a pipe. Raises OSError and ImageError."""
         head = self._head()
-        put(sink, head.ljust(self._memory_at, b"\0"))
+        write_all(sink, head.ljust(self._memory_at, b"\0"))
         at = 0
         for start, end, position, region in self._spans:
-            put(sink, bytes(position - at))  # less than a page
+            write_all(sink, bytes(position - at))  # less than a page
             for piece in pieces(self._image, region, start - region.addr, end - region.addr):
-                put(sink, piece)
+                write_all(sink, piece)
             at = position + end - start
 
     def _head(self) -> bytes:
-        """All that comes before the memory."""
+        """The bytes before the memory: headers and notes."""
         loads = [
             Load(
                 piece.start,
@@ -268,7 +272,7 @@ class Layout:
         return b"".join(head)
 
     def summary(self) -> CoreFile:
-        """What was written."""
+        """The result for the caller of `export_core`."""
         sizes = {True: 0, False: 0}
         for piece in self._pieces:
             sizes[piece.stored] += piece.end - piece.start
@@ -285,14 +289,13 @@ class Layout:
 def holes_are_zero(mapping: Mapping) -> bool:
     """Whether an unpopulated page of the mapping reads as zeros.
 
-    In a private mapping of a file it reads as the file; in [vdso] and the
-    like as the kernel has it.
+    In a private file mapping it reads as the file; in [vdso] and the like it reads as data of the kernel.
     """
     if mapping.path.startswith("[v"):
         return False
-    anonymous = ("/dev/zero", "/anon_hugepage")  # files of the kernel's behind anonymous memory
+    anonymous = ("/dev/zero", "/anon_hugepage")  # the kernel's files of anonymous memory
     if mapping.shared:
-        return True  # in the image it is only if it is a memory file, or one that was removed
+        return True  # only memory files and deleted files are in the image
     return mapping.inode == 0 or mapping.path.startswith(anonymous)
 
 
@@ -302,7 +305,7 @@ def _not_captured(mapping: Mapping, start: int, end: int) -> Iterator[Piece]:
 
 
 def with_unmapped(mappings: list[Mapping], regions: list[ImageRegion]) -> list[Mapping]:
-    """The mappings, and one without a name wherever a region (sorted by address) lies in none of them."""
+    """The mappings, and unnamed ones for the parts of regions (sorted by address) that are in no mapping."""
     found: list[Mapping] = []
     starts = [mapping.start for mapping in mappings]
     for region in regions:
@@ -324,48 +327,48 @@ def _unnamed(start: int, end: int) -> Mapping:
 
 
 def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces, where neighbours that differ in nothing are one: a zero page is no reason for a segment."""
-    held: Piece | None = None
+    """Merge adjacent pieces with equal attributes, so that a zero page does not start a new segment."""
+    last: Piece | None = None
     for piece in pieces:
-        if held is not None and _continues(held, piece):
-            held = held._replace(end=piece.end)
+        if last is not None and _continues(last, piece):
+            last = last._replace(end=piece.end)
             continue
-        if held is not None:
-            yield held
-        held = piece
-    if held is not None:
-        yield held
+        if last is not None:
+            yield last
+        last = piece
+    if last is not None:
+        yield last
 
 
-def _continues(held: Piece, piece: Piece) -> bool:
-    same = held.mapping is piece.mapping and held.end == piece.start
-    kind = (held.stored, held.from_file, held.lost, held.blank) == (
+def _continues(last: Piece, piece: Piece) -> bool:
+    same = last.mapping is piece.mapping and last.end == piece.start
+    kind = (last.stored, last.from_file, last.lost, last.blank) == (
         piece.stored, piece.from_file, piece.lost, piece.blank
     )  # fmt: skip
-    in_file = not held.stored or held.blank or held.position + (held.end - held.start) == piece.position
+    in_file = not last.stored or last.blank or last.position + (last.end - last.start) == piece.position
     return same and kind and in_file
 
 
 def file_ranges(pieces: Iterable[Piece]) -> Iterator[FileRange]:
-    """NT_FILE: the parts of file mappings that may be read from the file."""
-    held: FileRange | None = None
+    """The entries of NT_FILE: the parts of file mappings that may be read from the file."""
+    last: FileRange | None = None
     for piece in pieces:
         mapping = piece.mapping
         if not (piece.from_file and mapping.path.startswith("/")):
             continue
         offset = mapping.offset + piece.start - mapping.start
-        if held is not None and held.end == piece.start and piece.start != mapping.start:
-            held = held._replace(end=piece.end)
+        if last is not None and last.end == piece.start and piece.start != mapping.start:
+            last = last._replace(end=piece.end)
             continue
-        if held is not None:
-            yield held
-        held = FileRange(piece.start, piece.end, offset, file_name(mapping))
-    if held is not None:
-        yield held
+        if last is not None:
+            yield last
+        last = FileRange(piece.start, piece.end, offset, file_name(mapping))
+    if last is not None:
+        yield last
 
 
 def file_name(mapping: Mapping) -> bytes:
-    r"""The file's name as the file system has it: /proc/PID/maps writes a line feed as ``\012`` (proc(5))."""
+    r"""The file name of a mapping: /proc/PID/maps escapes a newline as ``\012`` (proc(5))."""
     return encode(mapping.path).replace(b"\\012", b"\n")
 
 

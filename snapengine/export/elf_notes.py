@@ -1,4 +1,4 @@
-"""Headers and notes of ELF cores for x86-64. `snapengine.export.elf_core` lays out the file.
+"""Headers and notes of ELF cores for x86-64. `snapengine.export.elf_core` computes the layout of the file.
 
 Layouts: elf(5), core(5); <linux/elfcore.h>, which glibc shows as <sys/procfs.h>, for NT_PRSTATUS and
 NT_PRPSINFO; the kernel's fs/binfmt_elf.c (6.1) for NT_FILE. Debuggers rely on the order of the notes.
@@ -15,7 +15,7 @@ from snapengine.process.record import ProcessRecord
 from snapengine.process.thread_state import ThreadState
 from snapengine.regions import PAGE_BYTES
 
-PN_XNUM = 0xFFFF  # so many segments or more: the count is in section header 0
+PN_XNUM = 0xFFFF  # with at least this number of segments, section header 0 has the count
 PT_LOAD, PT_NOTE = 1, 4
 PF_X, PF_W, PF_R = 1, 2, 4
 NT_PRSTATUS, NT_FPREGSET, NT_PRPSINFO, NT_AUXV = 1, 2, 3, 6
@@ -33,8 +33,8 @@ PRPSINFO = struct.Struct("<bcbb4xQIIiiii16s80s")
 
 
 class Load(NamedTuple):
-    """One PT_LOAD: the addresses [start, end), whose bytes are in the file at ``position``, or
-    (not ``in_file``) are zeros and take no room."""
+    """One PT_LOAD: the addresses [start, end). Their bytes are at ``position`` in the file, or, if not
+    ``in_file``, are zeros without a range in the file."""
 
     start: int
     end: int
@@ -44,7 +44,7 @@ class Load(NamedTuple):
 
 
 class FileRange(NamedTuple):
-    """One entry of NT_FILE: memory that a debugger may also read from a file. ``offset`` is in bytes."""
+    """One entry of NT_FILE: memory that a debugger may read from a file. ``offset`` is in bytes."""
 
     start: int
     end: int
@@ -53,7 +53,7 @@ class FileRange(NamedTuple):
 
 
 def elf_header(segments: int) -> bytes:
-    """The ELF header. `program_headers` follow it, and then `section_headers`."""
+    """The ELF header. It is followed by `program_headers`, then `section_headers`."""
     extended = segments >= PN_XNUM
     shoff = EHDR.size + PHDR.size * segments if extended else 0
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")  # 64 bit, little-endian, version 1, System V
@@ -62,7 +62,7 @@ def elf_header(segments: int) -> bytes:
 
 
 def section_headers(segments: int) -> bytes:
-    """Section header 0, if the count of segments needs it (elf(5): PN_XNUM)."""
+    """Section header 0, if the number of segments requires it (elf(5), PN_XNUM)."""
     return SHDR.pack(0, 0, 0, 0, 0, 0, 0, segments, 0, 0) if segments >= PN_XNUM else b""
 
 
@@ -81,10 +81,10 @@ def flags_of(perms: str) -> int:
 
 
 def notes(record: ProcessRecord, files: Sequence[FileRange]) -> bytes:
-    """All notes. The registers of a thread follow its NT_PRSTATUS; the first is the main thread's.
+    """All notes. The registers of a thread follow its NT_PRSTATUS. The main thread is first.
 
-    A soft cut has no NT_PRSTATUS: gdb then finds the threads through libthread_db and says that their
-    registers are unavailable, where registers of zeros would look like a thread that jumped to address 0.
+    A soft cut has no NT_PRSTATUS. gdb then finds the threads with libthread_db and reports that their
+    registers are unavailable. Registers of zeros would look like a thread that jumped to address 0.
     """
     threads = sorted(record.threads, key=lambda thread: thread.tid != record.pid)
     parts = [_note(NT_PRPSINFO, prpsinfo(record))]
@@ -101,21 +101,21 @@ def notes(record: ProcessRecord, files: Sequence[FileRange]) -> bytes:
 
 
 def prstatus(thread: ThreadState, ppid: int) -> bytes:
-    """NT_PRSTATUS: a thread that no signal has stopped."""
+    """NT_PRSTATUS of a thread that was not stopped by a signal."""
     return PRSTATUS.pack(
         bytes(12), 0, 0, thread.sigmask, thread.tid, ppid, 0, 0, bytes(64), thread.regs, 1
     )  # fmt: skip
 
 
 def prpsinfo(record: ProcessRecord) -> bytes:
-    """NT_PRPSINFO: a running process; its arguments are cut to 79 bytes, as the kernel does it."""
+    """NT_PRPSINFO of a running process. The arguments are truncated to 79 bytes, as by the kernel."""
     arguments = b" ".join(map(encode, record.cmdline))[:79]
     ids = (record.uid, record.gid, record.pid, record.ppid, 0, 0)
     return PRPSINFO.pack(0, b"R", 0, 0, 0, *ids, encode(record.comm)[:15], arguments)
 
 
 def file_note(files: Sequence[FileRange]) -> bytes:
-    """NT_FILE: count, page size, (start, end, offset in pages) of each, then the names."""
+    """NT_FILE: count, page size, (start, end, offset in pages) of each entry, then the names."""
     numbers = (struct.pack("<QQQ", item.start, item.end, item.offset // PAGE_BYTES) for item in files)
     names = (item.path + b"\0" for item in files)
     return b"".join((struct.pack("<QQ", len(files), PAGE_BYTES), *numbers, *names))

@@ -1,4 +1,4 @@
-"""An image as a raw file: the bytes of its regions, and nothing else."""
+"""Export of an image as a raw file, which contains only the bytes of its regions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from snapengine.image.encode import ZERO
 from snapengine.image.restorer import Restorer
 from snapengine.image.sections import ImageRegion
-from snapengine.storage.sink import put
-from snapengine.storage.sinks import FileSink, Sink, whole
+from snapengine.storage.sink import write_all
+from snapengine.storage.sinks import FileSink, Sink, atomic_output
 
 if TYPE_CHECKING:
     from snapengine.image.image import Image, RegionSpec
@@ -26,33 +26,33 @@ def export_raw(
     *,
     zeros: Literal["sparse", "write"] = "sparse",
 ) -> int:
-    """Write a region's bytes to a raw file (None: all regions, one behind the other); return its size.
+    """Write the bytes of a region (None: of all regions, concatenated) to a raw file. Returns its size.
 
-    ``out`` may be a `snapengine.storage.sinks.Sink`, such as ``open_sink("-")``; one that is no file gets the
-    bytes in their order. A file appears, complete, under its name at the end.
+    ``out`` may be a `snapengine.storage.sinks.Sink`, such as ``open_sink("-")``. A sink that is not a file is
+    written sequentially. A file gets its name at the end, when it is complete.
 
-    Holes are holes in the file. Zero pages are too, or with ``zeros="write"`` written as zeros, so that the
-    file's allocation is that of the memory.
+    Holes are holes in the file. So are zero pages, unless ``zeros="write"``: they are then written as zeros,
+    so that the allocation of the file matches that of the memory.
 
     Raises
     ------
     NoSuchRegionError, ImageError, LostPagesError
         As `Image.read`.
     SinkError
-        It cannot be written; nothing of a file is left.
+        The output cannot be written. No partial file is left.
     """
-    # With pwrite, not through a mapping: a full disk is then ENOSPC and not SIGBUS.
+    # Written by pwrite, not through a mapping: a full disk then causes ENOSPC, not SIGBUS.
     regions = image.regions if region is None else [image.region(region)]
     plans = [(image.restorer(each, 0, each.length), each.length) for each in regions]
-    with whole(out) as sink:
+    with atomic_output(out) as sink:
         if not isinstance(sink, FileSink):
             for each in regions:
                 for piece in pieces(image, each):
-                    put(sink, piece)
+                    write_all(sink, piece)
             return sum(length for _, length in plans)
         fd, start = sink.fd, 0
         for plan, length in plans:
-            os.ftruncate(fd, start + length)  # what is not written stays a hole
+            os.ftruncate(fd, start + length)  # unwritten ranges are holes
             plan.into_file(fd, start, 0, plan.jobs)
             if zeros == "write":
                 _write_zeros(plan, fd, start)
@@ -61,7 +61,7 @@ def export_raw(
 
 
 def pieces(image: Image, region: ImageRegion, start: int = 0, end: int | None = None) -> Iterator[bytearray]:
-    """Bytes [start, end) of a region in their order, in pieces; holes, zero pages and lost pages as zeros."""
+    """Bytes [start, end) of a region, in pieces. Holes, zero pages and lost pages read as zeros."""
     end = region.length if end is None else end
     for offset in range(start, end, PIECE_BYTES):
         length = min(PIECE_BYTES, end - offset)

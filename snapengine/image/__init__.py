@@ -1,4 +1,4 @@
-"""What an image is: format, records, index, writer, reader, verification. FORMAT.md describes it."""
+"""Images: format, records, index, writer, reader, verification. FORMAT.md defines the format."""
 
 from snapengine.image.image import Image, open_image
 

@@ -1,4 +1,4 @@
-"""What an image is, in JSON types: for a file and for a pipe alike."""
+"""Description of an image in JSON types, for files and pipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snapengine.image.sections import ImageRegion
 
 
 class SizedBlobs(Mapping[str, bytes]):
-    """Named blobs, whose sizes are known without reading them."""
+    """Named blobs. Their sizes are known without reading them."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -21,7 +21,7 @@ class SizedBlobs(Mapping[str, bytes]):
 
 
 class HasBlobs(Protocol):
-    """An image file, or an image that was read from a pipe to its end."""
+    """An image file, or an image that was read from a pipe to the end."""
 
     @property
     def name(self) -> str: ...

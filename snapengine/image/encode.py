@@ -1,6 +1,6 @@
-"""The cold parts of writing an image, in Python: packing regions, cutting parts, fitting the stats.
+"""Encoding of regions, blobs and statistics for `pyx/image/writer`, which calls it a few times per image.
 
-`pyx/image/writer` calls these a few times per image; nothing here runs per chunk.
+Nothing here runs per chunk.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DATA, ZERO, HOLE, LOST = range(4)
 RAW, ZSTD = range(2)
 REGION = struct.Struct("<QQQIHH")
 STATS_MAX_BYTES = 3 << 20  # a record holds 4 MiB
-CUT = "lost_runs is cut: there were too many to list; the page maps have them all"
-PLACEHOLDER = 2**63  # as many digits as an image's size can have
+CUT = "lost_runs is truncated: there are too many to list; the page maps have all of them"
+PLACEHOLDER = 2**63  # has as many digits as the largest size of an image
 
 
 def region_pages(addr: int, length: int) -> int:
@@ -35,14 +35,15 @@ def region_pages(addr: int, length: int) -> int:
 
 
 def page_size_fits(kind: str, page_size: int) -> bool:
-    """Whether pages of so many bytes can be those of a region of that kind (FORMAT.md)."""
+    """Whether a region of this kind can have pages of this size (FORMAT.md)."""
     if not kind.startswith("hugetlb"):
         return page_size == PAGE_BYTES
     return PAGE_BYTES < page_size <= HUGE_MAX_BYTES and page_size & (page_size - 1) == 0
 
 
 def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
-    """Each region as its bytes in a REGN record. ``ValueError``: malformed, or page numbers overlap."""
+    """The bytes of each region in a REGN record. Raises ValueError if one is malformed, or page numbers
+    overlap."""
     if not numbers_ascend(regions):
         _refuse_shared_numbers(regions)
     return pack_regions(regions, _region_entry)
@@ -59,23 +60,23 @@ def _region_entry(region: Region, first_page: int) -> bytes:
     name = encode_name(region.name)
     pages = region_pages(region.addr, region.length)
     if region.length <= 0 or region.addr < 0 or region.addr + region.length > 1 << 64:
-        raise ValueError(f"region {region.name!r}: empty, or outside of the address space")
+        raise ValueError(f"region {region.name!r}: is empty, or outside the address space")
     if first_page < 0 or first_page + pages > MAX_PAGES:
-        raise ValueError(f"region {region.name!r}: page numbers beyond 2^40")
+        raise ValueError(f"region {region.name!r}: its page numbers exceed 2^40")
     if len(name) > NAME_BYTES:
         raise ValueError(f"region {region.name[:80]!r}: the name is longer than {NAME_BYTES} bytes")
     if b"\0" in name:
-        raise ValueError(f"region {region.name[:80]!r}: the name holds a NUL")
+        raise ValueError(f"region {region.name[:80]!r}: the name contains a NUL")
     if region.kind not in KINDS:
         raise ValueError(f"region {region.name!r}: kind {region.kind!r} is none of {', '.join(KINDS)}")
     if not page_size_fits(region.kind, region.page_size):
-        raise ValueError(f"region {region.name!r}: pages of {region.page_size} bytes are not {region.kind}")
+        raise ValueError(f"region {region.name!r}: page size {region.page_size} is invalid for {region.kind}")
     head = (region.addr, region.length, first_page, region.page_size, KINDS.index(region.kind), len(name))
     return REGION.pack(*head) + name
 
 
 def region_parts(entries: Sequence[bytes]) -> Iterator[tuple[bytes, int, bool]]:
-    """(payload, entries in it, is the last) of each REGN record; one empty part if there is no region."""
+    """(payload, number of entries, is last) of each REGN record; one empty part if there is no region."""
     part: list[bytes] = []
     room = PART_BYTES
     for entry in entries:
@@ -88,7 +89,7 @@ def region_parts(entries: Sequence[bytes]) -> Iterator[tuple[bytes, int, bool]]:
 
 
 def blob_parts(source: Any) -> Iterator[tuple[bytes | memoryview, bool]]:
-    """(part, is the last) of a bytes-like object or of a readable file; one empty part if it is empty."""
+    """(part, is last) of a bytes-like object or of a readable file; one empty part if it is empty."""
     blocks = _read_blocks(source) if hasattr(source, "read") else _slices(memoryview(source).cast("B"))
     previous: bytes | memoryview | None = None
     for block in blocks:
@@ -103,7 +104,7 @@ def _slices(view: memoryview) -> Iterator[memoryview]:
 
 
 def _read_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Full blocks (but the last), however short the reads of a pipe are."""
+    """Read full blocks, except for the last; a read of a pipe may return less."""
     block = bytearray()
     while data := file.read(PART_BYTES - len(block)):
         block += data
@@ -124,17 +125,17 @@ def encode(data: bytes | memoryview, level: int | None) -> tuple[bytes | memoryv
 
 
 def pack_entry(page: int, pages: int, kind: int) -> int:
-    """One page-map entry (format.h). ``ValueError``: a field is out of its range."""
+    """One page-map entry (format.h). Raises ValueError if a field is out of range."""
     if page < 0 or not 1 <= pages <= 1 << 22 or page + pages > MAX_PAGES or kind not in range(4):
         raise ValueError(f"chunk: page-map entry {(page, pages, kind)} is out of range")
     return page | (pages - 1) << 40 | kind << 62
 
 
 def stats_text(stats: dict[str, Any], bytes_around: int) -> bytes:
-    """`stats` as JSON, with "image_bytes" set to `bytes_around` plus the text itself.
+    """`stats` as JSON, with "image_bytes" set to `bytes_around` plus the length of the text.
 
-    Padded with spaces to the length that any size would have, so that the size can be in it. A list of
-    lost runs too long for one record is cut, and a warning says so: the page maps have them all.
+    The text is padded with spaces to a length that does not depend on "image_bytes". A list of lost runs that
+    is too long for one record is truncated, with a warning: the page maps have all of them.
     """
     while len(json.dumps(stats)) > STATS_MAX_BYTES and stats.get("lost_runs"):
         stats["lost_runs"] = stats["lost_runs"][: len(stats["lost_runs"]) // 2]

@@ -1,15 +1,15 @@
-"""What the headers of an image say, once they are verified. FORMAT.md has the fields."""
+"""The verified headers of an image. FORMAT.md defines the fields."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 LAST_PART = 1
-"""The flag of a record that no further part of the same thing follows."""
+"""Flag of a record: it is the last part of its kind."""
 
 
 class FileHeader(NamedTuple):
-    """What the first 64 bytes say."""
+    """The fields of the first 64 bytes."""
 
     version: tuple[int, int]
     image_id: bytes
@@ -17,7 +17,7 @@ class FileHeader(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One record's verified header and meta; the payload is still in the file."""
+    """The verified header and meta of one record. The payload is still in the file."""
 
     offset: int
     type: bytes
@@ -33,17 +33,17 @@ class Record(NamedTuple):
 
     @property
     def payload_offset(self) -> int:
-        """Where the payload begins."""
+        """File offset of the payload."""
         return self.offset + len(self.header) + len(self.meta)
 
     @property
     def end(self) -> int:
-        """Where the next record begins."""
+        """File offset of the next record."""
         return self.payload_offset + self.stored_bytes
 
     @property
     def last_part(self) -> bool:
-        """Whether no further part of the same thing follows."""
+        """Whether this is the last part."""
         return bool(self.flags & LAST_PART)
 
 

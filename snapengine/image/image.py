@@ -1,7 +1,7 @@
-"""Bytes in: an image as its users see it. `open_image` for a file, `snapengine.image.stream` for a pipe.
+"""Random-access reading of images: `open_image`. For pipes see `snapengine.image.stream`.
 
-Opening reads the file header, the trailer, the regions and the index; page maps and payloads are read
-when they are asked for, and nothing is used before its checksum has been verified.
+Opening reads the file header, the trailer, the regions and the index. Page maps and payloads are read on
+demand. No data is used before its checksum is verified.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Self
 
-from snapengine.base.buffers import HeldBuffer
+from snapengine.base.buffers import ExportedBuffer
 from snapengine.base.descriptor import Descriptor
 from snapengine.base.jobs import run_jobs
 from snapengine.base.names import encode, printable
@@ -31,7 +31,7 @@ from snapengine.image.index import PageIndex
 from snapengine.image.input import corrupt
 from snapengine.image.records import diagnose, read_file_header, read_payload, read_record
 from snapengine.image.restorer import Restorer
-from snapengine.image.rules import Listed, check_listed
+from snapengine.image.rules import VmstateEntry, check_vmstate_entry
 from snapengine.image.runs import Runs
 from snapengine.image.sections import (
     TRAILER_RECORD_BYTES,
@@ -50,13 +50,13 @@ from snapengine.storage.source import FileSource, MemorySource, Source
 
 __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open_image"]
 
-MEMFD_NAME_BYTES = 249  # memfd_create(2); none of them a NUL
+MEMFD_NAME_BYTES = 249  # limit of memfd_create(2)
 RUN_KINDS = ("data", "zero", "hole", "lost")
 RegionSpec = ImageRegion | str | int
 
 
 class VmState(SizedBlobs):
-    """The named blobs of an image; each is read and verified when it is asked for."""
+    """The named blobs of an image; each is read and verified on access."""
 
     def __init__(self, source: Source, parts: dict[str, list[Record]]) -> None:
         self._source = source
@@ -77,15 +77,15 @@ class VmState(SizedBlobs):
 
 
 class Image:
-    """One complete image. Close it, or use it in a ``with``.
+    """One complete image. Close it, or use it in a ``with`` statement.
 
-    Any thread may call it. Every method raises an `ImageError` for a damaged image
-    (`CorruptImageError`, `TruncatedImageError`, with ``offset``), an `ImageError` for pages that are not in
-    the image, and `LostPagesError` for pages that the capture reports as lost.
+    Any thread may call it. Every method raises an `ImageError` for a damaged image (`CorruptImageError`,
+    `TruncatedImageError`, with ``offset``) and for pages that are not in the image, and `LostPagesError` for
+    pages that the capture reported as lost.
     """
 
     def __init__(self, source: Source) -> None:
-        """Take over `source`: it is closed with the image, and if this raises."""
+        """Open the image. It takes over `source`, which is closed with the image, or if this raises."""
         self._source = source
         self.name = source.name
         try:
@@ -101,7 +101,7 @@ class Image:
         self.close()
 
     def close(self) -> None:
-        """Close what it is read from. Idempotent; no other thread may be reading."""
+        """Close the source. Idempotent; no other thread may be reading."""
         self._source.close()
 
     def _load(self) -> None:
@@ -135,15 +135,15 @@ class Image:
                 self._memory_start = record.end
                 return regions
 
-    def _load_index(self) -> list[Listed]:
+    def _load_index(self) -> list[VmstateEntry]:
         offset = self.trailer.indx_offset
         end_of_records = self._memory_start
-        vmstate: list[Listed] = []
+        vmstate: list[VmstateEntry] = []
         while True:
             record = read_record(self._source, offset, expect=b"INDX")
             entries = parse_index(self._source, record, read_payload(self._source, record))
             end_of_records, parts = self.index.add_index(entries, end_of_records, self.trailer.stat_offset)
-            vmstate += map(Listed._make, parts)
+            vmstate += map(VmstateEntry._make, parts)
             offset = record.end
             if record.last_part:
                 break
@@ -151,11 +151,11 @@ class Image:
             raise corrupt(self, "the index is not complete", self.trailer.indx_offset)
         return vmstate
 
-    def _load_vmstate(self, places: list[Listed]) -> dict[str, list[Record]]:
+    def _load_vmstate(self, places: list[VmstateEntry]) -> dict[str, list[Record]]:
         collector = VmStateParts(self._source)
         for listed in places:
             record = read_record(self._source, listed.offset, expect=b"VMST")
-            check_listed(self._source, record, listed)
+            check_vmstate_entry(self._source, record, listed)
             collector.add(record)
         return collector.finish()
 
@@ -166,15 +166,15 @@ class Image:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """The figures of the capture (`Result.to_json`)."""
+        """The statistics of the capture (`Result.to_json`)."""
         record = read_record(self._source, self.trailer.stat_offset, expect=b"STAT")
         stats = parse_stats(self._source, record, read_payload(self._source, record))
         if stats.get("image_bytes") != self._source.size:
-            raise corrupt(self, "the figures state another size", record.offset)
+            raise corrupt(self, "the size in the statistics is wrong", record.offset)
         return stats
 
     def info(self) -> dict[str, Any]:
-        """What the image is, in JSON types. Reads every page map, but no payload."""
+        """Description of the image in JSON types. Reads all page maps, but no payload."""
         encodings = {"raw": 0, "zstd": 0}
         for number in range(self.index.count):
             encodings[("raw", "zstd")[self.index.extent(number)[2]]] += 1
@@ -187,11 +187,11 @@ class Image:
         }
 
     def region(self, spec: RegionSpec) -> ImageRegion:
-        """The region with that name or index (or itself).
+        """The region with this name or index; an `ImageRegion` is returned as it is.
 
-        NAME@ADDR (hexadecimal) names one of several, which images of earlier versions may hold. A name may
-        also be given as `snapengine info` shows it, with escapes for what cannot be printed.
-        `NoSuchRegionError`: there is no such region, or several of the name.
+        NAME@ADDR (hexadecimal) selects one of several regions of the same name, which images of earlier
+        versions may have. A name may also be given as `snapengine info` prints it, with escapes for
+        non-printable characters. Raises `NoSuchRegionError` if no region matches, or several do.
         """
         if isinstance(spec, ImageRegion):
             return spec
@@ -206,17 +206,17 @@ class Image:
             known = ", ".join(printable(region.name) for region in self.regions) or "none"
             raise NoSuchRegionError(f"{self.name}: there is no region {printable(spec)}; it has: {known}")
         each = ", ".join(printable(f"{region.name}@{region.addr:x}") for region in found)
-        raise NoSuchRegionError(f"{self.name}: {len(found)} regions are named {printable(spec)}: say {each}")
+        raise NoSuchRegionError(f"{self.name}: {len(found)} regions are named {printable(spec)}; use {each}")
 
     def _named(self, name: str) -> list[ImageRegion]:
-        """The regions of the first way to understand `name` that finds any."""
+        """The regions that match `name` by the first interpretation with a match."""
         for text_of in (lambda r: r.name, lambda r: f"{r.name}@{r.addr:x}", lambda r: printable(r.name)):
             if found := [region for region in self.regions if text_of(region) == name]:
                 return found
         return []
 
     def resolve(self, region: ImageRegion, offset: int, length: int) -> Runs:
-        """The newest runs of the pages under these bytes. ``ValueError``: outside of the region."""
+        """The newest runs of the pages of these bytes. Raises ValueError if they are outside the region."""
         if offset < 0 or length < 0 or offset + length > region.length:
             raise ValueError(f"{region.name}: [{offset}, {offset + length}) is not within {region.length}")
         first = region.start_byte + offset
@@ -226,7 +226,7 @@ class Image:
     def runs(self, region: RegionSpec) -> Iterator[tuple[int, int, str]]:
         """(offset, bytes, kind) in ascending order; kind is one of `RUN_KINDS`.
 
-        Bytes that the image does not hold at all are in no run.
+        Bytes that are not in the image are in no run.
         """
         place = self.region(region)
         low = place.start_byte
@@ -235,7 +235,7 @@ class Image:
             yield start, min((page + pages) * PAGE_BYTES - low, place.length) - start, RUN_KINDS[kind]
 
     def checked_runs(self, region: ImageRegion, offset: int, length: int) -> Runs:
-        """`resolve`, after it is sure that the image has all of these bytes."""
+        """`resolve`, with a check that the image has all of these bytes."""
         runs = self.resolve(region, offset, length)
         low = region.start_byte + offset
         end = -(-(low + length) // PAGE_BYTES) if length else low // PAGE_BYTES
@@ -248,24 +248,25 @@ class Image:
         return runs
 
     def restorer(self, region: ImageRegion, offset: int, length: int) -> Restorer:
-        """A plan for these bytes, after it is sure that the image has all of them."""
+        """A `Restorer` for these bytes, with a check that the image has all of them."""
         low = region.start_byte + offset
         return Restorer(self.index, self.checked_runs(region, offset, length), low, low + length)
 
     def read(self, region: RegionSpec, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` in a region."""
         place = self.region(region)
-        plan = self.restorer(place, offset, length)  # before the buffer: its size must be in the image
+        plan = self.restorer(place, offset, length)  # before the allocation: checks the length
         buffer = bytearray(length)
         plan.into_memory(buffer, 0, plan.jobs)
         return bytes(buffer)
 
     def read_at(self, addr: int, length: int) -> bytes:
-        """`length` bytes from an address of the target. `NoSuchRegionError`: not within one region."""
+        """`length` bytes at an address of the target. Raises `NoSuchRegionError` if they are not in one
+        region."""
         for region in self.regions:
             if region.addr <= addr and addr + length <= region.addr + region.length:
                 return self.read(region, addr - region.addr, length)
-        raise NoSuchRegionError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within a region")
+        raise NoSuchRegionError(f"{self.name}: [{addr:#x}, {addr + length:#x}) is not within one region")
 
     def restore_into(
         self,
@@ -276,31 +277,33 @@ class Image:
         fresh: bool = False,
         threads: int = 0,
     ) -> None:
-        """Fill a writable buffer or CPU tensor with the region's bytes: all, so it must be of their size.
+        """Fill a writable buffer or CPU tensor with the bytes of a region.
 
-        With `offset` a part is asked for: as many bytes from there on as `buffer` has. With `fresh` the
-        buffer is known to be all zero, and zero pages and holes are left alone: in new memory they stay
-        unpopulated. `threads`: 0 is one per usable CPU, at most 4. On an error the buffer's content is
-        undefined.
+        Without `offset` the buffer must have the size of the region. With `offset` it is filled with the
+        bytes from there on. `fresh` states that the buffer is all zero: zero pages and holes are then
+        skipped, and stay unpopulated in new memory. With 0 `threads`: one per usable CPU, at most 4. After an
+        error the content of the buffer is undefined.
 
-        `TypeError`, `ValueError`: nothing to be filled (read-only, of Python objects, not contiguous, another
-        size). ``OSError`` (EFAULT): the memory was unmapped, protected or cut short meanwhile.
+        Raises TypeError or ValueError if the buffer cannot be filled (read-only, Python objects, not
+        contiguous, wrong size), OSError (EFAULT) if its memory was unmapped, protected or truncated
+        meanwhile.
         """
         place = self.region(region)
-        held = HeldBuffer(place.name, buffer)
-        if offset is None and held.length < place.length:
+        exported = ExportedBuffer(place.name, buffer)
+        if offset is None and exported.length < place.length:
             raise ValueError(
-                f"{place.name}: {place.length} bytes do not fit a buffer of {held.length}: give one of the "
-                "size and type that was saved, or an offset for a part"
+                f"{place.name}: {place.length} bytes do not fit a buffer of {exported.length}: use one of "
+                "the size and type that was saved, or give an offset to restore a part"
             )
-        view = held.view()
-        plan = self.restorer(place, offset or 0, held.length)
+        view = exported.view()
+        plan = self.restorer(place, offset or 0, exported.length)
         if not fresh:
-            plan.clear_blanks(view)
+            plan.clear_zero_runs(view)
         run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
 
     def restore_memfd(self, region: RegionSpec, *, threads: int = 0) -> int:
-        """A new memfd with the region's bytes, which the caller closes. Holes and zero pages stay holes."""
+        """Create a memfd with the bytes of a region; the caller closes it. Holes and zero pages are holes in
+        it."""
         place = self.region(region)
         plan = self.restorer(place, 0, place.length)
         file = Descriptor.memfd(_memfd_name(place.name))
@@ -310,12 +313,12 @@ class Image:
         return file.detach()
 
     def verify(self) -> VerifyReport:
-        """Read and check the whole file: every record, the index, and that every page is there."""
+        """Read and verify the whole file: all records, the index, and that no page is missing."""
         return verify_image(self)
 
     @property
     def source(self) -> Source:
-        """What it is read from."""
+        """The source of the image."""
         return self._source
 
 
@@ -326,11 +329,11 @@ def _memfd_name(name: str) -> bytes:
 def open_image(image: Any) -> Image:
     """Open an image: a path, a readable binary file object, or a `snapengine.storage.source.Source`.
 
-    A file object stays the caller's; of a file on disk and of a `BytesIO`, which is not copied, its position
-    does not matter. Any other object is read to its end and kept in memory. A source is closed with the
-    image, or when this raises.
+    A file object remains the caller's. The position of a file on disk and of a `BytesIO` does not matter; a
+    `BytesIO` is not copied. Any other object is read to its end and kept in memory. A source is closed with
+    the image, or if this raises.
 
-    `ImageError`: empty, not an image, cut or damaged. ``OSError``: it cannot be opened.
+    Raises `ImageError` if it is empty, not an image, truncated or damaged, OSError if it cannot be opened.
     """
     return Image(image if isinstance(image, Source) else _source_of(image))
 
@@ -339,7 +342,7 @@ def _source_of(file: Any) -> Source:
     if isinstance(file, (str, os.PathLike)):
         return FileSource(file)
     name = str(getattr(file, "name", type(file).__name__))
-    if isinstance(file, io.BytesIO):  # shares these bytes until the next write
+    if isinstance(file, io.BytesIO):  # no copy: the bytes are shared until the next write
         return MemorySource(file.getvalue(), name)
     try:
         number = file.fileno()

@@ -1,4 +1,4 @@
-"""What the parsers of an image need of where it comes from: a name, bytes, and errors that say both."""
+"""The input interface of the image parsers: name, bytes, and errors with name and offset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from snapengine.errors import CorruptImageError, TruncatedImageError
 
 
 class Named(Protocol):
-    """Anything with a name for messages."""
+    """An object with a name for messages."""
 
     @property
     def name(self) -> str:
@@ -16,17 +16,17 @@ class Named(Protocol):
 
 
 class Input(Named, Protocol):
-    """A `Source` (any offset), or a `StreamSource` (ascending offsets only)."""
+    """A `Source` (any offset) or a `StreamSource` (sequential)."""
 
-    def take(self, offset: int, count: int, /) -> bytes:
-        """Exactly `count` bytes at `offset`, or `TruncatedImageError`."""
+    def read_exactly(self, offset: int, count: int, /) -> bytes:
+        """Exactly `count` bytes at `offset`. Raises `TruncatedImageError`."""
 
 
 def corrupt(where: Named, text: str, offset: int | None = None) -> CorruptImageError:
-    """The error to raise; `offset` is that of the record at fault."""
+    """The error to raise; `offset` is the offset of the damaged record."""
     return CorruptImageError(f"{where.name}: {text}", offset)
 
 
 def truncated(where: Named, text: str, offset: int | None = None) -> TruncatedImageError:
-    """The error to raise; `offset` is that of the record at fault."""
+    """The error to raise; `offset` is the offset of the damaged record."""
     return TruncatedImageError(f"{where.name}: {text}", offset)

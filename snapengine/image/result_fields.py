@@ -1,7 +1,7 @@
-"""The figures in an image (its STAT record): of the types that `snapengine.result.Result` has.
+"""Type checks of the statistics in an image (its STAT record) against `snapengine.result.Result`.
 
-An embedder that writes an image itself may give no figures, and others of its own; but a member that
-`Result` has is of its type, so that code which prints or adds up the figures need not check.
+A program that writes images itself may omit statistics and add its own. Members that `Result` has must have
+the same type there, so that code that prints or sums them needs no checks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NUMBERS = (
 BITS = 64
 
 
-def check_figures(stats: Fields) -> None:
-    """``ValueError`` names the member that has another type or is out of range."""
+def check_statistics(stats: Fields) -> None:
+    """Raise ValueError with the name of a member that has a wrong type or is out of range."""
     for name in filter(stats.has, TEXTS):
         stats.plain(name)
     for name in filter(stats.has, NUMBERS):

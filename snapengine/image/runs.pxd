@@ -5,19 +5,19 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef struct run_t:
     uint64_t page        # image page number
     uint64_t pages
-    uint32_t chunk       # which chunk, in the order of the file
-    uint32_t entry       # which entry of its page map
+    uint32_t chunk       # index of the chunk, in file order
+    uint32_t entry       # index in its page map
     uint32_t data_page   # DATA: index of the first page in the chunk's payload
     uint32_t kind        # SNAP_DATA ... SNAP_LOST
 
 
 cdef class Runs:
-    # What the image says about a range of pages: ascending, without overlap, last record wins.
+    # The state of a range of pages: ascending, without overlap. The last record of a page wins.
     cdef run_t *runs
     cdef size_t count
-    cdef size_t room
-    cdef int append(self, const run_t *run) noexcept nogil   # 0 or -1 (no memory)
+    cdef size_t capacity
+    cdef int append(self, const run_t *run) noexcept nogil   # 0, or -1: out of memory
 
 
-# Page by page the newest of `items`, ascending. Takes `items` over.
+# The newest run of each page of `items`, ascending. Consumes `items`.
 cdef Runs newest(Runs items)

@@ -1,4 +1,4 @@
-"""Bytes in from a pipe: the same checks as `Image.verify`, in one pass and without seeking."""
+"""Sequential reading of images from a pipe, with the checks of `Image.verify` in one pass."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from snapengine.image.index import PageIndex
 from snapengine.image.input import corrupt
 from snapengine.image.records import (
     FILE_HEADER,
-    decoded,
+    decode_payload,
     read_file_header,
     read_record,
+    read_stored_payload,
     skip_payload,
-    take_payload,
 )
-from snapengine.image.rules import KNOWN_TYPES, Listed, Order, check_listed
+from snapengine.image.rules import KNOWN_TYPES, Order, VmstateEntry, check_vmstate_entry
 from snapengine.image.sections import (
     ImageRegion,
     VmStateParts,
@@ -39,10 +39,10 @@ __all__ = ["ImageStream", "Pages", "stream_image"]
 
 
 class Pages(NamedTuple):
-    """One run of a chunk, in the order of the file. A later run replaces an earlier one."""
+    """One run of a chunk, in file order. A later run replaces an earlier one."""
 
     page: int
-    """Number in the image's page numbering (see `ImageRegion.first_page`)."""
+    """Page number in the page numbering of the image (see `ImageRegion.first_page`)."""
     pages: int
     kind: int
     """0 data, 1 zero, 2 hole, 3 lost."""
@@ -51,18 +51,18 @@ class Pages(NamedTuple):
 
 
 class StreamVmState(SizedBlobs):
-    """The named blobs of a stream, verified. They are kept as they are stored, and decoded when they are
-    asked for, so that they take no more memory than they had bytes in the stream."""
+    """The named blobs of a stream, verified. They are kept as stored and decompressed on access, so that they
+    need no more memory than they occupy in the stream."""
 
     def __init__(self) -> None:
         self._stored: dict[str, list[tuple[Record, bytes]]] = {}
 
     def add(self, name: str, record: Record, stored: bytes) -> None:
-        """The next part of a blob."""
+        """Add the next part of a blob."""
         self._stored.setdefault(name, []).append((record, stored))
 
     def __getitem__(self, name: str) -> bytes:
-        return b"".join(decoded(self, record, stored) for record, stored in self._stored[name])
+        return b"".join(decode_payload(self, record, stored) for record, stored in self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -72,7 +72,7 @@ class StreamVmState(SizedBlobs):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name for messages."""
         return "vmstate"
 
     def sizes(self) -> dict[str, int]:
@@ -81,10 +81,10 @@ class StreamVmState(SizedBlobs):
 
 
 class ImageStream:
-    """An image read once, front to back. Iterate it to its end; only then is it known to be complete.
+    """An image that is read sequentially. Only iteration to the end establishes that it is complete.
 
-    `regions` and `id` are there at once, `vmstate` (name -> bytes) and `stats` after the last item. The
-    file object remains the caller's, and nothing behind the trailer may follow in it.
+    `regions` and `id` are available at once, `vmstate` (name -> bytes) and `stats` after the last item. The
+    file object remains the caller's. It must end with the trailer.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -102,7 +102,7 @@ class ImageStream:
         self._vmst: list[Record] = []
         self._listed = PageIndex(self._source.name)
         self._listed_end = 0
-        self._listed_vmst: list[Listed] = []
+        self._listed_vmst: list[VmstateEntry] = []
         self._read_regions()
 
     @property
@@ -111,20 +111,20 @@ class ImageStream:
         return self._source.name
 
     def _next(self) -> tuple[Record, bytes]:
-        """The next record that this version knows, with its verified payload."""
+        """The next record of a known type, with its verified payload."""
         while True:
             record = read_record(self._source, self._offset)
-            self._order.take(record)
+            self._order.check(record)
             self._records += 1
             self._offset = record.end
             if record.type in KNOWN_TYPES:
-                return record, take_payload(self._source, record)
+                return record, read_stored_payload(self._source, record)
             skip_payload(self._source, record)
 
     def _read_regions(self) -> None:
         while True:
             record, stored = self._next()
-            self.regions += parse_regions(self._source, record, decoded(self._source, record, stored))
+            self.regions += parse_regions(self._source, record, decode_payload(self._source, record, stored))
             if record.last_part:
                 check_regions(self._source, self.regions)
                 return
@@ -132,7 +132,7 @@ class ImageStream:
     def __iter__(self) -> Iterator[Pages]:
         while not self._order.done:
             record, stored = self._next()
-            payload = decoded(self._source, record, stored)
+            payload = decode_payload(self._source, record, stored)
             if record.type == b"CHNK":
                 yield from self._chunk(record, payload)
             elif record.type == b"VMST":
@@ -159,27 +159,27 @@ class ImageStream:
         entries = parse_index(self._source, record, payload)
         limit = self._order.first[b"STAT"]
         self._listed_end, parts = self._listed.add_index(entries, self._listed_end, limit)
-        self._listed_vmst += map(Listed._make, parts)
+        self._listed_vmst += map(VmstateEntry._make, parts)
 
     def _finish(self, record: Record, payload: bytes) -> None:
         trailer = parse_trailer(self._source, record, payload, self.header)
         self._order.check_trailer(trailer, self.stats)
         self._parts.finish()
         if not self.index.same_as(self._listed) or len(self._vmst) != len(self._listed_vmst):
-            raise corrupt(self, "the index is not that of the records", trailer.indx_offset)
+            raise corrupt(self, "the index does not match the records", trailer.indx_offset)
         for found, listed in zip(self._vmst, self._listed_vmst, strict=True):
-            check_listed(self._source, found, listed)
+            check_vmstate_entry(self._source, found, listed)
         if not self._source.at_end():
             raise corrupt(self, "bytes follow the trailer", self._offset)
 
     def read_to_end(self) -> Self:
-        """Read what is left, every checksum verified. Raises ImageError."""
+        """Read and verify the rest of the stream. Raises ImageError."""
         for _ in self:
             pass
         return self
 
     def info(self) -> dict[str, Any]:
-        """After the last item: as `Image.info`, without what needs random access."""
+        """As `Image.info`, without the fields that need random access. Call it after the last item."""
         return {
             **describe(self.header, self.regions, self.vmstate.sizes()),
             "file_bytes": self.stats["image_bytes"],
@@ -188,14 +188,16 @@ class ImageStream:
         }
 
     def verify(self) -> VerifyReport:
-        """After the last item: what the image holds, every page of which must be there. Raises ImageError."""
+        """Check that no page is missing, and report the content. Call it after the last item. Raises
+        ImageError."""
         return report_of(
             self, self.regions, self.index, records=self._records, file_bytes=self.stats["image_bytes"],
             vmstate_bytes=sum(self.vmstate.sizes().values()),
         )  # fmt: skip
 
     def check_complete(self, region: ImageRegion) -> None:
-        """After the last item: `ImageError` or `LostPagesError` unless every page of the region was there."""
+        """Raise `ImageError` or `LostPagesError` unless the region is complete. Call it after the last
+        item."""
         end = region.first_page + region.pages
         runs = self.index.resolve(region.first_page, end)
         gap = runs.first_gap(region.first_page, end)
@@ -207,5 +209,5 @@ class ImageStream:
 
 
 def stream_image(file: BinaryIO) -> ImageStream:
-    """Begin to read an image from a readable binary file object, such as a pipe."""
+    """Read the header and the regions of an image from a readable binary file object, such as a pipe."""
     return ImageStream(file)

@@ -1,4 +1,4 @@
-"""The whole image, byte by byte: is everything there, is it what was written, does it fit together?"""
+"""Verification of a whole image: checksums, completeness, and consistency of records and index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from snapengine.storage.source import Source
 
 
 class Verifiable(Named, Protocol):
-    """An image file, as far as verification is concerned."""
+    """The members of an image file that verification uses."""
 
     regions: list[ImageRegion]
     index: PageIndex
@@ -32,7 +32,7 @@ class Verifiable(Named, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a sound image holds. Pages are 4096 bytes, each counted once, as its newest record has it."""
+    """The content of a valid image. Pages have 4096 bytes; each is counted once, by its newest record."""
 
     records: int
     chunks: int
@@ -42,19 +42,19 @@ class VerifyReport:
     zero_pages: int
     hole_pages: int
     lost_pages: int
-    """Pages that the capture reports as lost: reading them raises `LostPagesError`."""
+    """Pages that the capture reported as lost: reading them raises `LostPagesError`."""
     duplicate_pages: int
     """Data pages that a later record supersedes."""
     vmstate_bytes: int
 
 
 def verify_image(image: Verifiable) -> VerifyReport:
-    """Check every record's checksums, the sequence, the index, and that every page is there.
+    """Check the checksums, the order of the records, the index, and that no page is missing.
 
     Raises
     ------
     CorruptImageError, TruncatedImageError
-        The first thing found wrong; ``offset`` is where.
+        On the first error; ``offset`` is its location.
     """
     vmstate_bytes = _verify_records(image)
     return report_of(
@@ -67,7 +67,7 @@ def report_of(
     where: Named, regions: Sequence[ImageRegion], index: PageIndex, *, records: int, file_bytes: int,
     vmstate_bytes: int,
 ) -> VerifyReport:  # fmt: skip
-    """Check that every page of the regions is there, and count them. `CorruptImageError`: one is missing."""
+    """Count the pages of the regions. Raises `CorruptImageError` if one is missing."""
     totals = [0, 0, 0, 0]
     for region in regions:
         totals = [sum(pair) for pair in zip(totals, _pages_of(where, region, index), strict=True)]
@@ -86,13 +86,13 @@ def report_of(
 
 
 def _verify_records(image: Verifiable) -> int:
-    """Every record in the order of the file; returns the bytes of vmstate."""
+    """Verify all records in file order. Returns the number of vmstate bytes."""
     order = Order(image.source)
     offset = FILE_HEADER.size
     vmstate_bytes = 0
     while not order.done:
         record = read_record(image.source, offset)
-        order.take(record)
+        order.check(record)
         if record.type == b"CHNK":
             image.index.check(order.counts[b"CHNK"] - 1, record.header + record.meta, offset)
         elif record.type == b"VMST":
@@ -112,13 +112,13 @@ def _verify_payload(source: Source, record: Record) -> None:
     crc = source.checksum(record.payload_offset, record.stored_bytes)
     text = record.type.decode("ascii", "backslashreplace")
     if crc is None:
-        raise truncated(source, f"ends inside of {text}", record.offset)
+        raise truncated(source, f"ends inside {text}", record.offset)
     if crc != record.payload_crc:
-        raise corrupt(source, f"the payload's checksum of {text} does not match", record.offset)
+        raise corrupt(source, f"the payload checksum of {text} does not match", record.offset)
 
 
 def _pages_of(where: Named, region: ImageRegion, index: PageIndex) -> list[int]:
-    """Pages of each kind."""
+    """Number of pages of each kind."""
     end = region.first_page + region.pages
     runs = index.resolve(region.first_page, end)
     gap = runs.first_gap(region.first_page, end)

@@ -1,1 +1,1 @@
-"""From filled slots to chunks of an image: pool, spill file, encoder, compression levels."""
+"""The pipeline from filled slots to chunks of an image: pool, spill file, encoder, compression levels."""

@@ -1,11 +1,11 @@
-"""From filled slots to the sink: how pool, encoder and writer are put together."""
+"""Construction of the pipeline from filled slots to the sink: pool, encoder and writer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 from snapengine.image.writer import Writer
 from snapengine.options import Options
 from snapengine.pipeline.encoder import Encoder
@@ -17,7 +17,7 @@ from snapengine.storage.sinks import Sink
 def writer_and_encoder(
     pool: Pool, sink: Sink, options: Options, *, store_raw: Literal["writers", "room"] = "room"
 ) -> tuple[Writer, Encoder]:
-    """What takes filled slots from `pool` into `sink`, as the options say.
+    """Create the writer and the encoder that write the filled slots of `pool` to `sink`.
 
     `store_raw`: when a chunk may be stored raw for speed (see `Encoder`); never with `compress_always`.
     """
@@ -29,35 +29,35 @@ def writer_and_encoder(
     return writer, encoder
 
 
-class Encoding:
-    """Takes filled slots from `pool` into `sink`. One thread fills them (`snapengine.qemu.stream_pages`).
+class Pipeline:
+    """Writes filled slots to `sink`. One thread fills the slots (`snapengine.qemu.stream_pages`).
 
-    `on_failure` is called, once or more and from any thread, when an encoder fails: it must stop the
-    thread that fills slots. The sink's `commit` and `abort` remain the caller's.
+    `on_failure` is called when an encoder fails, possibly several times and from any thread. It must stop the
+    thread that fills slots. The caller calls `commit` or `abort` of the sink.
     """
 
     def __init__(
         self, sink: Sink, options: Options, total_pages: int, on_failure: Callable[[], None]
     ) -> None:
-        self._threads_wanted = options.encoders
+        self._n_threads = options.encoders
         self._on_failure = on_failure
         self._error: BaseException | None = None
-        self._threads = Crew()
-        # The thread that fills slots waits for room, so no more pages are ever queued than the pool holds.
+        self._workers = Workers()
+        # The thread that fills slots waits for a free slot, so the queue never exceeds the slots of the pool.
         most = min(total_pages, options.memory_limit // PAGE_BYTES)
-        self.pool = Pool(options.memory_limit, most, 1, self._threads_wanted, options.spill_dir)
+        self.pool = Pool(options.memory_limit, most, 1, self._n_threads, options.spill_dir)
         self.writer, self._encoder = writer_and_encoder(self.pool, sink, options)
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes of buffer at one time."""
+        """Largest number of bytes in buffers at one time."""
         return self.pool.peak_bytes + self._encoder.scratch_bytes
 
     def start(self, regions: Sequence[tuple[Region, int]]) -> None:
-        """Begin the image with these regions (and their first page numbers), and start to encode."""
+        """Begin the image with these regions (and their first page numbers), and start the encoders."""
         self.writer.begin(regions)
-        for number in range(self._threads_wanted):
-            self._threads.start(f"snap-encode-{number}", self._encode, number)
+        for number in range(self._n_threads):
+            self._workers.start(f"snap-encode-{number}", self._encode, number)
 
     def _encode(self, number: int) -> None:
         try:
@@ -67,18 +67,20 @@ class Encoding:
             self._on_failure()
 
     def join(self) -> None:
-        """Wait for the threads, which end when the pool is closed and empty. Raises what one raised."""
-        self._threads.wait()
+        """Wait for the threads, which end when the pool is closed and empty. Raises the exception of a
+        thread."""
+        self._workers.wait()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> BaseException | None:
-        """After a failure, and `on_failure`'s: end the threads. Returns what one of them failed with."""
+        """End the threads after a failure, when no thread fills slots any more. Returns the error of an
+        encoder."""
         self.writer.cancel()
-        self._threads.dismiss()
-        self._threads.wait()
+        self._workers.close()
+        self._workers.wait()
         return self._error
 
     def close(self) -> None:
-        """Free the slots; after `join` or `stop`."""
+        """Free the slots. Call it after `join` or `stop`."""
         self.pool.close()

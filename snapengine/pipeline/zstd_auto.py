@@ -1,12 +1,12 @@
-"""Which zstd level fits the sink: the highest that does not take longer than writing does, so that a smaller
-image costs CPU time, but no time.
+"""Choice of the zstd level by the speed of the sink: the highest level at which compression is no slower than
+writing. A smaller image then costs CPU time, but does not prolong the capture.
 
-Fed by the encoder threads with what each chunk took, asked for the level of the next; needs nothing else, and
-is called with the GIL only. It goes one level at a time, as the sink's cost is known for the present one
-only: while compression is the bottleneck, a sink with a limited rate looks faster than it is.
+The encoder threads report the cost of each chunk and ask for the level of the next one, with the GIL held.
+The level changes by one step at a time, because the cost of the sink is known only for the current level:
+while compression is the bottleneck, a sink with a limited rate appears faster than it is.
 
-Levels are compared on the same chunks (`probe`): from one part of memory to the next sizes differ by more
-than from level to level.
+Levels are compared on the same chunks (`probe`), since the compression ratio varies more between parts of
+memory than between levels.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-# Level: ns of a thread per byte and stored bytes per byte, of the files of Python's library in chunks of
-# 1 MiB (AMD Zen 4). Only the steps between them count. Level 4 does as 3 does, those above 6 as 6. Below 1
-# images grow by a quarter and more for hardly any time (bench/NOTES.md).
+# Level: ns of one thread per byte, and stored bytes per byte, for the files of Python's library in chunks of
+# 1 MiB (AMD Zen 4). Only the ratios between levels are used. Level 4 performs like 3, levels above 6 like 6.
+# Levels below 1 save hardly any time, and images grow by a quarter or more (bench/NOTES.md).
 TYPICAL = {1: (1.88, 0.291), 2: (2.15, 0.278), 3: (2.57, 0.267), 5: (5.44, 0.256), 6: (7.69, 0.250)}
 LEVELS = tuple(TYPICAL)
 START = 1
-STEP_CHUNKS = 16  # at one level before the next: several times the burst that a rate limit lets through
-PROBES = 4  # chunks that are compressed at the next level, too, before it is chosen
-FORGET_CHUNKS = 256  # until levels are compared anew
-KEEP = 0.8  # of the old estimate, for each new chunk
-SMALLER = 0.98  # what a higher level must make of the size; it may not take longer
-FASTER = 0.95  # what a lower level must make of the time, as it makes the image larger
+STEP_CHUNKS = 16  # minimum at one level: several times the burst that a rate limit permits
+PROBES = 4  # chunks that are also compressed at the next level before it is chosen
+PROBE_LIFETIME_CHUNKS = 256  # after these, the results of probes are outdated
+OLD_WEIGHT = 0.8  # of the moving averages: weight of the old value
+MAX_SIZE_RATIO = 0.98  # a higher level is chosen only if it reduces the size to this, and takes no longer
+MAX_TIME_RATIO = 0.95  # a lower level, which enlarges the image, only if it reduces the time to this
 
 
 @dataclass(slots=True)
 class Step:
-    """What a level makes of the cost and of the size at the level below."""
+    """Cost and size at a level, relative to the next lower level."""
 
     cost: float
     ratio: float
@@ -44,19 +44,19 @@ def _typical(at: int) -> Step:
 
 
 class Levels:
-    """The level for the chunks to come; `threads` compress beside each other and write by turns."""
+    """The level for the next chunks. `threads` threads compress in parallel; one at a time writes."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._lock = threading.Lock()
         self._at = LEVELS.index(START)
         self._chunks = 0
-        self._steps = [_typical(max(at, 1)) for at in range(len(LEVELS))]  # [at]: from at - 1 to at
+        self._steps = [_typical(max(at, 1)) for at in range(len(LEVELS))]  # [i]: relative to i - 1
         self._restart()
 
     def _restart(self) -> None:
         self._probing = False
-        self._since = 0
+        self._level_chunks = 0
         self._cost = self._ratio = 0.0
 
     @property
@@ -65,15 +65,16 @@ class Levels:
         return LEVELS[self._at]
 
     def probe(self, level: int) -> int | None:
-        """At which level to compress a chunk, too, that was compressed at `level`, to `compare` them."""
+        """The level at which to compress again a chunk that was compressed at `level`, for `compare`; or
+        None."""
         above = LEVELS.index(level) + 1
         return LEVELS[above] if self._probing and level == self.level and above < len(LEVELS) else None
 
     def compare(self, level: int, cost: float, ratio: float) -> None:
-        """What `probe`, then `level`, made of the cost and the size that a chunk had at the level below."""
+        """Report a probe: cost and size of a chunk at `level`, relative to the next lower level."""
         with self._lock:
             step = self._steps[LEVELS.index(level)]
-            if self._chunks - step.chunk > FORGET_CHUNKS:
+            if self._chunks - step.chunk > PROBE_LIFETIME_CHUNKS:
                 step.probes = 0
             step.cost = (step.cost * step.probes + cost) / (step.probes + 1)
             step.ratio = (step.ratio * step.probes + ratio) / (step.probes + 1)
@@ -81,19 +82,20 @@ class Levels:
             step.chunk = self._chunks
 
     def note(self, level: int, cost: float, ratio: float, sink_cost: float) -> None:
-        """A chunk was compressed at `level`: `cost` ns of a thread and `ratio` stored bytes per byte of data.
+        """Report a chunk compressed at `level`: `cost` in ns of one thread and `ratio` in stored bytes, per
+        byte.
 
-        `sink_cost`: ns per stored byte, by what was written so far; 0: nothing yet.
+        `sink_cost` is the measured cost of the sink in ns per stored byte; 0 if nothing was written yet.
         """
         with self._lock:
             self._chunks += 1
             if level != self.level:
-                return  # begun before the last change
-            keep = KEEP if self._since else 0.0
-            self._cost = keep * self._cost + (1 - keep) * cost
-            self._ratio = keep * self._ratio + (1 - keep) * ratio
-            self._since += 1
-            if self._since >= STEP_CHUNKS and sink_cost > 0:
+                return  # compression began before the last change of the level
+            weight = OLD_WEIGHT if self._level_chunks else 0.0
+            self._cost = weight * self._cost + (1 - weight) * cost
+            self._ratio = weight * self._ratio + (1 - weight) * ratio
+            self._level_chunks += 1
+            if self._level_chunks >= STEP_CHUNKS and sink_cost > 0:
                 self._choose(sink_cost)
 
     def _choose(self, sink_cost: float) -> None:
@@ -111,18 +113,18 @@ class Levels:
 
     def _is_known(self, at: int) -> bool:
         step = self._steps[at]
-        return step.probes >= PROBES and self._chunks - step.chunk <= FORGET_CHUNKS
+        return step.probes >= PROBES and self._chunks - step.chunk <= PROBE_LIFETIME_CHUNKS
 
     def _is_faster_below(self, step: Step, pace: float, sink_cost: float) -> bool:
-        wanted = FASTER if step.ratio <= SMALLER else 1.0
-        return self._pace(1 / step.cost, 1 / step.ratio, sink_cost) < pace * wanted
+        max_ratio = MAX_TIME_RATIO if step.ratio <= MAX_SIZE_RATIO else 1.0
+        return self._pace(1 / step.cost, 1 / step.ratio, sink_cost) < pace * max_ratio
 
     def _is_smaller_above(self, at: int, pace: float, sink_cost: float) -> bool:
         step = self._steps[at] if self._is_known(at) else _typical(at)
-        return step.ratio <= SMALLER and self._pace(step.cost, step.ratio, sink_cost) <= pace
+        return step.ratio <= MAX_SIZE_RATIO and self._pace(step.cost, step.ratio, sink_cost) <= pace
 
     def _pace(self, cost: float, ratio: float, sink_cost: float) -> float:
-        """Nanoseconds per byte of data with so many times the present cost and size: a thread compresses,
-        then writes; only one writes at a time."""
+        """Nanoseconds per byte of data if cost and size were the given multiples of the current ones. Each
+        thread compresses, then writes; only one writes at a time."""
         write = self._ratio * ratio * sink_cost
         return max(write, (self._cost * cost + write) / self._threads)

@@ -40,7 +40,7 @@ cdef struct freezer_t:
     int err
     int at_tid                      # the thread that `err` is about
     int at_process                  # and its process
-    # Words for snap_tell and snap_wait_while: what was written before the store is visible to who waited.
+    # Words for snap_store_wake and snap_futex_wait. Writes before the store are visible to the waiter.
     uint32_t phase                  # phase_t. By the helper; by the thread: RESUMED, after the helper's end
     uint32_t resume                 # the owner writes 1 when the target shall run
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from snapengine.options import Options
-from snapengine.pipeline.pipeline import Encoding
+from snapengine.pipeline.pipeline import Pipeline
 from snapengine.qemu.image_end import finish_image, regions_of
 from snapengine.qemu.stream_pages import CountingSpool
 from snapengine.qemu.tail import DeviceSection, check_tail, device_sections, end_of_sections
@@ -111,7 +111,7 @@ def image_size(spool: CountingSpool, options: Options) -> int:
     total = sum(used for _, used in spool.ram_blocks) // PAGE_BYTES
     if options.zstd_level is not None and not options.compress_always:  # store no chunk raw: nothing waits
         options = replace(options, compress=f"{options.compress}:always")
-    encoding = Encoding(NullSink(), options, total, spool.fail)
+    encoding = Pipeline(NullSink(), options, total, spool.fail)
     try:
         encoding.start(regions_of(spool.ram_blocks))
         spool.attach(encoding.pool, options.zstd_level is None)

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 from snapengine.errors import CaptureCancelled, TimeLimitError
 from snapengine.options import Options
-from snapengine.pipeline.pipeline import Encoding
+from snapengine.pipeline.pipeline import Pipeline
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
 from snapengine.qemu.image_end import finish_image, regions_of
 from snapengine.qemu.stream_pages import DirectIntake, Spool
@@ -123,7 +123,7 @@ class _Ingest:
         self.finish: Callable[[], dict[str, Any]] | None = None
         self._error: BaseException | None = None
         self._result: Result | None = None
-        self._encoding: Encoding | None = None
+        self._encoding: Pipeline | None = None
         self._intake: DirectIntake | Spool
         self._stream_fd = stream_fd
         try:
@@ -140,7 +140,7 @@ class _Ingest:
     def run(self, watch: Callable[[int], None] | None) -> Result:
         """Convert the stream on a worker thread, and wait for it."""
         enlarge_pipe(self._stream_fd)
-        worker = Crew()
+        worker = Workers()
         try:
             worker.start("snap-ingest", self._work)
             until = time.monotonic() + (self._options.timeout or math.inf)
@@ -151,7 +151,7 @@ class _Ingest:
                     raise TimeLimitError(f"not done within {self._options.timeout:g} s: no image is left")
         except BaseException:
             self._stop()
-            if not worker.dismiss():
+            if not worker.close():
                 self._close()
             worker.wait()
             self._sink.abort()
@@ -188,7 +188,7 @@ class _Ingest:
         intake = self._intake
         intake.read_head()
         intake.open_tables()
-        encoding = self._encoding = Encoding(self._sink, self._options, intake.total_pages, self._stop)
+        encoding = self._encoding = Pipeline(self._sink, self._options, intake.total_pages, self._stop)
         encoding.start(regions_of(intake.ram_blocks))
         intake.attach(encoding.pool, self._options.zstd_level is None)
         intake.read_pages()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from snapengine.base.latch import Latch
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 
 Value = TypeVar("Value")
 
@@ -76,7 +76,7 @@ class LoopThread:
         self._errors: list[OSError] = []
         self._ready = Latch()
         self._tasks: set[asyncio.Task[None]] = set()  # used by the loop's thread only
-        self._thread = Crew()  # one thread
+        self._thread = Workers()  # one thread
 
     def start(self, name: str) -> None:
         """Create the loop and run it. Raises OSError if it cannot be created."""
@@ -134,7 +134,7 @@ class LoopThread:
 
     def close(self) -> None:
         """End the loop and its thread. Idempotent."""
-        if self._thread.dismiss():
+        if self._thread.close():
             self._ready.wait()
             self.end()
         self._thread.wait()

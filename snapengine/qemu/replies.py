@@ -19,7 +19,7 @@ class Executes(Protocol):
 class Reply(Fields):
     """One JSON object of a reply. Methods raise `MachineError` for members of wrong type or range."""
 
-    refusal = MachineError
+    error_type = MachineError
 
     def count(self, key: str) -> int:
         """Return a number, or 0 if it is missing. At most 40 bits, so milliseconds fit into 2^63 ns."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from snapengine.base.workers import Crew
+from snapengine.base.workers import Workers
 from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError, TimeLimitError
 from snapengine.image import Image
 from snapengine.qemu import machine
@@ -309,7 +309,7 @@ class Feeder:
         self._image = image
         self._fd = fd
         self._head_tail = head, tail
-        self._thread = Crew()
+        self._thread = Workers()
 
     def start(self) -> None:
         """Start the thread."""
@@ -321,7 +321,7 @@ class Feeder:
 
     def stop(self) -> None:
         """End the thread after the pipe's reader has exited. Nothing uses the image afterwards."""
-        if not self._thread.dismiss():
+        if not self._thread.close():
             os.close(self._fd)
         self._thread.wait()
 

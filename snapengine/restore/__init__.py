@@ -1,1 +1,1 @@
-"""How pages get back into memory."""
+"""Restoring of images to memory."""

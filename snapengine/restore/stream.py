@@ -1,4 +1,4 @@
-"""An image from a pipe into memory."""
+"""Restoring of an image from a pipe to memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ BLOCK_BYTES = 2 << 20
 
 
 class Destination:
-    """Where one region of a stream goes: a buffer that was all zero at the start."""
+    """The destination of one region of a stream: a buffer that is initially all zero."""
 
     def __init__(self, region: ImageRegion, view: memoryview) -> None:
         self.region = region
         self._view = view
-        self._written: set[int] = set()  # blocks that have got data: only these need to be zeroed again
+        self._written: set[int] = set()  # blocks with data: only these must be zeroed again
 
-    def place(self, item: Pages) -> None:
-        """The part of `item` that lies in this region."""
+    def write(self, item: Pages) -> None:
+        """Write the part of `item` that lies in this region."""
         low = self.region.start_byte
         start = max(item.page * PAGE_BYTES, low)
         end = min((item.page + item.pages) * PAGE_BYTES, low + self.region.length)
@@ -41,24 +41,24 @@ class Destination:
 
 
 def restore_stream(file: BinaryIO, allocate: Callable[[ImageRegion], Any]) -> ImageStream:
-    """Restore every region of an image from a pipe; returns the finished stream.
+    """Restore the regions of an image from a pipe. Returns the stream, read to its end.
 
-    `allocate` is called once per region and returns a writable, zeroed buffer of its length, or None to
-    leave the region out. When this raises, the buffers' content is undefined.
+    `allocate` is called once per region. It returns a writable, zeroed buffer of the length of the region, or
+    None to skip the region. After an error the content of the buffers is undefined.
     """
     stream = stream_image(file)
-    wanted: list[Destination] = []
+    destinations: list[Destination] = []
     for region in stream.regions:
         buffer = allocate(region)
         if buffer is None:
             continue
         view = memoryview(buffer).cast("B")
         if len(view) != region.length:
-            raise ValueError(f"{region.name}: a buffer of {len(view)} bytes for {region.length}")
-        wanted.append(Destination(region, view))
+            raise ValueError(f"{region.name}: the buffer has {len(view)} bytes instead of {region.length}")
+        destinations.append(Destination(region, view))
     for item in stream:
-        for destination in wanted:
-            destination.place(item)
-    for region in [destination.region for destination in wanted]:
+        for destination in destinations:
+            destination.write(item)
+    for region in [destination.region for destination in destinations]:
         stream.check_complete(region)
     return stream

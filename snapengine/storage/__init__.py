@@ -1,1 +1,1 @@
-"""Where the bytes of an image go to and come from: sinks and sources."""
+"""Storage of images: sinks for output, sources for input."""

@@ -1,4 +1,4 @@
-"""An image into the standard input of a shell command."""
+"""A sink that pipes the image to a shell command."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import subprocess
 from snapengine.base.descriptor import Descriptor
 from snapengine.errors import SinkError
 from snapengine.storage.pipes import enlarge_pipe
-from snapengine.storage.sink import OwnSink, sink_error
+from snapengine.storage.sink import OwningSink, sink_error
 
 GRACE_S = 2.0  # between SIGTERM and SIGKILL
 
 
-class ExecSink(OwnSink):
-    """A shell command that reads the image from its standard input."""
+class ExecSink(OwningSink):
+    """Runs a shell command, which reads the image from its standard input."""
 
     def __init__(self, command: str) -> None:
         super().__init__(f"exec:{command}")
         self._cancelled = False
         reader, self._pipe = Descriptor.pipe()
         self.fd = self._pipe.fd
-        os.set_blocking(self.fd, False)  # this description is ours alone: the command has the other end
+        os.set_blocking(self.fd, False)  # not shared: the command has the other end of the pipe
         enlarge_pipe(self.fd)
-        # A session of its own: abort must reach the shell's children, Ctrl-C must not.
+        # A new session: abort signals the shell and its children, and Ctrl-C does not reach them.
         shell = ["/bin/sh", "-c", command]
         try:
             with reader as stdin:
@@ -35,7 +35,7 @@ class ExecSink(OwnSink):
         except OSError as error:
             self._pipe.close()
             raise sink_error(self.name, error) from None
-        self._own()
+        self._take_ownership()
 
     def explain(self, err: int) -> str:
         if err != errno.EPIPE:
@@ -62,11 +62,12 @@ class ExecSink(OwnSink):
         with Descriptor.pidfd(self._process.pid) as pidfd:
             while not select.select([pidfd], [], [], 0.1)[0]:
                 if self._cancelled:
-                    raise SinkError(errno.ECANCELED, f"{self.name}: the command was ended before it was done")
+                    text = f"{self.name}: the command was terminated before it finished"
+                    raise SinkError(errno.ECANCELED, text)
         return self._process.wait()
 
     def _abort(self) -> None:
-        self._stop()  # before the pipe is closed: an end of file would look like a complete image
+        self._stop()  # before the pipe is closed: the command would take the end of file for a complete image
         self._pipe.close()
 
     def _stop(self) -> None:

@@ -1,4 +1,4 @@
-"""An image into a descriptor of the caller's: a file, a pipe, a socket, a terminal."""
+"""A sink that writes to a file descriptor of the caller: a file, a pipe, a socket, a terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import stat
 
 from snapengine.base.descriptor import Descriptor
-from snapengine.storage.sink import OwnSink, sink_error
+from snapengine.storage.sink import OwningSink, sink_error
 
 
-class FdSink(OwnSink):
-    """A descriptor of the caller's: never closed, its flags never changed."""
+class FdSink(OwningSink):
+    """Writes to a descriptor of the caller, without closing it or changing its flags."""
 
     def __init__(self, fd: int, name: str | None = None) -> None:
         super().__init__(name or f"fd:{fd}")
@@ -19,7 +19,7 @@ class FdSink(OwnSink):
         except OSError as error:
             raise sink_error(self.name, error) from None
         self.fd = self._descriptor.fd
-        self._own()
+        self._take_ownership()
 
     def _commit(self) -> None:
         try:
@@ -35,10 +35,10 @@ class FdSink(OwnSink):
 
 
 def _private_writer(fd: int) -> Descriptor:
-    """A descriptor of our own for the same file.
+    """A private descriptor for the same file.
 
-    Of a pipe it is a new description with O_NONBLOCK, so that a write to a full pipe can be
-    cancelled: setting the flag on the caller's description would change it for everyone who shares it.
+    A pipe is reopened with O_NONBLOCK, so that a write to a full pipe can be cancelled. Setting the flag on
+    the caller's open file description would change it for all processes that share it.
     """
     own = Descriptor.duplicate(fd)
     if not stat.S_ISFIFO(os.fstat(own.fd).st_mode):

@@ -5,25 +5,25 @@ cdef extern from "<errno.h>" nogil:
     const int ECANCELED  # not in libc.errno
 
 
-cdef class Outlet:
-    # Bytes into one descriptor without the GIL: partial writes, EINTR, full pipes, rate limit.
-    # Owns nothing: the sink owns the descriptor and outlives the outlet.
+cdef class FdWriter:
+    # Writes bytes to one descriptor without the GIL. Handles partial writes, EINTR, full pipes and the rate
+    # limit. Owns nothing: the sink owns the descriptor and outlives the writer.
     cdef int fd                    # -1: discard
     cdef int mode
     cdef double rate               # bytes a second; 0: no limit
-    cdef double tokens             # bytes that may go out now
-    cdef uint64_t refilled_ns      # when `tokens` was last brought up to date
-    cdef size_t waiting_bytes      # written to a file since the disk was last started
-    cdef uint64_t *cancelled       # looked at at least every 50 ms (acquire)
+    cdef double tokens             # token bucket: bytes that may be written now
+    cdef uint64_t refilled_ns      # time of the last refill of `tokens`
+    cdef size_t writeout_bytes     # written to a file since the last sync_file_range
+    cdef uint64_t *cancelled       # polled at least every 50 ms (acquire)
 
-    # Sends everything in parts[0..count), which it consumes, and adds what went out to `sent`.
+    # Writes all of parts[0..count), which it modifies, and adds the bytes written to `sent`.
     # Returns 0, an errno, or ECANCELED.
     cdef int send(self, iovec *parts, int count, uint64_t *sent) noexcept nogil
-    # Waits until some of `wanted` bytes may go out; returns how many, 0 if cancelled.
-    cdef size_t allow(self, size_t wanted) noexcept nogil
-    # Takes `count` bytes from the rate limit.
-    cdef void spend(self, size_t count) noexcept nogil
-    # Counts what was written to a file, and starts the disk on it from time to time.
+    # Waits until the rate limit allows some of `wanted` bytes. Returns how many, or 0 if cancelled.
+    cdef size_t acquire(self, size_t wanted) noexcept nogil
+    # Removes `count` bytes from the token bucket.
+    cdef void consume(self, size_t count) noexcept nogil
+    # Counts bytes written to a file; starts writeback of them every WRITEOUT_BYTES.
     cdef void start_writeout(self, size_t count) noexcept nogil
-    # One write of at most `limit` bytes. Returns bytes written (0: try again) or -errno.
+    # One write of at most `limit` bytes. Returns the bytes written (0: retry) or -errno.
     cdef ssize_t write_some(self, iovec *parts, int count, size_t limit) noexcept nogil

@@ -1,4 +1,4 @@
-"""An image as a file, which appears under its name when it is complete."""
+"""A sink that writes a file and renames it to its final name when it is complete."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import stat
 
 from snapengine.base.descriptor import Descriptor
 from snapengine.errors import SinkError
-from snapengine.storage.sink import OwnSink, sink_error
+from snapengine.storage.sink import OwningSink, sink_error
 
 PARTIAL = ".partial"
 
 
-class FileSink(OwnSink):
-    """A file that appears, complete, under its name on commit.
+class FileSink(OwningSink):
+    """A file that gets its final name on commit, when it is complete.
 
     Until then it is ``.NAME.XXXXXXXX.partial`` in the same directory, locked (flock(2)) by its writer. A
-    killed process leaves it behind. It has no trailer, so no reader takes it for an image. The next sink of
-    that name removes it, since its lock is free. Mode 0600: memory holds secrets.
+    killed process leaves this file behind. It has no trailer, so readers reject it. The next sink with the
+    same name removes it, since it is no longer locked. The mode is 0600, since memory may contain secrets.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(os.fspath(path))
-        self._path = os.path.realpath(self.name)  # a symbolic link stays one
+        self._path = os.path.realpath(self.name)  # write through a symbolic link, do not replace it
         directory, base = os.path.split(self._path)
         _check_destination(self.name, self._path, directory)
         prefix = _partial_prefix(directory, base)
@@ -36,19 +36,20 @@ class FileSink(OwnSink):
             pass
 
     def _make(self, path: str) -> bool:
-        """Create the file and lock it; False: another sink removed it as stale before it was locked."""
+        """Create the file and lock it. Returns False if another sink removed it as stale before it was
+        locked."""
         self._temporary = path
         try:
             self._descriptor = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             self.fd = self._descriptor.fd
             if _lock(self.fd) and os.fstat(self.fd).st_nlink:
-                self._own()
+                self._take_ownership()
                 return True
             self._descriptor.close()
             return False
         except OSError as error:
             raise sink_error(self.name, error) from None
-        except BaseException:  # a Ctrl-C: the file may exist, but no caller can abort it yet
+        except BaseException:  # an interrupt: the file may exist, but no caller can abort the sink yet
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             raise
@@ -70,14 +71,14 @@ class FileSink(OwnSink):
 
 
 def _partial_prefix(directory: str, base: str) -> str:
-    """What the names of unfinished files of `base` begin with: as many of its bytes as leave room."""
+    """Prefix of the names of unfinished files of `base`, truncated so that the name fits NAME_MAX."""
     room = os.pathconf(directory, "PC_NAME_MAX") - len("..12345678") - len(PARTIAL)
     return f".{os.fsdecode(os.fsencode(base)[:room])}."
 
 
 def _lock(fd: int) -> bool:
-    """False: another process holds the lock. A file system without locks is no obstacle: there nothing is
-    removed, as no lock is got."""
+    """Lock the file. Returns False if another process holds the lock. On a file system without locks it
+    returns True: stale files are not removed there, since that requires a lock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,15 +89,15 @@ def _lock(fd: int) -> bool:
 
 
 def _remove_stale(directory: str, prefix: str) -> None:
-    """Remove unfinished files that a killed process has left: those whose lock is free."""
+    """Remove the unfinished files of killed processes: those that are not locked."""
     pattern = re.compile(re.escape(prefix) + r"[0-9a-f]{8}" + re.escape(PARTIAL))
-    with contextlib.suppress(OSError):  # a directory that may not be listed
+    with contextlib.suppress(OSError):  # no permission to list the directory
         for name in filter(pattern.fullmatch, os.listdir(directory)):
             _remove_if_unlocked(os.path.join(directory, name))
 
 
 def _remove_if_unlocked(path: str) -> None:
-    # Not removed: another user's, gone, or locked by its writer.
+    # Errors: it belongs to another user, is gone, or is locked by its writer.
     with contextlib.suppress(OSError), Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
@@ -109,7 +110,7 @@ def _check_destination(name: str, path: str, directory: str) -> None:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return
-    except OSError as error:  # such as a name that is too long: better now than when all is saved
+    except OSError as error:  # for example a name that is too long: fail before anything is saved
         raise sink_error(name, error) from None
     if stat.S_ISDIR(mode):
         raise SinkError(errno.EISDIR, f"{name}: is a directory")

@@ -1,4 +1,4 @@
-"""An image in memory."""
+"""A sink that keeps the image in memory."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from snapengine.storage.sink import Sink
 
 
 class MemorySink(Sink):
-    """The image in memory: `getvalue` after `commit`."""
+    """Keeps the image in memory; `getvalue` returns it after `commit`."""
 
     def __init__(self) -> None:
         super().__init__("memory")
         self._bytes = bytearray()
 
     def write(self, data: memoryview | bytes) -> None:
-        """Append."""
+        """Append `data`."""
         self._bytes += data
 
     def getvalue(self) -> bytes:
-        """The bytes so far; none after `abort`."""
+        """The bytes written so far; empty after `abort`."""
         return bytes(self._bytes)
 
     def _abort(self) -> None:

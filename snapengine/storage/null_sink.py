@@ -1,4 +1,4 @@
-"""An image to nowhere."""
+"""A sink that discards the image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from snapengine.storage.sink import DISCARD, Sink
 
 
 class NullSink(Sink):
-    """Counts (`Writer.image_bytes`) and discards: what a capture costs without any output."""
+    """Discards all bytes; `Writer.image_bytes` counts them. For measuring a capture without output."""
 
     fd = DISCARD
 
@@ -14,4 +14,4 @@ class NullSink(Sink):
         super().__init__("null:")
 
     def write(self, data: memoryview | bytes) -> None:
-        """Discard."""
+        """Discard `data`."""

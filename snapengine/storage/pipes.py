@@ -1,15 +1,15 @@
-"""How big a pipe is made."""
+"""Pipe capacity."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 
-PIPE_BYTES = 1 << 20  # what an unprivileged process may set (fs.pipe-max-size)
+PIPE_BYTES = 1 << 20  # default limit for unprivileged processes (fs.pipe-max-size)
 
 
 def enlarge_pipe(fd: int) -> None:
-    """A pipe of 1 MiB instead of 64 KiB: fewer switches to the other end. Not vital, so errors are ignored,
-    and that `fd` may be no pipe."""
+    """Set the capacity of a pipe to 1 MiB instead of 64 KiB, for fewer context switches. Errors are ignored,
+    also if `fd` is not a pipe: this is only an optimization."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

@@ -1,4 +1,4 @@
-"""An image into a Python file object."""
+"""A sink that writes to a Python file object."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from snapengine.storage.sink import Sink, sink_error
 
 
 class PyFileSink(Sink):
-    """A writable binary file object of the caller's: flushed on commit, never closed."""
+    """Writes to a binary file object of the caller. It is flushed on commit, but not closed."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(str(getattr(file, "name", type(file).__name__)))
         self._file = file
 
     def write(self, data: memoryview | bytes) -> None:
-        """All of `data`, however little a raw file takes at once."""
+        """Write all of `data`; a raw file may need several calls."""
         rest = memoryview(data)
         try:
             while rest:

@@ -1,8 +1,8 @@
-"""What all sinks share. A sink takes bytes and knows nothing of records; a writer knows nothing of files.
+"""The base class of sinks. A sink receives bytes and is independent of records; a writer is independent of
+files.
 
-Life cycle of every sink: bytes go in (through `fd` without the GIL, or `write`), then exactly one of
-`commit` and `abort` takes effect; calling either again does nothing. Until `commit` has returned
-there is no image.
+Life cycle: bytes are written, to `fd` without the GIL or by `write`. Then the first call of `commit` or
+`abort` takes effect; later calls do nothing. The image exists only after `commit` has returned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PYTHON_LEVEL = -2
 
 
 class Sink:
-    """What all sinks share. ``fd`` is a descriptor to write to, `DISCARD`, or `PYTHON_LEVEL`."""
+    """Base class of sinks. ``fd`` is a descriptor to write to, `DISCARD`, or `PYTHON_LEVEL`."""
 
     name: str
     fd: int = PYTHON_LEVEL
@@ -28,28 +28,29 @@ class Sink:
         self._open = True
 
     def write(self, data: memoryview | bytes) -> None:
-        """All of `data` (a sink without a descriptor). ``OSError`` if it cannot be taken."""
+        """Write all of `data`, for a sink without a descriptor. Raises OSError."""
         raise NotImplementedError
 
     def explain(self, err: int) -> str:
-        """What the errno of a failed write means here, in one line."""
+        """One-line explanation of the errno of a failed write."""
         return os.strerror(err)
 
     def commit(self) -> None:
-        """Make the image complete and durable. ``SinkError``: it is not, and nothing is left of it."""
+        """Make the image complete and durable. Raises `SinkError` on failure; nothing of the image is left
+        then."""
         if self._open:
             self._open = False
             self._commit()
 
     def abort(self) -> None:
-        """Leave nothing of the image behind."""
+        """Discard the image."""
         if self._open:
             self._open = False
             self._abort()
 
     def cancel(self) -> None:
-        """From any thread: a `commit` that waits for another process fails; any other goes on. `abort` is to
-        follow."""
+        """Make a `commit` fail that waits for another process; other commits continue. The caller calls
+        `abort` afterwards. Any thread may call it."""
 
     def _commit(self) -> None:
         pass
@@ -58,15 +59,14 @@ class Sink:
         pass
 
 
-class OwnSink(Sink):
-    """A sink with a descriptor of its own. When the object is freed before `commit` or `abort`, it aborts: an
-    interrupt may come as the call that made it returns, and then no caller can. A forked child's copy does
-    nothing."""
+class OwningSink(Sink):
+    """A sink that owns resources. If the object is freed before `commit` or `abort`, it aborts: after an
+    interrupt during construction no caller has a reference to it. In a forked child it does nothing."""
 
     _owner = 0
 
-    def _own(self) -> None:
-        """There is something to abort from now on."""
+    def _take_ownership(self) -> None:
+        """Abort when the object is freed, from now on."""
         self._owner = os.getpid()
 
     def __del__(self) -> None:
@@ -74,15 +74,15 @@ class OwnSink(Sink):
             self.abort()
 
 
-def put(sink: Sink, data: bytes | bytearray | memoryview) -> None:
-    """All of `data` behind what the sink has got so far. Raises OSError."""
+def write_all(sink: Sink, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data` to the sink. Raises OSError."""
     view = memoryview(data)
     if sink.fd == PYTHON_LEVEL:
         sink.write(view)
     while sink.fd >= 0 and view:
         try:
             view = view[os.write(sink.fd, view) :]
-        except BlockingIOError:  # a pipe of ours that is full
+        except BlockingIOError:  # a full pipe; sinks open pipes with O_NONBLOCK
             select.select([], [sink.fd], [])
         except OSError as error:
             number = error.errno or errno.EIO
@@ -90,5 +90,5 @@ def put(sink: Sink, data: bytes | bytearray | memoryview) -> None:
 
 
 def sink_error(name: str, error: OSError) -> SinkError:
-    """The error to raise for what the system said."""
+    """The `SinkError` for an OSError."""
     return SinkError(error.errno or errno.EIO, f"{name}: {error.strerror or error}")

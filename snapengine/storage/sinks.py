@@ -1,4 +1,4 @@
-"""Where an image goes: every kind of sink, and which one a name or an object means."""
+"""All kinds of sinks, and the selection of one by a name or an object."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from snapengine.storage.pyfile_sink import PyFileSink
 from snapengine.storage.sink import Sink, sink_error
 
 __all__ = [
-    "ExecSink", "FdSink", "FileSink", "MemorySink", "NullSink", "PyFileSink", "Sink", "open_sink", "whole",
+    "ExecSink", "FdSink", "FileSink", "MemorySink", "NullSink", "PyFileSink", "Sink", "atomic_output",
+    "open_sink",
 ]  # fmt: skip
 
 
 def open_sink(spec: Any) -> Sink:
-    """The sink that `spec` names.
+    """Open the sink that `spec` specifies.
 
-    A path or ``file:PATH``; ``exec:COMMAND`` (for the shell); ``fd:N``; ``-`` (standard output);
-    ``null:`` (discard); a `Sink`; or a writable binary file object. ``SinkError``: it cannot be
-    opened. ``ValueError`` or ``TypeError``: that names no sink.
+    A path or ``file:PATH``; ``exec:COMMAND`` (a shell command); ``fd:N``; ``-`` (standard output); ``null:``
+    (discard); a `Sink`; or a writable binary file object. Raises `SinkError` if it cannot be opened,
+    ValueError or TypeError if `spec` is not a sink.
     """
     if isinstance(spec, Sink):
         return spec
@@ -59,10 +60,10 @@ def _named_sink(spec: str) -> Sink:
 
 
 @contextlib.contextmanager
-def whole(out: str | os.PathLike[str] | Sink) -> Iterator[Sink]:
-    """A sink, or a file by its path, that is there, complete, after the block.
+def atomic_output(out: str | os.PathLike[str] | Sink) -> Iterator[Sink]:
+    """Context manager for a sink or a path. The output exists, complete, after the block.
 
-    `SinkError`: it cannot be written. Nothing is left of it after an error.
+    Raises `SinkError` if it cannot be written. After an error nothing of the output is left.
     """
     sink = out if isinstance(out, Sink) else FileSink(out)
     try:

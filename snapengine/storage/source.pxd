@@ -1,15 +1,15 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 
-# Exactly `count` bytes at `offset` into memory that may be the caller's: it may be gone, which is EFAULT.
-# Returns 0, an errno, or -1: the source ends before that. Any number of threads may call it at once.
+# Reads exactly `count` bytes at `offset` into memory. It may be the program's: EFAULT if it was unmapped.
+# Returns 0, an errno, or -1 if the source ends earlier. Any number of threads may call it at once.
 ctypedef int (*source_read_t)(void *self, void *into, size_t count, uint64_t offset) noexcept nogil
 
 
 cdef struct source_t:
     source_read_t read
-    void *self              # what `read` gets; belongs to the Source that this struct is in
-    uint64_t size           # bytes, when it was opened
+    void *self              # first argument of `read`; owned by the Source that contains this struct
+    uint64_t size           # bytes, as of opening
 
 
 cdef inline int source_read(const source_t *source, void *into, size_t count, uint64_t offset) noexcept nogil:
@@ -17,11 +17,11 @@ cdef inline int source_read(const source_t *source, void *into, size_t count, ui
 
 
 cdef class Source:
-    # Read `at` as long as you hold a reference to the Source: source.pyx says who closes it, and when.
+    # `at` is valid as long as the caller holds a reference to the Source. source.pyx describes the ownership.
     cdef readonly str name
     cdef source_t at
-    cdef object error       # what a read by Python raised last
-    # Raises what a result of `source_read` other than 0 means.
+    cdef object error       # last exception of a `pread` in Python
+    # Raises the exception for a non-zero result of `source_read`.
     cdef int failed(self, int err, uint64_t offset) except -1 with gil
 
 

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Callable
 from typing import Any
 
-from snapengine.base.buffers import HeldBuffer
+from snapengine.base.buffers import ExportedBuffer
 from snapengine.kernel.backing import Backings
 from snapengine.kernel.procmaps import Mapping, covering, read_maps
 from snapengine.regions import PAGE_BYTES, Region, kind_of
@@ -53,7 +53,7 @@ class BufferTarget:
         if not named:
             raise ValueError("no buffers")
         self._held = {
-            str(name): HeldBuffer(str(name), buffer, "nothing can change it, save it as it is")
+            str(name): ExportedBuffer(str(name), buffer, "nothing can change it, save it as it is")
             for name, buffer in named.items()
         }
         self._pause, self._resume, self._vmstate = pause, resume, vmstate
@@ -61,11 +61,11 @@ class BufferTarget:
 
     def open(self, features: int) -> tuple[int, int, list[Region]]:
         """The buffers as regions of this process; the capture opens the userfaultfd."""
-        for held in self._held.values():
-            held.check()
+        for exported in self._held.values():
+            exported.check()
         mappings = read_maps("self")
         backings = Backings()
-        return 0, -1, [_region_of(held, mappings, backings) for held in self._held.values()]
+        return 0, -1, [_region_of(exported, mappings, backings) for exported in self._held.values()]
 
     def pause(self) -> None:
         """Call the caller's `pause`."""
@@ -83,22 +83,22 @@ class BufferTarget:
 
     def close(self, status: str) -> None:
         """Release the buffers. Idempotent."""
-        for held in self._held.values():
-            held.release()
+        for exported in self._held.values():
+            exported.release()
 
 
-def _region_of(held: HeldBuffer, mappings: list[Mapping], backings: Backings) -> Region:
+def _region_of(exported: ExportedBuffer, mappings: list[Mapping], backings: Backings) -> Region:
     """The buffer as a region. `mappings`: all mappings of this process, by address."""
-    end = held.addr + held.length
-    first = bisect.bisect_right(mappings, held.addr, key=lambda mapping: mapping.end)
+    end = exported.addr + exported.length
+    first = bisect.bisect_right(mappings, exported.addr, key=lambda mapping: mapping.end)
     last = bisect.bisect_left(mappings, end, key=lambda mapping: mapping.start)
-    covered = covering(mappings[first:last], held.addr, end)
+    covered = covering(mappings[first:last], exported.addr, end)
     found = [backings.of(mapping) for mapping in covered]
     sizes = {backing.page_bytes for backing in found} or {PAGE_BYTES}
     zeros = {m.inode for m, b in zip(covered, found, strict=True) if b.kind == "anonymous"} - {0}
     shared = {mapping.shared for mapping in covered}
     if len(sizes) > 1 or len(shared) > 1:
-        raise ValueError(f"buffer {held.name!r} spans mappings of different kinds")
+        raise ValueError(f"buffer {exported.name!r} spans mappings of different kinds")
     size = sizes.pop()
     kind = kind_of(size, True in shared)
-    return Region(held.name, held.addr, held.length, size, kind, zero_inode=max(zeros, default=0))
+    return Region(exported.name, exported.addr, exported.length, size, kind, zero_inode=max(zeros, default=0))

@@ -62,8 +62,8 @@ cdef class Driver:
         return self.pool.pool.reserve
 
     @property
-    def starved(self):
-        return self.pool.pool.starved
+    def waiters(self):
+        return self.pool.pool.waiters
 
     @property
     def slot_pages(self):
@@ -82,7 +82,7 @@ cdef class Driver:
 
     def sum_up(self, int lane):
         """From now on this lane's chunks have checksums. If one begins with an odd page, `save` sums that."""
-        self.lanes[lane].sums = True
+        self.lanes[lane].computes_crc = True
 
     def room(self, int lane, uint64_t pages, bint wait):
         cdef int err
@@ -101,9 +101,9 @@ cdef class Driver:
                 if err:
                     break
                 fill(slot.data + slot.used, page)
-                if slot.sums and slot.summed == slot.used and page & 1:
+                if slot.computes_crc and slot.crc_bytes == slot.used and page & 1:
                     slot.crc = crc32c(slot.crc, slot.data + slot.used, PAGE)
-                    slot.summed += PAGE
+                    slot.crc_bytes += PAGE
                 slot.used += PAGE
                 lane_entry(slot, page, 1, SNAP_DATA)
         return err
@@ -164,9 +164,9 @@ cdef class Driver:
                             err = -1
                         done += PAGE
                         pages.append(page)
-            if done != chunk.data_bytes or (chunk.summed and crc32c(0, data, done) != chunk.crc):
+            if done != chunk.data_bytes or (chunk.has_crc and crc32c(0, data, done) != chunk.crc):
                 err = -1
-            self.summed += chunk.summed
+            self.summed += chunk.has_crc
         free(scratch)
         if chunk.slot != NO_SLOT and give_back:
             with nogil:

@@ -1,24 +1,24 @@
-/* Image format, version 1: what writer and reader share. FORMAT.md defines every field. */
+/* Image format, version 1: constants and structs of writer and reader. FORMAT.md defines every field. */
 #ifndef SNAPENGINE_FORMAT_H
 #define SNAPENGINE_FORMAT_H
 
 #include <stdint.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the structs below are the file's bytes: a big-endian host needs byte swaps first"
+#error "the structs below have the byte order of the file (little-endian); a big-endian host needs byte swaps"
 #endif
 
 #define SNAP_MAGIC "\x89SNPE\r\n\x1a"
 #define SNAP_MAJOR 1u
 #define SNAP_MINOR 0u
-#define SNAP_FEATURES UINT64_C(0) /* feature bits that this version understands */
+#define SNAP_FEATURES UINT64_C(0) /* feature bits that this version supports */
 
 #define SNAP_PAGE_BYTES 4096u
 #define SNAP_CHUNK_MAX_BYTES (4u << 20)  /* most raw bytes in one record's payload */
 #define SNAP_META_MAX_BYTES (256u << 10) /* most bytes of one record's meta (page map, name) */
 #define SNAP_PART_MAX_BYTES (1u << 20)   /* most raw bytes in one part of regions, index, vmstate */
 #define SNAP_NAME_MAX_BYTES 4096u        /* most bytes of a name, in UTF-8 */
-#define SNAP_ALIGN_BYTES 64              /* where a writer puts the payload of a large raw chunk */
+#define SNAP_ALIGN_BYTES 64              /* alignment of the payload of a large raw chunk in the file */
 
 /* One page-map entry: page number | (pages - 1) << 40 | kind << 62. */
 #define SNAP_ENTRY_PAGE_BITS 40
@@ -27,7 +27,7 @@
 #define SNAP_PAGES_MAX (UINT64_C(1) << SNAP_ENTRY_PAGE_BITS)
 
 enum snap_entry_kind {
-    SNAP_DATA = 0, /* the pages' bytes are in the payload, in order */
+    SNAP_DATA = 0, /* the payload holds the bytes of the pages, in order */
     SNAP_ZERO = 1, /* populated, all bytes zero */
     SNAP_HOLE = 2, /* not populated at T */
     SNAP_LOST = 3, /* discarded by the target before it was saved */
@@ -58,7 +58,7 @@ enum snap_encoding { SNAP_RAW = 0, SNAP_ZSTD = 1 };
 
 enum snap_flags {
     SNAP_LAST_PART = 1u,       /* REGN, VMST, INDX: no further part follows */
-    SNAP_MAY_IGNORE = 1u << 15 /* a reader that does not know the type skips the record */
+    SNAP_MAY_IGNORE = 1u << 15 /* a reader skips the record if it does not know the type */
 };
 
 struct snap_file_header {

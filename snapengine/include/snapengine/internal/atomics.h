@@ -1,4 +1,4 @@
-/* The atomic operations of the shared words, with their memory orders spelled out once. */
+/* Atomic operations on shared words. This file defines the memory order of each. */
 #ifndef SNAPENGINE_ATOMICS_H
 #define SNAPENGINE_ATOMICS_H
 
@@ -18,36 +18,39 @@ static inline void snap_store(uint64_t *word, uint64_t value) {
 static inline uint64_t snap_add(uint64_t *word, uint64_t value) {
     return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
 }
-/* A counter with one writer, read by others: no lock prefix. */
+/* For a counter with one writer: no locked instruction. */
 static inline void snap_bump(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + value, __ATOMIC_RELAXED);
 }
 static inline uint64_t snap_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
 static inline void snap_set(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
-/* The last act of a thread: all it did before is visible to who then reads the count. */
-static inline void snap_leave(uint64_t *count) { __atomic_fetch_sub(count, 1, __ATOMIC_RELEASE); }
+/* For the last access of a thread: its earlier writes are visible to a thread that then reads the count. */
+static inline void snap_decrement(uint64_t *count) { __atomic_fetch_sub(count, 1, __ATOMIC_RELEASE); }
 static inline uint64_t snap_swap(uint64_t *word, uint64_t value) {
     return __atomic_exchange_n(word, value, __ATOMIC_ACQ_REL);
 }
 static inline int snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value) {
     return __atomic_compare_exchange_n(word, &expected, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
-/* Two words, each written by one side and then read by the other: with these, at least one side sees the other's
- * store. Release and acquire do not give that. */
+/* Two sides each store one word, then load the other's: with these, at least one side sees the other's store.
+ * Release and acquire do not guarantee it. */
 static inline void snap_store_seq(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
 }
 static inline uint64_t snap_load_seq(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
-/* A word that one side stores and the other waits for, across threads and helper processes. It is not a lock: a
- * side that is killed leaves nothing held. */
-static inline uint32_t snap_word(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-static inline void snap_tell(uint32_t *word, uint32_t value) {
+/* A futex word that one side stores and the other waits for, across threads and helper processes. It is not a
+ * lock: a side that is killed leaves no lock held. */
+static inline uint32_t snap_load_word(const uint32_t *word) {
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+static inline void snap_store_wake(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
     syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, 0, 0, 0);
 }
-/* Return once the word is not `value`. The kernel compares it again before it sleeps, so no store is missed. */
-static inline void snap_wait_while(uint32_t *word, uint32_t value) {
-    while (snap_word(word) == value)
+/* Wait until the word is not `value`. The kernel compares it again before it sleeps, so no wake-up is
+ * lost. */
+static inline void snap_futex_wait(uint32_t *word, uint32_t value) {
+    while (snap_load_word(word) == value)
         syscall(SYS_futex, word, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, value, 0, 0, 0);
 }
 static inline void snap_pause(void) { __builtin_ia32_pause(); }

@@ -1,5 +1,5 @@
-/* Kernel interfaces newer than the oldest headers we build with (Debian 12: 6.1), under their kernel
- * names. tests/test_constants.py compares them with the headers of the building host. */
+/* Kernel interfaces newer than the oldest supported headers (Debian 12: 6.1), under their kernel names.
+ * tests/test_constants.py compares them with the headers of the build host. */
 #ifndef SNAPENGINE_LINUX_COMPAT_H
 #define SNAPENGINE_LINUX_COMPAT_H
 
@@ -102,8 +102,8 @@ struct procmap_query {
 #define PROCMAP_QUERY_COVERING_OR_NEXT_VMA 0x10
 #endif
 
-/* /dev/userfaultfd first (Linux 6.1: the right to it is a file permission), then the system call.
- * Returns a descriptor or -1 with errno; EPERM/EACCES of the device is kept only if the call fails too. */
+/* Open a userfaultfd: by /dev/userfaultfd (Linux 6.1, access by file permissions), else by the system call.
+ * Returns a descriptor, or -1 with the errno of the system call. */
 static inline int snap_uffd_open(int flags) {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     if (device >= 0) {

@@ -19,7 +19,7 @@
 
 #define VM_CMD_SWITCHOVER_START 11
 
-/* The section "ram", version 4: the low 12 bits of a record's first u64. */
+/* The section "ram", version 4: flags in the low 12 bits of a record's first u64. */
 #define VM_RAM_VERSION 4
 #define RAM_ZERO 0x02
 #define RAM_MEM_SIZE 0x04

@@ -1,5 +1,5 @@
-/* ptrace(2) beyond the oldest headers, the structs it reads, and how its callers run: a helper process that
- * shares our memory, and the scheduling that keeps a stop short. */
+/* ptrace(2) requests newer than the oldest supported headers, the structs that they use, the helper
+ * process that runs its callers, and scheduling that keeps a stop short. */
 #ifndef SNAPENGINE_PTRACE_H
 #define SNAPENGINE_PTRACE_H
 
@@ -66,22 +66,22 @@ struct snap_sud_config {
     uint64_t len;
 };
 
-/* The system call, not glibc's ptrace(): PEEK requests store the word at `data`. Returns 0 or an errno value.
- * */
+/* The system call, not glibc's ptrace(): PEEK requests store the word at `data`. Returns 0 or an errno. */
 static inline int snap_ptrace(int request, pid_t tid, uintptr_t addr, void *data) {
     return syscall(SYS_ptrace, (long)request, (long)tid, addr, data) < 0 ? errno : 0;
 }
 
-/* Run fn(arg) in a helper process that shares our memory and descriptors, as posix_spawn does, and wait for
- * its end. A SIGKILL of the caller leaves the helper running, unless it calls snap_end_with_parent().
+/* Run fn(arg) in a helper process that shares our memory and descriptors, as posix_spawn does, and wait until
+ * it exits. After a SIGKILL of the caller the helper keeps running, unless it calls snap_end_with_parent().
  *
- * A tracee of a thread of ours would be waited for by our whole process (waitpid(2), __WNOTHREAD): the program's
- * own wait for its child, say Popen.poll() or Popen.wait(), would return a ptrace stop as the child's end. Only
- * the helper's waits see the stops of its tracees.
+ * A separate process keeps ptrace stops out of the program's waits. waitpid(2) without __WNOTHREAD returns
+ * events of the tracees of all threads of a process: Popen.poll() or Popen.wait() of the program would report
+ * a ptrace stop of its child as the child's exit. The stops of the helper's tracees are reported to the
+ * helper alone.
  *
- * All signals are blocked meanwhile, so that no handler runs in the helper on the caller's data. The exit
- * signal is 0: no SIGCHLD handler of the program sees its end, and no wait(-1) of another thread reaps it.
- * Returns 0 or an errno value. */
+ * All signals are blocked while it runs, so that no signal handler runs in the helper on the caller's
+ * data. The exit signal is 0: the program gets no SIGCHLD, and no wait(-1) of another thread reaps the
+ * helper. Returns 0 or an errno. */
 #define SNAP_HELPER_GUARD 4096
 #define SNAP_HELPER_STACK (SNAP_HELPER_GUARD + 65536)
 static inline int snap_run_in_helper(int (*fn)(void *), void *arg) {
@@ -103,15 +103,16 @@ static inline int snap_run_in_helper(int (*fn)(void *), void *arg) {
     return err;
 }
 
-/* In a helper: be killed when the thread that waits for it ends, which it does with its process or at execve(2)
- * (prctl(2), PR_SET_PDEATHSIG). `parent`: the id of that process. Returns 0, or ESRCH if it has ended. */
+/* In a helper: request SIGKILL for when the thread that waits for it exits, which includes the exit and an
+ * execve(2) of its process (prctl(2), PR_SET_PDEATHSIG). `parent` is the id of that process. Returns 0, or
+ * ESRCH if it has exited already. */
 static inline int snap_end_with_parent(pid_t parent) {
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     return getppid() == parent ? 0 : ESRCH;
 }
 
-/* Store the id of a task made now: those of older tasks are lower, until ids wrap at pid_max. The task ends at
- * once. For helpers, which have all signals blocked. Returns 0 or an errno value. */
+/* Create a task that exits at once, and store its id: older tasks have lower ids, until ids wrap at pid_max.
+ * For helpers, which have all signals blocked. Returns 0 or an errno. */
 static inline int snap_do_nothing(void *arg) {
     (void)arg;
     return 0;
@@ -126,8 +127,8 @@ static inline int snap_newest_id(int *newest) {
     return 0;
 }
 
-/* In a helper: leave the caller's process group and session, so that signals to those
- * do not reach it. SIGCHLD gets its default action, so that sigtimedwait receives it. */
+/* In a helper: leave the caller's process group and session, so that it gets no signals sent to those. Reset
+ * the action of SIGCHLD to the default, so that sigtimedwait receives it. */
 static inline void snap_leave_session(void) {
     struct sigaction plain;
     memset(&plain, 0, sizeof plain);
@@ -136,7 +137,7 @@ static inline void snap_leave_session(void) {
     sigaction(SIGCHLD, &plain, 0);
 }
 
-/* Wait at most `ns` for a child or tracee of this process to change; SIGCHLD must be blocked. */
+/* Wait at most `ns` for a state change of a child or tracee of this process. SIGCHLD must be blocked. */
 static inline void snap_await_child(uint64_t ns) {
     struct timespec left = {(time_t)(ns / 1000000000ull), (long)(ns % 1000000000ull)};
     sigset_t child;
@@ -145,18 +146,18 @@ static inline void snap_await_child(uint64_t ns) {
     sigtimedwait(&child, 0, &left);
 }
 
-/* Schedule the calling helper before the threads of the target, which it keeps stopped: in a real-time class
- * where that is allowed (CAP_SYS_NICE or RLIMIT_RTPRIO), else with a better nice value where that is allowed.
- * snap_newest_id() waits for its child during the stop, so a child inherits the class. */
+/* Raise the priority of the calling helper above other threads, since it keeps the target stopped: a
+ * real-time policy if permitted (CAP_SYS_NICE or RLIMIT_RTPRIO), else a lower nice value if permitted.
+ * Children inherit the policy: snap_newest_id() waits for its child during the stop. */
 static inline void snap_boost_self(void) {
     struct sched_param first = {.sched_priority = 10};
     if (sched_setscheduler(0, SCHED_FIFO, &first))
         setpriority(PRIO_PROCESS, 0, -19);
 }
 
-/* Give the running thread `tid` the best nice value, so that it gets a CPU soon: it stops only on a CPU. Not
- * a real-time class, since the thread would keep it if we were killed. Returns its former nice value, or
- * SNAP_NICE_KEPT. */
+/* Set the nice value of the runnable thread `tid` to -20, so that it gets a CPU soon: a thread can stop
+ * only when it runs. A real-time policy is not used, since the thread would keep it if we were killed.
+ * Returns the previous nice value, or SNAP_NICE_KEPT if it was not changed. */
 #define SNAP_NICE_KEPT 100
 static inline int snap_raise_nice(pid_t tid) {
     errno = 0;
@@ -164,16 +165,16 @@ static inline int snap_raise_nice(pid_t tid) {
     return (before == -1 && errno) || setpriority(PRIO_PROCESS, tid, -20) ? SNAP_NICE_KEPT : before;
 }
 
-/* Undo it, unless the value has been changed since. */
+/* Undo snap_raise_nice(), unless the nice value has been changed since. */
 static inline void snap_restore_nice(pid_t tid, int before) {
     if (before != SNAP_NICE_KEPT && getpriority(PRIO_PROCESS, tid) == -20)
         setpriority(PRIO_PROCESS, tid, before);
 }
 
-/* Put the stopped thread `tid` in a real-time class, so that it makes its calls at once; on a loaded machine
- * it would otherwise wait milliseconds for a CPU, each time. Returns its former policy for
- * snap_unboost_thread, or -1 if nothing was changed. sched_setscheduler keeps the nice value and the slice,
- * which sched_setattr would not. */
+/* Give the stopped thread `tid` a real-time policy, so that its remote calls run at once: on a loaded
+ * machine it would wait milliseconds for a CPU for each call. Returns the previous policy, for
+ * snap_unboost_thread(), or -1 if it was not changed. sched_setscheduler keeps the nice value and the time
+ * slice; sched_setattr would not. */
 static inline int snap_boost_thread(pid_t tid) {
     struct sched_param first = {.sched_priority = 10};
     int before = sched_getscheduler(tid), policy = before & ~SCHED_RESET_ON_FORK;
@@ -188,7 +189,7 @@ static inline void snap_unboost_thread(pid_t tid, int before) {
         sched_setscheduler(tid, before, &none);
 }
 
-/* Room for the largest NT_X86_XSTATE of this CPU. (cpuid leaf 0xD, ecx: all features it has.) */
+/* Size of the largest NT_X86_XSTATE of this CPU (cpuid leaf 0xD, ecx: with all supported features). */
 static inline size_t snap_xstate_bytes(void) {
     unsigned a, b, c = 0, d;
     return __get_cpuid_count(0xD, 0, &a, &b, &c, &d) && c > 576 ? c : 576;

@@ -1,4 +1,4 @@
-/* Threads without Python state, and the clock they use. */
+/* Threads without a Python thread state, their scheduling, and their clock. */
 #ifndef SNAPENGINE_THREADS_H
 #define SNAPENGINE_THREADS_H
 
@@ -15,8 +15,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Signals belong to the program's own threads: a handler that ran here could touch protected memory. But
- * those of faults that are made here end the program if they are blocked, before any handler (snapengine.base.nofault). */
+/* pthread_create with signals blocked: a handler of the program that ran on this thread could access
+ * protected memory. SIGSEGV and SIGBUS stay unblocked: the kernel kills a process that faults while the
+ * signal is blocked, and snapengine.base.nofault handles them. */
 static inline int snap_thread_start(pthread_t *thread, void *(*start)(void *), void *arg) {
     sigset_t all, before;
     sigfillset(&all);
@@ -42,8 +43,8 @@ static inline int snap_pin_to(int n) {
     return -1;
 }
 
-/* If the calling thread runs on that CPU, and may run on another: move there. 1 if it did; `before` is then
- * for snap_return_to(). */
+/* Move the calling thread to another CPU if it runs on `cpu` and may run elsewhere. Returns 1 if it moved;
+ * `before` is then the argument of snap_restore_affinity(). */
 static inline int snap_leave_cpu(int cpu, cpu_set_t *before) {
     cpu_set_t others;
     if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getcpu() != cpu || sched_getaffinity(0, sizeof *before, before))
@@ -52,7 +53,9 @@ static inline int snap_leave_cpu(int cpu, cpu_set_t *before) {
     CPU_CLR(cpu, &others);
     return CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0;
 }
-static inline void snap_return_to(const cpu_set_t *before) { sched_setaffinity(0, sizeof *before, before); }
+static inline void snap_restore_affinity(const cpu_set_t *before) {
+    sched_setaffinity(0, sizeof *before, before);
+}
 
 static inline unsigned long long snap_now_ns(void) {
     struct timespec now;
@@ -65,13 +68,13 @@ static inline void snap_sleep_ns(unsigned long long ns) {
     clock_nanosleep(CLOCK_MONOTONIC, 0, &left, 0);
 }
 
-/* Nice value of the calling thread (Linux: of the thread, not the process). Below 0 it wants CAP_SYS_NICE;
- * without it nothing changes. */
+/* Set the nice value of the calling thread (on Linux it belongs to the thread, not the process). A value
+ * below 0 requires CAP_SYS_NICE; without it the call has no effect. */
 static inline void snap_nice(int value) { setpriority(PRIO_PROCESS, 0, value); }
 
-/* Nice value and time slice of the calling thread. Who wakes up with a shorter slice than the thread that runs
- * takes the CPU from it at once; over time their shares are as the nice values say (sched_setattr(2); Linux 6.12,
- * before that only the nice value counts). */
+/* Set the nice value and the time slice of the calling thread (sched_setattr(2)). A thread that wakes up
+ * with a shorter slice than the running thread preempts it; the nice values alone determine the CPU
+ * shares. Before Linux 6.12 the slice has no effect. */
 static inline void snap_nice_slice(int value, uint64_t slice_ns) {
     struct {
         uint32_t size, policy;
