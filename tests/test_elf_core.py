@@ -376,7 +376,7 @@ def test_what_is_refused(tmp_path):
     twice = [(0x1000, PAGE, 0), (0x1000, PAGE, 1)]
     with (
         image(record([]), twice, page) as found,
-        pytest.raises(CorruptImageError, match="hold address 0x1000"),
+        pytest.raises(CorruptImageError, match="contain address 0x1000"),
     ):
         export_core(found, tmp_path / "core")
     short = image(record([]), [(0x1000, 3 * PAGE, 0)], page)

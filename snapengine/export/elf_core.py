@@ -114,7 +114,7 @@ def export_core(
     """
     record = process_of(image)
     if record is None:
-        raise ImageError(f"{image.name}: a core requires a process record, which this image does not have")
+        raise ImageError(f"{image.name}: a core requires a process record, and this image has none")
     if lost == "refuse":
         _refuse_lost(image)
     layout = Layout(image, record)

@@ -206,7 +206,7 @@ class Image:
             known = ", ".join(printable(region.name) for region in self.regions) or "none"
             raise NoSuchRegionError(f"{self.name}: there is no region {printable(spec)}; it has: {known}")
         each = ", ".join(printable(f"{region.name}@{region.addr:x}") for region in found)
-        raise NoSuchRegionError(f"{self.name}: {len(found)} regions are named {printable(spec)}; use {each}")
+        raise NoSuchRegionError(f"{self.name}: {len(found)} regions are named {printable(spec)}: use {each}")
 
     def _named(self, name: str) -> list[ImageRegion]:
         """The regions that match `name` by the first interpretation with a match."""
