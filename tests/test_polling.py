@@ -40,7 +40,7 @@ class Watched(Capture):
         try:
             return super().__exit__(*exc)
         finally:
-            session = self._parts.session
+            session = self._resources.session
             self.walk_faults, self.wakeups = session.walk_faults, session.poll_wakeups
 
 

@@ -44,8 +44,7 @@ cdef int page_nonzero(const char *src) noexcept nogil:
 cdef bint _folding = snap_have_folding()
 
 SUM_KERNELS = ("apart", "folding") if _folding else ("apart",)
-"""The implementations of copy and checksum that this CPU supports: two passes or one. The last one is
-used."""
+"""The implementations of copy and checksum on this CPU: two passes or one. The last one is used."""
 
 
 cdef int copy_page_sum(char *dst, const char *src, uint32_t *crc) noexcept nogil:
@@ -72,8 +71,7 @@ def copy_with(str kernel, unsigned char[::1] dst not None, const unsigned char[:
 
 
 def nonzero_with(str kernel, const unsigned char[::1] src not None):
-    """Whether a page of 4096 bytes is non-zero, by the implementation `kernel`. Raises ValueError as
-    above."""
+    """Whether a page of 4096 bytes is non-zero, by the implementation `kernel`. ValueError as above."""
     if src.shape[0] != 4096:
         raise ValueError("the buffer must have 4096 bytes")
     if kernel not in KERNELS:

@@ -122,8 +122,7 @@ cdef class PageIndex:
         """Add the entries of one INDX payload, whose records lie in [start, limit).
 
         Returns the end of its last record, and for each VMST record (offset, record bytes, part number, raw
-        bytes, entries). Offsets must ascend: records then cannot overlap, and the size of the file limits
-        their number.
+        bytes, entries). Offsets must ascend: records then cannot overlap, and the file limits their number.
         """
         cdef snap_index item
         cdef size_t listed = <size_t>payload.shape[0] // sizeof(item)

@@ -46,8 +46,7 @@ cdef bytes _packed(Region region, uint64_t first_page):
 
 
 def pack_regions(regions, pack):
-    """The entry of each (region, first page number). `pack` packs or rejects regions that are not
-    ordinary."""
+    """The entry of each (region, first page number). `pack` handles regions that are not ordinary."""
     cdef bytes data
     entries = []
     for region, first in regions:
@@ -57,8 +56,7 @@ def pack_regions(regions, pack):
 
 
 def numbers_ascend(regions):
-    """Whether the page numbers of each region follow those of the previous one. (False: they may still
-    differ.)"""
+    """Whether the page numbers of the regions ascend. If not, they may still be distinct."""
     cdef Region region
     cdef uint64_t end = 0
     cdef uint64_t addr, length

@@ -117,8 +117,7 @@ cdef bint is_disjoint(Runs items) noexcept nogil:
 
 
 cdef int sweep(Runs items, Runs into) noexcept nogil:
-    """Append the newest run of each page of `items`, which are sorted by page. Returns 0, or -1: out of
-    memory."""
+    """Append the newest run of each page of `items`, sorted by page. Returns 0, or -1: out of memory."""
     cdef run_t **heap = <run_t **>malloc(items.count * sizeof(run_t *))
     cdef size_t heap_count = 0
     cdef size_t next_item = 0

@@ -213,8 +213,7 @@ cdef class Writer:
             self.vmstate_parts += 1
 
     def finish(self, stats):
-        """Write `stats` (and set its "image_bytes"), index and trailer. Returns the size of the image in
-        bytes."""
+        """Write `stats` (after setting "image_bytes"), index and trailer. Returns the image size in bytes."""
         self._expect(OPEN)
         cdef snap_trailer trailer
         cdef const unsigned char[::1] image_id = self.image_id

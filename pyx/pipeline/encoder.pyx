@@ -163,8 +163,7 @@ cdef class Encoder:
         return stored if stored < length - length // 16 else 0
 
     cdef bytes _probe_next_level(self, int number, level, view, bytes packed, double cost):
-        """If the levels ask for a probe, compress the chunk also at the next level. Returns the smaller
-        frame."""
+        """Compress the chunk also at the next level, if a probe is due. Returns the smaller frame."""
         cdef uint64_t begin = snap_now_ns()
         above = self.levels.probe(level)
         if above is None:

@@ -6,8 +6,7 @@ valid one. When no slot is free, the walk waits. A fault thread never waits: it 
 its slot to the spill file. `lock` is held for a few dozen instructions.
 
 A thread may be preempted at any instruction. If it does not hold the lock, the others continue with the
-remaining slots. If it holds the lock, they wait for the scheduler, but never for the GIL, the sink or a
-fault.
+remaining slots. If it holds the lock, they wait for the scheduler, never for the GIL, the sink or a fault.
 """
 
 from libc.errno cimport ENOBUFS
@@ -59,8 +58,7 @@ cdef void _use_slot(pool_t *pool, lane_slot *lane, uint32_t slot) noexcept nogil
 
 cdef void _populate_slot(pool_t *pool, uint32_t slot) noexcept nogil:
     """Populate a slot in one call, before a page is claimed: a first access costs 11 µs per page where a
-    hypervisor backs memory lazily. Most captures do not need all slots, so not all are populated before
-    arming."""
+    hypervisor backs memory lazily. Most captures need few slots, so not all are populated before arming."""
     cdef char *start = slot_data(pool, slot)
     cdef uint64_t offset
     if madvise(start, pool.stride, MADV_POPULATE_WRITE) != 0:

@@ -131,8 +131,7 @@ cdef class FdWriter:
         return 0
 
     cdef size_t acquire(self, size_t wanted) noexcept nogil:
-        """A token bucket that holds 50 ms worth of bytes: the largest burst, and the smallest partial
-        write."""
+        """A token bucket of 50 ms: the largest burst, and the smallest write of a part."""
         cdef double bucket = self.rate * POLL_MS / 1000.0 + 1.0
         cdef double step = min(<double>wanted, bucket - 1.0 if bucket > 2.0 else 1.0)
         cdef uint64_t now

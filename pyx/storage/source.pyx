@@ -1,8 +1,7 @@
 """Sources of image bytes: random-access reads without the GIL.
 
 `Source` is the base class. C code reads through its `source_t`: one indirect call per read, no Python. A
-source in Python, such as one for an object store, is a subclass that defines `pread`; each read then takes
-the GIL.
+source in Python, such as one for an object store, is a subclass with a `pread`; each read takes the GIL.
 
 Ownership: a source owns its descriptor or exported buffer until `close`. An image takes over the source that
 it is opened from, and `Image.close` closes it. The index and the restorers of the image hold references to
@@ -85,8 +84,7 @@ cdef int copy_bytes(void *arg) noexcept nogil:
 
 
 cdef int read_memory(void *self, void *into, size_t count, uint64_t offset) noexcept nogil:
-    """Both sides may fault: the destination is the caller's memory, and the source may be a truncated
-    mapping."""
+    """Both sides may fault: the destination is the caller's, the source may be a truncated mapping."""
     cdef const memory_t *memory = <const memory_t *>self
     cdef uint32_t crc = 0
     cdef copy_t copy
@@ -141,8 +139,7 @@ cdef class Source:
         raise NotImplementedError("a subclass of Source must define pread(count, offset)")
 
     def read_exactly(self, offset, count):
-        """Return exactly `count` bytes at `offset`. Raises `TruncatedImageError` before it allocates
-        memory."""
+        """Return exactly `count` bytes at `offset`. Raises `TruncatedImageError` before any allocation."""
         if offset + count > self.at.size:
             text = f"{self.name}: ends at byte {self.at.size}, inside a record"
             raise TruncatedImageError(text, offset)

@@ -90,7 +90,7 @@ def _tensor_address(name: str, tensor: Any) -> tuple[int, int]:
     except RuntimeError as error:  # a sparse or fake tensor
         raise ValueError(f"tensor {name!r} has no memory of its own: {error}") from None
     if device != "cpu":
-        raise ValueError(f"tensor {name!r} is on {device}, not in host memory; copy it with .cpu()")
+        raise ValueError(f"tensor {name!r} is on {device}, not in host memory: only CPU tensors can be used")
     if not contiguous:
         raise ValueError(f"tensor {name!r} is not contiguous")
     if length and not addr:

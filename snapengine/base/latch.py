@@ -2,8 +2,7 @@
 
 A signal handler may raise between any two steps of Python code. `threading.Condition`, and with it `Event`,
 acquires its lock in Python code. An exception there leaves the lock held, and the next thread that needs it
-waits for ever. The primitives used here are implemented in C: each call takes effect completely or not at
-all.
+waits for ever. The primitives used here are C calls, each of which takes effect completely or not at all.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-r"""Names from the kernel or the user (paths, threads, arguments, regions) are bytes. Their four
-representations:
+r"""Names from the kernel or the user (paths, threads, arguments, regions) are bytes. Representations:
 
 - *in the program*: text, decoded from UTF-8 with surrogateescape (PEP 383), which loses no byte: `decode`;
 - *in an image and for the kernel*: the original bytes: `encode`;

@@ -60,8 +60,7 @@ class Workers:
         begun.wait()
 
     def _run(self, name: str, job: list[Job], begun: Latch) -> None:
-        """Body of a thread. CPython keeps its arguments until it has ended; `job` is a list that is
-        emptied."""
+        """Body of a thread. CPython keeps its arguments until it has ended; the list `job` is emptied."""
         begun.set()
         name_thread(name)
         with self._lock:

@@ -62,8 +62,7 @@ LARGE_BYTES = 64 << 20  # smallest hole without a range in the file
 
 @dataclass(frozen=True, slots=True)
 class CoreFile:
-    """The result of `export_core`. ``file_bytes`` is the length of the sparse file, not its allocation on
-    disk."""
+    """The result of `export_core`. ``file_bytes`` is the length of the sparse file, not its allocation."""
 
     file_bytes: int
     segments: int
@@ -143,8 +142,7 @@ class Layout:
         self._starts = [region.addr for region in self._regions]
         self._check_regions()
         mappings = with_unmapped(record.mappings, self._regions)
-        # Positions are relative to the start of the memory in the file, which depends on the number of
-        # segments.
+        # Positions are relative to the start of the memory, which depends on the number of segments.
         self._spans, self._memory_bytes = self._place_regions()
         self._span_ends = [span.end for span in self._spans]
         self._pieces = list(merged(piece for mapping in mappings for piece in self._pieces_of(mapping)))
@@ -181,8 +179,7 @@ class Layout:
                 raise ImageError(f"{self._image.name}: {page_text(region, gap)} is not in the image")
 
     def _place_regions(self) -> tuple[list[Span], int]:
-        """The parts with their positions, congruent to the addresses modulo the page size (p_align), and the
-        end."""
+        """The parts with their positions, congruent to the addresses modulo p_align, and the end."""
         spans, end = [], 0
         for region in self._regions:
             for start, stop in self._without_large_holes(region):

@@ -42,8 +42,7 @@ def page_size_fits(kind: str, page_size: int) -> bool:
 
 
 def region_entries(regions: Sequence[tuple[Region, int]]) -> list[bytes]:
-    """The bytes of each region in a REGN record. Raises ValueError if one is malformed, or page numbers
-    overlap."""
+    """The bytes of each region in a REGN record. ValueError: one is malformed, or page numbers overlap."""
     if not numbers_ascend(regions):
         _refuse_shared_numbers(regions)
     return pack_regions(regions, _region_entry)

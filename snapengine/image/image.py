@@ -261,8 +261,7 @@ class Image:
         return bytes(buffer)
 
     def read_at(self, addr: int, length: int) -> bytes:
-        """`length` bytes at an address of the target. Raises `NoSuchRegionError` if they are not in one
-        region."""
+        """`length` bytes at an address of the target. `NoSuchRegionError`: they are not in one region."""
         for region in self.regions:
             if region.addr <= addr and addr + length <= region.addr + region.length:
                 return self.read(region, addr - region.addr, length)
@@ -285,8 +284,7 @@ class Image:
         error the content of the buffer is undefined.
 
         Raises TypeError or ValueError if the buffer cannot be filled (read-only, Python objects, not
-        contiguous, wrong size), OSError (EFAULT) if its memory was unmapped, protected or truncated
-        meanwhile.
+        contiguous, wrong size), OSError (EFAULT) if its memory is unmapped, protected or truncated.
         """
         place = self.region(region)
         exported = ExportedBuffer(place.name, buffer)
@@ -302,8 +300,7 @@ class Image:
         run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
 
     def restore_memfd(self, region: RegionSpec, *, threads: int = 0) -> int:
-        """Create a memfd with the bytes of a region; the caller closes it. Holes and zero pages are holes in
-        it."""
+        """Create a memfd with the bytes of a region; the caller closes it. Zero pages and holes are holes."""
         place = self.region(region)
         plan = self.restorer(place, 0, place.length)
         file = Descriptor.memfd(_memfd_name(place.name))

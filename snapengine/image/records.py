@@ -30,8 +30,7 @@ RECORD = struct.Struct("<4sHHQQIIQII")
 
 
 def read_file_header(source: Input) -> FileHeader:
-    """Check magic, version and features. The `ImageError` distinguishes non-images, newer and truncated
-    images."""
+    """Check magic, version and features. Errors distinguish non-images, newer and truncated images."""
     try:
         magic = source.read_exactly(0, len(MAGIC))
     except TruncatedImageError:

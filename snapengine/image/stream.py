@@ -188,16 +188,14 @@ class ImageStream:
         }
 
     def verify(self) -> VerifyReport:
-        """Check that no page is missing, and report the content. Call it after the last item. Raises
-        ImageError."""
+        """Check that no page is missing, and report the content. Call it after the last item."""
         return report_of(
             self, self.regions, self.index, records=self._records, file_bytes=self.stats["image_bytes"],
             vmstate_bytes=sum(self.vmstate.sizes().values()),
         )  # fmt: skip
 
     def check_complete(self, region: ImageRegion) -> None:
-        """Raise `ImageError` or `LostPagesError` unless the region is complete. Call it after the last
-        item."""
+        """Raise `ImageError` or `LostPagesError` for an incomplete region. Call it after the last item."""
         end = region.first_page + region.pages
         runs = self.index.resolve(region.first_page, end)
         gap = runs.first_gap(region.first_page, end)

@@ -67,15 +67,13 @@ class Pipeline:
             self._on_failure()
 
     def join(self) -> None:
-        """Wait for the threads, which end when the pool is closed and empty. Raises the exception of a
-        thread."""
+        """Wait for the threads, which end when the pool is closed and empty. Raises their exception."""
         self._workers.wait()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> BaseException | None:
-        """End the threads after a failure, when no thread fills slots any more. Returns the error of an
-        encoder."""
+        """End the threads after a failure, when no thread fills slots. Returns the error of an encoder."""
         self.writer.cancel()
         self._workers.close()
         self._workers.wait()

@@ -65,8 +65,7 @@ class Levels:
         return LEVELS[self._at]
 
     def probe(self, level: int) -> int | None:
-        """The level at which to compress again a chunk that was compressed at `level`, for `compare`; or
-        None."""
+        """The level at which to recompress a chunk that was compressed at `level`; None: no probe is due."""
         above = LEVELS.index(level) + 1
         return LEVELS[above] if self._probing and level == self.level and above < len(LEVELS) else None
 
@@ -82,8 +81,7 @@ class Levels:
             step.chunk = self._chunks
 
     def note(self, level: int, cost: float, ratio: float, sink_cost: float) -> None:
-        """Report a chunk compressed at `level`: `cost` in ns of one thread and `ratio` in stored bytes, per
-        byte.
+        """Report a chunk compressed at `level`: `cost` in ns of a thread, `ratio` in stored bytes, per byte.
 
         `sink_cost` is the measured cost of the sink in ns per stored byte; 0 if nothing was written yet.
         """

@@ -36,8 +36,7 @@ class FileSink(OwningSink):
             pass
 
     def _make(self, path: str) -> bool:
-        """Create the file and lock it. Returns False if another sink removed it as stale before it was
-        locked."""
+        """Create the file and lock it. Returns False if another sink removed it before it was locked."""
         self._temporary = path
         try:
             self._descriptor = Descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,5 +1,4 @@
-"""The base class of sinks. A sink receives bytes and is independent of records; a writer is independent of
-files.
+"""The base class of sinks. A sink knows bytes but no records; a writer knows records but no files.
 
 Life cycle: bytes are written, to `fd` without the GIL or by `write`. Then the first call of `commit` or
 `abort` takes effect; later calls do nothing. The image exists only after `commit` has returned.
@@ -36,8 +35,7 @@ class Sink:
         return os.strerror(err)
 
     def commit(self) -> None:
-        """Make the image complete and durable. Raises `SinkError` on failure; nothing of the image is left
-        then."""
+        """Make the image complete and durable. After a `SinkError` nothing of the image is left."""
         if self._open:
             self._open = False
             self._commit()
