@@ -151,11 +151,11 @@ class Image:
             raise corrupt(self, "the index is not complete", self.trailer.indx_offset)
         return vmstate
 
-    def _load_vmstate(self, places: list[VmstateEntry]) -> dict[str, list[Record]]:
+    def _load_vmstate(self, entries: list[VmstateEntry]) -> dict[str, list[Record]]:
         collector = VmStateParts(self._source)
-        for listed in places:
-            record = read_record(self._source, listed.offset, expect=b"VMST")
-            check_vmstate_entry(self._source, record, listed)
+        for entry in entries:
+            record = read_record(self._source, entry.offset, expect=b"VMST")
+            check_vmstate_entry(self._source, record, entry)
             collector.add(record)
         return collector.finish()
 
@@ -228,11 +228,11 @@ class Image:
 
         Bytes that are not in the image are in no run.
         """
-        place = self.region(region)
-        low = place.start_byte
-        for page, pages, kind in self.resolve(place, 0, place.length):
+        chosen = self.region(region)
+        low = chosen.start_byte
+        for page, pages, kind in self.resolve(chosen, 0, chosen.length):
             start = max(page * PAGE_BYTES - low, 0)
-            yield start, min((page + pages) * PAGE_BYTES - low, place.length) - start, RUN_KINDS[kind]
+            yield start, min((page + pages) * PAGE_BYTES - low, chosen.length) - start, RUN_KINDS[kind]
 
     def checked_runs(self, region: ImageRegion, offset: int, length: int) -> Runs:
         """`resolve`, with a check that the image has all of these bytes."""
@@ -254,8 +254,8 @@ class Image:
 
     def read(self, region: RegionSpec, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` in a region."""
-        place = self.region(region)
-        plan = self.restorer(place, offset, length)  # before the allocation: checks the length
+        chosen = self.region(region)
+        plan = self.restorer(chosen, offset, length)  # before the allocation: checks the length
         buffer = bytearray(length)
         plan.into_memory(buffer, 0, plan.jobs)
         return bytes(buffer)
@@ -286,26 +286,26 @@ class Image:
         Raises TypeError or ValueError if the buffer cannot be filled (read-only, Python objects, not
         contiguous, wrong size), OSError (EFAULT) if its memory is unmapped, protected or truncated.
         """
-        place = self.region(region)
-        exported = ExportedBuffer(place.name, buffer)
-        if offset is None and exported.length < place.length:
+        chosen = self.region(region)
+        exported = ExportedBuffer(chosen.name, buffer)
+        if offset is None and exported.length < chosen.length:
             raise ValueError(
-                f"{place.name}: {place.length} bytes do not fit a buffer of {exported.length}: use one of "
+                f"{chosen.name}: {chosen.length} bytes do not fit a buffer of {exported.length}: use one of "
                 "the size and type that was saved, or give an offset to restore a part"
             )
         view = exported.view()
-        plan = self.restorer(place, offset or 0, exported.length)
+        plan = self.restorer(chosen, offset or 0, exported.length)
         if not fresh:
             plan.clear_zero_runs(view)
         run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
 
     def restore_memfd(self, region: RegionSpec, *, threads: int = 0) -> int:
         """Create a memfd with the bytes of a region; the caller closes it. Zero pages and holes are holes."""
-        place = self.region(region)
-        plan = self.restorer(place, 0, place.length)
-        file = Descriptor.memfd(_memfd_name(place.name))
-        os.ftruncate(file.fd, place.length)
-        with mmap.mmap(file.fd, place.length) as memory, memoryview(memory) as view:
+        chosen = self.region(region)
+        plan = self.restorer(chosen, 0, chosen.length)
+        file = Descriptor.memfd(_memfd_name(chosen.name))
+        os.ftruncate(file.fd, chosen.length)
+        with mmap.mmap(file.fd, chosen.length) as memory, memoryview(memory) as view:
             run_jobs(plan.jobs, threads, lambda begin, end: plan.into_memory(view, begin, end))
         return file.detach()
 

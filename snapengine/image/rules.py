@@ -118,10 +118,10 @@ class VmstateEntry(NamedTuple):
     entries: int
 
 
-def check_vmstate_entry(where: Named, record: Record, listed: VmstateEntry) -> None:
+def check_vmstate_entry(where: Named, record: Record, entry: VmstateEntry) -> None:
     """Raise `CorruptImageError` unless a VMST record matches its index entry."""
     size = record.end - record.offset
-    if listed != (record.offset, size, record.arg, record.raw_bytes, 0):
+    if entry != (record.offset, size, record.arg, record.raw_bytes, 0):
         raise corrupt(where, "a VMST record does not match its index entry", record.offset)
 
 
