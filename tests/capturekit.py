@@ -1,4 +1,4 @@
-"""Shared by the tests of captures of this process's memory."""
+"""Helpers for tests that capture memory of this process."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""The command line in processes of its own, for tests: runs, and what a run imported."""
+"""Run the command line in a child process, for tests; and list the modules that a run imported."""
 
 import json
 import os
@@ -19,7 +19,7 @@ sys.stderr.write("\\nIMPORTED " + json.dumps([code, sorted(set(sys.modules) - be
 
 
 def run(*arguments, env=None, **keywords):
-    """Run a command to its end: bytes, and never an exception for its code."""
+    """Run a command to its end. Output is bytes; an exit code other than 0 raises nothing."""
     keywords = {"capture_output": True, "timeout": 120, "env": os.environ | (env or {})} | keywords
     given = [os.fspath(a) if isinstance(a, os.PathLike) else a if isinstance(a, bytes) else str(a)
              for a in arguments]  # fmt: skip
@@ -27,7 +27,7 @@ def run(*arguments, env=None, **keywords):
 
 
 def imported(*arguments, **keywords):
-    """(exit code, the modules that the command imported beyond those of a bare Python)."""
+    """(exit code, the modules that the command imported in addition to those of a bare Python)."""
     keywords = {"capture_output": True, "timeout": 120, "text": True} | keywords
     done = subprocess.run([sys.executable, "-c", IMPORTS, *map(str, arguments)], check=False, **keywords)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("IMPORTED ")]
@@ -36,7 +36,7 @@ def imported(*arguments, **keywords):
 
 
 def one_error(done, *words):
-    """The one line of an error, which holds the words."""
+    """The single line of an error; it must contain the words."""
     text = done.stderr.decode()
     assert text.count("\n") == 1, text
     assert "Traceback" not in text

@@ -1,4 +1,4 @@
-"""What all tests share: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
+"""Shared by all tests: no skipped core test in CI, `requires_uffd`, and the package as it is shipped."""
 
 import contextlib
 import importlib.util
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# A shell's background job begins with SIGINT and SIGQUIT ignored, nohup(1) with SIGHUP, and so would all that
-# the tests start: what is sent to it would do nothing.
+# A shell's background job begins with SIGINT and SIGQUIT ignored, and nohup(1) ignores SIGHUP. Programs that
+# the tests start would inherit that and ignore the signals that the tests send.
 for _signal, _default in (
     (signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL),
     (signal.SIGHUP, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL),
@@ -21,7 +21,7 @@ for _signal, _default in (
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _default)
 
-# The width that the tests' own output has, which pytest-xdist sets for its workers.
+# The width of the tests' own output; pytest-xdist sets these for its workers.
 os.environ.pop("COLUMNS", None)
 
 CI = os.environ.get("CI") == "true"
@@ -32,7 +32,7 @@ _ran_on: set[str] = set()
 
 @pytest.fixture(scope="session")
 def requires_uffd():
-    """Skip (CI: fail) the test where this user may not use userfaultfd; the reason says why."""
+    """Skip the test (in CI: fail) if this user may not use userfaultfd; the reason says why."""
     from snapengine.errors import SnapengineError
     from snapengine.kernel import uffd
 
@@ -44,7 +44,7 @@ def requires_uffd():
 
 @pytest.fixture(scope="session")
 def repository():
-    """The source tree, where there is one; the tests also run against an installed wheel without it."""
+    """The source tree; skips without one: the tests also run against an installed wheel alone."""
     root = Path(__file__).parent.parent
     if not (root / "setup.py").exists():
         pytest.skip("needs the source tree")
@@ -53,14 +53,14 @@ def repository():
 
 @pytest.fixture(scope="session")
 def native_bench(repository):
-    """The native modules of the bench are built."""
+    """Skip if the native modules of the bench are not built."""
     import floorkit
 
     floorkit.build()
 
 
 def pytest_collection_modifyitems(config, items):
-    """The negative controls need a build of their own: tests/test_controls.py runs them there."""
+    """Skip without the negative controls: tests/test_controls.py runs them in a separate build."""
     if os.environ.get("SNAPENGINE_CONTROLS") == "1":
         return
     controls = [item for item in items if "negative_control" in item.keywords]
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _is_core(report):
-    """A report of a skip that CI does not allow. (An expected failure is reported as a skip, too.)"""
+    """Whether it reports a skip that CI does not allow. (An expected failure is reported as a skip, too.)"""
     return report.skipped and not hasattr(report, "wasxfail") and "host_optional" not in report.keywords
 
 
@@ -80,7 +80,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_collectreport(report):
-    """A whole module that is skipped while it is imported carries no marker: it counts."""
+    """A module that is skipped while it is imported carries no marker, so it counts."""
     if CI and report.skipped:
         _skipped_modules.append(f"{report.nodeid}: {report.longrepr[2]}")
         _skipped.append(_skipped_modules[-1])
@@ -95,7 +95,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """What a worker knew for itself. (Reports of tests come by themselves.)"""
+    """Collect the data of a worker. (Its test reports arrive separately.)"""
     skipped, ran_on = getattr(node, "workeroutput", {}).get("snapengine", ((), ()))
     _skipped.extend(name for name in skipped if name not in _skipped)
     _ran_on.update(ran_on)
@@ -114,8 +114,8 @@ def pytest_terminal_summary(terminalreporter):
 def wheel(repository, tmp_path_factory):
     """The wheel, built from a copy of the sources: an old build/ must not leak into it.
 
-    The extension modules of the source tree go along: what is newer than its sources is not compiled again,
-    which takes minutes. (`make check-dist` compiles all of them, from the sdist.)
+    The extension modules of the source tree are copied too: a module that is newer than its sources is not
+    compiled again, which would take minutes. (`make check-dist` compiles all of them, from the sdist.)
     """
     room = tmp_path_factory.mktemp("wheel")
     source = room / "source"
@@ -126,13 +126,13 @@ def wheel(repository, tmp_path_factory):
         shutil.copy2(repository / name, source / name)
     _copy_products(repository, source)
     pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(room), str(source))
-    shutil.rmtree(source)  # what is tested next must not find it
+    shutil.rmtree(source)  # later tests must not find it
     (path,) = room.glob("*.whl")
     return path
 
 
 def _copy_products(repository, copy):
-    """What setuptools would make of each .pyx, with its times."""
+    """Copy the extension module that setuptools would build from each .pyx, with its times."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     for source in (repository / "pyx").rglob("*.pyx"):
@@ -150,10 +150,10 @@ def _copy_products(repository, copy):
 
 @pytest.fixture(scope="session")
 def installed(request, tmp_path_factory):
-    """A directory that holds the installed package, with no source tree in sight.
+    """A directory with the installed package and without the source tree.
 
-    That is the package which runs these tests where it is an installed one (`make check-dist`), and else
-    the `wheel`, installed beside its dependencies.
+    If the package under test is an installed one (`make check-dist`), it is that. Otherwise it is the
+    `wheel`, installed beside its dependencies.
     """
     if not (Path(__file__).parent.parent / "setup.py").exists():
         import snapengine
@@ -165,7 +165,7 @@ def installed(request, tmp_path_factory):
 
 
 def pip(*arguments):
-    """Run pip; a failure shows what it said."""
+    """Run pip; a failure shows its output."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,7 +201,7 @@ def build_driver(tmp_path_factory):
 
 @pytest.fixture
 def guest(requires_uffd, tmp_path):
-    """``with guest(params, rate=None) as socket``: an embedded guest that hands itself over there."""
+    """``with guest(params, rate=None) as socket``: an embedded guest that hands over its memory there."""
     import contextlib
 
     from snapengine.guest.process import GuestProcess
@@ -217,7 +217,7 @@ def guest(requires_uffd, tmp_path):
 
 @pytest.fixture
 def hugetlb():
-    """``hugetlb(n)``: at least n free 2 MiB hugetlb pages, given back after the test."""
+    """``hugetlb(n)``: at least n free 2 MiB hugetlb pages, released after the test."""
     import hugekit
 
     with contextlib.ExitStack() as stack:
@@ -226,7 +226,7 @@ def hugetlb():
 
 @pytest.fixture(scope="session")
 def programs():
-    """The C programs of targetkit, compiled when first used, are removed in the end."""
+    """Remove the C programs of targetkit in the end; they are compiled when first used."""
     import targetkit
 
     yield
@@ -235,7 +235,7 @@ def programs():
 
 @pytest.fixture
 def machines():
-    """``machines(guest, accel=...)``: a machine of QEMU that does not outlive the test (qemukit.Machines)."""
+    """``machines(guest, accel=...)``: a QEMU machine that does not outlive the test (qemukit.Machines)."""
     import qemukit
 
     qemu = qemukit.find_qemu()
@@ -248,7 +248,7 @@ def machines():
 
 @pytest.fixture(scope="session")
 def linux_guest():
-    """linuxkit.Linux, where Debian's kernel can be had."""
+    """linuxkit.Linux; skips if Debian's kernel is not available."""
     import guest_kernel
     import linuxkit
 
@@ -276,17 +276,17 @@ def _usable(accel):
 
 @pytest.fixture(params=["tcg", pytest.param("kvm", marks=pytest.mark.host_optional)])
 def accel(request):
-    """Each way that QEMU runs a guest here. (Only the sweep runs under every KVM.)"""
+    """Each accelerator that QEMU can use here. (Only the sweep runs under every KVM.)"""
     return _usable(request.param)
 
 
 @pytest.fixture
 def kvm():
-    """The accelerator, where it can be had: QEMU's own dirty logging is exact with KVM only."""
+    """KVM; skips if it is not available: QEMU's own dirty logging is exact with KVM only."""
     return _usable("kvm")
 
 
 @pytest.fixture(params=["write-tracking", pytest.param("dirty-logging", marks=pytest.mark.host_optional)])
 def migration(request):
-    """(method, accelerator) of each way that QEMU saves itself."""
+    """(method, accelerator) of each way in which QEMU saves itself."""
     return request.param, _usable("kvm" if request.param == "dirty-logging" else "tcg")

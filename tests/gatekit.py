@@ -1,4 +1,4 @@
-"""A sink that waits for the test: while its gate is shut, only what the buffers hold leaves a capture."""
+"""A sink that the test can block: while its gate is closed, a capture can only fill its buffers."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 class GatedFile(FileSink):
-    """A file that takes its first MiB, and the rest once `gate` is open."""
+    """A file that accepts its first MiB, and the rest once `gate` is open."""
 
     def __init__(self, path):
         super().__init__(path)

@@ -1,7 +1,7 @@
 """Debian's cloud kernel for the Linux guest: unpacked from its package into a cache, never installed.
 
-``python3 tests/guest_kernel.py`` fetches it if it is not there, and prints its release. Only the standard
-library: it runs before anything is set up.
+``python3 tests/guest_kernel.py`` fetches it if it is not in the cache, and prints its release. It uses the
+standard library only: it runs before anything is set up.
 """
 
 import os
@@ -21,17 +21,17 @@ RETRY = ("-o", "Acquire::Retries=3")
 
 
 class NoKernel(Exception):
-    """There is none, and it cannot be had: the text says why."""
+    """There is no kernel in the cache, and it cannot be fetched: the text says why."""
 
 
 def cache():
-    """The directory that keeps it: ``vmlinuz``, ``release`` and the modules that are no part of it."""
+    """The cache directory: ``vmlinuz``, ``release`` and the modules that are not built into the kernel."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "snapengine" / "guest-kernel"
 
 
 def find():
-    """The cache with a kernel in it, which is fetched if need be; else NoKernel."""
+    """The cache directory, with a kernel that is fetched if necessary. Raises NoKernel."""
     room = cache()
     if not (room / "release").exists():
         _fetch(room)
@@ -45,7 +45,7 @@ def _fetch(room):
     room.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=room.parent) as name:
         work = Path(name)
-        work.chmod(0o755)  # apt downloads as another user where it can
+        work.chmod(0o755)  # apt downloads as another user if it can
         _run(["apt-get", "-q", *RETRY, "download", _package()], work)
         (package,) = work.glob("*.deb")
         _run(["dpkg-deb", "-x", str(package), "root"], work)
@@ -65,7 +65,7 @@ def _fetch(room):
 
 
 def _package():
-    """The package that the metapackage depends on, which has the release in its name."""
+    """The package that the metapackage depends on; its name contains the release."""
     for attempt in range(2):
         listed = subprocess.run(
             ["apt-cache", "depends", PACKAGE], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Shared by the tests of the hand-over: what is open, and a peer that connects."""
+"""Helpers for tests of the hand-over: the open descriptors, and a peer that connects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from waitkit import until
 
 
 def open_fds() -> set[str]:
-    """What this process has open, by content, so that a swap of one for another shows too."""
+    """The open descriptors of this process with their files, so that a replaced one is noticed too."""
     result = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -20,7 +20,7 @@ def open_fds() -> set[str]:
 
 
 def connect(path: Path) -> socket.socket:
-    """A connection to who listens there, or will."""
+    """Connect to the listener at that path; wait for it if there is none yet."""
 
     def attempt() -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX)

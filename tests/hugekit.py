@@ -1,4 +1,4 @@
-"""Pages of hugetlb for tests. The machine has one number of them: one run of tests at a time changes it."""
+"""hugetlb pages for tests. Their number is global to the machine: one test run at a time changes it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 KNOB = Path("/proc/sys/vm/nr_hugepages")
 LOCK = Path(tempfile.gettempdir()) / f"snapengine-hugetlb-{os.getuid()}.lock"
-_held = contextlib.ExitStack()  # of this process, which may ask again while it has some
+_held = contextlib.ExitStack()  # held by this process; nested calls share it
 _asked = 0
 
 
 @contextlib.contextmanager
 def huge_pages(count: int, needed: bool = True) -> Iterator[None]:
-    """`count` more 2 MiB pages than there are. Where they are not to be had the test is skipped, or goes on
-    without, if they are not `needed`."""
+    """Add `count` 2 MiB pages. If the kernel does not provide them, the test is skipped; if they are not
+    `needed`, it runs without them."""
     global _asked
     if not _asked:
         file = _held.enter_context(LOCK.open("w"))
@@ -37,7 +37,7 @@ def huge_pages(count: int, needed: bool = True) -> Iterator[None]:
                 count = 0
         try:
             if (found := int(KNOB.read_text())) < before + count and needed:
-                pytest.skip(f"only {found} of {before + count} hugetlb pages to be had")
+                pytest.skip(f"only {found} of {before + count} hugetlb pages are available")
             yield
         finally:
             if count:

@@ -1,7 +1,7 @@
-"""An image taken apart into its records, to be changed anywhere and put together again.
+"""Split an image into its records, change any of them, and put the image together again.
 
-`put_together` makes everything right that depends on something else (sizes, numbers, checksums, index,
-figures, trailer), so that what a test has changed is the only thing wrong.
+`put_together` recomputes all dependent values (sizes, numbers, checksums, index, figures, trailer), so the
+change that a test has made is the only error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAST, IGNORE = 1, 1 << 15
 
 @dataclass
 class Piece:
-    """One record. ``lies`` are header fields that are written as they are here, whatever is true."""
+    """One record. ``lies``: header fields that are written with these values, right or wrong."""
 
     type: bytes
     payload: bytes = b""
@@ -45,15 +45,15 @@ class Piece:
 
 @dataclass
 class Forge:
-    """A whole image. ``index`` and ``trailer`` are changes of what `put_together` works out: by the number of
-    the index entry, and by name."""
+    """A whole image. ``index`` and ``trailer`` change values that `put_together` computes: by number of the
+    index entry, and by name."""
 
     header: dict[str, object]
     pieces: list[Piece]
     index: dict[int, dict[str, int]] = field(default_factory=dict)
     trailer: dict[str, object] = field(default_factory=dict)
     entries: list[int] | None = None
-    """Which of the true index entries are written, in this order; None: all."""
+    """The numbers of the correct index entries that are written, in this order; None: all."""
     stat_size: bool = True
 
     def of(self, kind: bytes, number: int = 0) -> Piece:
@@ -64,7 +64,7 @@ class Forge:
 
 
 def take_apart(data: bytes) -> Forge:
-    """The records of a sound image."""
+    """The records of a valid image."""
     header = dict(zip(HEADER_NAMES, HEADER.unpack_from(data), strict=True))
     pieces, offset = [], 64
     while offset < len(data):
@@ -77,7 +77,7 @@ def take_apart(data: bytes) -> Forge:
 
 
 def copy_of(forge: Forge) -> Forge:
-    """Apart from the original, however it is changed."""
+    """A copy that shares nothing with the original."""
     pieces = [replace(piece, lies=dict(piece.lies)) for piece in forge.pieces]
     index = {number: dict(changes) for number, changes in forge.index.items()}
     return replace(forge, header=dict(forge.header), pieces=pieces, index=index, trailer=dict(forge.trailer))
@@ -147,7 +147,7 @@ def _true_index(pieces: list[Piece]) -> list[dict[str, int]]:
 
 
 def _fill_index(pieces: list[Piece], count: int, packed: bytes) -> None:
-    """All entries go into the first INDX, unless there are several: those keep what they have."""
+    """All entries go into the first INDX. If there are several INDX records, they keep their content."""
     indexes = [piece for piece in pieces if piece.type == b"INDX"]
     if len(indexes) == 1 and indexes[0].encoding == 0:
         indexes[0].payload = packed or bytes(INDEX.size * count)
@@ -155,7 +155,7 @@ def _fill_index(pieces: list[Piece], count: int, packed: bytes) -> None:
 
 
 def _with_size(text: bytes, total: int) -> bytes:
-    """The JSON of a STAT record with another image_bytes, as long as before."""
+    """The JSON of a STAT record with another image_bytes, of the same length."""
     changed = re.sub(rb'("image_bytes": )\d+', rb"\g<1>%d" % total, text.rstrip(b" "))
     return changed.ljust(len(text)) if len(changed) <= len(text) else text
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of the image: a small image of every kind of record, and tools to damage it."""
+"""Helpers for tests of images: a small image with every kind of record, and tools to damage it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIELDS = {
 
 @dataclass
 class Sample:
-    """An image and what it must read as."""
+    """An image and its expected content."""
 
     data: bytes
     memory: dict[str, bytes]
@@ -51,7 +51,7 @@ def pattern(pages: int, seed: int) -> bytes:
 
 
 def sample() -> Sample:
-    """Two regions (the second begins inside of a page), raw and zstd chunks, repeats, vmstate."""
+    """Two regions (the second begins inside a page), raw and zstd chunks, repeats, vmstate."""
     sink = MemorySink()
     writer = Writer(sink, image_id=bytes(range(16)))
     ram, device = Region("ram", 0x10000, 10 * PAGE_BYTES), Region("io", 0x100800, 6000, 4096, "shared")
@@ -70,7 +70,7 @@ def sample() -> Sample:
 
 
 def records(data: bytes) -> list[Record]:
-    """Every record of a sound image."""
+    """Every record of a valid image."""
     found, offset = [], 64
     while offset < len(data):
         source = StreamSource(io.BytesIO(data[offset:]))
@@ -81,7 +81,7 @@ def records(data: bytes) -> list[Record]:
 
 
 def reseal(data: bytes, record: Record, payload: bytes | None = None, **fields: int | bytes) -> bytes:
-    """Change fields (and the payload, of the same length) of a record and make its checksums right again."""
+    """Change fields (and the payload, of the same length) of a record, and recompute its checksums."""
     changed = bytearray(data)
     if payload is not None:
         changed[record.payload_offset : record.end] = payload
@@ -107,7 +107,7 @@ def opened(data: bytes) -> Image:
 
 
 def read_everything(data: bytes) -> None:
-    """Open, verify and read all: raises if anything is wrong."""
+    """Open, verify and read everything; raises if anything is wrong."""
     with opened(data) as image:
         image.verify()
         for region in image.regions:

@@ -20,7 +20,7 @@ REGULAR, FOLDER, DEVICE = 0o100755, 0o040755, 0o020600
 
 
 def cpio_entry(name, mode, data=b"", device=(0, 0)):
-    """One file of an initramfs: the kernel's buffer-format.rst, "newc"."""
+    """One file of an initramfs, in the "newc" format (buffer-format.rst of the kernel)."""
     path = name.encode() + b"\0"
     fields = [0, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(path), 0]
     header = b"070701" + b"".join(b"%08x" % field for field in fields)
@@ -33,7 +33,7 @@ def _padded(data):
 
 @functools.cache
 def initramfs():
-    """(kernel, initramfs): the paths of both; guest_kernel.NoKernel if there is no kernel to be had."""
+    """The paths (kernel, initramfs); guest_kernel.NoKernel if no kernel is available."""
     kernel = guest_kernel.find()
     room = Path(tempfile.mkdtemp(prefix="snapengine-guests-"))
     atexit.register(shutil.rmtree, room)
@@ -52,7 +52,7 @@ def initramfs():
 
 
 def make_disk(path):
-    """An empty disk for the guest at `path`, which is returned."""
+    """Make an empty disk for the guest at `path`, and return `path`."""
     with open(path, "wb") as file:
         file.truncate(DISK_BYTES)
     return path
@@ -60,10 +60,10 @@ def make_disk(path):
 
 @dataclass(frozen=True)
 class Linux:
-    """A machine that works on `size` MiB; `rate`, `batch` and `check` (of the disk) as in guests/worker.c.
+    """A machine that writes to `size` MiB; `rate`, `batch` and `check` (of the disk) as in guests/worker.c.
 
-    `disk`: a file made by make_disk(), or None. A second machine may have it open while the first one lives:
-    locking is off, and who restores onto the same disk says ``check="atleast"``.
+    `disk`: a file made by make_disk(), or None. A second machine may open it while the first one runs:
+    locking is off. To restore onto the same disk, use ``check="atleast"``.
     """
 
     size: int = 32
@@ -94,7 +94,7 @@ class Linux:
     def wait_round(self, machine, rounds=1, start=0):
         """(round, records acknowledged) of the `rounds`th round printed from character `start` on.
 
-        AssertionError if the guest has found itself damaged by then.
+        AssertionError if the guest has reported damage by then.
         """
 
         def look():
@@ -109,11 +109,11 @@ class Linux:
         return int(found[0][0]), int(found[0][1])
 
     def progress(self, machine):
-        """Where the counter of written pages is, which the guest has printed."""
+        """Address of the counter of written pages, as the guest printed it."""
         return self._printed(machine, "progress")
 
     def work_address(self, machine):
-        """Where the first page is that it works on."""
+        """Address of the first page that the guest writes to, as the guest printed it."""
         return self._printed(machine, "memory")
 
     def _printed(self, machine, name):

@@ -1,4 +1,4 @@
-"""What a test sees of a machine of QEMU that runs: its monitor, its serial port, its memory, its progress."""
+"""A running QEMU machine as a test sees it: its monitor, serial port, memory and progress."""
 
 import contextlib
 import functools
@@ -23,11 +23,11 @@ def state_of(pid):
 
 
 class Observed:
-    """A QEMU, whoever started it, that runs `guest` with the files that `room` names (qemukit.Setup)."""
+    """A QEMU that runs `guest` with the files in `room` (qemukit.Setup). Anyone may have started it."""
 
     def __init__(self, guest, room, pid):
         self.guest, self.room, self.pid = guest, Path(room), pid
-        self.socket = self.room / "qmp"  # a monitor for what is tested; the kit has its own
+        self.socket = self.room / "qmp"  # the monitor for the code under test; the kit has its own
         self.qmp = None
 
     def connect(self):
@@ -36,7 +36,7 @@ class Observed:
         def attempt():
             try:
                 self.qmp = Qmp(self.room / "kit")
-            except OSError:  # between bind() and listen() QEMU's socket is there and refuses
+            except OSError:  # between bind() and listen() QEMU's socket exists but refuses connections
                 return self.ended()
             return True
 
@@ -49,28 +49,28 @@ class Observed:
             self.qmp.close()
 
     def ended(self):
-        """Whether the process is gone, or only waits to be waited for."""
+        """Whether the process has ended, or is a zombie."""
         return state_of(self.pid) in ("", "Z", "X")
 
     def check_alive(self, found):
-        """AssertionError with what QEMU and its guest said, if it ended before what we want was `found`."""
+        """AssertionError with the output of QEMU and its guest, if QEMU ended before it was `found`."""
         if not found and self.ended():
             raise AssertionError(f"QEMU ended: {self.log()} guest: ...{self.serial()[-2000:]}")
 
     def log(self):
-        """What QEMU itself has printed."""
-        with contextlib.suppress(FileNotFoundError):  # who started it may keep that for itself
+        """The output of QEMU itself."""
+        with contextlib.suppress(FileNotFoundError):  # the starter may have redirected it
             return (self.room / "log").read_text(errors="replace").strip()
         return ""
 
     def serial(self):
-        """What the guest has printed."""
+        """The output of the guest."""
         with contextlib.suppress(FileNotFoundError):
             return (self.room / "serial").read_bytes().replace(b"\0", b"").decode(errors="replace")
         return ""
 
     def wait_serial(self, pattern, deadline_s=PATIENCE_S, start=0):
-        """The match of the regular expression in what the guest printed from character `start` on."""
+        """Wait for a match of the regular expression in the guest's output from character `start` on."""
         expression = re.compile(pattern, re.MULTILINE)
 
         def look():
@@ -83,20 +83,20 @@ class Observed:
         )
 
     def ready(self):
-        """Wait until the guest works as it will go on; the machine."""
+        """Wait until the guest has started up and writes; the machine."""
         self.guest.wait_ready(self)
         return self
 
     @functools.cached_property
     def ram_address(self):
-        """Where the machine's RAM begins in the QEMU process (below 3 GiB it is one piece)."""
+        """Address of the machine's RAM in the QEMU process (below 3 GiB it is one mapping)."""
         shown = self.qmp.hmp(f"gpa2hva {MIB:#x}")
         found = re.search(r"is 0x([0-9a-f]+)", shown)
         assert found, shown
         return int(found[1], 16) - MIB
 
     def read_ram(self, offset=0, length=None):
-        """Bytes of the RAM, read while the machine does what it does: no state of one instant."""
+        """Bytes of the RAM, read while the machine runs: not a state of one instant."""
         buffer = bytearray(self.guest.memory - offset if length is None else length)
         view = memoryview(buffer)
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
@@ -108,27 +108,27 @@ class Observed:
         return buffer
 
     def write_ram(self, offset, data):
-        """Put bytes into the RAM from outside, past QEMU."""
+        """Write bytes into the RAM from outside, without QEMU."""
         with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
             done = os.pwrite(memory.fileno(), data, self.ram_address + offset)
         assert done == len(data), f"{done} of {len(data)} bytes at {offset:#x}"
 
     @functools.cached_property
     def progress_address(self):
-        """Where in the RAM the guest counts the pages that it has written (32 bits)."""
+        """Offset in the RAM of the guest's counter of written pages (32 bits)."""
         return self.guest.progress(self)
 
     def counter(self):
-        """Pages that the guest has written; it wraps round at 32 bits."""
+        """Number of pages that the guest has written; it wraps around at 32 bits."""
         return int.from_bytes(self.read_ram(self.progress_address, 4), "little")
 
     def wait_progress(self, pages=1, deadline_s=PATIENCE_S):
-        """Wait until the guest has written so many pages more."""
+        """Wait until the guest has written that many more pages."""
         before = self.counter()
-        until(lambda: (self.counter() - before) % (1 << 32) >= pages, "the guest stands still", deadline_s)
+        until(lambda: (self.counter() - before) % (1 << 32) >= pages, "no progress of the guest", deadline_s)
 
     def migrate(self, uri, deadline_s=PATIENCE_S, **capabilities):
-        """QEMU's own ``migrate``, to its end; the last ``query-migrate``. Capabilities with "_" for "-"."""
+        """Run QEMU's own ``migrate``; returns the last ``query-migrate``. Capabilities have "_" for "-"."""
         if capabilities:
             names = [
                 {"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()
@@ -139,7 +139,7 @@ class Observed:
         return self._migrated(deadline_s)
 
     def load(self, uri, deadline_s=PATIENCE_S):
-        """``migrate-incoming`` of a whole stream; the machine is loaded and does not run yet."""
+        """``migrate-incoming`` of a complete stream; then the machine is loaded but does not run yet."""
         self.qmp("migrate-incoming", uri=uri)
         return self._migrated(deadline_s)
 

@@ -1,6 +1,6 @@
-"""The smallest engine there can be: protect all, copy all, release all. For tests of the peer's side.
+"""The smallest possible engine: protect all, copy all, release all. For tests of the peer's side.
 
-As a program (arguments: socket path) it protects a peer's memory, says so, and waits to be killed.
+As a program (arguments: socket path) it protects a peer's memory, prints that, and waits to be killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REGISTER_MODE_WP = 2
 
 @dataclass
 class MinimalImage:
-    """What `check_image` asks of an image."""
+    """The part of an image's interface that `check_image` uses."""
 
     regions: list[Region]
     vmstate: dict[str, bytes]
@@ -34,7 +34,7 @@ class MinimalImage:
 
 
 class MinimalEngine:
-    """One write-tracking capture in which no fault is served before everything is copied."""
+    """One capture with write tracking; no fault is served before everything is copied."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.target = PeerTarget(path)

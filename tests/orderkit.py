@@ -1,4 +1,4 @@
-"""The other half of targets/order.h: whether an image holds a prefix of the writes, and which."""
+"""The counterpart of targets/order.h: checks whether an image holds a prefix of the writes, and which."""
 
 import numpy as np
 from targetkit import COUNTERS, MEMORY, PAGES, VALUES, Target
@@ -20,23 +20,23 @@ class OrderTarget(Target):
 
     @property
     def region(self):
-        """As ``regions`` takes it."""
+        """The target's memory, in the form of the argument ``regions``."""
         start = self.words[MEMORY]
         return f"{start:x}-{start + self.words[PAGES] * PAGE:x}"
 
     def last_write(self):
-        """A write that is complete. No thread may have run yet: then it is the last of the first round."""
+        """A completed write. If no thread has run yet, it is the last write of the first round."""
         return max(self.words[PAGES], *self.words[COUNTERS : COUNTERS + self.threads])
 
 
 def faults_of_order(memory, stride):
-    """(M, pages that do not fit to it): M is the last write in the memory, which must hold all before it."""
+    """(M, inconsistent pages): M is the last write in the memory, which must hold all writes before M."""
     page_words = np.frombuffer(memory, dtype="<u8").reshape(-1, 512)
     first, last = page_words[:, 0].astype(np.int64), page_words[:, 511].astype(np.int64)
     pages = len(first)
     newest = int(first.max())
     inverse = pow(stride, -1, pages)
-    numbers = np.arange(pages, dtype=np.int64) * inverse % pages  # writes into the page: these, modulo pages
+    numbers = np.arange(pages, dtype=np.int64) * inverse % pages  # writes into the page, modulo pages
     wanted = newest - (newest - numbers) % pages
     bad = (first != wanted) | (last != wanted)
     at = newest * stride % pages
@@ -45,16 +45,16 @@ def faults_of_order(memory, stride):
 
 
 def check_order(path, target, low=0, high=None):
-    """The image is a prefix of the writes that holds `low`, and nothing after `high` and one a thread."""
+    """The image is a prefix of the writes, at least to `low`, at most to `high` and one more per thread."""
     with open_image(path) as image:
         image.verify()
         memory = image.read_at(target.words[MEMORY], target.words[PAGES] * PAGE)
         turn = int.from_bytes(image.read_at(target.words[VALUES], 8), "little")
     newest, bad = faults_of_order(memory, target.stride)
     assert not len(bad), (
-        f"write {newest} is in the image; of {len(bad)} pages an earlier one is not: {bad[:5]}"
+        f"write {newest} is in the image, but {len(bad)} pages lack an earlier write: {bad[:5]}"
     )
-    assert newest in (turn - 1, turn), "the mapping with the turn is of another moment"
+    assert newest in (turn - 1, turn), "the mapping with the turn is from another instant"
     assert newest >= low
     assert high is None or newest <= high + target.threads
     return newest

@@ -1,6 +1,6 @@
-"""Shared by the tests of cores: a C program with a known state, stopped by ptrace, and an image of it.
+"""Helpers for tests of cores: a C program with a known state, stopped by ptrace, and an image of it.
 
-It takes its own registers and memory, so that these tests do not depend on how the package does it.
+This kit reads registers and memory by itself, so that these tests do not depend on the package for that.
 """
 
 import contextlib
@@ -106,13 +106,13 @@ def build_program(directory):
 
 @contextlib.contextmanager
 def running(path):
-    """The program, all of its three threads in pause(). Its pid."""
+    """The pid of the program; all its three threads are in pause()."""
     process = subprocess.Popen([path, "one argument"], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline() == b"ready\n"
         until(
             lambda: all(syscall_of(process.pid, tid) == PAUSE for tid in tasks(process.pid)),
-            "a thread does not get to its pause()",
+            "a thread does not reach its pause()",
         )
         yield process.pid
     finally:
@@ -132,14 +132,14 @@ def syscall_of(pid, tid):
 
 @contextlib.contextmanager
 def stopped(pid):
-    """The threads' states, while they all stand still."""
+    """The states of the threads, while all of them are stopped."""
     seized = []
     try:
         for tid in tasks(pid):
             try:
                 ptrace(PTRACE_SEIZE, tid)
             except PermissionError:
-                pytest.skip("may not trace here")
+                pytest.skip("this user may not trace")
             seized.append(tid)
             ptrace(PTRACE_INTERRUPT, tid)
             os.waitpid(tid, WALL)
@@ -159,9 +159,9 @@ def thread_state(pid, tid):
 
 
 def page_states(pid, start, pages):
-    """Of each page: whether it is populated, and whether it is the process's own (not a file's).
+    """Per page: whether it is populated, and whether it is the process's own (not a file's).
 
-    The vdso counts as populated: nothing but its use puts it into the page tables.
+    The vdso counts as populated: only its use puts it into the page tables.
     """
     if any(mapping.start == start and mapping.path == "[vdso]" for mapping in read_maps(pid)):
         return [(True, True)] * pages
@@ -172,7 +172,7 @@ def page_states(pid, start, pages):
 
 
 def wanted(pid, mapping):
-    """Why not to capture a mapping, or None: what may differ from the file, and the vdso, are captured."""
+    """Why a mapping is not captured, or None: the vdso and all that may differ from a file are captured."""
     if mapping.shared or mapping.path in ("[vvar]", "[vvar_vclock]", "[vsyscall]") or mapping.perms[0] != "r":
         return "not private memory"
     if mapping.path == "[vdso]" or mapping.perms[1] == "w":
@@ -182,7 +182,7 @@ def wanted(pid, mapping):
 
 
 def image_of(pid, cut, threads=(), lost=()):
-    """The bytes of an image; `lost` are addresses of pages to be recorded as lost."""
+    """The bytes of an image; `lost`: the addresses of pages to record as lost."""
     captured, left = [], []
     for mapping in read_maps(pid):
         reason = wanted(pid, mapping)
@@ -209,7 +209,7 @@ def image_of(pid, cut, threads=(), lost=()):
 
 
 def write_region(writer, pid, memory, region, first, lost):
-    """Chunks of at most 256 pages: data and zero pages as they are, unpopulated ones as holes."""
+    """Chunks of at most 256 pages: data and zero pages unchanged, unpopulated ones as holes."""
     states = page_states(pid, region.addr, region.length // PAGE_BYTES)
     for start in range(0, len(states), 256):
         entries, data = [], b""
@@ -229,7 +229,7 @@ def write_region(writer, pid, memory, region, first, lost):
 
 
 def gdb(program, core, *commands):
-    """What gdb prints."""
+    """The output of gdb."""
     command = ["gdb", "-batch", "-nx", "-iex", "set debuginfod enabled off", "-iex", "set auto-load off"]
     for text in commands:
         command += "-ex", text

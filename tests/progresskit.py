@@ -1,6 +1,6 @@
-"""What a guest gets done: its counter of written pages, read from outside every millisecond.
+"""The progress of a guest: its counter of written pages, read from outside every millisecond.
 
-Run as a program it is the sampler itself, apart from a Python that has other work:
+Run as a program, this file is the sampler itself, in a process that has no other work:
 ``progresskit.py PID ADDRESS`` samples until its input ends, then writes the samples to its output.
 """
 
@@ -29,18 +29,18 @@ class Progress:
 
     @classmethod
     def of(cls, samples):
-        """From an array of SAMPLE; the counter may have wrapped round."""
-        steps = np.diff(samples["count"])  # unsigned: right across the wrap
+        """From an array of SAMPLE; the counter may have wrapped around."""
+        steps = np.diff(samples["count"])  # unsigned: correct across the wrap
         pages = np.concatenate(([0], np.cumsum(steps, dtype=np.int64)))
         return cls(samples["time_ns"].astype(np.int64), pages)
 
     def between(self, begin_ns, end_ns):
-        """The samples of that span."""
+        """The samples within that time span."""
         inside = slice(*np.searchsorted(self.times_ns, [begin_ns, end_ns]))
         return Progress(self.times_ns[inside], self.pages[inside])
 
     def rate(self):
-        """Pages per second over the whole."""
+        """Pages per second over the whole time span."""
         self._check()
         return float(self.pages[-1] - self.pages[0]) / ((self.times_ns[-1] - self.times_ns[0]) / 1e9)
 
@@ -51,15 +51,15 @@ class Progress:
         return np.diff(np.interp(edges, self.times_ns, self.pages)) / (width_ns / 1e9)
 
     def longest_gap_ns(self):
-        """The longest time in which the samples show no progress: at most two periods less than it was."""
+        """The longest time without progress in the samples: the true time is at most two periods longer."""
         self._check()
         moved = np.flatnonzero(np.diff(self.pages)) + 1
-        first = np.concatenate(([0], moved))  # of the samples that show the same count
+        first = np.concatenate(([0], moved))  # of consecutive samples with the same count
         last = np.concatenate((moved - 1, [len(self.pages) - 1]))
         return int((self.times_ns[last] - self.times_ns[first]).max())
 
     def longest_wait_ns(self):
-        """The longest time between two samples: shorter gaps of the guest can hide in it."""
+        """The longest time between two samples: pauses of the guest that are shorter can go unnoticed."""
         self._check()
         return int(np.diff(self.times_ns).max())
 
@@ -89,9 +89,9 @@ class ProgressSampler:
 
 
 def sample(pid, address):
-    """Samples until standard input ends, or the process."""
+    """Sample until standard input or the process ends."""
     taken = bytearray()
-    with contextlib.suppress(PermissionError):  # without it busy CPUs make the samples rare
+    with contextlib.suppress(PermissionError):  # otherwise samples are rare on busy CPUs
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     count = bytearray(4)
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:

@@ -18,8 +18,8 @@ class QmpError(Exception):
 class Qmp:
     """A connection to QEMU's monitor at the Unix socket `path`; ``qmp("query-status")``.
 
-    A monitor serves one client at a time, so the machine under test needs another socket for what is tested.
-    `events` holds all that came in, oldest first.
+    A monitor serves one client at a time, so the machine needs another socket for the code under test.
+    `events` holds all received events, oldest first.
     """
 
     def __init__(self, path, deadline_s=PATIENCE_S):
@@ -37,7 +37,7 @@ class Qmp:
             raise
 
     def __call__(self, command, **arguments):
-        """Run `command`; `arguments` with "_" stand for the names with "-"."""
+        """Run `command`; "_" in the names of `arguments` becomes "-"."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = {"execute": command, "arguments": named} if named else {"execute": command}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -50,11 +50,11 @@ class Qmp:
             self.events.append(message)
 
     def hmp(self, line):
-        """What the human monitor prints for `line`."""
+        """The output of the human monitor for `line`."""
         return self("human-monitor-command", command_line=line)
 
     def wait_for(self, event, since=0):
-        """The first event of that name, of those after the first `since`."""
+        """The first event of that name; the first `since` events are skipped."""
         end = time.monotonic() + self.deadline_s
         while True:
             for message in self.events[since:]:

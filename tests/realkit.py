@@ -1,4 +1,4 @@
-"""Programs that were not written for these tests: each runs under load, is saved, and must be unharmed."""
+"""Programs that were not written for these tests: each runs under load, is saved, and must not be harmed."""
 
 import contextlib
 import os
@@ -30,18 +30,18 @@ MODES = ["soft", "stop", "dirty"]
 SUPERVISOR = Path(__file__).with_name("supervise.py")
 LIMIT_S = 1800
 TROUBLE = ("Cannot access memory", "not a core dump", "internal-error", "rror in ", "Couldn't find")
-TORN = "Backtrace stopped"  # also where code was made at run time, which gdb cannot know
+TORN = "Backtrace stopped"  # also for code that was generated at run time, which gdb does not know
 summary: list[str] = []  # lines for the end of the run
 
 
 def find(program):
-    """Its path, also where Debian keeps it out of a user's PATH; None if it is not installed."""
+    """The path of a program, even one outside a user's PATH; None if it is not installed."""
     places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
     return shutil.which(program, path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", *places]))
 
 
 def need(*programs):
-    """The paths of these programs; skip where one is not installed."""
+    """The paths of these programs; skip if one is not installed."""
     for program in programs:
         if find(program) is None:
             pytest.skip(f"{program} is not installed")
@@ -49,7 +49,7 @@ def need(*programs):
 
 
 def need_all(what):
-    """Skip but in `make test-real`."""
+    """Skip, except in `make test-real`."""
     if not ALL:
         pytest.skip(f"{what}: only in `make test-real`")
 
@@ -79,14 +79,14 @@ class Running:
         self.pid = int(self._supervisor.stdout.readline())
 
     def said(self):
-        """All that the command has printed."""
+        """All output of the command."""
         return self.log.read_text(errors="replace")
 
     def ended(self):
         return state_of(self.pid) in ("", "Z", "X")
 
     def until(self, condition, what):
-        """The first true value; AssertionError, with what it printed, if it ends or takes too long."""
+        """The first true value; AssertionError, with the command's output, if it ends or takes too long."""
 
         def look():
             value = condition()
@@ -105,12 +105,12 @@ class Running:
 
 
 def children(pid):
-    """The ids of the processes that it has started and that live."""
+    """The ids of its living child processes."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Load(threading.Thread):
-    """Calls ``step(number)`` with 0, 1, 2, ... all the time; `done` is the last number that went well."""
+    """Calls ``step(number)`` with 0, 1, 2, ... in a loop; `done` is the last number that succeeded."""
 
     def __init__(self, step):
         super().__init__()
@@ -130,7 +130,7 @@ class Load(threading.Thread):
             self.failure = error
 
     def check(self, more=100):
-        """It has met no failure, and gets on."""
+        """There was no failure, and the load makes progress."""
         wanted = self.done + more
         until(lambda: self.done >= wanted or self.failure, "the load is stuck")
         assert self.failure is None, repr(self.failure)
@@ -154,11 +154,11 @@ def snapshot(pid, path, mode):
 
 
 def save_under_load(pid, mode, folder, *, check, discards=False, busy=lambda: None):
-    """SNAPSHOTS of a process that works all the time, each one verified.
+    """SNAPSHOTS of a process under load, each one verified.
 
-    ``check(path, take)``: what must be in the image that ``take()`` has made. `discards`: the program gives
-    memory back to the kernel while it runs, so that pages may be lost; never shared ones. ``busy()`` returns
-    when it has met no failure and got on.
+    ``check(path, take)`` checks the content of the image that ``take()`` has made. `discards`: the program
+    returns memory to the kernel while it runs, so pages may be lost; never shared ones. ``busy()`` returns
+    when there was no failure and the program made progress.
     """
     before = set(descriptors(pid))
     results = []
@@ -180,7 +180,7 @@ def save_under_load(pid, mode, folder, *, check, discards=False, busy=lambda: No
 
 
 def check_lost(image, result, discards):
-    """Only what the program gave back: private memory, and of a program that does that."""
+    """Only private memory may be lost, and only of a program that returns memory to the kernel."""
     assert result.status == "completed"
     assert discards or result.lost_pages == 0, f"{result.lost_pages} lost pages: {result.lost_runs[:5]}"
     shared = [(m.start, m.end) for m in process_of(image).mappings if m.perms[3] == "s"]
@@ -189,8 +189,8 @@ def check_lost(image, result, discards):
 
 
 def check_left_alone(pid, before):
-    """Nothing of ours is left in it."""
-    until(lambda: status_line(pid, "TracerPid") == "0", "it is traced still")
+    """The target has no descriptor, mapping or tracer of ours."""
+    until(lambda: status_line(pid, "TracerPid") == "0", "it is still traced")
     assert not [name for name in descriptors(pid).values() if "userfaultfd" in name]
     assert state_of(pid) in ("R", "S", "D")
     assert before & {"0", "1", "2"} <= set(descriptors(pid))
@@ -201,13 +201,13 @@ def note(pid, mode, results):
     name = Path(f"/proc/{pid}/comm").read_text().strip()
     lost = sorted(result.lost_pages for result in results)
     stops = sorted(result.stop_ns / 1e6 for result in results)
-    stood = f", stood {stops[0]:.0f} … {stops[-1]:.0f} ms" if stops[-1] else ""
+    stood = f", stopped {stops[0]:.0f} … {stops[-1]:.0f} ms" if stops[-1] else ""
     summary.append(f"{name}, {mode}: {len(results)} snapshots, {lost[0]} … {lost[-1]} pages lost{stood}")
 
 
 def check_core(path, program, folder, made_code=False):
-    """The stop cut as a core in gdb: every thread, and the frames of the main one, to the end but in
-    `made_code`."""
+    """The stop cut as a core in gdb: every thread, and the frames of the main thread. With `made_code` the
+    backtrace need not be complete."""
     core = folder / "core"
     with open_image(path) as image:
         threads = process_of(image).threads
@@ -215,7 +215,7 @@ def check_core(path, program, folder, made_code=False):
     text = gdb(program, core, "info threads", "thread 1", "backtrace")
     core.unlink()
     assert len(re.findall(r"^[* ] +\d+ +.*(?:LWP|Thread)", text, re.MULTILINE)) == len(threads), text
-    # gdb shows nothing that called main, and a Go program may have been in it.
+    # gdb shows no callers of main, and a Go program may have been in main itself.
     assert re.search(r"^#1 +\w|^#0 +(0x\w+ in )?main\.main \(", text, re.MULTILINE), text
     assert not any(words in text for words in TROUBLE), text
     assert made_code or TORN not in text, text
@@ -231,9 +231,10 @@ def memory_of(path):
 
 
 def all_of_it(take):
-    """Snapshots, until nothing was mapped during one: it would not be in the image, and the result says so.
+    """Take snapshots until the program maps no memory during one: such memory is not in the image, and the
+    result names it.
 
-    Heaps grow, and dirty logging begins long before the instant of its image.
+    Heaps grow, and dirty logging begins long before its T.
     """
     for _ in attempts("the program maps memory all the time"):
         result = take()
@@ -254,7 +255,7 @@ def sequence_in(path):
 
 
 def check_sequence(path, take, load):
-    """What one client has sent in order is in the image up to one value, and none after it."""
+    """The image holds the values that one client sent in order, up to one of them and none after it."""
     low = load.done
     result = all_of_it(take)
     high = load.done + 1
@@ -266,11 +267,11 @@ def check_sequence(path, take, load):
     return result
 
 
-# Two counters that a program adds to in turn
+# Two counters that a program increments in turn
 
 
 def pairs_in(path, marks):
-    """(first, second) behind the two marks, 64-bit words, wherever they are in the image."""
+    """The 64-bit words (first, second) behind the two marks, at all places of the image that have them."""
     wanted = struct.pack("<QQ", *marks)
     found = []
     for data in memory_of(path):
@@ -282,25 +283,25 @@ def pairs_in(path, marks):
 
 
 def check_pair(path, take, marks, newest):
-    """The second counter is the first, or one behind it, and both are of the time of the snapshot.
+    """The second counter equals the first or is one less, and both are from the time of the snapshot.
 
-    ``newest()``: what the program last said that its second counter is.
+    ``newest()``: the second counter as the program last printed it.
     """
     low = newest()
     result = all_of_it(take)
-    for _ in range(2):  # the first line after the snapshot may have been on its way before
+    for _ in range(2):  # the first line after the snapshot may have been printed before it
         said = newest()
-        until(lambda said=said: newest() > said, "the program does not say how far it is")
+        until(lambda said=said: newest() > said, "the program does not print its counter")
     found = [pair for pair in pairs_in(path, marks) if pair[1] >= low]
     assert found, f"no counters of at least {low}: {pairs_in(path, marks)}"
     for first, second in found:
-        assert second in (first, first - 1), f"{first} before {second}: not of one instant"
+        assert second in (first, first - 1), f"{first} and {second}: not of one instant"
         assert second <= newest()
     return result
 
 
 class Counting(Running):
-    """A program of tests/real/programs: it checks its own data all the time, and says how far it counts."""
+    """A program of tests/real/programs: it keeps checking its own data, and prints its counter."""
 
     def __init__(self, command, log, **popen):
         self.marks = struct.unpack("<QQ", os.urandom(16))
@@ -308,14 +309,14 @@ class Counting(Running):
         self.until(lambda: self.newest() > 1000, "it does not count")
 
     def newest(self):
-        """Its second counter when it last told."""
+        """Its second counter, as last printed."""
         said = self.said()
         assert "FAIL" not in said, said[-2000:]
         found = re.findall(r"^at (\d+)\n", said[-2000:], re.MULTILINE)
         return int(found[-1]) if found else -1
 
     def check(self):
-        """It has found nothing wrong with itself, and goes on."""
+        """It has found no damage of its data, and makes progress."""
         before = self.newest()
         self.until(lambda: self.newest() > before, "it stands still")
 

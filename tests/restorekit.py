@@ -1,4 +1,4 @@
-"""Machines that go on from an image, started by what is tested and watched by the kit."""
+"""Machines that are restored from an image: the code under test starts them, the kit watches them."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from snapengine.qemu.restore import restore_machine
 
 @contextlib.contextmanager
 def restoring(machines, image, machine, **options):
-    """``with restoring(machines, image, machine) as new``: the dead `machine` goes on from `image`."""
+    """``with restoring(machines, image, machine) as new``: restores the ended `machine` from `image`."""
     machine.progress_address  # noqa: B018 - it is known from now on: the guest prints it only once
     setup = machines.setup_like(machine)
     command = [*setup.command, *setup.monitors]

@@ -1,6 +1,7 @@
-"""Scripts for a child, with a `check` of what is left behind: threads, descriptors, files, held memory.
+"""Scripts for a child process, with a `check` for what is left behind: threads, descriptors, files,
+protected memory.
 
-In the test's own process a limit or a signal would hit the test.
+In the test's own process a limit or a signal would affect the test itself.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ COMMON = r"""
     def open_files():
         found = []
         for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):    # the one of this list
+            with contextlib.suppress(FileNotFoundError):    # the descriptor of this listing
                 found.append((number, os.readlink(f"/proc/self/fd/{number}")))
         # Python's own tempfile loses its unnamed file if the Ctrl-C comes as open() returns.
         return sorted(pair for pair in found if not re.fullmatch(r".*/#\d+ \(deleted\)", pair[1]))
 
     def check(before):
         for start in range(0, 8 * MIB, 4096):
-            buffer[start] = 7                       # it would stand for ever
-        for _ in range(200):                        # a joined thread has its last instructions
+            buffer[start] = 7                       # would block for ever if still protected
+        for _ in range(200):                        # a joined thread may still be exiting
             if len(os.listdir("/proc/self/task")) == 1:
                 break
             time.sleep(0.01)
@@ -51,7 +52,7 @@ COMMON = r"""
             os.unlink(os.path.join(folder, "image"))
         assert left <= {"image"}, left
 
-    capture(sink="null:")                           # all is imported, and it works
+    capture(sink="null:")                           # imports everything, and shows that it works
     before = open_files()
     check(before)
 """

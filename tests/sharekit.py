@@ -1,5 +1,6 @@
-"""Shared memory of known content that is written to, punched, cut and filled: in this process, or in a child
-that is attached to or hands itself over (``python sharekit.py KIND DIRECTORY [SOCKET]``, commands on stdin).
+"""Shared memory of known content that is written to, punched, truncated and filled: in this process, or in a
+child that is attached to or hands over its memory (``python sharekit.py KIND DIRECTORY [SOCKET]``, which
+reads commands from stdin).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 PAGE, MIB = 4096, 1 << 20
-N_PAGES = 96 * MIB // PAGE  # of them the last quarter is never touched: holes
+N_PAGES = 96 * MIB // PAGE  # the last quarter of them is never touched: holes
 HOLES = N_PAGES * 3 // 4
 KINDS = ("memfd", "shm", "tmpfs", "anonymous", "hugetlb")
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -59,7 +60,7 @@ class Share:
     def addr(self):
         return self.words.ctypes.data
 
-    # -- what is done to pages first ... first + count --
+    # -- actions on the pages first ... first + count --
 
     def punch(self, first, count):
         if self.fd < 0:
@@ -72,7 +73,7 @@ class Share:
         self.words[first : first + count, [0, 511]] = LATER
 
     def look(self, first, count):
-        """Punched out, and read again: there are zero pages then."""
+        """Punch the pages out and read them, which makes zero pages."""
         self.punch(first, count)
         assert not self.words[first : first + count, 0].any()
 
@@ -82,7 +83,7 @@ class Share:
         self.words[first : first + count, [0, 511]] = LATER
 
     def allocate(self, first, count):
-        """Nothing changes: what is there stays, and what is not reads as zeros as before."""
+        """No content changes: data stays, and holes still read as zeros."""
         self._fallocate(0, 0, N_PAGES)
 
     def fill(self, first, count):
@@ -92,7 +93,7 @@ class Share:
         assert not self.words[HOLES:, 0].any()
 
     def replace(self, first, count):
-        """Another file in its place, of which the last page is a hole."""
+        """Map another file there, whose last page is a hole."""
         other = os.memfd_create("other")
         os.ftruncate(other, count * PAGE)
         os.pwrite(other, (LATER.to_bytes(8, "little") * 512) * (count - 1), 0)
@@ -103,7 +104,7 @@ class Share:
         self.words[first : first + count, 0] = LATER
 
     def nothing(self, first, count):
-        """The neighbours are written to all the time."""
+        """Do nothing: only the neighbouring pages are written to (`written`)."""
 
     def _fallocate(self, mode, first, count):
         if LIBC.fallocate(self.fd, mode, first * PAGE, count * PAGE):
@@ -113,7 +114,7 @@ class Share:
 
     @contextlib.contextmanager
     def written(self, first, count):
-        """Word 1 of all data pages outside of that part (and of the holes) counts up meanwhile."""
+        """Meanwhile a thread increments word 1 of all data pages outside that range."""
         pages = np.flatnonzero(expected(self.unit))
         pages = pages[(pages < first) | (pages >= first + count)]
         self._stop.clear()
@@ -133,7 +134,7 @@ class Share:
 
 
 def expected(unit):
-    """Word 0 of each page before anything is done to it."""
+    """Word 0 of each page before any action."""
     pages = np.arange(N_PAGES, dtype=np.uint64)
     return np.where((pages // unit % 2 == 1) & (pages < HOLES), pages + 1, 0).astype(np.uint64)
 
@@ -176,7 +177,7 @@ class Child:
 
 
 def _hand_over(share, kind, path):
-    """As a peer: pause and resume need nothing, since nobody but the test makes this process do anything."""
+    """Serve as a peer. pause and resume do nothing: this process acts only on commands of the test."""
     from snapengine.kernel.uffd import FEATURES, Uffd
 
     with socket.socket(socket.AF_UNIX) as connection:

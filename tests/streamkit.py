@@ -1,4 +1,4 @@
-"""Migration streams made by hand, and what their pages hold."""
+"""Hand-made migration streams, and the content of their pages."""
 
 import struct
 
@@ -49,7 +49,7 @@ def head(blocks=BLOCKS, config=None):
 
 
 def record(offset, data, block=None):
-    """One page; `block` None: that of the record before. Zeros as None."""
+    """One page. `block` None: the block of the record before. Content None: a zero page."""
     flags = (ZERO if data is None else PAGE) | (CONTINUE if block is None else 0)
     return u64(offset | flags) + (b"" if block is None else text(block)) + (b"\0" if data is None else data)
 
@@ -64,19 +64,19 @@ def device(name, body, section_id, instance=0):
 
 
 def tail(description=b'{"devices": []}'):
-    # A device may well hold what looks like its own footer, or like the mark of the description.
+    # A device's data may look like its own footer, or like the mark of the description.
     devices = device("timer", bytes(24), 0) + device("cpu", b"\x7e" + u32(4) + b"\5\0\x06 state", 4)
     end = b"\0" if description is None else b"\0\x06" + u32(len(description)) + description
     return devices + end
 
 
 def filled(number):
-    """A page that holds its number all over."""
+    """A page that is filled with its number."""
     return struct.pack("<I", number + 1) * 1024
 
 
 def records_of(pages):
-    """Records for a list of (block, page number, bytes or None), with CONTINUE where it can be."""
+    """Records for a list of (block, page number, bytes or None), with CONTINUE where possible."""
     before = None
     for block, number, data in pages:
         yield record(number * 4096, data, None if block == before else block)
@@ -84,13 +84,13 @@ def records_of(pages):
 
 
 def stream(pages, *, blocks=BLOCKS, end=True, description=b'{"devices": []}'):
-    """A whole stream with these pages, in one PART section."""
+    """A complete stream with these pages, in one PART section."""
     closing = section(kind=3) if end else b""
     return head(blocks) + section(*records_of(pages)) + closing + tail(description)
 
 
 def memory_of(pages, blocks=BLOCKS):
-    """What a machine has after it has read such a stream: block -> bytes."""
+    """The RAM of a machine after it has loaded such a stream: block -> bytes."""
     memory = {name: bytearray(used) for name, used in blocks}
     for block, number, data in pages:
         memory[block][number * 4096 : number * 4096 + 4096] = ZEROS if data is None else data

@@ -1,4 +1,4 @@
-"""What a stub says of a compiled module, what the module says of itself, and where the two differ."""
+"""Compare a stub with its compiled module, and list the differences."""
 
 import ast
 import inspect
@@ -17,7 +17,7 @@ def is_public(name):
 
 
 def shape(arguments, without_self=False):
-    """[(name, kind, default)] of an `ast.arguments`; a default that is no literal, and "...", is `...`."""
+    """[(name, kind, default)] of an `ast.arguments`; a default "..." or not a literal becomes `...`."""
 
     def value(node):
         if node is None:
@@ -41,7 +41,7 @@ def shape(arguments, without_self=False):
 
 
 def shape_of(function, without_self=False):
-    """The same of something that runs."""
+    """The same for a function object."""
     kinds = inspect.Parameter
     names = {
         kinds.POSITIONAL_ONLY: "by position",
@@ -55,7 +55,7 @@ def shape_of(function, without_self=False):
 
 
 def agree(stub, real):
-    """A stub may leave a default open, as "..."; that there is one it says."""
+    """Whether the parameters agree. A stub may give a default as "...", but must not omit it."""
     return len(stub) == len(real) and all(
         (a, b) == (c, d) and (x is y or (NOTHING not in (x, y) and (x is ... or y is ... or same(x, y))))
         for (a, b, x), (c, d, y) in zip(stub, real, strict=True)
@@ -67,13 +67,13 @@ def same(one, other):
 
 
 def c_parameter(text):
-    """A parameter of Cython as Python writes it: without C type and `not None`."""
+    """A Cython parameter in Python syntax: without C type and `not None`."""
     declared, equals, default = text.strip().partition("=")
     return declared.replace("not None", "").split()[-1] + equals + default
 
 
 class Source:
-    """What a .pyx says where its compiled module does not."""
+    """Facts that only the .pyx has, not its compiled module."""
 
     def __init__(self, text):
         self.makers = {}
@@ -84,7 +84,7 @@ class Source:
                 continue
             written = ", ".join(map(c_parameter, parameters.split(","))) if parameters else ""
             (function,) = ast.parse(f"def maker({written}): pass").body
-            # What a __cinit__ ignores is there for the __init__ of a subclass.
+            # Arguments that a __cinit__ ignores are for the __init__ of a subclass.
             rest = {"*", "**"} if "__init__" not in found else set()
             self.makers[CLASS.match(part)[1]] = [p for p in shape(function.args) if p[1] not in rest]
         self.imported = {
@@ -129,7 +129,7 @@ class ClassStub(Stub):
 
     @property
     def maker(self):
-        """The parameters that make an instance; None where a base class has them."""
+        """The parameters of the constructor; None if a base class has them."""
         if "__init__" in self.functions:
             return shape(self.functions["__init__"].args, without_self=True)
         return self.fields if self.is_record else None
@@ -140,7 +140,7 @@ def is_static(node):
 
 
 def record_shape(kind):
-    """What makes a dataclass or a named tuple. Of a cdef class only its docstring says it."""
+    """The constructor of a dataclass or a named tuple. For a cdef class only its docstring tells it."""
     try:
         return shape_of(kind)
     except ValueError:
@@ -151,7 +151,7 @@ def record_shape(kind):
 def class_differences(name, stub, kind, source):
     members = vars(kind)
     inherited = {member for base in kind.__mro__[1:] for member in vars(base)}
-    fields = getattr(kind, "__dataclass_fields__", {})  # without a default they are in no class
+    fields = getattr(kind, "__dataclass_fields__", {})  # those without a default are in no class
     real = {member for member in {*members, *fields} if is_public(member)}
     said = {member for member in stub.names if is_public(member)}
     found = [f"{name}.{member}: not in the stub" for member in real - said - inherited]
@@ -177,7 +177,7 @@ def class_differences(name, stub, kind, source):
 
 
 def differences(stub_text, source_text, module):
-    """Where stub and module differ: one line each."""
+    """The differences between stub and module, one line each."""
     stub, source = Stub(ast.parse(stub_text).body), Source(source_text)
     real = {name for name in vars(module) if is_public(name) and name not in source.imported}
     found = [f"{name}: not in the stub" for name in real - stub.names]

@@ -1,7 +1,7 @@
-"""Runs a command, and ends it with all that it has started when its own standard input ends, or after a time.
+"""Run a command, and end it and all its descendants when standard input ends, or after a time.
 
-``supervise.py SECONDS COMMAND...`` prints the command's process id. Who started it keeps the other end of the
-pipe: however that process ends, nothing of the command stays. Only the standard library.
+``supervise.py SECONDS COMMAND...`` prints the command's process id. The caller keeps the other end of the
+pipe: however the caller ends, no process of the command remains. It uses the standard library only.
 """
 
 import ctypes
@@ -15,11 +15,11 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def end_all_children():
-    """Who is orphaned becomes a child of this process, and is ended in the next turn."""
+    """Orphaned descendants become children of this process, and are ended in the next iteration."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)  # it is not reaped yet: the number is its own
+                os.kill(int(child), signal.SIGKILL)  # not reaped yet, so the pid cannot have been reused
         try:
             os.wait()
         except ChildProcessError:
@@ -27,7 +27,7 @@ def end_all_children():
 
 
 def main(seconds, *command):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for who started this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the caller
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     print(process.pid, flush=True)

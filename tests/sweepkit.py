@@ -1,4 +1,4 @@
-"""The guest that sweeps memory (guests/sweep.S), and whether a memory is one of its states."""
+"""The guest that sweeps memory (guests/sweep.S), and the check that a memory is one of its states."""
 
 import atexit
 import functools
@@ -27,7 +27,7 @@ def _room():
 
 @functools.cache
 def assemble(**symbols):
-    """The path of the firmware, made with these symbols."""
+    """The path of the firmware, built with these symbols."""
     stem = _room() / "-".join(f"{name}{value:x}" for name, value in symbols.items())
     defined = [part for name, value in symbols.items() for part in ("--defsym", f"{name}={value}")]
     _run(["as", "--32", *defined, "-o", f"{stem}.o", str(SOURCE)])
@@ -44,9 +44,9 @@ def _run(command):
 class Sweep:
     """A machine with `memory` bytes, of which those from START up to `hot` (default: all) are swept.
 
-    `noise`: all of them are filled before, with this share of each page that does not compress; None: those
-    that are not swept stay untouched. `delay`: turns of an empty loop after each page (TCG writes some
-    million pages a second without). `tick`: pages, a power of two, per '.' on the serial port.
+    `noise`: all of them are filled before, and this share of each page does not compress; None: memory that
+    is not swept stays untouched. `delay`: iterations of an empty loop after each page (without it TCG writes
+    some million pages a second). `tick`: pages, a power of two, per '.' on the serial port.
     """
 
     memory: int = 64 * MIB
@@ -70,11 +70,11 @@ class Sweep:
 
     @property
     def fill(self):
-        """What a new machine does before it starts, or None."""
+        """An action on a new machine before it starts, or None."""
         return None if self.noise is None else self._fill
 
     def _fill(self, machine):
-        """A piece of noise, made different for each place by adding a number: no page is there twice."""
+        """A block of noise, to which a number is added for each place: no two pages are equal."""
         piece = np.random.default_rng(NOISE_SEED).integers(1, 1 << 62, (1024, PAGE // 8), dtype=np.uint64)
         piece[:, round(self.noise * PAGE / 8) :] = 1
         for at in range(START, self.memory, piece.nbytes):
@@ -85,15 +85,15 @@ class Sweep:
         machine.wait_serial("B")
 
     def progress(self, machine):
-        """Where the counter of written pages is."""
+        """Address of the counter of written pages."""
         return PROGRESS
 
     def faults(self, ram):
         """Why these bytes of the RAM, from address 0 on, are no state of one instant; empty if they are one.
 
         The one-step rule, for both words of a page: along the addresses the number falls at most once, by
-        one. And the three counts (first words, last words, PROGRESS) are within one write of each other. They
-        stay apart for ever in a machine that went on from a processor older or newer than its memory.
+        one. The three counts (first words, last words, PROGRESS) differ by at most one write. They differ for
+        ever in a machine whose processor state was older or newer than its memory when it was restored.
         """
         words = np.frombuffer(ram, "<u4", count=self.end // 4).reshape(-1, PAGE // 4)
         swept = words[START // PAGE :]

@@ -1,4 +1,4 @@
-"""Small C programs to be attached to, and the words that they share with the test."""
+"""Small C programs to attach to, and the words that they share with the test."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from snapengine.process.inject import inject_userfaultfd
 SOURCES = Path(__file__).parent / "targets"
 READY, ERRORS, MEMORY, PAGES, VALUES, COUNTERS = 0, 1, 2, 3, 4, 8  # targets/target.h
 
-# Of targets/blocking.c: all that a stop could end early.
+# The calls of targets/blocking.c that a stop could end early.
 CALLS = [
     *("epoll_wait", "epoll_wait_timeout", "epoll_pwait", "epoll_pwait2", "recv_timeout"),
     *("read_socket_timeout", "accept_timeout", "semtimedop", "sigtimedwait", "io_getevents"),
@@ -31,7 +31,7 @@ CALLS = [
 
 @functools.cache
 def _room():
-    """Open to every user: some targets run as another one."""
+    """Accessible to every user: some targets run as another user."""
     room = Path(tempfile.mkdtemp(prefix="snapengine-targets-"))
     room.chmod(0o755)
     return room
@@ -63,7 +63,7 @@ def state_of(pid, tid=None):
 
 
 def thread_names(pid="self"):
-    """As the kernel has them."""
+    """The thread ids, as the kernel lists them."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(OSError):  # it has ended
@@ -113,14 +113,14 @@ class Target:
         return list(self.words[COUNTERS : COUNTERS + n])
 
     def check_running(self, n=1):
-        """It lives, found nothing wrong with itself, and each of its `n` counters goes on."""
+        """The target lives, has reported no error, and each of its `n` counters increases."""
         before = self.counters(n)
         until(
             lambda: (
                 self.process.poll() is not None
                 or all(now > then for now, then in zip(self.counters(n), before, strict=True))
             ),
-            f"it stands still: {state_of(self.pid)}",
+            f"it makes no progress: {state_of(self.pid)}",
         )
         assert self.process.poll() is None, f"it ended: {self.process.returncode}"
         assert self.words[ERRORS] == 0
@@ -137,7 +137,7 @@ class Target:
 
 
 def refuse_in(call, kind=AttachError):
-    """The error that `call` raises: one line."""
+    """The error that `call` raises; it must be one line."""
     with pytest.raises(kind) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -145,7 +145,7 @@ def refuse_in(call, kind=AttachError):
 
 
 def inject(pid, **options):
-    """An injection whose descriptor is closed at once: the `Injected`."""
+    """Inject, close the descriptor at once, and return the `Injected`."""
     injected = inject_userfaultfd(pid, **({"deadline": PATIENCE_S} | options))
     os.close(injected.fd)
     return injected
@@ -157,7 +157,7 @@ def refusal(pid, kind=AttachError, **options):
 
 @contextlib.contextmanager
 def traced(pid):
-    """Traced by a process of ours, whose pid is given; it prints a line once it has attached."""
+    """Have another process trace it, and yield the pid of that tracer once it has attached."""
     script = (
         "import ctypes, sys; libc = ctypes.CDLL(None);"
         "libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p];"

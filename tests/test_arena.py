@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 
 def mapping_of(length):
-    """The one mapping of exactly `length` bytes that appeared; Arena does not tell its address."""
+    """The only new mapping of exactly `length` bytes; Arena does not tell its address."""
     with open("/proc/self/maps", encoding="utf-8") as lines:
         spans = [[int(x, 16) for x in line.split()[0].split("-")] for line in lines]
     return {start for start, end in spans if end - start == length}
@@ -33,7 +33,7 @@ def smaps(start):
 
 
 class Made:
-    """An arena of an odd length, and its bytes by the address that /proc shows."""
+    """An arena of an odd length, and its bytes at the address that /proc shows."""
 
     def __init__(self, length):
         before = mapping_of(length)
@@ -42,7 +42,7 @@ class Made:
         self.bytes = (ctypes.c_ubyte * length).from_address(self.addr)
 
 
-ODD = 37 * MIB + 5 * PAGE  # no other mapping of this process is so long
+ODD = 37 * MIB + 5 * PAGE  # no other mapping of this process has that length
 
 
 def test_zeroed_aligned_and_empty_until_used():
@@ -110,7 +110,7 @@ def test_a_view_reads_the_file(file):
     assert view.length == 2 * PAGE
     assert ctypes.string_at(view.addr, view.length) == b"b" * PAGE + b"c" * PAGE
     os.pwrite(file, b"X", PAGE)
-    assert ctypes.string_at(view.addr, 2) == b"Xb", "shared: what others write is seen"
+    assert ctypes.string_at(view.addr, 2) == b"Xb", "shared: writes through the file are visible"
 
 
 def test_close_of_a_view(file):

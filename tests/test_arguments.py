@@ -1,4 +1,4 @@
-"""What options and arguments rule out is refused before the sink and the target are opened."""
+"""Invalid options and arguments are refused before the sink and the target are opened."""
 
 import os
 
@@ -77,7 +77,7 @@ def test_a_kernel_that_cannot(tmp_path, monkeypatch, options):
 
 
 def test_what_fits_just_so(requires_uffd, tmp_path):
-    """The most fault threads that are not refused are enough for the pool."""
+    """The pool has room for the largest number of fault threads that is accepted."""
     most = max(n for n in range(1, 65) if _fits(n))
     assert most < 64
     with snapengine.snapshot(

@@ -1,4 +1,4 @@
-"""What the bench makes of its samples: figures, goals, tables, pictures, and the history."""
+"""The report of the bench: figures, goals, tables, pictures and the history, computed from samples."""
 
 import json
 
@@ -20,7 +20,7 @@ def bench(name, group="copy", **info):
 
 
 def result(*benches):
-    """A file as pytest-benchmark writes it, as far as it is read."""
+    """A file as pytest-benchmark writes it, with the members that the report reads."""
     machine = {"cpu": {"brand_raw": "A CPU", "count": 2}, "node": "a-host", "release": "6.18.44-of-a-host"}
     commit = {"id": "0123456789abcdef", "dirty": True, "branch": "a-branch"}
     return {

@@ -1,7 +1,7 @@
-"""Two-step arming while the memory does not keep still: the image is the state at T, or says what is lost.
+"""Two-step arming while the memory changes: the image is the state at T, or lists what is lost.
 
-`pause` of a target runs between the two steps, and `resume` after T and before the walk, so what T is, is
-known byte for byte.
+`pause` of a target runs between the two steps, and `resume` after T and before the walk. So the tests know
+the state at T byte by byte.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def save(memory, path, between, after=lambda: None, **options):
 
 
 def hooked(kind):
-    """A target of that class that calls `between` and `after` around T; whatever it is goes on meanwhile."""
+    """A target of that class that calls `between` and `after` around T; the target itself keeps running."""
 
     class Hooked(kind):
         can_pause = property(lambda self: True, lambda self, value: None)
@@ -64,11 +64,11 @@ Between, PeerBetween = hooked(ProcessTarget), hooked(PeerTarget)
 
 
 def test_a_hole_in_which_buffers_meet(tmp_path):
-    """A fault names one page. It is data in every buffer that has bytes of it."""
+    """A fault names one page. The page is data in every buffer that has bytes in it."""
     memory = anonymous(8 * PAGE)
     cuts = [0, PAGE + 100, 3 * PAGE + 50, 3 * PAGE + 60, 8 * PAGE - 10]
     buffers = {f"b{i}": memoryview(memory)[cuts[i] : cuts[i + 1]] for i in (2, 0, 3, 1)}
-    memory[2 * PAGE] = 1  # the others are not even read here: a read makes a zero page
+    memory[2 * PAGE] = 1  # the others are not even read: a read would make a zero page
     state = bytearray(len(memory))
     state[2 * PAGE] = 1
     for page in range(1, 8, 2):
@@ -111,7 +111,7 @@ def test_many_small_buffers(tmp_path):
 
 @pytest.mark.parametrize("advice", [mmap.MADV_NOHUGEPAGE, mmap.MADV_HUGEPAGE])
 def test_whole_units_that_are_discarded_are_holes(tmp_path, advice):
-    """With a huge page, or 2 MiB of small ones (Linux 6.14), the page table goes, too."""
+    """With a huge page, or 2 MiB of small ones (Linux 6.14), the page table is freed too."""
     memory = anonymous(12 * MIB)
     memory.madvise(advice)
     memory[:] = b"\1" * len(memory)
@@ -134,7 +134,7 @@ def test_whole_units_that_are_discarded_are_holes(tmp_path, advice):
 
 @pytest.mark.parametrize("step", [2, 72])
 def test_more_holes_than_one_answer_of_the_scan_holds(tmp_path, step):
-    """Close together, and so far apart that each is looked at alone."""
+    """Holes close together, and so far apart that each is scanned separately."""
     pages = 37 * 1024
     memory = anonymous(pages * PAGE)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -162,7 +162,7 @@ def test_more_holes_than_one_answer_of_the_scan_holds(tmp_path, step):
 
 
 def test_a_child_that_has_mapped_other_memory_there(tmp_path):
-    """The rest of what was hit is protected again in the child, too."""
+    """The other pages that were written to before T are protected again in the child too."""
     memory = anonymous(8 * MIB, SHARED)
     memory[:] = b"\1" * len(memory)
     addr = address(memory)
@@ -214,7 +214,7 @@ def attached(target, path, between):
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("deed", [MAP_A_FILE, UNMAP])
 def test_a_part_of_a_page_table_that_is_replaced_is_lost(tmp_path, deed):
-    """Never zeros: a file shows there that nobody has read yet, or nothing."""
+    """It must never be zeros: a file that was not read yet is mapped there, or nothing."""
     with Victim("anon") as target:
         attached(target, tmp_path / "image", lambda: target.act(deed, FIRST + 3, 5))
         with open_image(tmp_path / "image") as image:

@@ -1,4 +1,4 @@
-"""Claims: one winner for each page, and the counting and searching over them."""
+"""Claims: one winner for each page; counting and searching bits."""
 
 from concurrent.futures import ThreadPoolExecutor
 

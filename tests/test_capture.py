@@ -1,4 +1,4 @@
-"""One capture end to end on buffers of this process: what is in the image, and what trouble does."""
+"""One capture end to end on buffers of this process: the content of the image, and failures."""
 
 import ctypes
 import errno
@@ -39,8 +39,8 @@ def open_fds():
         pytest.param(lambda: bytearray(os.urandom(3 * PAGE + 17)), id="bytearray of pages and a bit"),
         pytest.param(lambda: bytearray(os.urandom(5 * MIB + 1)), id="bytearray in its own mapping"),
         pytest.param(lambda: np.frombuffer(bytearray(os.urandom(PAGE * 4)), "u1")[5:-9], id="inner slice"),
-        pytest.param(lambda: np.random.default_rng(1).random((300, 700)), id="array of two dimensions"),
-        pytest.param(lambda: anonymous(2 * MIB), id="mmap without a page"),
+        pytest.param(lambda: np.random.default_rng(1).random((300, 700)), id="two-dimensional array"),
+        pytest.param(lambda: anonymous(2 * MIB), id="mmap without populated pages"),
         pytest.param(lambda: anonymous(2 * MIB, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS), id="shared mmap"),
     ],
 )
@@ -75,7 +75,7 @@ def test_shared_memory_object(tmp_path):
 
 
 class Tensor:
-    """What the capture uses of a PyTorch tensor."""
+    """The part of PyTorch's tensor interface that the capture uses."""
 
     def __init__(self, array, device="cpu", contiguous=True):
         self.array, self.device, self.contiguous = array, device, contiguous
@@ -174,7 +174,7 @@ def test_a_writer_that_holds_the_gil_never_waits_for_the_sink(tmp_path):
     with pytest.raises(snapengine.CaptureCancelled), capture:  # noqa: PT012 - the block is what is tested
         for offset in range(0, size, PAGE):
             buffer[offset] = 0
-        until(lambda: capture.progress().phase == "writing")  # every page is saved, few have left
+        until(lambda: capture.progress().phase == "writing")  # all pages are saved, few written
         assert capture.progress().image_bytes < 48 * MIB
         capture.cancel()
     assert content[0] == 0
@@ -336,9 +336,9 @@ def test_nothing_is_left_behind(tmp_path):
             snap(buffer, "exec:exit 3")
     gc.collect()
     assert open_fds() == fds
-    # Who joins a thread goes on a little before the kernel has forgotten it.
+    # A joined thread stays in the kernel's list for a moment.
     until(lambda: len(os.listdir("/proc/self/task")) == threads, "a thread is left")
-    buffer.append(1)  # its export is gone: it may be resized
+    buffer.append(1)  # the buffer is no longer exported, so it can be resized
 
 
 def test_many_captures_from_many_threads(tmp_path):
@@ -454,7 +454,7 @@ def test_dirty_logging_that_does_not_converge_is_a_result(tmp_path):
     assert result.rounds == 3
     assert result.duplicate_pages > 0
     assert result.image_bytes > 48 * MIB
-    assert not list(tmp_path.iterdir()), "an image that is not complete is not an image"
+    assert not list(tmp_path.iterdir()), "an incomplete image is not an image"
 
 
 def test_signal_handlers_run_on_the_callers_thread(tmp_path):

@@ -1,4 +1,4 @@
-"""Captures of memory that forks, is discarded, is sparse, or lies in huge pages."""
+"""Captures of memory that is forked, discarded, sparse, or in huge pages."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd")
 
 
 def gated(buffer, path, inside):
-    """A capture whose walk waits for room until `inside` is over."""
+    """A capture whose walk waits for free buffers until `inside` has returned."""
     sink = GatedFile(path)
 
     def meanwhile():
@@ -73,7 +73,7 @@ def test_fork_of_shared_memory_during_a_snapshot(tmp_path):
 
 
 def test_memory_discarded_before_it_was_saved_is_reported(tmp_path):
-    """madvise(MADV_DONTNEED) after T: the content is gone before the walk gets there."""
+    """madvise(MADV_DONTNEED) after T: the content is discarded before the walk reaches it."""
     buffer = anonymous(64 * MIB)
     buffer.madvise(mmap.MADV_NOHUGEPAGE)
     buffer[:] = b"d" * len(buffer)
@@ -94,7 +94,7 @@ def test_memory_discarded_before_it_was_saved_is_reported(tmp_path):
 
 
 def test_sparse_memory_is_armed_without_page_tables(tmp_path):
-    """64 GiB of address space, 256 MiB written: no marker, no page table, no page for its holes."""
+    """64 GiB of address space, 256 MiB written: no marker, page table or page is allocated for the holes."""
     size = 64 << 30
     buffer = anonymous(size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     for part in range(16):
@@ -176,7 +176,7 @@ def test_a_slow_sink_makes_no_huge_page_spill_that_nobody_writes_to(tmp_path):
 
 
 def test_the_histogram_has_every_fault(tmp_path):
-    """As the result and as the image's figures, which `snapengine info --json` prints."""
+    """Both in the result and in the image's figures, which `snapengine info --json` prints."""
     buffer = anonymous(32 * MIB)
     buffer.madvise(mmap.MADV_NOHUGEPAGE)
     buffer[:] = b"h" * len(buffer)

@@ -1,4 +1,4 @@
-"""Every option of a capture has its flag, in every command where it means something."""
+"""Every option of a capture has a flag, in every command to which it applies."""
 
 from dataclasses import MISSING, fields
 

@@ -1,4 +1,4 @@
-"""A capture in its three steps: their order, several captures at one instant, and any end between two."""
+"""The three steps of a capture: their order, several captures at one instant, and an end between steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tasks():
 
 
 class Target(snapengine.BufferTarget):
-    """It notes what it is asked; `fails` names what raises."""
+    """It records its calls; `fails` names the one that raises."""
 
     def __init__(self, memory, fails=""):
         super().__init__(memory, pause=lambda: self.note("pause"), resume=lambda: self.note("resume"),
@@ -73,14 +73,14 @@ def capture_of(target, path, method=WRITE_TRACKING, arming="auto", **options):
 
 
 def check_released(memory, folder):
-    """Its memory can be written, and there is no image."""
+    """The memory can be written to, and there is no image."""
     for page in range(0, len(memory), 4096):
         memory[page] = 7
     assert list(folder.iterdir()) == []
 
 
 def test_the_writer_and_the_checker():
-    """The checker of the pairs accepts what one writer can leave, and nothing else."""
+    """The checker accepts the pairs that one writer can leave, and no others."""
     assert [is_state(a, b) for a, b in ((0, 0), (1, 0), (9, 8), (9, 9))] == [True] * 4
     assert [is_state(a, b) for a, b in ((0, 1), (2, 0), (8, 9), (0, 50))] == [False] * 4
 
@@ -106,7 +106,7 @@ def test_each_step_does_its_part(tmp_path, method, arming):
     assert not capture.wait(0.01)
     at_t = time.monotonic_ns()
     if method == WRITE_TRACKING:
-        memory[MIB : 2 * MIB] = b"\3" * MIB  # one fault each: they are served before the target goes on
+        memory[MIB : 2 * MIB] = b"\3" * MIB  # one fault each: they are served before the target is resumed
     capture.go_on()
     assert target.calls == ["pause", "vmstate", "resume"]
     memory[2 * MIB :] = b"\4" * 2 * MIB
@@ -131,7 +131,7 @@ def test_start_is_all_of_them(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("done", range(4))
 def test_steps_out_of_order(tmp_path, method, done):
-    """Refused, and the capture is none the worse for it."""
+    """The step is refused, and the capture can continue."""
     capture = capture_of(Target(anonymous(MIB)), tmp_path / "image", method)
     for name in STEPS[:done]:
         getattr(capture, name)()
@@ -178,9 +178,9 @@ class Writer:
         while not self._stop.is_set():
             for buffer in self.buffers:
                 struct.pack_into("<Q", buffer, MIB, self.written + 1)
-                if self._pause.is_set():  # between the two buffers, too
+                if self._pause.is_set():  # also between the two buffers
                     self._paused.set()
-                    until(lambda: self._stop.is_set() or not self._pause.is_set(), "nobody let it go on")
+                    until(lambda: self._stop.is_set() or not self._pause.is_set(), "it is not resumed")
             self.written += 1
 
     def pause(self):
@@ -193,7 +193,7 @@ class Writer:
 
     def wait_for_more(self):
         count = self.written
-        until(lambda: self.written > count + 2, "the writer stands")
+        until(lambda: self.written > count + 2, "the writer makes no progress")
 
     def __enter__(self):
         self._thread.start()
@@ -206,7 +206,7 @@ class Writer:
 
 
 def pair(writer, folder, method, arming, pause, between=lambda: None):
-    """What two captures hold: both prepared, then both fixed, then both go on."""
+    """The numbers in two images. Each step is taken for both captures before the next one."""
     targets = [
         snapengine.BufferTarget(buffer, pause=pause[i], resume=pause[2]) if pause else buffer
         for i, buffer in enumerate(writer.buffers)
@@ -231,7 +231,7 @@ def pair(writer, folder, method, arming, pause, between=lambda: None):
 
 @pytest.mark.parametrize(("method", "arming"), WAYS)
 def test_two_captures_share_one_instant(tmp_path, method, arming):
-    """The first one's pause stops the writer of both, until the first that goes on lets it go on."""
+    """The first target's pause stops the writer of both buffers; the first go_on() resumes it."""
     with Writer() as writer:
         for number in range(5):
             folder = tmp_path / str(number)
@@ -243,7 +243,7 @@ def test_two_captures_share_one_instant(tmp_path, method, arming):
 
 @pytest.mark.parametrize("arming", ["plain", "two-step"])
 def test_without_a_pause_they_do_not(tmp_path, arming):
-    """The negative control: the writer goes on between the two instants, and that is found."""
+    """Negative control: the writer runs between the two instants, and the check finds that."""
     with Writer() as writer:
         one, two = pair(writer, tmp_path, WRITE_TRACKING, arming, None, between=writer.wait_for_more)
     assert not is_state(one, two), (one, two)
@@ -280,7 +280,7 @@ def test_cancel_between_two_steps(tmp_path, method, arming, done, by_another_thr
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_the_next_step_of_a_cancelled_capture(tmp_path, method, done):
-    """It may come before the capture has cleaned up: it raises when nothing is left."""
+    """It may be called before the capture has cleaned up; it raises once nothing is left."""
     memory = anonymous(MIB)
     capture = capture_of(Target(memory), tmp_path / "image", method)
     for name in STEPS[:done]:
@@ -297,7 +297,7 @@ def test_the_next_step_of_a_cancelled_capture(tmp_path, method, done):
 def test_the_limit_of_time_ends_it_between_two_steps(tmp_path, method, done):
     memory = anonymous(MIB)
     capture = capture_of(Target(memory), tmp_path / "image", method, timeout=2.0)
-    with contextlib.suppress(TimeLimitError):  # on a loaded machine it may come before
+    with contextlib.suppress(TimeLimitError):  # on a loaded machine the limit may expire earlier
         for name in STEPS[:done]:
             getattr(capture, name)()
     assert capture.wait(PATIENCE_S)
@@ -330,7 +330,7 @@ def test_a_step_that_fails(tmp_path, fails, step, calls):
 
 @pytest.mark.parametrize("fails", ["pause", "vmstate", "resume"])
 def test_dirty_logging_whose_target_fails(tmp_path, fails):
-    """`fix` raises it; what `resume` raises is what the capture ends with."""
+    """`fix` raises the error; an error of `resume` becomes the error of the capture."""
     memory = anonymous(MIB)
     target = Target(memory, fails)
     capture = capture_of(target, tmp_path / "image", DIRTY_LOGGING)
@@ -349,7 +349,7 @@ def test_dirty_logging_whose_target_fails(tmp_path, fails):
 
 
 def test_dirty_logging_that_does_not_converge(tmp_path):
-    """There is no T, and `fix` says so. Each write into the sink, within a round, makes all dirty."""
+    """There is no T, and `fix` returns False. Each write to the sink in a round makes all pages dirty."""
     memory = anonymous(48 * MIB)
     content = np.frombuffer(memory, "u1")
     content[:] = 1
@@ -377,7 +377,7 @@ def test_dirty_logging_that_does_not_converge(tmp_path):
 
 
 def test_rounds_go_on_until_the_last_one_is_wanted(tmp_path):
-    """More than `max_rounds`: those are for what does not converge."""
+    """More than `max_rounds`: that limit applies to captures that do not converge."""
     memory = anonymous(MIB)
     capture = capture_of(Target(memory), tmp_path / "image", DIRTY_LOGGING, max_rounds=1)
     capture.prepare()

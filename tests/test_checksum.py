@@ -1,4 +1,4 @@
-"""CRC-32C: the known answers, that it can be continued, and that every version gives the same."""
+"""CRC-32C: known answers, continuation, and equal results of all implementations."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_any_contiguous_bytes():
 
 
 def test_every_version_equals_the_library():
-    """All lengths around the 256 bytes that are folded at once, at any alignment, from any beginning."""
+    """All lengths around the 256 bytes that are folded at once, at any alignment, with any initial value."""
     data = np.random.default_rng(1).integers(0, 256, 5000, dtype=np.uint8)
     lengths = [*range(70), *range(240, 300), *range(500, 530), 1023, 1024, 4095, 4096, 4097, 4999]
     for length in lengths:

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: output, errors, exit codes, cleaning up after a signal."""
+"""The command line in child processes: output, errors, exit codes, cleanup after a signal."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def run(*arguments, **keywords):
-    """Run a command to its end; text, and never an exception for its code."""
+    """Run a command to its end. Output is text; an exit code other than 0 raises nothing."""
     keywords = {"capture_output": True, "text": True, "timeout": PATIENCE_S} | keywords
     return subprocess.run([*COMMAND, *map(str, arguments)], check=False, **keywords)
 
@@ -161,7 +161,7 @@ def test_the_traceback_only_on_demand(tmp_path):
 
 
 def test_a_reader_of_stdout_that_goes_away_is_no_error():
-    # More than a pipe holds is not needed: the reading end is closed before the command writes.
+    # The output may be smaller than the pipe: the read end is closed before the command writes.
     reader, writer = os.pipe()
     os.close(reader)
     done = run("doctor", "--json", capture_output=False, stdout=writer, stderr=subprocess.PIPE)
@@ -175,7 +175,7 @@ def test_a_reader_of_stdout_that_goes_away_is_no_error():
 
 @contextlib.contextmanager
 def guest(socket, *arguments):
-    """The embedded guest, which hands itself over to whoever makes `socket`."""
+    """The embedded guest, which hands over its memory to the engine that listens at `socket`."""
     command = [*COMMAND, "guest", "--socket", str(socket), "--size", "32M", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

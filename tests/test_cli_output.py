@@ -1,4 +1,4 @@
-"""What the command prints, whatever its streams are: closed, full, broken, narrow; and where data goes."""
+"""The output of the command with closed, full, broken and narrow streams; and where data goes."""
 
 import dataclasses
 import fcntl
@@ -40,7 +40,7 @@ MEMFD = "a cut name: 线"
 
 @pytest.fixture(scope="module")
 def target(programs):
-    """A process with shared memory, of which every capture warns."""
+    """A process with shared memory, about which every capture warns."""
     with Target("named", "memfd", MEMFD) as target:
         yield target
 
@@ -191,7 +191,7 @@ def test_the_width_of_a_real_terminal(image, monkeypatch):
     master, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
     try:
-        env = dict(os.environ)  # the C library's environment has a COLUMNS that readline puts there
+        env = dict(os.environ)  # readline sets COLUMNS in the C library's environment
         with subprocess.Popen([*COMMAND, "info", path], stdout=terminal, env=env) as shown:
             os.close(terminal)
             text = read_all(master)
@@ -203,7 +203,7 @@ def test_the_width_of_a_real_terminal(image, monkeypatch):
 
 
 def read_all(master):
-    """What a terminal shows until its last user is gone (then reading fails with EIO)."""
+    """The output on a terminal until its last user has closed it (then reading fails with EIO)."""
     text = b""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""How a command begins: what it imports, and what a signal does to it before there is anything to undo."""
+"""The start of a command: what it imports, and the effect of a signal before there is anything to undo."""
 
 import os
 import signal
@@ -97,7 +97,7 @@ def test_help_and_usage_errors_import_no_engine(arguments, most):
 
 def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
     path, stream = tmp_path / "x.img", tmp_path / "stream"
-    stream.write_bytes(stream_head())  # ends early: all of the reading half is imported for it
+    stream.write_bytes(stream_head())  # an early end; it imports the whole reading side
     with Target("named", "process", "named") as target:
         code, names = imported("save", "--pid", target.pid, path)
         assert code == 0
@@ -122,7 +122,7 @@ def test_each_command_imports_what_it_needs(requires_uffd, programs, tmp_path):
 
 @pytest.mark.parametrize("swallowed", [1, 3])
 def test_a_signal_that_python_drops_is_raised_again(swallowed):
-    """In a destructor an exception goes nowhere."""
+    """In a destructor an exception does not propagate."""
     from snapengine.cli.common import Interrupted, interruptible
 
     class Noisy:
@@ -144,7 +144,7 @@ def test_a_signal_that_python_drops_is_raised_again(swallowed):
 
 
 def busy_until(condition, seconds):
-    """In Python code all the time."""
+    """Runs Python code all the time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         pass

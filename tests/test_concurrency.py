@@ -1,4 +1,4 @@
-"""Regressions of the concurrency: each of these once hung a process, crashed it, or gave a wrong image."""
+"""Regression tests of concurrency: each case once hung or crashed a process, or made a wrong image."""
 
 import ctypes
 import mmap
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd")
 
 
 def run(script, *arguments):
-    """Run a script of its own process, which may hang: what it printed."""
+    """Run a script in a child process, which may hang; the lines that it printed."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +68,7 @@ def test_a_child_runs_on_after_the_capture_though_a_sibling_lives():
         os.waitpid(child, 0)
     for fd in (*go, *report):
         os.close(fd)
-    assert ready, "the child waits for a fault that nobody answers"
+    assert ready, "the child waits for a fault that nothing serves"
 
 
 def test_fork_with_a_full_descriptor_table():
@@ -146,7 +146,7 @@ def test_hugetlb_buffer_that_begins_inside_a_huge_page(tmp_path, hugetlb):
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 @pytest.mark.parametrize(("begin", "end"), [(0, 7), (1, 2), (1, 4), (1, 5), (3, 8), (0, 8)])
 def test_buffers_that_begin_or_end_inside_huge_pages(tmp_path, hugetlb, begin, end, method):
-    """What is let go in the end is whole huge pages, or the kernel refuses and nothing is let go."""
+    """In the end whole huge pages must be released: the kernel refuses parts and releases nothing."""
     hugetlb(4)
     memory = mmap.mmap(-1, 8 * MIB, flags=PRIVATE | MAP_HUGETLB)
     memory[: end * MIB] = b"A" * end * MIB
@@ -155,7 +155,7 @@ def test_buffers_that_begin_or_end_inside_huge_pages(tmp_path, hugetlb, begin, e
         target = snapengine.BufferTarget(buffer, pause=lambda: None, resume=lambda: None)
         with snapengine.snapshot(target, tmp_path / name, method=method):
             pass
-        memory[begin * MIB] = memory[end * MIB - 1] = 65  # nothing waits, nobody answers any more
+        memory[begin * MIB] = memory[end * MIB - 1] = 65  # must not block: nothing serves faults any more
     with open_image(tmp_path / "image") as image:
         assert image.read(image.regions[0].name, 0, (end - begin) * MIB) == b"A" * (end - begin) * MIB
 
@@ -208,7 +208,7 @@ def test_a_resume_that_raises_leaves_nothing(tmp_path):
 
 
 def test_cancel_while_heap_pages_are_protected():
-    """Joining threads frees memory, and free() writes to heap pages that are protected still."""
+    """Joining threads frees memory, and free() writes to heap pages that are still protected."""
     script = """
         import snapengine
         big = bytearray(b"b" * (48 << 20))
@@ -240,7 +240,7 @@ def test_exit_of_the_interpreter_during_a_capture(tmp_path):
 
 
 def test_an_encoder_without_memory_fails_the_capture(monkeypatch):
-    """The other encoder must not wait for the turn of the one that failed."""
+    """The other encoder must not wait for the turn of the failed one."""
     from snapengine.pipeline import encoder
 
     class Broken:
@@ -265,7 +265,7 @@ def test_an_encoder_without_memory_fails_the_capture(monkeypatch):
 
 
 def test_a_file_mapped_over_a_part_of_the_target(tmp_path):
-    """UFFDIO_UNREGISTER of the whole answers EINVAL then: the rest must be released all the same."""
+    """UFFDIO_UNREGISTER of the whole range then fails with EINVAL: the rest must be released nevertheless."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]

@@ -1,4 +1,4 @@
-"""In CI a skipped core test is a failure, whatever way it was skipped."""
+"""In CI a skipped core test is a failure, no matter how it was skipped."""
 
 import os
 import subprocess

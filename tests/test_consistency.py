@@ -1,8 +1,8 @@
-"""The image is exactly the state at T: proven on a guest that writes all the time, never paused.
+"""The image is exactly the state at T, proven on a guest that keeps writing and is never paused.
 
-Each write of the guest carries its number and what its thread had seen of the others' numbers, so the
-checker knows every byte that a consistent cut must hold. The negative control serves faults before T,
-which lets a writer go on to memory that is not yet protected, and the checker must notice.
+Each write of the guest contains its number and the numbers of the other threads that its thread had seen. So
+the checker knows every byte that a consistent cut must hold. The negative control serves faults before T, so
+a writer can write to memory that is not yet protected, and the checker must notice.
 """
 
 import pytest
@@ -22,7 +22,7 @@ PAGE = 4096
 
 
 class SoftTarget(PeerTarget):
-    """A peer that is not paused at T: its threads run through the whole arming."""
+    """A peer that is not paused at T: its threads run during the whole arming."""
 
     def open(self, features):
         opened = super().open(features)
@@ -35,7 +35,7 @@ class EarlyCapture(Capture):
 
 
 class OlderKernelCapture(Capture):
-    """As on Linux before 6.7: no PAGEMAP_SCAN, so what is populated comes from /proc/PID/pagemap."""
+    """As on Linux before 6.7: without PAGEMAP_SCAN, populated pages are found in /proc/PID/pagemap."""
 
     _session_extra = {"use_scan": False}  # noqa: RUF012
 

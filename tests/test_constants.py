@@ -1,4 +1,4 @@
-"""Our constants are the kernel's: compared with the headers of this host, and with the kernel's UAPI."""
+"""Our constants equal the kernel's: compared with the headers of this host and with the kernel's UAPI."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import snapengine
 from snapengine.kernel.pagemap import CATEGORIES, CHECK_WPASYNC, WP_MATCHING
 from snapengine.kernel.uffd import FEATURES, MODE_MINOR, MODE_MISSING, MODE_WP
 
-# include/uapi/linux/userfaultfd.h and fs.h of Linux 6.12; the version says when each appeared.
+# include/uapi/linux/userfaultfd.h and fs.h of Linux 6.12; each comment names the first version that has it.
 KERNEL = {
     "UFFD_API": 0xAA,
     "UFFDIO_API": 0xC018AA3F,
@@ -80,7 +80,7 @@ SIZES = {
     "struct pm_scan_arg": 96,  # 6.7
     "struct procmap_query": 104,  # 6.11
 }
-# No #ifdef can ask for a struct: its ioctl tells.
+# #ifdef cannot test for a struct, but for its ioctl.
 NEWEST = {
     "struct uffdio_poison": "UFFDIO_POISON",
     "struct page_region": "PAGEMAP_SCAN",
@@ -102,7 +102,7 @@ def program(includes, host_only):
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    """``values(includes, host_only)``: what a compiled C program says."""
+    """``values(includes, host_only)``: the values that a compiled C program prints."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "no C compiler"
     room = tmp_path_factory.mktemp("constants")
@@ -120,7 +120,7 @@ def values(tmp_path_factory):
 
 
 def test_the_headers_of_this_host_agree(values):
-    """The host's headers alone, without ours: what they have must be what we wrote down."""
+    """The host's headers alone, without ours: their values must equal those in this file."""
     host = values(["linux/userfaultfd.h", "linux/fs.h"], True)
     assert len(host) >= 30, "even the oldest headers we build with (6.1) have most of them"
     assert host == {name: value for name, value in {**KERNEL, **SIZES}.items() if name in host}

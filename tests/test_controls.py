@@ -1,7 +1,7 @@
-"""The negative controls: captures that are made wrong on purpose, and the checks that must find it.
+"""The negative controls: captures that are wrong on purpose, and the checks that must find it.
 
-What makes them wrong is compiled out of every other build (pyx/engine/controls.h), so some modules are
-compiled again for these tests, into a copy of the package.
+The code that makes them wrong is compiled out of every other build (pyx/engine/controls.h). So some modules
+are compiled again for these tests, into a copy of the package.
 """
 
 import os
@@ -51,7 +51,7 @@ def library(repository, tmp_path_factory):
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("requires_uffd")
 def test_the_checks_find_what_is_wrong(library, repository):
-    """Each of them must have run: what was deselected or skipped has shown nothing."""
+    """Each of them must have run: a deselected or skipped control proves nothing."""
     marked = [
         str(path)
         for path in sorted(Path(__file__).parent.glob("test_*.py"))

@@ -1,4 +1,4 @@
-"""Damage: every cut and every flipped bit is found; a lie with right checksums costs nothing."""
+"""Damage: every truncation and every flipped bit is found; false values with valid checksums cost nothing."""
 
 import struct
 import subprocess
@@ -23,7 +23,7 @@ HUGE = 1 << 60
 
 
 def cuts():
-    """Every record boundary and the bytes around it, and a coarse comb over the rest."""
+    """Every record boundary and the bytes around it, and a coarse sample of the rest."""
     edges = {0, 8, 64} | {r.offset for r in RECORDS} | {r.payload_offset for r in RECORDS}
     near = {edge + step for edge in edges for step in (-3, -1, 0, 1, 3)}
     return sorted(cut for cut in near | set(range(0, len(SAMPLE.data), 173)) if 0 <= cut < len(SAMPLE.data))
@@ -46,7 +46,7 @@ def test_bytes_behind_the_trailer_are_found():
 
 
 def flips():
-    """(byte, is it in a meta_bytes field): all of every header and page map, a comb of the payloads."""
+    """(byte, is it in a meta_bytes field): every byte of headers and page maps, a sample of the payloads."""
     places = {position: False for position in range(64)}
     for record in RECORDS:
         for position in range(record.offset, record.payload_offset):
@@ -63,7 +63,7 @@ def test_every_flipped_bit_is_found(read):
     for position, in_size in flips():
         damaged = bytearray(SAMPLE.data)
         damaged[position] ^= 1 << (position % 8)
-        # A meta size that is off makes the header's end unknown: it may then lie behind the file's.
+        # With a wrong meta size the end of the header is unknown: it may lie behind the end of the file.
         expected = (CorruptImageError, TruncatedImageError) if in_size else CorruptImageError
         with pytest.raises(expected):
             read(bytes(damaged))
@@ -122,7 +122,7 @@ def trailer_payload(**changes):
 
 
 def lies():
-    """(what, image): every size, count and reference that a file can lie about, checksums right."""
+    """(name, image): a false value of every size, count and reference in a file, with valid checksums."""
     data = SAMPLE.data
     regn, stat, indx, trlr = RECORDS[0], of_type(data, b"STAT"), of_type(data, b"INDX"), RECORDS[-1]
     for name in (b"CHNK", b"VMST", b"STAT", b"INDX", b"REGN", b"TRLR"):
@@ -140,7 +140,7 @@ def lies():
         yield f"zstd raw {value}", reseal(data, packed, raw_bytes=value)
     yield "zstd frame", reseal(data, packed, payload=noise(1, 9)[: packed.stored_bytes])
     frame = data[packed.payload_offset : packed.end]
-    for size in (5 << 20, 1 << 40, 2**63):  # a frame that states another size than its record
+    for size in (5 << 20, 1 << 40, 2**63):  # a frame whose size differs from that in its record
         bomb = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size) + frame[13:]
         bomb = bomb[: len(frame)].ljust(len(frame), b"\0")
         yield f"zstd bomb {size}", reseal(data, packed, payload=bomb)

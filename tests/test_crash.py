@@ -1,4 +1,4 @@
-"""No failure of the engine hangs or harms the target: SIGKILL at random moments, and the guest runs on."""
+"""No failure of the engine hangs or harms the target: after SIGKILL at random moments the guest runs."""
 
 import mmap
 import os
@@ -65,7 +65,7 @@ def test_killed_engine(tmp_path, backing, pages, method):
                     pass
                 engine.send_signal(signal.SIGKILL)
             check_running(guest)
-            if (tmp_path / "image").exists():  # complete, though the engine may have been killed just then
+            if (tmp_path / "image").exists():  # complete, although the engine may have been killed just then
                 with open_image(tmp_path / "image") as image:
                     image.verify()
         with snapengine.snapshot(PeerTarget(tmp_path / "socket"), tmp_path / "image"):
@@ -117,7 +117,7 @@ def test_target_that_dies(tmp_path, backing, method):
     ],
 )
 def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step):
-    """UFFDIO_REGISTER answers ENOMEM, not ESRCH, once the memory of the target is gone."""
+    """UFFDIO_REGISTER fails with ENOMEM, not ESRCH, once the memory of the target is gone."""
     with GuestProcess(tmp_path / "socket", GuestParams(size=8 * MIB)) as guest:
         real = getattr(snapengine.capture.setup, step)
 
@@ -136,7 +136,7 @@ def test_target_that_dies_before_it_is_armed(tmp_path, monkeypatch, method, step
 
 
 def test_encoders_end_before_their_pool_is_freed(tmp_path):
-    """A pause that fails ends dirty logging while chunks are still on their way into a slow sink."""
+    """A pause that fails ends dirty logging while chunks are still being written to a slow sink."""
 
     class Fails(snapengine.BufferTarget):
         def pause(self):

@@ -1,4 +1,4 @@
-"""What is decided once for a kind of mapping must be what each of them would get alone."""
+"""A decision that is made once for a kind of mapping must equal the decision for each mapping alone."""
 
 import errno
 import itertools
@@ -36,7 +36,7 @@ BACKINGS = {
 
 
 class Facts(MapFacts):
-    """Of no process. What is asked about one mapping alone depends on its address."""
+    """Facts without a process. Answers about a single mapping depend on its address."""
 
     def backing(self, mapping):
         return BACKINGS.get(mapping.inode) or super().backing(mapping)
@@ -51,7 +51,7 @@ class Facts(MapFacts):
 
 
 def mappings_of(kinds, gap):
-    """Each of its own part of the files, so that none is mapped twice."""
+    """Each maps its own part of the files, so that none is mapped twice."""
     return [
         Mapping((i + 1) * (1 + gap) * PAGE, ((i + 1) * (1 + gap) + 1) * PAGE, kind[0], i * PAGE, *kind[1:])
         for i, kind in enumerate(kinds)
@@ -119,7 +119,7 @@ def test_anonymous_neighbours_become_one_region():
 
 
 def test_a_file_that_is_named_so_is_a_region_of_its_own():
-    """/dev/shm/anon beside anonymous memory: of another kind, and read and tracked in other ways."""
+    """/dev/shm/anon beside anonymous memory: another kind, which is read and tracked differently."""
     kinds = [("rw-p", 0, "anon"), ("rw-s", 7, "shared"), ("rw-p", 7, "anon"), ("rw-p", 0, "anon")]
     decisions = [
         Decision(Mapping(i * PAGE, (i + 1) * PAGE, perms, 0, "00:01" if inode else "00:00", inode, ""),
@@ -143,7 +143,7 @@ def test_memory_of_one_zero_device_only_becomes_one():
 
 
 def test_every_pair_of_kinds():
-    """Nothing of the decision before is left over."""
+    """No value of the previous decision is kept."""
     for pair in itertools.product(KINDS, repeat=2):
         mappings = mappings_of(pair, 1)
         found = select(1, mappings, Selector(), stop=True, facts=Facts(1))

@@ -42,7 +42,7 @@ def make_row(rate=2000, *, method=WRITE_TRACKING, at_most=False, consistent=True
 
 @pytest.fixture
 def rows():
-    """As of a run: dirty logging grows with the rate, and gives up at the two highest."""
+    """As after a run: images of dirty logging grow with the rate, and the two highest do not converge."""
     made = []
     for step, rate in enumerate(RATES):
         last = rate == RATES[-1]

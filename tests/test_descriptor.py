@@ -1,4 +1,4 @@
-"""Objects that own a descriptor: an object that was never made owns none, least of all number 0."""
+"""Objects that own a descriptor: an object whose constructor did not run owns none, and not number 0."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ def test_who_is_dropped_closes_and_only_once(tmp_path):
     again = os.open(tmp_path, os.O_RDONLY)
     assert again == fd
     del one
-    os.close(again)  # it was still there
+    os.close(again)  # it was still open
 
 
 def test_other_calls_that_make_one(tmp_path):
@@ -56,7 +56,7 @@ def test_other_calls_that_make_one(tmp_path):
     assert os.write(numbers[4], b"through") == len(os.read(numbers[3], 99))
     mine = made[1].detach()
     del made
-    os.close(mine)  # it was still there
+    os.close(mine)  # it was still open
     for fd in numbers:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)

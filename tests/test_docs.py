@@ -1,4 +1,4 @@
-"""The documentation: links resolve, commands parse, what it generates or lists agrees with the sources."""
+"""The documentation: links resolve, commands parse, and generated parts and lists agree with the sources."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ WORD_HOLDERS = (
     "snapengine/base/nofault.pxd", "pyx/base/nofault_impl.h", "snapengine/base/workers.py",
     "snapengine/pipeline/encoder.pxd", "snapengine/pipeline/pool.pxd",
 )  # fmt: skip
-"""Where words that threads share are declared, beside the engine."""
+"""Files beside the engine that declare words which threads share."""
 OUR_FOLDERS = ("docs", "examples", "bench", "tests", "fuzz")
 
 
@@ -29,7 +29,7 @@ def pages(repository):
 
 
 def load(repository, name):
-    """A generator of docs/, which is no package that is installed."""
+    """Load a generator of docs/, which is not an installed package."""
     path = repository / "docs" / "generators" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -38,7 +38,7 @@ def load(repository, name):
 
 
 def console_lines(text):
-    """The commands of the console blocks: what follows a dollar sign."""
+    """The commands of the console blocks: the text behind a dollar sign."""
     for language, block in FENCE.findall(text):
         if language == "console":
             yield from (line.strip()[2:] for line in block.splitlines() if line.strip().startswith("$ "))
@@ -60,7 +60,7 @@ def snapengine_commands(text):
 
 
 def parse(arguments):
-    """Parse as the command does. SystemExit: it would be a usage error."""
+    """Parse as the command does. SystemExit: a usage error."""
     if arguments[:1] == ["guest"]:
         from snapengine.guest.main import add_arguments
         from snapengine.report.terminal import Parser
@@ -178,7 +178,7 @@ def test_the_table_of_shared_words_names_words_of_the_sources(repository):
 
 
 def test_the_site_needs_no_network(repository):
-    """Nothing that it is built with fetches anything, and no page loads a script or a font from elsewhere."""
+    """The build fetches nothing, and no page loads a script or a font from another site."""
     text = (repository / "docs" / "conf.py").read_text()
     assert not re.search(r"intersphinx|linkcheck|https?://", text)
 

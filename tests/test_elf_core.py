@@ -1,4 +1,4 @@
-"""Cores: what gdb and pyelftools read in them, what is absent, and what is refused."""
+"""Cores: their content as gdb and pyelftools read it, absent memory, and refused exports."""
 
 import dataclasses
 import os
@@ -74,7 +74,7 @@ def image(process, regions=(), *chunks):
 
 
 def loads(path):
-    """(address, flags, content) of each PT_LOAD; all of it must be in the file."""
+    """(address, flags, content) of each PT_LOAD; the content must be complete in the file."""
     found = []
     with open(path, "rb") as file:
         for segment in ELFFile(file).iter_segments("PT_LOAD"):
@@ -142,7 +142,7 @@ def test_gdb_reads_the_memory(process, core):
     assert '"a string on the heap"' in text
     assert '"in the middle"' in text
     assert '<constant_text>:\t"never written"' in text  # from the program's file
-    assert '<untouched+4096>:\t"as ELF"' in text  # a private page that was not populated: from there, too
+    assert '<untouched+4096>:\t"as ELF"' in text  # a private page that was not populated: also from the file
     assert ":\t0x00\t0x00\n" in text
     assert "AT_SYSINFO_EHDR" in text
     assert "corrupt" not in text  # the vdso is an ELF file in memory
@@ -226,7 +226,7 @@ def test_the_file_is_sparse(core):
 
 
 def test_memory_and_what_is_absent(tmp_path):
-    """Two mappings, each only in part in a region, beside some that are not captured at all."""
+    """Two mappings that are only partly in a region, beside mappings that are not captured."""
     mappings = [
         memory(0x10000, 2, "r-xp", FILE),
         memory(0x12000, 4, "rw-p", FILE, 0x2000),
@@ -259,7 +259,7 @@ def test_a_region_over_several_mappings_and_beside_them(tmp_path):
         == [
             (0x10800, 4, data[0x800:0x1000]),
             (0x11000, 6, data[0x1000:0x2000]),
-            (0x12000, 6, data[0x2000:0x3000]),  # in the image, but in no mapping
+            (0x12000, 6, data[0x2000:0x3000]),  # in the image, but not in a mapping
             (0x13000, 7, data[0x3000:0x4000]),
             (0x14000, 6, data[0x4000:0x4800]),
         ]
@@ -304,7 +304,7 @@ def test_thread_notes(tmp_path):
     assert kinds == ["NT_PRPSINFO", "NT_AUXV", *per_thread, *per_thread[:2], *per_thread]
     assert [name for name, _, _ in found].count("LINUX") == 2
     pids = [struct.unpack_from("<I", raw(desc), 32)[0] for _, kind, desc in found if kind == "NT_PRSTATUS"]
-    assert pids == [7, 5, 9]  # the main thread is the one that a debugger shows first
+    assert pids == [7, 5, 9]  # a debugger shows the main thread first
 
 
 def raw(desc):
@@ -322,10 +322,10 @@ def test_names_of_the_process(tmp_path):
 
 
 def test_a_reservation_takes_no_room(tmp_path):
-    """Of a hole of 64 MiB or more the file holds nothing, and it reads as zeros; smaller ones lie in it."""
+    """The file has no bytes for a hole of 64 MiB or more, which reads as zeros; it contains smaller holes."""
     large, small = (1 << 40) // PAGE, (32 << 20) // PAGE
     pages = [(0, 1, DATA), (1, small, HOLE), (1 + small, 1, DATA), (2 + small, large, HOLE)]
-    most = 1 << 22  # of one entry
+    most = 1 << 22  # pages per entry
     pages = [(first + at, min(n - at, most), kind) for first, n, kind in pages for at in range(0, n, most)]
     pages.append((2 + small + large, 1, DATA))
     size = (3 + small + large) * PAGE
@@ -345,7 +345,7 @@ def test_a_reservation_takes_no_room(tmp_path):
 
 
 def test_more_segments_than_a_header_can_count(tmp_path):
-    """PN_XNUM: 70 000 mappings of one page, none of them like its neighbour, in one region of zeros."""
+    """PN_XNUM: 70 000 mappings of one page with alternating permissions, in one region of zeros."""
     count = 70_000
     mappings = [memory(0x10000 + i * PAGE, 1, ("r--p", "rw-p")[i % 2]) for i in range(count)]
     pages = [(0, count, ZERO)]
@@ -365,7 +365,7 @@ def test_more_segments_than_a_header_can_count(tmp_path):
 @pytest.mark.parametrize(("count", "extended"), [(0xFFFE, False), (0xFFFF, True)])
 def test_where_the_header_stops_counting(count, extended):
     fields = EHDR.unpack(elf_header(count))
-    assert fields[10] == count  # e_phnum: 65 535 is the mark itself
+    assert fields[10] == count  # e_phnum: 65 535 is the escape value PN_XNUM itself
     assert (fields[6] != 0, fields[12] == 1, bool(section_headers(count))) == (extended,) * 3
 
 

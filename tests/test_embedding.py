@@ -19,7 +19,7 @@ import json, os, snapengine, c_consumer, cython_consumer
 from snapengine.image import open_image
 
 def runs(fd):
-    "What the image in `fd` says of each page: the byte that fills it, 0 for a zero page or a hole."
+    "The byte that fills each page of the image in `fd`; 0 for a zero page or a hole."
     with open_image(os.fdopen(os.dup(fd), "rb")) as image:
         image.verify()
         region, = image.regions
@@ -32,10 +32,10 @@ def runs(fd):
 
 @pytest.fixture(scope="module")
 def embedder(installed, tmp_path_factory):
-    """A function that runs Python code beside the built consumers; returns what it prints."""
+    """A function that runs Python code beside the built consumers, and returns its output."""
     room = tmp_path_factory.mktemp("embed")
     shutil.copytree(EMBED, room, dirs_exist_ok=True)
-    # PYTHONPATH goes before site-packages and before the finder of an editable install.
+    # PYTHONPATH has precedence over site-packages and the finder of an editable install.
     env = os.environ | {"PYTHONPATH": str(installed)}
 
     def run(*arguments):
@@ -133,7 +133,7 @@ figures, runs(fd)
 """)
     assert figures["err"] == 0, figures
     assert figures["pauses"] == 1
-    # The consumer writes once after the start; the end comes before, amid or after that.
+    # The consumer writes once after the start. The end may come before, during or after that write.
     assert all(page in (255, 0 if number % 2 else 1 + number) for number, page in enumerate(pages))
 
 

@@ -1,4 +1,4 @@
-"""Encoders: which chunks are compressed, and which stored raw."""
+"""Encoders: which chunks are compressed, and which are stored raw."""
 
 import pytest
 from patientkit import PeerTarget
@@ -10,12 +10,12 @@ from snapengine.guest.params import GuestParams
 from snapengine.image import open_image
 
 MIB = 1 << 20
-# Level 15 fills so small a pool long before the encoders are done, and the raw bytes would leave at once.
+# Level 15 is slow enough to fill this small pool; raw bytes would be written to the sink at once.
 SLOW = {"memory_limit": 16 * MIB, "compress": "zstd:15"}
 
 
 def save(socket, path, **options):
-    """The result, and how many chunks are stored how."""
+    """The result, and the number of chunks by encoding."""
     method = options.get("method", "write-tracking")
     target = PeerTarget(socket, method=method)
     with snapengine.snapshot(target, path, spill_dir=str(path.parent), **options) as capture:
@@ -44,7 +44,7 @@ def test_a_round_of_dirty_logging_does_not_wait_for_compression(guest, tmp_path)
 def test_writers_that_fault_are_not_held_up(guest, tmp_path, always):
     options = SLOW | {"compress": "zstd:15:always"} if always else SLOW
     with guest(GuestParams(size=32 * MIB)) as socket:
-        # The writers may get no CPU while the queue is full: then nobody is held up.
+        # The writers may get no CPU while the queue is full: then no writer has to wait.
         for _ in attempts("no writer faulted while chunks waited for compression"):
             result, kinds = save(socket, tmp_path / "image", **options)
             assert not (always and kinds["raw"])

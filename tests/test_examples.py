@@ -1,4 +1,4 @@
-"""Each program of examples/ runs as its text says, and its image holds what the program had at T."""
+"""Each program of examples/ runs as its text says, and its image holds the program's memory at T."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd")
 
 @pytest.fixture
 def run(repository):
-    """``run(arguments, folder=...)``: Python in a folder of examples/; returns what it prints."""
+    """``run(arguments, folder=...)``: runs Python in a directory of examples/, and returns its output."""
 
     def call(*arguments, folder=repository / "examples"):
         done = subprocess.run(
@@ -33,13 +33,13 @@ def run(repository):
 
 
 def environment():
-    """The package of this run before all others."""
+    """The environment in which the package under test is found first."""
     return os.environ | {"PYTHONPATH": str(Path(snapengine.__file__).parent.parent)}
 
 
 @pytest.fixture
 def built(repository, run, tmp_path):
-    """``built(name)``: a copy of the folder examples/NAME with its extension built."""
+    """``built(name)``: a copy of the directory examples/NAME with its extension built."""
 
     def build(name):
         folder = tmp_path / name

@@ -1,5 +1,5 @@
-"""Descriptors, address space or disk run out at any moment of a capture: one clear error, the memory is
-released, and nothing is left behind. (A Ctrl-C: test_interrupts.py.)
+"""Descriptors, address space or disk space run out at any moment of a capture: there is one clear error, the
+memory is released, and nothing is left behind. (For Ctrl-C see test_interrupts.py.)
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_a_full_disk(small_disk):
 @pytest.mark.host_optional
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 def test_a_full_disk_under_shared_memory(small_disk, method, tmp_path):
-    """A store to a hole fails then, as it would without a capture, at any time of one: it does not stand."""
+    """A store to a hole then fails at any time of a capture, as it would without one: it never blocks."""
     out = run(
         f"""
         zeros = open("/dev/zero", "rb")

@@ -1,4 +1,4 @@
-"""Files on a disk: it begins to write before the end, and no byte goes astray by that."""
+"""Files on a disk: writeback starts before the end, and does not change the content."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ CACHESTAT = 451  # Linux 6.5
 
 
 def cachestat(fd, length):
-    """(pages in the cache, dirty pages) of the file's first bytes; skips where the kernel cannot tell."""
+    """(pages in the cache, dirty pages) of the file's first bytes; skips without cachestat(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
     span, counts = (ctypes.c_uint64 * 2)(0, length), (ctypes.c_uint64 * 5)()
     if libc.syscall(CACHESTAT, fd, span, counts, 0) != 0:
@@ -38,13 +38,13 @@ def test_the_disk_begins_before_the_end(tmp_path):
     cached, dirty = cachestat(sink.fd, 8 * MIB)
     sink.commit()
     if not cached:
-        pytest.skip("this file system keeps its pages elsewhere")
+        pytest.skip("this file system does not use the page cache")
     assert cached == 2048
     assert dirty < 1024
 
 
 def test_a_file_that_is_written_from_its_middle(tmp_path):
-    """Where the disk is started must not move what is written next."""
+    """Starting the writeback must not move the file position."""
     path = tmp_path / "image"
     path.write_bytes(b"before" * 1000)
     fd = os.open(path, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""The floors of the bench: each measures what its name says."""
+"""The floors of the bench: each one measures what its name says."""
 
 import mmap
 import os
@@ -19,7 +19,7 @@ def floors(native_bench):
 
 @pytest.fixture
 def memory(floors):
-    """Touched, in 4 KiB pages."""
+    """A touched buffer of 4 KiB pages."""
     found = benchkit.small_pages(PAGES * PAGE)
     floors.fill(found, 7)
     return found
@@ -82,7 +82,7 @@ def test_what_is_protected_piece_by_piece_is_protected(requires_uffd, floors, me
     with benchkit.protected(floors, memory) as tracked:
         assert floors.write_protect_ns(*tracked, 3 * PAGE, True) > 0
         assert floors.write_protect_ns(*tracked, 5 * PAGE, False) > 0
-        memory[:] = bytes(len(memory))  # would wait for ever
+        memory[:] = bytes(len(memory))  # would block for ever if still protected
     with pytest.raises(OSError, match="UFFDIO_WRITEPROTECT"):
         floors.write_protect_ns(-1, *tracked[1:], PAGE, True)
 

@@ -1,4 +1,4 @@
-"""Freezer: everything stands still, the registers are those to go on with, and nothing stays stopped."""
+"""Freezer: all threads are stopped, the registers are those to continue with, and nothing stays stopped."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("programs")
 
 RAX, ORIG_RAX, RIP, CS = 10, 15, 16, 17  # struct user_regs_struct, as unsigned long
 EPOLL_WAIT, EINTR = 232, 2**64 - errno.EINTR
-RESTARTS = {2**64 - code for code in (512, 513, 514, 516)}  # ERESTARTSYS and its kin
+RESTARTS = {2**64 - code for code in (512, 513, 514, 516)}  # ERESTARTSYS and its variants
 NOT_IN_A_CALL = 2**64 - 1
 
 
@@ -57,7 +57,7 @@ def tracers(target):
 
 
 def check_gone(target):
-    """Nobody traces it any more."""
+    """No process traces it any more."""
     until(lambda: tracers(target) == {"0"})
 
 
@@ -105,7 +105,7 @@ def test_the_signal_mask_and_the_call():
         with Freezer(target.pid) as freezer:
             pass
         (thread,) = freezer.threads()
-        # Inside epoll_pwait(2) all signals are let in; the thread's own mask blocks one.
+        # Inside epoll_pwait(2) no signal is blocked; the thread's own mask blocks one.
         assert thread.sigmask == 1 << (signal.SIGRTMIN - 1)
 
 
@@ -254,14 +254,14 @@ def test_who_waits_for_a_child_does_not_see_its_stops():
 
 
 def helper_of(target):
-    """The process that traces it."""
+    """The helper process that traces the target."""
     (tracer,) = tracers(target)
     assert int(tracer) not in map(int, os.listdir("/proc/self/task"))
     return int(tracer)
 
 
 def test_the_helper_is_killed():
-    """The process runs again, and who wanted it to be stopped is told."""
+    """The process runs again, and `resume` reports it."""
     with Target("compute", 2) as target:
         freezer = Freezer(target.pid)
         for _ in range(3):
@@ -329,7 +329,7 @@ def test_a_program_that_ends_resumes_its_target(how):
 
 
 def test_somebody_waits_for_any_child():
-    """os.wait() of another thread takes no report of a stop away."""
+    """os.wait() in another thread consumes no report of a stop."""
     stop = threading.Event()
 
     def reap():
@@ -353,7 +353,7 @@ def test_somebody_waits_for_any_child():
 
 
 def test_the_parent_of_a_vfork():
-    """It sleeps in the kernel until its child ends: it stands, though it has no registers to show."""
+    """It sleeps in the kernel until its child ends: it counts as stopped, but has no registers."""
     with Target("odd", "vfork") as target:
         until(lambda: target.words[VALUES] and state_of(target.pid) == "D")
         with Freezer(target.pid) as freezer:

@@ -1,4 +1,4 @@
-"""The inputs that fuzzing found worth keeping (fuzz/corpus), each through its target: without the fuzzer."""
+"""Run the inputs of the fuzzing corpus (fuzz/corpus) through their targets, without the fuzzer."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The checked-in image of format 1.0 must read for ever, and still be what the writer writes."""
+"""The checked-in image of format 1.0 must stay readable for ever, and equal what the writer writes."""
 
 import struct
 from pathlib import Path
@@ -14,9 +14,9 @@ GOLDEN = Path(__file__).with_name("golden") / "v1.snap"
 
 
 def make() -> bytes:
-    """How tests/golden/v1.snap was made: ``GOLDEN.write_bytes(make())``, once, and never again.
+    """tests/golden/v1.snap was made by ``GOLDEN.write_bytes(make())``, once, and must not be made again.
 
-    No zstd: other versions of it give other bytes. (The one frame is written by hand: a raw block.)
+    zstd is not used: other versions give other bytes. (The only frame is hand-made: a raw block.)
     """
     sink = MemorySink()
     writer = Writer(sink, image_id=bytes(range(16)), parent_id=bytes(range(16, 32)))

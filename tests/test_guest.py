@@ -1,4 +1,4 @@
-"""The embedded guest as a process: hand-over, controls, engines that die, parents that die."""
+"""The embedded guest as a process: hand-over, controls, engines that end, parents that end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PYTHON = {**os.environ, "PYTHONPATH": str(HERE.parent)}
 
 
 def alive(pid: int) -> bool:
-    """Runs, and is not a zombie."""
+    """Whether the process runs and is not a zombie."""
     return state_of(Path(f"/proc/{pid}")) not in ("", "Z", "X")
 
 
@@ -48,7 +48,7 @@ def state_of(task: Path) -> str:
 
 
 def links(pid: int) -> list[str]:
-    """What it has open."""
+    """The files that the process has open."""
     found = []
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -62,13 +62,13 @@ def writes(guest: GuestProcess) -> int:
 
 
 def moves(guest: GuestProcess) -> None:
-    """The writers write."""
+    """Wait until the writers have written more."""
     before = writes(guest)
     until(lambda: writes(guest) > before)
 
 
 def stand(guest: GuestProcess) -> None:
-    """All its writers wait in faults: they never sleep otherwise, and no other thread of it has work now."""
+    """Wait until all writers wait in faults: they never sleep otherwise, and no other thread has work now."""
     tasks = Path(f"/proc/{guest.pid}/task")
 
     def asleep() -> bool:
@@ -307,7 +307,7 @@ def test_signal_ends_it_with_its_counters(path: Path, number: int) -> None:
 
 @pytest.mark.parametrize("stdin", ["pipe", "null"])
 def test_end_of_the_parent(path: Path, stdin: str) -> None:
-    """With a pipe by its end, without one by the signal."""
+    """It notices by the end of the pipe; without a pipe, by the signal."""
     stdio = ", '--stdio'" if stdin == "pipe" else ""
     where = "PIPE" if stdin == "pipe" else "DEVNULL"
     code = f"""
@@ -342,7 +342,7 @@ def test_guest_outlives_the_thread_that_started_it(path: Path) -> None:
     [b"[]", b"{}", b"x", b'{"features": -1}', b'{"features": "1"}', b'{"features": 1e3}', b"a" * 99999],
 )
 def test_strange_engine(path: Path, guest: GuestProcess, greeting: bytes) -> None:
-    """The guest drops it and goes on looking for a better one."""
+    """The guest drops it and keeps waiting for a valid one."""
     listener = Listener(path)
     sock = listener.accept(time.monotonic() + PATIENCE_S)
     listener.close()
@@ -421,7 +421,7 @@ def test_guest_that_cannot_start(path: Path) -> None:
 
 
 def test_two_engines_at_one_path(path: Path, guest: GuestProcess) -> None:
-    """The guest is with the first; the second waits in vain, then gets it."""
+    """The guest is connected to the first one; the second waits in vain, and gets it later."""
     with closing(MinimalEngine(path)), pytest.raises(HandoverError, match="no peer connected"):
         PeerTarget(path, timeout=0.1).open(1)
     with closing(MinimalEngine(path)) as second:

@@ -1,4 +1,4 @@
-"""The oracle that proves a cut consistent, against a model of the guest: with a violation of every kind."""
+"""The oracle that checks a cut, tested on a model of the guest with every kind of violation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAST = 511
 
 
 class Model:
-    """A guest's memory by the book: the same writes, one by one, in Python."""
+    """A model of a guest's memory: the same writes, one by one, in Python."""
 
     def __init__(self, params: GuestParams) -> None:
         self.params = params
@@ -65,7 +65,7 @@ def violation(model: Model) -> str:
 
 
 def latest(model: Model, thread: int, back: int = 0) -> tuple[int, int]:
-    """(k, page) of the `back`-th newest write that is the last one of its page."""
+    """(k, page) of the `back`-th newest write, counting only the last write of each page."""
     seen: set[int] = set()
     for k in range(model.progress[thread], 0, -1):
         page = write_page(model.params, thread, k)
@@ -77,7 +77,7 @@ def latest(model: Model, thread: int, back: int = 0) -> tuple[int, int]:
 
 
 def unwritten(model: Model, kind: str) -> int:
-    """A page of that class without a write."""
+    """A page of that class that was not written to."""
     return next(
         page
         for page in range(model.params.page_count)
@@ -140,7 +140,7 @@ def latest_before(model: Model, thread: int, k: int) -> int:
 
 
 def test_page_too_new(model: Model) -> None:
-    """A page saved after T: write K+1 of thread 0 is there, write K is not."""
+    """A page saved after T: it has write K+1 of thread 0, and write K is missing."""
     k, page = latest(model, 0)
     before = bytes(model.ram[page * PAGE_BYTES : (page + 1) * PAGE_BYTES])
     model.write(0)
@@ -188,7 +188,7 @@ def test_causality(model: Model) -> None:
 
 
 def test_thread_left_behind_as_a_whole() -> None:
-    """All pages of thread 0 are of an earlier instant: each thread alone looks right."""
+    """All pages of thread 0 are from an earlier instant: each thread alone looks consistent."""
     model = Model(PARAMS)
     model.run(100)
     early = Model(PARAMS)
@@ -256,7 +256,7 @@ def test_counts_of_a_paused_guest(model: Model) -> None:
     )
     stood = [model.progress[0], model.progress[1] + 1, model.progress[2]]
     model.write(1, 2)
-    assert not check_cut(model.ram, PARAMS, stood).consistent  # torn, but the writer stood
+    assert not check_cut(model.ram, PARAMS, stood).consistent  # torn, but the writer was paused
 
 
 def test_check_refuses_what_does_not_fit() -> None:

@@ -56,7 +56,7 @@ def test_native_writers_keep_the_order(backing: str, pages: str, pattern: str) -
 
 
 def test_copy_under_the_writers_is_caught() -> None:
-    """The oracle can fail on the real thing: a plain copy while the writers run is no cut."""
+    """The oracle also fails on real memory: a plain copy while the writers run is not a consistent cut."""
     params = GuestParams(size=16 * MIB, threads=2)
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         writers.resume()
@@ -112,7 +112,7 @@ def test_writers_write_holes_and_zero_pages() -> None:
 
 
 def test_throttle() -> None:
-    """Never faster, and not slower either where the writers get a CPU."""
+    """The rate is never exceeded, and is reached if the writers get a CPU."""
     params = GuestParams(size=MIB, threads=2)
     for _ in attempts("the writers are too slow"):
         with GuestMemory(params) as memory, GuestWriters(memory, 20000) as writers:
@@ -135,7 +135,7 @@ def test_rate_zero_never_writes_and_pauses_at_once() -> None:
 
 
 def test_pause_and_resume_many_times() -> None:
-    """A lost wake-up would hang it; a writer that goes on while paused would move the counts."""
+    """A lost wake-up would hang this test; a writer that runs while paused would change the counts."""
     params = GuestParams(size=MIB, threads=8)
     with GuestMemory(params) as memory, GuestWriters(memory) as writers:
         for _ in range(300):
@@ -217,7 +217,7 @@ gc.collect()
 
 
 def test_forgotten_writers_do_not_crash() -> None:
-    """Nobody stops them; their memory stays for as long as they write it."""
+    """They are never stopped; their memory stays mapped as long as they write to it."""
     run = subprocess.run(
         [sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=PATIENCE_S,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},

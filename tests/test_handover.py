@@ -1,4 +1,4 @@
-"""The hand-over: messages good, late, split and bad; nothing leaks and nothing is believed."""
+"""The hand-over: valid, late, split and invalid messages; nothing leaks, and every value is checked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def no_leaks() -> Iterator[None]:
 
 
 class Peer:
-    """This process as the peer, in the hands of the test; the target runs in a thread."""
+    """This process as the peer, controlled by the test; the target runs in a thread."""
 
     def __init__(self, path: Path, step_timeout: float = PATIENCE_S) -> None:
         self.memory = GuestMemory(GuestParams(size=MIB, backing="memfd"))
@@ -59,7 +59,7 @@ class Peer:
 
     @property
     def mapping(self) -> dict[str, Any]:
-        """A mapping that is as it should be."""
+        """A valid mapping."""
         return {"base_host_virt_addr": self.memory.addr, "size": MIB, "offset": 0, "page_size": 4096}
 
     def message(self, **changes: Any) -> bytes:
@@ -78,7 +78,7 @@ class Peer:
         return pid, regions
 
     def refused(self) -> str:
-        """The one line with which the hand-over was refused."""
+        """The error of the refused hand-over; it must be one line."""
         with pytest.raises(HandoverError) as caught:
             self.opened.result(PATIENCE_S)
         text = str(caught.value)
@@ -123,7 +123,7 @@ def peer(path: Path, no_leaks: None) -> Iterator[Peer]:
 
 @pytest.fixture
 def hasty(path: Path, no_leaks: None) -> Iterator[Peer]:
-    """A peer of an engine that waits for 0.2 s only."""
+    """A peer of an engine that waits only 0.2 s."""
     peer = Peer(path, step_timeout=0.2)
     yield peer
     peer.close()
@@ -229,7 +229,7 @@ def test_range_that_is_not_mapped(peer: Peer) -> None:
 def test_range_with_a_gap(peer: Peer) -> None:
     peer.send(peer.message(size=64 << 30))
     text = peer.refused()
-    # What lies behind the memory, up to the end of the address space, is up to the kernel.
+    # The kernel decides what lies between the memory and the end of the address space.
     assert any(reason in text for reason in ("is not mapped", "different kinds", "beyond the address space"))
 
 

@@ -1,4 +1,4 @@
-"""Latency histogram: quantiles to a bucket's width, the maximum exactly."""
+"""Latency histogram: quantiles are exact to the width of a bucket, the maximum is exact."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_empty():
 
 
 def test_bounds_are_monotone_and_close():
-    """One value alone, with a far larger one beside it, shows its bucket's upper bound."""
+    """With one value and a far larger one, a quantile of the first is its bucket's upper bound."""
     probes = sorted({max(0, 2**power + step) for power in range(63) for step in (-1, 0, 1, 2**power // 3)})
     tops = [quantiles([value, LARGEST], [0.5])[0] for value in probes]
     assert tops == sorted(tops)

@@ -1,5 +1,5 @@
-"""JSON in an image whose members have other types than they should: an `ImageError` in every consumer, or the
-member is one that nobody knows. Nothing else may come out, and what is printed must be printable."""
+"""JSON in an image whose members have wrong types: every consumer raises an `ImageError`, or the member is
+unknown and ignored. No other exception may escape, and all output must be printable."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def changed(document, key, value):
 
 
 def consume(data: bytes, folder) -> str:
-    """What escaped from all that reads an image, but an `ImageError`; what is refused is not printed."""
+    """The exceptions other than `ImageError` that consumers let escape. A refused image is not printed."""
     path = folder / "odd.img"
     path.write_bytes(data)
     outcomes: set[str] = set()
@@ -193,7 +193,7 @@ def test_wrong_types_anywhere(of, tmp_path):
 
 
 def test_as_it_should_be(tmp_path):
-    """The control: the documents above are read by every consumer."""
+    """Control: every consumer reads the unchanged documents."""
     path = tmp_path / "good.img"
     blobs = [(MACHINE, MACHINE_OF_ALL), (DEVICES, bytes(16)), ("process", PROCESS), ("process.auxv", b"")]
     path.write_bytes(image_with(blobs=blobs))

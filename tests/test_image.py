@@ -257,7 +257,7 @@ def test_several_threads_may_read_one_image(image):
 
 
 def with_record(data, record):
-    """An image with one more record before the STAT: offsets, counts and checksums as they must be."""
+    """An image with one more record before the STAT, and with correct offsets, counts and checksums."""
     at = of_type(data, b"STAT").offset
     head = bytearray(data[:at] + record)
     for old in records(data):
@@ -304,7 +304,7 @@ def test_an_unknown_record_that_may_be_ignored_is(size):
 
 
 class OnePipe(io.RawIOBase):
-    """Gives at most 1000 bytes a read, and cannot seek."""
+    """Returns at most 1000 bytes per read, and cannot seek."""
 
     def __init__(self, data):
         self.rest = data

@@ -1,4 +1,4 @@
-"""The page index: lookups, laziness, and that the last record wins, whatever the order."""
+"""The page index: lookups, laziness; the last record of a page wins in any order of reading."""
 
 import io
 
@@ -19,7 +19,7 @@ chunk = st.tuples(st.lists(entry, min_size=1, max_size=6), st.sampled_from([None
 
 
 def write(chunks):
-    """(image, page -> (kind, bytes) of the newest record); every DATA page's content is its own."""
+    """(image, page -> (kind, bytes) of the newest record); every DATA page has different content."""
     sink = MemorySink()
     writer = Writer(sink)
     writer.begin([(Region("ram", 0x5000, PAGES * 4096), 0)])
@@ -116,14 +116,14 @@ def test_only_the_chunks_that_are_asked_for_are_read():
 
 
 def interleaved(n):
-    """n regions of a page. Two chunks have an entry for every page; each entry of another covers them all."""
+    """n regions of one page. Two chunks have an entry for each page; each entry of another covers all."""
     sink = MemorySink()
     writer = Writer(sink)
     writer.begin([(Region(f"r{page}", page << 13, 4096), page) for page in range(n)])
     backwards = [(page, 1, ZERO) for page in reversed(range(n))]
     for entries in (backwards, [(0, n, HOLE)] * n, backwards):
         writer.py_chunk(entries)
-    for page in range(n):  # the index says of each that it may have any page
+    for page in range(n):  # by the index, each of these chunks may have any page
         writer.py_chunk([(0, 1, ZERO), (n - 1, 1, ZERO), (page, 1, LOST if page == 7 else ZERO)])
     writer.finish({})
     return sink.getvalue()
@@ -139,7 +139,7 @@ def looked_at_for_nothing(n):
 
 
 def test_a_hostile_image_does_not_take_quadratic_time():
-    """Every map overlaps every region: without a bound, twice as many of both waste four times as much."""
+    """Every map overlaps every region: without a bound, twice as many of both cause four times the waste."""
     few, many = looked_at_for_nothing(400), looked_at_for_nothing(800)
     assert few > 0
     assert many < 2.5 * few
@@ -148,7 +148,7 @@ def test_a_hostile_image_does_not_take_quadratic_time():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(chunk, min_size=1, max_size=8), st.lists(st.tuples(st.integers(0, PAGES - 1), st.just(3))))
 def test_many_lookups_find_what_the_first_ones_find(chunks, lookups):
-    """Whether a lookup reads maps or searches in the image that was resolved as a whole."""
+    """Both if lookups read maps and if they search the index of the completely resolved image."""
     data, newest = write([([(0, PAGES + 12, ZERO)], None), *chunks])
     with opened(data) as image:
         for first, pages in lookups * 20:

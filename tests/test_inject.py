@@ -1,4 +1,4 @@
-"""Injection: the target gives its userfaultfd away and notices nothing."""
+"""Injection: the engine gets a userfaultfd of the target, and the target notices nothing."""
 
 import contextlib
 import ctypes
@@ -68,7 +68,7 @@ def test_the_descriptor_works_from_outside(threads):
 
 
 def released(uffd, start):
-    """The pages whose write faults were read and answered."""
+    """Read and resolve a write fault; the list of its page."""
     try:
         message = os.read(uffd.fd, 32)
     except BlockingIOError:
@@ -81,14 +81,14 @@ def released(uffd, start):
     return [(page - start) // PAGE]
 
 
-# What the target might notice
+# Side effects that the target could notice
 
 
 @pytest.mark.parametrize("arguments", [[1], [3], [64], [2, "leave"]], ids=str)
 def test_registers_are_kept(arguments):
     vector = ["avx"] if "avx2" in Path("/proc/cpuinfo").read_text() else []
     with Target("compute", *arguments, *vector) as target:
-        if "leave" in arguments:  # on its way pthread_exit() has libgcc open for a moment
+        if "leave" in arguments:  # pthread_exit() opens libgcc for a moment
             until(lambda: state_of(target.pid) == "Z")
         before = descriptors(target.tids[-1])
         for _ in range(40 if arguments[0] < 10 else 8):
@@ -99,7 +99,7 @@ def test_registers_are_kept(arguments):
 
 @pytest.mark.parametrize("threads", [1, 12])
 def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
-    """The process lives on, and so it is not called gone."""
+    """The process still lives, so it is not reported as ended."""
     listed = permissions.threads_to_stop
 
     def leave(pid):
@@ -115,7 +115,7 @@ def test_the_leader_ends_before_it_is_stopped(monkeypatch, threads):
 
 
 def test_threads_that_all_end_before_they_are_stopped(monkeypatch):
-    """Not for ever, and the text does not say that the process ended."""
+    """The attempts end, and the text does not say that the process has ended."""
     gone = itertools.count(1 << 22)  # above every tid (proc_pid_max(5))
     monkeypatch.setattr(permissions, "threads_to_stop", lambda pid: [next(gone)])
     with Target("compute", 1) as target:
@@ -144,7 +144,7 @@ def test_scheduling_and_masks_are_kept():
 
 
 def test_a_restartable_sequence_is_aborted():
-    """Its thread may have been moved to another CPU: it must not finish as if nothing had been."""
+    """Its thread may have been moved to another CPU, so the sequence must not be completed."""
     with Target("rseq") as target:
         for _ in range(30):
             inject(target.pid)
@@ -162,7 +162,7 @@ def test_a_restartable_sequence_would_break_without_care():
 
 
 def interrupted(call, repair):
-    """EINTR seen, and other returns, of a call that 30 injections have hit."""
+    """(EINTRs, other returns) of a call during 30 injections."""
     with Target("blocking", call) as target:
         for _ in range(30):
             until(lambda: state_of(target.pid) == "S")
@@ -250,7 +250,7 @@ while True:
 
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_the_engine_is_killed_at_any_moment(group):
-    """30 times each: the target runs on with its registers and without a descriptor more."""
+    """30 times each: the target continues with its registers and has no additional descriptor."""
     room = Path(snapengine.__file__).parent.parent
     with Target("compute", 2) as target:
         before = descriptors(target.pid)
@@ -266,9 +266,9 @@ def test_the_engine_is_killed_at_any_moment(group):
                 (os.killpg if group else os.kill)(engine.pid, signal.SIGKILL)
             target.check_running(2)
             until(lambda: descriptors(target.pid) == before, "a descriptor stays in the target")
-        time.sleep(0.1)  # the helper of the last one may not even have begun
+        time.sleep(0.1)  # the last helper may not have started yet
         until(lambda: descriptors(target.pid) == before, "a descriptor stays in the target")
-        until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is traced still")
+        until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is still traced")
         assert {os.sched_getscheduler(tid) for tid in target.tids} == {os.SCHED_OTHER}
 
 
@@ -281,7 +281,7 @@ for _ in range(40):
 
 
 def test_engines_on_every_cpu():
-    """Helpers and stopped threads are in a real-time class: one that spins would lock the others out."""
+    """Helpers and stopped threads are in a real-time class: one that spins would starve the others."""
     room = Path(snapengine.__file__).parent.parent
     with contextlib.ExitStack() as stack:
         targets = [stack.enter_context(Target("compute", 1)) for _ in range(2 * (os.cpu_count() or 1))]

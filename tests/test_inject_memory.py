@@ -1,4 +1,4 @@
-"""Injection writes to no memory of the target but a page of its own, which is gone afterwards."""
+"""Injection writes only to a page that it maps in the target for this, and unmaps it afterwards."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ USERS = pytest.mark.parametrize("user", [{}, NOBODY], ids=["by the call", "by th
 
 
 def private_memory(target):
-    """{address: bytes} of its writable private mappings, but for the pages that its own threads write to."""
+    """{address: bytes} of its writable private mappings, except the pages that its own threads write to."""
     own = {(word + i * PAGE) for word in (target.words[MEMORY], target.words[VALUES]) for i in range(4)}
     found = {}
     with open(f"/proc/{target.pid}/mem", "rb", buffering=0) as memory:
@@ -43,7 +43,7 @@ def private_memory(target):
 @pytest.mark.usefixtures("as_root")
 @USERS
 def test_no_byte_of_its_memory_changes(user):
-    """Compared before and after 100 injections, and by a thread that uses what lies below a stack."""
+    """Compared before and after 100 injections, and by a thread that uses the memory below a stack."""
     with Target("smallstack", env=QUIET, **user) as target:
         assert target.words[PAGES] == 4
         target.check_running()
@@ -81,7 +81,7 @@ def test_no_room_for_a_page():
 @pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("spare", [0, 1, 2])
 def test_few_free_descriptors(spare):
-    """Two are needed at a time; with fewer it is refused, and nothing stays open or mapped."""
+    """The injection needs two at a time; with fewer it is refused, and nothing stays open or mapped."""
     with Target("smallstack", spare, **NOBODY) as target:
         before, mappings = descriptors(target.pid), read_maps(target.pid)
         assert sorted(before) == ["0", "1", "2"]
@@ -96,7 +96,7 @@ def test_few_free_descriptors(spare):
 
 @pytest.mark.usefixtures("as_root")
 def test_a_target_that_sees_no_device():
-    """Neither its root nor its mounts have a say: the descriptor comes from us."""
+    """Its root and its mounts do not matter: the descriptor comes from the engine."""
     mounts = 'mount -t tmpfs -o nodev,ro none /dev && mount -o remount,bind,nodev,ro /run && exec "$@"'
     become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set", "-all"]
     place = ["unshare", "-m", "sh", "-c", f"mount --bind /run /run && {mounts}", "sh", *become]
@@ -121,7 +121,7 @@ for ask in (inject_userfaultfd, examine_process):
 
 
 def run_engine_as_nobody(pid, device):
-    """What attaching and asking say to a plain user; `device`: the node in its /dev."""
+    """The results of attaching and of asking, for a plain user; `device`: the node in its /dev."""
     room = Path(snapengine.__file__).parent.parent
     script = f'mount --bind "{device}" /dev/userfaultfd && exec "$@"' if device else 'exec "$@"'
     command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", ENGINE, str(pid)]
@@ -150,7 +150,7 @@ def test_a_plain_user_with_access_to_the_device(open_node):
 
 @pytest.mark.usefixtures("as_root")
 def test_a_plain_user_without(monkeypatch):
-    """Asking beforehand says the same as attaching."""
+    """Asking beforehand gives the same answer as attaching."""
     with open("/proc/sys/vm/unprivileged_userfaultfd") as knob:
         if knob.read().strip() != "0":
             pytest.skip("every user may call userfaultfd(2) here")

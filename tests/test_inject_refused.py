@@ -1,4 +1,4 @@
-"""Injection refused, and of another user's process: who cannot be attached to, and how it is said."""
+"""Refused injections, and processes of another user: what cannot be attached to, and the messages."""
 
 import contextlib
 import errno
@@ -98,7 +98,7 @@ def test_a_traced_process():
 
 
 def test_a_traced_process_found_too_late(monkeypatch):
-    """It was not traced when it was looked at: the kernel's EPERM is explained."""
+    """It was not traced when it was checked: the kernel's EPERM is explained."""
     monkeypatch.setattr(permissions, "refuse_reason", lambda info: None)
     with Target("compute", 1) as target, traced(target.pid) as tracer:
         assert f"traced by {tracer}" in str(refusal(target.pid))

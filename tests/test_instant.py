@@ -1,4 +1,4 @@
-"""The instant T that a capture reports: by both clocks, and as the memory shows it."""
+"""The instant T that a capture reports: on both clocks, and compared with the memory."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def clocks():
 
 
 def check_between(result, before, after):
-    """A wall clock that NTP slews runs at another rate than CLOCK_MONOTONIC by less than this."""
+    """The largest difference in rate between CLOCK_MONOTONIC and a wall clock that NTP slews."""
     assert before[0] <= result.t_monotonic_ns <= after[0]
     assert before[1] - SECOND // 1000 <= result.t_unix_ns <= after[1] + SECOND // 1000
 
@@ -81,8 +81,8 @@ def test_another_process(tmp_path, cut):
 @pytest.mark.usefixtures("requires_uffd")
 @pytest.mark.parametrize("arming", ["plain", "two-step"])
 def test_it_is_between_the_last_write_in_the_image_and_the_next_one(tmp_path, arming):
-    """A writer stamps the memory with the clock. What the image holds was written before T, and the write
-    that followed ended after it."""
+    """A writer writes the time into the memory. The write in the image began before T, and the next write
+    ended after T."""
     memory = anonymous(4 * MIB)
     writes = []
     stop = threading.Event()

@@ -75,7 +75,7 @@ def test_a_restore_by_several_threads(seed, tmp_path):
         memory[:] = bytes(len(memory))
         time.sleep(0.002)
         assert memory[:] == bytes(len(memory))
-        memory.close()                              # BufferError: somebody may still write to it
+        memory.close()                              # BufferError: it is still in use
         if not complete:
             raise KeyboardInterrupt
     """
@@ -124,7 +124,7 @@ def test_a_talk_with_a_monitor(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_wait_for_a_peer(seed, tmp_path):
-    """The socket's file goes, also if nobody has been told yet that it is there."""
+    """The socket's file is removed, even if the caller has not received the listener yet."""
     work = """
     from snapengine.errors import HandoverError
     from snapengine.handover.listener import Listener
@@ -142,7 +142,7 @@ def test_a_wait_for_a_peer(seed, tmp_path):
 
 
 def test_a_monitor_that_is_dropped(tmp_path):
-    """As if the Ctrl-C had come before anybody had it."""
+    """As if the Ctrl-C had come before the caller had the object."""
     path = tmp_path / "qmp"
     with answering(path):
         assert Monitor(str(path)).execute("query-status") == {}
@@ -180,7 +180,7 @@ def answer_one(client):
     asked = ""
     while data := client.recv(4096):
         asked += data.decode()
-        with contextlib.suppress(json.JSONDecodeError):  # not all of it is there
+        with contextlib.suppress(json.JSONDecodeError):  # incomplete so far
             while asked := asked.lstrip():
                 command, end = json.JSONDecoder().raw_decode(asked)
                 asked = asked[end:]

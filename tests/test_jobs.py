@@ -1,4 +1,4 @@
-"""Work in pieces by several threads: each piece once; an error or an interrupt ends it before all is done."""
+"""Jobs of several threads: each part is done once; an error or an interrupt ends the work early."""
 
 import _thread
 import threading

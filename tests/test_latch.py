@@ -1,4 +1,4 @@
-"""Waiting that an interrupt at any step leaves usable, and the same for crews."""
+"""Latches and crews of threads stay usable after an interrupt at any step of a wait."""
 
 import sys
 import threading
@@ -11,12 +11,12 @@ from snapengine.base.workers import Workers
 
 
 class Interrupt(KeyboardInterrupt):
-    """What a handler of a signal raises."""
+    """The exception that a signal handler raises."""
 
 
 def interrupted_at(step, work):
-    """Call `work`, and raise at the `step`-th place where Python handles signals: where a function of
-    Python begins and one of C has returned. False if it has no more than that."""
+    """Call `work`, and raise at the `step`-th place where Python handles signals: where a Python function
+    begins or a C function has returned. False if `work` has fewer such places."""
     left = step
 
     def at_event(frame, event, argument):
@@ -38,7 +38,7 @@ def interrupted_at(step, work):
 
 
 def every_step(work):
-    """``for again in every_step(work)``: `work` was interrupted, each time one event later."""
+    """``for again in every_step(work)``: `work` was interrupted, in each iteration one event later."""
     step = 1
     while interrupted_at(step, work):
         yield step

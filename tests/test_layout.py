@@ -1,4 +1,4 @@
-"""Where regions lie, against the same said plainly."""
+"""The layout of regions, compared with a simple implementation."""
 
 import pytest
 
@@ -45,13 +45,13 @@ def test_regions_among_mappings(order):
         assert (plan.alone_before, plan.alone_after) == (one.addr in ends, end in starts)
         after = plan.first_page + plan.pages
     assert [one.region for one in plans] == regions
-    # Of memory without a file the first is asked about; of all other, each.
+    # Of all memory without a file only the first region is asked about; of other memory, each region.
     assert [one for one, _ in asked] == [regions[0], region(12, 14)]
     assert all(covered == covering(MAPPINGS, one.addr, one.addr + one.length) for one, covered in asked)
 
 
 def test_what_follows():
-    """Nothing is mapped between the two: not what is no region, nor the rest of a mapping."""
+    """A region follows another only if nothing is mapped between them, not even the rest of a mapping."""
     def follows(*spans):
         return [plan.follows for plan in plans_of([region(*span) for span in spans], MAPPINGS)]
 

@@ -1,4 +1,4 @@
-"""The socket file of the listener: who may have its name, and what goes away."""
+"""The socket file of the listener: which existing files it replaces, and that it is removed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Captures by the hundred in one process, half of them cancelled: nothing is kept, and none gets in the way
-of the next."""
+"""Hundreds of captures in one process, half of them cancelled: nothing is leaked, and no capture disturbs
+the next one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HeapUse(ctypes.Structure):
 
 
 def used_bytes() -> int:
-    """What the C heap holds for somebody: without what its arenas keep for later."""
+    """Bytes in use on the C heap, without the free memory that its arenas keep."""
     gc.collect()
     use = LIBC.mallinfo2
     use.restype = HeapUse
@@ -37,7 +37,7 @@ def used_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    LIBC.malloc_trim(0)  # what the arenas of ended threads keep is not ours
+    LIBC.malloc_trim(0)  # free memory that the arenas of ended threads keep does not count
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -79,7 +79,7 @@ def test_nothing_is_kept():
 
 
 def test_a_cancelled_capture_is_not_in_the_way():
-    """`cancel` returns at once; the next capture of the same memory waits until it is let go of."""
+    """`cancel` returns at once; the next capture of the same memory waits until the memory is released."""
     buffer = mmap.mmap(-1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.write(os.urandom(16 * MIB))
     for _ in range(8):

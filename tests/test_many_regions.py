@@ -1,6 +1,6 @@
-"""Thousands of mappings, regions and buffers cost what they hold: nothing is searched for each of them.
+"""The cost of thousands of mappings, regions and buffers is linear: there is no search per item.
 
-Ratios are of CPU times, the least of several runs: four times as many regions are four times the work.
+The tests compare CPU times, the least of several runs: four times as many regions are four times the work.
 """
 
 import mmap
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 PAGE, MIB = 4096, 1 << 20
 START = 0x7000_0000_0000
 ALL = sum(bit for name, bit in FEATURES.items() if name not in ("WP_UNPOPULATED", "WP_ASYNC"))
-NOBODY = 1 << 22  # no process has this number (PID_MAX_LIMIT of Linux)
+NOBODY = 1 << 22  # no process has this pid (PID_MAX_LIMIT of Linux)
 
 
 def mappings_of(n, kind):
@@ -54,7 +54,7 @@ def cpu(work):
 
 
 def check_linear(work, n=1500):
-    """`work(n)` gives what is measured; it may take 8 times as long with 4 times as many."""
+    """`work(n)` returns the measured function; it may take at most 8 times as long for 4 times as many."""
     assert cpu(work(4 * n)) < 8 * cpu(work(n)) + 0.02
 
 
@@ -148,7 +148,7 @@ def test_two_mappings_of_one_memory_among_many():
 
 
 def test_many_small_buffers_that_share_pages(tmp_path):
-    """Regions lie side by side, several in a page, in no order; writers hit them all."""
+    """Adjacent regions, several per page, in no order; writers write to all of them."""
     n, size = 3000, 700
     with mmap.mmap(-1, n * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         for i in range(n):

@@ -1,4 +1,4 @@
-"""docs/operations/mappings.md: each kind of mapping is made, saved by every cut, and is what its row says."""
+"""docs/operations/mappings.md: each kind of mapping is made, saved by each cut, and compared with its row."""
 
 import contextlib
 import dataclasses
@@ -48,12 +48,12 @@ OPTIONAL = {
     *("guard", "guard-shared", "guard-memfd-private", "droppable", "mseal", "pkey", "secret", "io_uring"),
     *("aio", "perf", "hugetlb", "hugetlb-file", "hugetlb-file-private"),
 }
-"""What newer kernels, some CPUs, or some rights are needed for."""
+"""Kinds that need a newer kernel, a CPU feature, or permissions."""
 BY_OTHER_TESTS = {"memfd-twice", "own-userfaultfd", "vdso"}
 
 
 def rows():
-    """From the kind to the cells of its row: what it is, soft cut, stop cut."""
+    """Kind -> the cells of its row: description, soft cut, stop cut."""
     found = {}
     for line in TABLE.read_text().splitlines():
         match = re.fullmatch(r"\| `([\w-]+)` \| (.*) \| (\w+) \| (\w+) \|", line)
@@ -73,7 +73,7 @@ def size_of(kind):
 
 
 def content_of(kind):
-    """What the target has written; what it cannot read is zeros, and so is a hole."""
+    """The content that the target has written; unreadable memory and holes are zeros."""
     number = MADE.index(kind) + 1
     data = bytearray()
     for word in range(size_of(kind) // 8):
@@ -105,7 +105,7 @@ def hugetlb_pages():
 
 
 class Saved:
-    """The target, its addresses, and by mode the image and the result."""
+    """The target, its addresses, and the image and the result of each mode."""
 
     def __init__(self, target, room):
         self.target = target
@@ -131,7 +131,7 @@ def saved(tmp_path_factory, hugetlb_pages):
             folder = room / kind
             folder.mkdir()
             folders.append(stack.enter_context(mounted(kind, folder)))
-        if folders[0] == "-":  # may not mount: the tmpfs that is there
+        if folders[0] == "-":  # may not mount: use the existing tmpfs
             folders[0] = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
         disk = stack.enter_context(tempfile.TemporaryDirectory(dir=Path(__file__).parent))
         target = stack.enter_context(Target("mappings", disk, *folders, *MADE))
@@ -141,7 +141,7 @@ def saved(tmp_path_factory, hugetlb_pages):
 
 
 def fate_of(saved, mode, kind):
-    """What became of a kind, in the words of the table."""
+    """How a kind was captured, in the words of the table."""
     addr, size = saved.addresses[kind], size_of(kind)
     left = [item for item in saved.results[mode].not_captured if item["start"] == addr]
     with open_image(saved.images[mode]) as image:
@@ -175,7 +175,7 @@ def test_each_kind(saved, kind, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_lost(saved, mode, tmp_path):
-    """--strict has passed; a core can be made, and verified; the target is as before."""
+    """--strict has passed, the images can be verified and exported as cores, and the target still runs."""
     assert saved.results[mode].lost_pages == 0
     with open_image(saved.images[mode]) as image:
         image.verify()
@@ -185,7 +185,7 @@ def test_nothing_is_lost(saved, mode, tmp_path):
 
 @pytest.mark.parametrize("kind", sorted(DECIDED))
 def test_decisions(kind):
-    """What no test can make on this host: the decision, from what the kernel would say."""
+    """Kinds that no test can make on this host: the decision for what the kernel would report."""
 
     class Facts(MapFacts):
         def backing(self, mapping):
@@ -219,7 +219,7 @@ def test_without_the_right_to_ask_for_files(saved):
 
 
 def test_page_table_entries_tell_what_the_scan_does(saved):
-    """Before Linux 6.7 there are only these."""
+    """Linux before 6.7 has page table entries only."""
     told = CATEGORIES["PRESENT"] | CATEGORIES["SWAPPED"] | CATEGORIES["FILE"]
     with open(f"/proc/{saved.target.pid}/pagemap", "rb", buffering=0) as pagemap:
         for kind in MADE:
@@ -236,7 +236,7 @@ def test_page_table_entries_tell_what_the_scan_does(saved):
     [
         (0x440000000000009F, True),  # Linux 6.15: bit 58
         (0x400000000000009F, True),  # Linux 6.13: the marker itself
-        (0x4000000000000000, False),  # a user who may not see it
+        (0x4000000000000000, False),  # read by a user without permission
         (0x420000000000003F, False),  # the marker of a protected hole
         (0x4200000000000020, False),  # swapped out
         (0x81000000001C46D4, False),  # present
@@ -254,7 +254,7 @@ def test_the_table_names_a_test_for_each_row():
         assert {soft, stop} <= {"tracked", "copied", "named", "elsewhere", "refused"}, kind
 
 
-# -- kinds that change what can be saved at all --
+# -- kinds that limit what can be saved --
 
 
 def save(pid, path, **more):
@@ -270,7 +270,7 @@ def twice():
 
 
 def test_memory_that_is_mapped_twice(twice, tmp_path):
-    """`memfd-twice`: a write through one mapping is unseen in the other."""
+    """`memfd-twice`: a write through one mapping causes no fault in the other."""
     one, two = twice.words[COUNTERS], twice.words[COUNTERS + 1]
     soft = save(twice.pid, tmp_path / "soft.img")
     named = {item["start"]: item["reason"] for item in soft.not_captured}
@@ -299,7 +299,7 @@ def test_too_much_memory_that_is_mapped_twice(twice, tmp_path):
 
 
 def test_a_userfaultfd_of_its_own(tmp_path):
-    """`own-userfaultfd`: the rest is saved, and that is named; reading it would wait for the process."""
+    """`own-userfaultfd`: it is named and all other memory is saved; reading it would wait for the process."""
     with Target("ownuffd") as target:
         lazy, plain = target.words[COUNTERS + 1], target.words[COUNTERS + 2]
         for cut in ("soft", "stop"):
@@ -318,7 +318,7 @@ def test_a_userfaultfd_of_its_own(tmp_path):
 
 
 def test_a_second_capture_of_a_process_with_its_own_userfaultfd(tmp_path):
-    """That other userfaultfd is none of the process's: naming its memory would hide it."""
+    """The other userfaultfd is not the process's own: to name its memory as such would hide the conflict."""
     with Target("ownuffd") as target:
         first = ProcessTarget(target.pid)
         second = pytest.raises(AlreadyTrackedError, match="another capture")
@@ -327,7 +327,7 @@ def test_a_second_capture_of_a_process_with_its_own_userfaultfd(tmp_path):
         target.check_running()
 
 
-# -- the limit of what is copied --
+# -- the limit of copied memory --
 
 
 def private_file(tmp_path, size, own_pages):
@@ -380,7 +380,7 @@ def mapping_of(saved, kind):
     ],
 )
 def test_ram_blocks_of_a_machine(saved, kind, wanted):
-    """QEMU's memory is judged by what holds it, as any other."""
+    """QEMU's memory is classified by its backing, as any other memory."""
     if not saved.addresses[kind]:
         pytest.skip(f"this host cannot make {kind}")
     found = mapping_of(saved, kind)

@@ -1,6 +1,6 @@
-"""Kernels that lack something: never wrong in silence. The tests of what a target takes away, of consistency
-and of shared memory run again with each feature masked (tests/targets/oldkernel.c), alone and as older
-kernels lack them together."""
+"""Kernels that lack features: an image is never silently wrong. The tests of lost memory, consistency and
+shared memory run again with each feature masked (tests/targets/oldkernel.c), alone and in the combinations
+of older kernels."""
 
 import os
 import re
@@ -148,7 +148,8 @@ with Target("sharer", "maps") as other:
 
 @pytest.mark.parametrize("what", ["adds", "replaces"])
 def test_a_process_that_cannot_be_known_to_share_the_memory(repository, tmp_path, what):
-    """It runs on in a stop cut, which says so, and maps: what comes between two regions is not protected,
-    as nobody would let go of it before the end; what is replaced is lost, no zeros."""
+    """It keeps running during a stop cut, which warns about it, and maps memory. Memory that appears between
+    two regions is not protected, since nothing would release it before the end. Replaced memory is lost, and
+    does not become zeros."""
     ran = run(repository, {"MASK_CALLS": "kcmp"}, "-c", UNSEEN_KIN, str(tmp_path / "image"), what)
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""The message of a hand-over: what is understood, what is refused, and any JSON or bytes."""
+"""The message of a hand-over: accepted and refused messages, and arbitrary JSON and bytes."""
 
 from __future__ import annotations
 

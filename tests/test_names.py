@@ -1,4 +1,4 @@
-"""Names are bytes: of processes, threads, files, memory files, regions, blobs and images."""
+"""Names are bytes: names of processes, threads, files, memory files, regions, blobs and images."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from snapengine.storage.sinks import FileSink, MemorySink
 
 COMMAND = [sys.executable, "-m", "snapengine.cli"]
 NOT_TEXT = b"caf\xe9 \xff"
-CUT_NAME = "worker-线程池-1".encode()[:15]  # the kernel cuts here, inside of a character
+CUT_NAME = "worker-线程池-1".encode()[:15]  # the kernel truncates here, inside a character
 NASTY = b"a\x1b[31m\rTracerPid:\t1\r\x0bVmPin:\t9 kB\x85 \\x"
 
 
@@ -180,7 +180,7 @@ def test_a_process_with_names_that_are_no_text(requires_uffd, programs, tmp_path
 
 
 def content(image, start, size):
-    """The bytes of an address range that several regions may hold."""
+    """The bytes of an address range that may lie in several regions."""
     found = b""
     while len(found) < size:
         at = start + len(found)

@@ -1,4 +1,5 @@
-"""Own memory that its owner takes away, before and during a capture or a restore: it ends no program."""
+"""Own memory that its owner unmaps, truncates or protects, before and during a capture or a restore: this
+kills no program."""
 
 import json
 import signal
@@ -18,7 +19,7 @@ MIB = 1 << 20
 SIZE = 48 * MIB
 pytestmark = pytest.mark.usefixtures("requires_uffd")
 
-# What every program below begins with. `take` runs after T, when most of `memory` is not saved yet.
+# The beginning of each program below. `take` runs after T, when most of `memory` is not saved yet.
 PROLOGUE = """
 import ctypes, json, mmap, os, sys
 import numpy as np
@@ -45,7 +46,7 @@ def drop(memory, offset, length):
     call(libc.munmap, memory, offset, length)
 
 def again(memory, offset, length, flags):
-    "Other memory, of 0xee, in the place of a part."
+    "Replace a part by other memory, filled with 0xee."
     drop(memory, offset, length)
     at = libc.mmap(address_of(memory) + offset, length, 3, flags | 0x10, -1, 0)
     ctypes.memset(at, 0xEE, length)
@@ -59,7 +60,7 @@ def save(target, take):
 
 
 def run(tmp_path, program):
-    """Its exit status is 0; what it printed last, as JSON."""
+    """Run the program, check that its exit status is 0, and return its last line, parsed as JSON."""
     command = [sys.executable, "-c", PROLOGUE + textwrap.dedent(program), str(tmp_path / "image")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, f"it ended with {done.returncode}: {done.stderr[-2000:]}"
@@ -68,7 +69,7 @@ def run(tmp_path, program):
 
 
 def check_saved(tmp_path, start=0, end=SIZE):
-    """All of the image but [start, end), which may be lost, is what was there at T; none of it is other."""
+    """The image holds the state at T. Pages in [start, end) may be lost, but never have other content."""
     with open_image(tmp_path / "image") as image:
         for at in range(0, SIZE, MIB):
             expected = bytes([1 + at // MIB]) * MIB
@@ -108,7 +109,7 @@ class Storage:
     def __del__(self): self.memory.close()
 
 class Tensor:
-    "The part of PyTorch's interface that is used: no buffer protocol, and it can be given another storage."
+    "The part of PyTorch's interface that is used: no buffer protocol, and a storage that can be replaced."
     device = "cpu"
     def __init__(self, storage): self.storage = storage
     def untyped_storage(self): return self.storage
@@ -122,7 +123,7 @@ tensor = Tensor(Storage(filled()))
 
 
 def test_a_tensor_that_is_given_another_storage(tmp_path):
-    """As ``p.data = torch.empty(0)``, ``set_()`` and ``model.half()`` do: the old one is kept to the end."""
+    """As ``p.data = torch.empty(0)``, ``set_()`` and ``model.half()`` do: the old storage is kept."""
     take = "\ndef take(): tensor.storage = Storage(mmap.mmap(-1, 4096))\nsave(tensor, take)"
     assert run(tmp_path, TENSOR + take) == []
     check_saved(tmp_path)
@@ -168,7 +169,7 @@ def test_what_no_load_may_read_is_read_by_the_kernel(tmp_path, flags, how, when)
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_guard_pages_hold_nothing(tmp_path, when):
-    """MADV_GUARD_INSTALL (Linux 6.13) drops the content: before T it is a hole then, later it is lost."""
+    """MADV_GUARD_INSTALL (Linux 6.13) discards the content: before T it makes a hole, after T lost pages."""
     make = "make = lambda: libc.madvise(ctypes.c_void_p(address_of(memory) + 32 * MIB), 8 * MIB, 102)"
     order = "make(); save(memory, int)" if when == "before" else "save(memory, make)"
     run(tmp_path, f"memory = filled()\n{make}\n{order}")
@@ -196,7 +197,7 @@ os._exit(0)
 @pytest.mark.parametrize("late", [False, True], ids=["in the rounds", "in the pause"])
 @pytest.mark.parametrize("how", ["drop(memory, 32 * MIB, 8 * MIB)", ASIDE["PROT_NONE"]])
 def test_rounds_of_memory_that_is_taken_away(tmp_path, how, late):
-    """They fail, or the image shows the memory of their end, of which a part is no more."""
+    """The rounds fail, or the image holds the memory at their end, when a part of it no longer exists."""
     said, _ = run(tmp_path, ROUNDS.format(take=how, late=late))
     assert said or (tmp_path / "image").exists()
     if not said:
@@ -219,7 +220,7 @@ def test_a_file_that_is_cut_short_ends_nobody(tmp_path):
 
 
 def test_other_faults_go_to_the_handler_that_was_there(tmp_path):
-    """A crash of the program while it is captured: reported by faulthandler, and ended by the signal."""
+    """A crash of the program during its capture: faulthandler reports it, and the signal ends the program."""
     program = PROLOGUE + """
 import faulthandler
 faulthandler.enable()
@@ -254,8 +255,8 @@ int readable(volatile char *at) { if (sigsetjmp(back, 1)) return 0; (void)*at; r
 
 @pytest.mark.parametrize("chained", [False, True])
 def test_a_handler_that_was_there_may_jump(tmp_path, chained):
-    """It leaves a fault by siglongjmp(), and finds the next one, too. Also when the program has set another
-    one during a capture, which goes on with the one that it found: ours."""
+    """The handler leaves by siglongjmp(), and must be called for the next fault too. The same holds if
+    the program sets a handler during a capture, and that one calls the previous handler, which is ours."""
     (tmp_path / "probe.c").write_text(PROBE)
     library = tmp_path / "probe.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "probe.c"], check=True)
@@ -291,7 +292,7 @@ def test_the_handlers_are_put_back(tmp_path):
     assert run(tmp_path, program) == [True, False]
 
 
-# What may be lent at all
+# Which objects are accepted
 
 
 def test_python_objects_are_refused():

@@ -1,4 +1,4 @@
-"""What the wheel ships, and what it must not tell about the machine that built it."""
+"""The files of the wheel, which must reveal nothing about the machine that built it."""
 
 import re
 import sysconfig
@@ -19,7 +19,7 @@ def files(wheel):
 
 
 def modules(repository):
-    """Where each extension lies in the package, without its suffix, and its source."""
+    """The path of each extension in the package, without its suffix, and its source."""
     sources = repository / "pyx"
     return {
         f"snapengine/{path.relative_to(sources).with_suffix('')}": path for path in sources.rglob("*.pyx")
@@ -59,9 +59,9 @@ def test_metadata(files):
 
 def test_no_path_of_the_build_machine(files, wheel, repository):
     paths = {str(repository), str(wheel.parent), str(Path.home())} - {"/"}
-    # With a slash: root's home is also the name of a file in /proc.
+    # With a slash, because root's home is also the name of a file in /proc.
     found = [(name, path) for name, data in files.items() for path in paths if f"{path}/".encode() in data]
-    # The search path of a Python that was not installed by the system is in every extension it builds.
+    # A Python that the system did not install puts its search path into every extension that it builds.
     own = sysconfig.get_config_var("LDFLAGS") or ""
     assert not [(name, path) for name, path in found if not (name.endswith(".so") and path in own)]
 

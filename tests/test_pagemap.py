@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: exact regions however many there are, and what the categories mean."""
+"""PAGEMAP_SCAN: exact regions for any number of them, and the meaning of the categories."""
 
 import ctypes
 import mmap
@@ -22,7 +22,7 @@ class Memory:
     def __init__(self, pages, huge=False):
         self._map = mmap.mmap(-1, pages * PAGE + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))  # the export ends with the expression
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))  # the export ends at once
         self.start = -(-base // HUGE) * HUGE
         self._offset = self.start - base
         self.end = self.start + pages * PAGE
@@ -71,7 +71,7 @@ def test_this_kernel_has_it():
 
 @pytest.mark.parametrize("written", [0, 1, 511, 512, 513, 1024, 1025, 1600])
 def test_every_second_page(pagemap, logged, written):
-    """More regions than one call returns (512): none is lost at the seam, none comes twice."""
+    """More regions than one call returns (512): between two calls none is lost or returned twice."""
     memory = Memory(3300)
     logged(memory)
     pages = [2 * n + 1 for n in range(written)]
@@ -83,7 +83,7 @@ def test_every_second_page(pagemap, logged, written):
 
 
 def test_a_dirty_log_over_many_rounds(pagemap, logged):
-    """Scan and protect again in one step: each round shows just what was written since."""
+    """Scan and protect again in one step: each round returns exactly the pages written since the last one."""
     memory = Memory(2400)
     logged(memory)
     for step in (1, 2, 3, 7):
@@ -152,7 +152,7 @@ def test_an_unmapped_range_is_empty(pagemap):
 
 
 def test_new_memory_in_the_range_is_an_error(pagemap, logged):
-    """CHECK_WPASYNC: what is mapped over tracked memory would be skipped without a word otherwise."""
+    """CHECK_WPASYNC: without it, memory that is mapped over tracked memory would be silently skipped."""
     memory = Memory(16)
     with pytest.raises(OSError, match="PAGEMAP_SCAN") as caught:
         scan(pagemap, memory.start, memory.end, flags=WP_MATCHING | CHECK_WPASYNC, mask=WRITTEN)

@@ -1,4 +1,4 @@
-"""Copy and zero test: every version does what the scalar one does."""
+"""Copy and zero test: every implementation gives the results of the scalar one."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from snapengine.base.pages import KERNEL, KERNELS, SUM_KERNELS, copy_sum_with, c
 
 PAGE = 4096
 
-# Mostly zeros with a few bytes set, or a short pattern repeated: random bytes would never be nearly zero.
+# Mostly zeros with a few bytes set, or a short pattern repeated: random bytes are never nearly zero.
 pages = st.one_of(
     st.dictionaries(st.integers(0, PAGE - 1), st.integers(1, 255), max_size=5).map(
         lambda spots: bytes(spots.get(i, 0) for i in range(PAGE))
@@ -74,7 +74,7 @@ def test_one_byte_anywhere_counts(kernel):
 
 @pytest.mark.parametrize("shift", [1, 3, 8, 17, 31, 63])
 def test_unaligned(kernel, shift):
-    """The bytes around a page are neither read as part of it nor written."""
+    """The bytes around a page are neither treated as part of it nor written to."""
     source = bytearray(b"\xff" * (PAGE + 128))
     source[shift : shift + PAGE] = bytes(PAGE)
     room = bytearray(b"\x55" * (PAGE + 128))

@@ -1,4 +1,4 @@
-"""Peers that are not our guest: Firecracker's form of the hand-over, and peers that cannot be tracked."""
+"""Peers other than our guest: Firecracker's form of the hand-over, and peers that cannot be tracked."""
 
 import contextlib
 import json

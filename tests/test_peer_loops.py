@@ -1,4 +1,4 @@
-"""The loops that the bench compares with (bench/peers): what they save is the memory at one instant."""
+"""The loops that the bench compares with (bench/peers): they save the memory at one instant."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def ways(native_bench, requires_uffd):
 
 @pytest.fixture
 def busy():
-    """Memory, and writers at full speed over all of it."""
+    """Memory, and writers that write to all of it at full speed."""
     with GuestMemory(PARAMS) as memory, GuestWriters(memory) as writers:
         writers.resume()
         while min(writers.counts()) < 1000:
@@ -46,7 +46,7 @@ def test_the_image_is_one_state_of_a_busy_memory(ways, busy, way, tmp_path):
         assert before <= sum(report.writes) <= at_t[0] + PARAMS.threads  # T lies in the save, not at its end
         if saved["faults"] > 0 or way == "fork":
             break
-    while sum(writers.counts()) == done:  # they still do: nothing was left protected
+    while sum(writers.counts()) == done:  # the writers still run: nothing is protected any more
         pass
 
 

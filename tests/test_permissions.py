@@ -1,4 +1,4 @@
-"""What is said of a process before it is attached to."""
+"""The checks of a process before it is attached to."""
 
 import dataclasses
 import errno
@@ -54,7 +54,7 @@ def test_a_name_with_parentheses(name, tmp_path):
 
 
 def test_the_thread_that_bears_it_best():
-    """One that sleeps in a call which is resumed unseen, before calls that end early."""
+    """Threads in calls that the kernel restarts unnoticed come before threads in calls that end early."""
     with Target("blocking", "epoll_wait", "futex", "semtimedop", ready=3) as target:
         until(lambda: all(state_of(target.pid, tid) == "S" for tid in target.tids))
         leader, epoll, futex, semaphore = target.tids
@@ -66,7 +66,7 @@ def test_the_thread_that_bears_it_best():
 
 @pytest.fixture
 def info():
-    """Of a process that can be attached to."""
+    """The description of a process that can be attached to."""
     with Target("odd") as target:
         yield describe(target.pid)
 

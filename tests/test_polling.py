@@ -1,4 +1,4 @@
-"""The first walker looks for faults itself: who serves, what is saved, and that nobody waits in vain."""
+"""The first walker polls for faults itself: which thread serves, what is saved, and that no writer hangs."""
 
 import mmap
 import os
@@ -28,7 +28,7 @@ SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
 
 class Watched(Capture):
-    """Keeps what its session counted."""
+    """Keeps the counters of its session."""
 
     pages = 32
 
@@ -82,7 +82,7 @@ def test_it_can_be_left_to_the_fault_threads(guest, tmp_path):
 
 
 def test_a_slow_sink_leaves_the_faults_to_the_fault_threads(guest, tmp_path):
-    """The walker waits for room until every writer has got much further; no writer waits with it."""
+    """The walker waits for free buffers while all writers make progress: no writer waits with it."""
     options = Options(memory_limit=16 * MIB, spill_dir=str(tmp_path))
     sink = GatedFile(tmp_path / "image")
     with guest(GuestParams(size=64 * MIB, incompressible=True)) as socket:
@@ -99,8 +99,8 @@ def test_a_slow_sink_leaves_the_faults_to_the_fault_threads(guest, tmp_path):
 
 
 def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
-    """It faults itself, as missing, while the fault threads sleep: the warden calls them."""
-    for _ in attempts("the warden calls nobody"):
+    """The walker itself causes missing faults while the fault threads sleep: the watchdog wakes them."""
+    for _ in attempts("the watchdog wakes no thread"):
         discarded = anonymous(64 * MIB)
         discarded[:] = b"\1" * len(discarded)
         params = GuestParams(size=64 * MIB, incompressible=True)
@@ -110,7 +110,7 @@ def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
             with looking(32)(target, tmp_path / "image", Options(), {}) as capture:
                 discarded.madvise(mmap.MADV_DONTNEED)
                 before = writers.counts()
-            until(lambda before=before: writers.counts() != before, "the writer stands")
+            until(lambda before=before: writers.counts() != before, "the writer makes no progress")
         result = capture.result
         assert result.status == "completed"
         with open_image(tmp_path / "image") as image:
@@ -124,7 +124,7 @@ def test_a_walker_that_reads_discarded_memory_is_relieved(tmp_path):
 
 
 def test_forks_while_it_looks(tmp_path):
-    """Events are read by who looks: a fork returns, and the child's writes do not reach the image."""
+    """The polling walker reads events: a fork returns, and the child's writes do not reach the image."""
     memory = anonymous(64 * MIB, SHARED)
     memory[:] = b"\1" * len(memory)
     stop = threading.Event()
@@ -180,7 +180,7 @@ def test_cuts_of_own_memory_are_consistent(tmp_path, threads, arming):
 
 @pytest.mark.negative_control
 def test_serving_own_memory_before_t_is_noticed(tmp_path):
-    """The negative control."""
+    """Negative control."""
 
     class Early(Capture):
         _session_extra = {"serve_before_t": True, "arm_piece": 64 << 10}  # noqa: RUF012

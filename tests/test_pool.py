@@ -1,4 +1,4 @@
-"""The pool between capture threads and encoders: order, bounds, waiting, spilling, giving up."""
+"""The pool between capture threads and encoders: order, bounds, waiting, spilling, failing."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def make(driver):
 
 
 class Worker(threading.Thread):
-    """Runs a call; ``finish`` gives what it returned, within the deadline."""
+    """Runs a call; ``finish`` returns its result, within the deadline."""
 
     def __init__(self, call, *arguments):
         super().__init__(daemon=True)
@@ -68,7 +68,7 @@ def drain(pool):
 
 
 def fill_up(pool, lane):
-    """Let a lane that does not wait take every slot there is; the next page number."""
+    """Let a lane that does not wait take all slots; returns the next page number."""
     assert pool.open(lane) == 0
     page = 0
     while pool.free_slots:
@@ -86,7 +86,7 @@ def test_the_queue_is_first_in_first_out(make):
     spilled = pool.slot_pages * 20
     assert pool.save(1, page, spilled, False) == 0
     assert pool.pool.spilled_bytes > 0
-    # Slots come back now: what follows is not spilled, and must still come after what was.
+    # Slots are free again: the next chunks are not spilled, and must still come after the spilled ones.
     taken = [pool.take() for _ in range(pool.pool.slots - 1)]
     assert pool.save(1, page + spilled, pool.slot_pages * 5, False) == 0
     assert pool.close(1) == 0
@@ -100,14 +100,14 @@ def test_the_queue_is_first_in_first_out(make):
 
 
 def test_many_threads(make):
-    """A walk and three fault threads against two encoders: every page once, intact, in its lane's order."""
+    """A walk, three fault threads and two encoders: every page once, intact, in the order of its lane."""
     pool = make()
     share, lanes = 3000, 4
 
     def save(lane):
         return pool.save(lane, lane * share, share, lane == 0) or pool.close(lane)
 
-    for lane in range(lanes):  # before any thread runs, as the tracker does: later the slots may be gone
+    for lane in range(lanes):  # before any thread runs, as the tracker does: later all slots may be in use
         assert pool.open(lane) == 0
     producers = [Worker(save, lane) for lane in range(lanes)]
     consumers = [Worker(drain, pool) for _ in range(2)]
@@ -142,7 +142,7 @@ def test_the_walk_waits_and_is_woken(make):
     pages = pool.slot_pages * (pool.pool.slots + 3)
     walk = Worker(pool.save, 0, 0, pages, True)
     until(lambda: pool.waiters == 1)
-    assert pool.free_slots == pool.reserve, "the reserve is for faults alone"
+    assert pool.free_slots == pool.reserve, "the reserve is for faults only"
     assert walk.is_alive()
     assert pool.pool.spilled_bytes == 0
     seen = 0
@@ -165,7 +165,7 @@ def test_a_fault_takes_the_reserve_and_then_spills(make):
     until(lambda: pool.waiters == 1)
     before = pool.free_slots
     assert before == pool.reserve
-    # This thread is the fault lane: it comes back from each call, though nobody takes anything.
+    # This thread is the fault lane: each call returns, although no encoder takes chunks.
     assert pool.save(1, 1 << 20, pool.slot_pages * (before + 1), False) == 0
     assert pool.free_slots == 0
     assert pool.pool.spilled_bytes == 0
@@ -198,9 +198,9 @@ def test_a_failed_pool_wakes_everybody(make):
     encoders = [Worker(idle.take) for _ in range(3)]
     pool.fail()
     idle.fail()
-    assert walk.finish() == 0, "it writes on into its own slot: what it saves is thrown away"
+    assert walk.finish() == 0, "it continues with its own slot, and its pages are discarded"
     assert [encoder.finish()[0] for encoder in encoders] == [-1] * 3
-    assert pool.take()[0] == -1, "though chunks are queued"
+    assert pool.take()[0] == -1, "although chunks are queued"
 
 
 def test_the_end_wakes_encoders(make):
@@ -213,9 +213,9 @@ def test_the_end_wakes_encoders(make):
 # -- the page map --
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["by the pool", "begun by who copies"])
+@pytest.mark.parametrize("first", [0, 1], ids=["by the pool", "begun by the copying thread"])
 def test_checksums_of_what_is_queued(make, first):
-    """However far a slot was summed when it is queued, full or not."""
+    """The checksum is complete no matter how much of the slot was summed when it was queued."""
     driver = make()
     driver.open(0)
     driver.sum_up(0)
@@ -249,7 +249,7 @@ def test_an_entry_has_a_longest_run(make):
 
 
 def test_a_full_page_map_makes_a_new_chunk(make):
-    """Zero pages use no room for data, but the map is bounded."""
+    """Zero pages take no space for data, but the size of the map is limited."""
     pool = make()
     assert pool.open(0) == 0
     for page in range(0, 5000, 2):
@@ -329,7 +329,7 @@ def test_what_was_read_back_gives_its_place_back(make):
 
 
 def test_a_disk_that_is_full(make):
-    """The errno reaches the thread that spilled; it does not wait."""
+    """The spilling thread gets the errno; it does not wait."""
     pool = make()
     page = fill_up(pool, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,6 +1,6 @@
-"""Two-step arming: what is written between the first protection and T is part of T, and nothing after it.
+"""Two-step arming: the image has the writes between the first protection and T, and none after T.
 
-`pause` of a target runs between the two steps, so a test can write there for certain.
+`pause` of a target runs between the two steps, so a test can write exactly there.
 """
 
 import ctypes
@@ -31,13 +31,13 @@ SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
 
 class UnprotectedCapture(Capture):
-    """Negative control: what was written before T is not protected again."""
+    """Negative control: pages that were written to before T are not protected again."""
 
     _session_extra = {"skip_reprotect": True}  # noqa: RUF012
 
 
 def paused(memory, between):
-    """A target in whose pause `between` is called."""
+    """A target whose pause calls `between`."""
     return snapengine.BufferTarget(memory, pause=between, resume=lambda: None)
 
 
@@ -64,7 +64,7 @@ def test_writes_between_the_steps_are_in_the_image_and_later_ones_are_not(tmp_pa
         expected[page * PAGE] = 2
     result = save(memory, tmp_path / "image", between, lambda: fill(memory, 3))
     assert saved(tmp_path / "image") == expected
-    assert result.arming_faults >= len(pages) - 4  # read-around takes neighbours along
+    assert result.arming_faults >= len(pages) - 4  # the fault handling includes neighbouring pages
     assert 0 < result.pause_ns < result.arm_ns
     assert memory[:] == b"\3" * SIZE
 
@@ -83,7 +83,7 @@ def test_a_hole_that_fills_between_the_steps_is_data(tmp_path, flags):
     assert image[100 * PAGE] == 2
     assert image[300 * PAGE] == 0
     assert result.pages_saved == 5
-    # What was read; and of shared memory the kernel makes a page before the write to it can fault.
+    # The page that was read; and in shared memory the kernel allocates a page before the write faults.
     assert result.zero_pages <= 2
     assert result.lost_pages == 0
 
@@ -111,7 +111,7 @@ def test_what_is_discarded_between_the_steps_is_a_hole(tmp_path):
 
 
 def test_memory_that_is_replaced_between_the_steps_is_lost(tmp_path):
-    """A new mapping in its place is not protected: what it holds at T cannot be known to be unchanged."""
+    """A new mapping in its place is not protected: whether its content changed after T cannot be known."""
     memory = anonymous(SIZE)
     fill(memory)
     addr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -174,10 +174,10 @@ def test_a_child_that_is_forked_between_the_steps_writes_no_later_bytes(tmp_path
     children = []
 
     def between():
-        memory[40 * PAGE] = 2  # hit in the parent before the fork
+        memory[40 * PAGE] = 2  # written to in the parent before the fork
         child = os.fork()
         if child == 0:
-            memory[80 * PAGE] = 2  # hit in the child before T
+            memory[80 * PAGE] = 2  # written to in the child before T
             os.read(go_read, 1)
             memory[40 * PAGE] = memory[80 * PAGE] = memory[120 * PAGE] = 9
             os._exit(0)
@@ -196,7 +196,7 @@ def test_a_child_that_is_forked_between_the_steps_writes_no_later_bytes(tmp_path
 
 
 def test_a_pause_that_waits_for_a_writer_is_not_kept_waiting(tmp_path):
-    """A writer that has met a protected page is let go before T, or the pause would wait for it for ever."""
+    """A writer that faulted is released before T; otherwise the pause would wait for it for ever."""
     memory = anonymous(SIZE)
     fill(memory)
     stop, stopped = threading.Event(), threading.Event()
@@ -234,9 +234,9 @@ def test_a_failure_between_the_steps_releases_everything(tmp_path):
     with pytest.raises(OSError, match="no pause today"):
         save(memory, tmp_path / "image", fail)
     assert not list(tmp_path.iterdir())
-    fill(memory, 3)  # would wait for ever
+    fill(memory, 3)  # would block for ever if still protected
     addr = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    snap(memory, tmp_path / "image", arming="plain")  # nobody else has it registered
+    snap(memory, tmp_path / "image", arming="plain")  # no other userfaultfd has it registered
     assert any(mapping.start <= addr < mapping.end for mapping in read_maps("self"))
 
 
@@ -274,7 +274,7 @@ def test_which_arming_is_chosen(tmp_path):
 def test_a_missing_second_protection_is_noticed(guest, tmp_path, pattern):
     params = GuestParams(size=32 * MIB, threads=1, pattern=pattern)
     with guest(params) as socket:
-        for _ in attempts("the oracle accepts cuts with unprotected hits"):
+        for _ in attempts("the oracle accepts cuts with unprotected pages"):
             _, report = snap_guest(socket, tmp_path / "image", UnprotectedCapture, arming="two-step")
             if not report.consistent:
                 break

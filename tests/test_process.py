@@ -38,7 +38,7 @@ def attach(pid, mode, **options):
     """The target of a snapshot and the options for it; mode: soft (armed at once), two-step, stop or dirty
     (logging)."""
     if mode == "dirty":
-        # On a loaded machine the rounds do not get shorter for long; who is not done by then makes no image.
+        # On a loaded machine the rounds take long to get shorter; without convergence there is no image.
         options = {"max_rounds": 1000, "max_seconds": PATIENCE_S, "downtime_limit": 5.0} | options
         return ProcessTarget(pid, method="dirty-logging"), Options(method="dirty-logging", **options)
     if mode == "two-step":
@@ -50,15 +50,15 @@ def snap(pid, path, mode, **options):
     target, chosen = attach(pid, mode, **options)
     with snapengine.snapshot(target, path, chosen) as capture:
         pass
-    assert capture.result.status == "completed"  # else an image of before is what is found there
+    assert capture.result.status == "completed"  # otherwise the file would be that of an earlier snapshot
     return capture.result
 
 
 def check_untouched(target, descriptors_before):
-    """It runs, has lost no write, and nothing of ours is left in it."""
+    """The target runs, has lost no write, and has no descriptor or tracer of ours."""
     target.check_running(target.threads if isinstance(target, OrderTarget) else 1)
     assert descriptors(target.pid) == descriptors_before
-    until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is traced still")
+    until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"}, "it is still traced")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,7 +89,7 @@ def test_the_cut_is_consistent(request, tmp_path, kind, threads, stride, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_t_is_where_it_is_said_to_be(tmp_path, mode):
-    """Write tracking: T is before the block is entered. Dirty logging: it is at the end."""
+    """Write tracking: T is before the block is entered. Dirty logging: T is at the end."""
     with OrderTarget("anon", 1, 1) as target:
         chosen, options = attach(target.pid, mode)
         low = target.last_write()
@@ -152,12 +152,12 @@ def test_a_wait_for_events_does_not_end_early(tmp_path, mode):
             snap(target.pid, tmp_path / "image", mode)
         assert target.words[COUNTERS] == 0, "an EINTR was seen"
         assert target.words[COUNTERS + 64] == 0, "the call has returned"
-        until(lambda: status_line(target.pid, "TracerPid") == "0", "it is traced still")
+        until(lambda: status_line(target.pid, "TracerPid") == "0", "it is still traced")
         assert target.process.poll() is None
 
 
 def test_a_sink_that_does_not_read_keeps_no_thread_stopped():
-    """The image's header is written after T of a stop cut: the full pipe holds up the capture alone."""
+    """The image's header is written after T of a stop cut: a full pipe delays only the capture."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:
         with contextlib.suppress(BlockingIOError):
@@ -177,7 +177,7 @@ def test_a_sink_that_does_not_read_keeps_no_thread_stopped():
             starter.start()
             until(lambda: capture.progress().phase in ("saving", "writing"))
             target.check_running()
-            until(lambda: status_line(target.pid, "TracerPid") == "0", "it is traced still")
+            until(lambda: status_line(target.pid, "TracerPid") == "0", "it is still traced")
             capture.cancel()
             starter.join(PATIENCE_S)
             assert len(errors) == 1

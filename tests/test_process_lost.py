@@ -1,6 +1,7 @@
-"""Memory that an attached process takes away after T, before it was saved: reported, and the rest is right.
+"""Memory that an attached process discards after T, before it was saved: it is reported as lost, and all
+other memory is correct.
 
-The image waits at a gate, so that the walk cannot get to that memory: the buffers are full before it.
+The sink waits at a gate, so the walk cannot reach that memory: the buffers are full before it.
 """
 
 import os
@@ -40,7 +41,7 @@ class Victim(Target):
         return f"{start:x}-{start + self.words[PAGES] * PAGE:x}"
 
     def act(self, deed, first=FIRST, count=COUNT):
-        """It does something to the pages first ... first + count, and has done it."""
+        """Have the target do `deed` to the pages first ... first + count, and wait until it is done."""
         self.words[5], self.words[6] = first, count
         self.words[VALUES] = deed
         until(lambda: self.words[VALUES] == 0, "it did not act")
@@ -51,7 +52,7 @@ class Victim(Target):
 
 
 def save(target, path, deed, cut="soft", regions=None, **options):
-    """A snapshot, and what the target does while its pages are saved."""
+    """A snapshot during which the target does `deed`, while its pages are saved."""
     sink = GatedFile(path)
     chosen = ProcessTarget(target.pid, regions or target.region, cut=cut)
     with snapengine.snapshot(chosen, sink, memory_limit=16 * MIB, **options) as capture:
@@ -73,7 +74,7 @@ def lost_pages(result, target):
 
 
 def check_content(path, target, lost):
-    """Each page that is not lost holds what it held at T, and no page that is lost can be read."""
+    """Each page that is not lost has its content of T, and no lost page can be read."""
     start = target.words[MEMORY]
     with open_image(path) as image:
         image.verify()
@@ -95,7 +96,7 @@ def check_content(path, target, lost):
             if target.kind in ("memfd", "hugetlb") and page == 0:
                 wanted[:16] = 0
             wrong = np.flatnonzero((words[:, 0] != wanted) | (words[:, 511] != wanted)) + page
-            assert not len(wrong), f"{len(wrong)} pages are wrong, and not said to be lost: {wrong[:5]}"
+            assert not len(wrong), f"{len(wrong)} pages are wrong, but not reported as lost: {wrong[:5]}"
             page = end
 
 
@@ -113,7 +114,7 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
         result = save(target, tmp_path / "image", deed, cut)
         lost = lost_pages(result, target)
         end = N_PAGES if deed == TRUNCATE else FIRST + COUNT
-        if deed == REWRITE:  # page by page: what a fault takes along is saved before it is punched
+        if deed == REWRITE:  # page by page: pages that a fault includes are saved before they are punched
             assert lost <= set(range(FIRST, end))
             assert FIRST in lost
         else:
@@ -127,14 +128,14 @@ def test_lost_memory_is_reported(tmp_path, kind, deed, cut):
 @pytest.mark.parametrize("cut", ["soft", "stop"])
 @pytest.mark.parametrize("deed", [PUNCH, REWRITE, REMOVE, TRUNCATE, MOVE])
 def test_lost_huge_pages_are_reported(tmp_path, hugetlb, deed, cut):
-    """Their file has no times that change, no SEEK_DATA, and is as large as before once it is written to."""
+    """hugetlb files have no changing timestamps, no SEEK_DATA, and the old size once they are written to."""
     hugetlb(N_PAGES // 512 + 2)
     test_lost_memory_is_reported(tmp_path, "hugetlb", deed, cut)
 
 
 @pytest.mark.parametrize("deed", [UNMAP, DISCARD])
 def test_shared_memory_goes_on_in_its_file(tmp_path, deed):
-    """It is unmapped, or no page of it mapped any more: its content is that of T, zero pages included."""
+    """It is unmapped, or none of its pages is mapped any more: its content of T is saved, with zero pages."""
     with Victim("memfd") as target:
         result = save(target, tmp_path / "image", deed)
         assert result.lost_pages == 0
@@ -154,7 +155,7 @@ def test_a_mapping_made_after_t_is_a_warning(tmp_path):
 
 @pytest.mark.parametrize("kind", ["memfd", "private"])
 def test_what_no_page_tells_is_a_warning(tmp_path, kind):
-    """A write() to the memory's file after T is in the image, and nothing of it is called lost."""
+    """A write() to the memory's file after T is in the image, and no page is reported as lost."""
     with Victim(kind) as target:
         result = save(target, tmp_path / "image", WRITE)
         words = ("through its file", "writes to the file after T")
@@ -164,7 +165,7 @@ def test_what_no_page_tells_is_a_warning(tmp_path, kind):
 
 
 def test_memory_is_not_split(tmp_path):
-    """mremap() of all of it at once, in the middle of the walk: nothing of ours may make it fail."""
+    """mremap() of the whole mapping during the walk: the capture must not make it fail."""
     with Victim("anon") as target:
         start = target.words[MEMORY]
         hidden = 16 * PAGE
@@ -174,8 +175,8 @@ def test_memory_is_not_split(tmp_path):
 
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])
 def test_memory_that_has_grown_is_not_split(tmp_path, method):
-    """It grows after its mappings were listed, before they are registered. Registered up to its old end it
-    would be two mappings, and a later mremap() of all of it would fail."""
+    """The memory grows after its mappings were listed, before they are registered. If only its old range were
+    registered, it would become two mappings, and a later mremap() of the whole would fail."""
 
     class GrowsLate(ProcessTarget):
         def open(self, features):

@@ -1,4 +1,4 @@
-"""Programs that were not written for these tests: Python with numpy, and what gdb makes of a core."""
+"""Programs that were not written for these tests: Python with numpy, and cores in gdb."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What cannot be saved, and what goes wrong on the way: one line, the right exception and exit code.
+"""Processes that cannot be saved, and failures during a capture: one line, the right exception and exit code.
 
 Nothing is left behind, neither of the image nor in the target.
 """
@@ -31,7 +31,7 @@ from snapengine.errors import (
 pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
 CLI = "import sys; from snapengine.cli import main; sys.exit(main())"
-AS_NOBODY = (  # who may be unable to read the modules of this Python
+AS_NOBODY = (  # this user may be unable to read the modules of this Python
     "import importlib, os, pkgutil, snapengine;"
     "names = [m.name for m in pkgutil.walk_packages(snapengine.__path__, 'snapengine.')];"
     "[importlib.import_module(name) for name in names if not name.endswith('__main__')];"
@@ -47,14 +47,14 @@ def environment():
 
 
 def save(*arguments, script=CLI, **options):
-    """`snapengine save`, ended: its code and the lines that it said."""
+    """Run `snapengine save`: its exit code and the lines that it printed."""
     command = [sys.executable, "-c", script, "save", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), **options)
     return done.returncode, done.stderr.splitlines()
 
 
 def refused(tmp_path, pid, *arguments, **options):
-    """The one line that `save --pid` says when it refuses; nothing is left of the image."""
+    """The single line of a refusal by `save --pid`; nothing is left of the image."""
     room = tmp_path / "room"
     room.mkdir(mode=0o777, exist_ok=True)
     code, lines = save("--pid", pid, *arguments, "--quiet", room / "image", **options)
@@ -66,7 +66,7 @@ def refused(tmp_path, pid, *arguments, **options):
 
 
 def fails(pid, kind, regions="all", **options):
-    """The exception of a snapshot into nothing."""
+    """The exception of a snapshot to `null:`."""
     with (
         pytest.raises(kind) as caught,
         snapengine.snapshot(ProcessTarget(pid, regions, **options), "null:"),
@@ -106,7 +106,7 @@ def test_a_zombie(tmp_path):
 
 @pytest.mark.parametrize("cut", ["soft", "stop"])
 def test_a_process_without_its_first_thread(tmp_path, cut):
-    """It lives, and nothing says that it has ended."""
+    """The process still lives, so no message may say that it has ended."""
     with Target("compute", 2, "leave") as target:
         until(lambda: state_of(target.pid) == "Z")
         assert "first thread has ended" in refused(tmp_path, target.pid, "--cut", cut)
@@ -214,7 +214,7 @@ def test_usage_errors(tmp_path, arguments):
 
 @pytest.mark.parametrize("cut", ["soft", "stop"])
 def test_a_second_engine(tmp_path, cut):
-    """It is refused, and the first one's image is right."""
+    """The second capture is refused, and the image of the first one is correct."""
     with OrderTarget("anon", 1, 40503, 32 * MIB) as target:
         before = descriptors(target.pid)
         sink = GatedFile(tmp_path / "image")
@@ -231,12 +231,12 @@ def test_a_second_engine(tmp_path, cut):
 
 
 def save_while(target, sink, cut, end):
-    """A snapshot, and the end of what it is taken of, while its pages are saved."""
+    """A snapshot whose target ends while its pages are saved."""
     with snapengine.snapshot(ProcessTarget(target.pid, cut=cut), sink, memory_limit=16 * MIB):
         try:
             if end == "death":
                 os.kill(target.pid, signal.SIGKILL)
-                until(lambda: state_of(target.pid) == "Z", "it lives")  # or all is saved before it gets a CPU
+                until(lambda: state_of(target.pid) == "Z", "it lives")  # or all is saved before it ends
             else:
                 target.words[EXECUTE] = 1
                 until(lambda: os.readlink(f"/proc/{target.pid}/exe").endswith("sleep"), "no exec")
@@ -252,7 +252,7 @@ def test_the_target_goes(tmp_path, end, cut):
             save_while(target, GatedFile(tmp_path / "image"), cut, end)
         assert os.listdir(tmp_path) == []
         if end == "exec":
-            until(lambda: status_line(target.pid, "TracerPid") == "0", "it is traced still")
+            until(lambda: status_line(target.pid, "TracerPid") == "0", "it is still traced")
             assert target.process.poll() is None
 
 
@@ -276,7 +276,7 @@ def test_death_at_any_moment(tmp_path, cut):
             assert os.listdir(tmp_path) == []
 
 
-# The engine dies
+# The engine is killed
 
 
 def start_save(target, path, *arguments):
@@ -286,18 +286,18 @@ def start_save(target, path, *arguments):
 
 @pytest.mark.parametrize("mode", ["soft", "stop", "dirty"])
 def test_the_engine_is_killed_at_any_moment(tmp_path, mode):
-    """The target runs on, its writes are whole, and the next snapshot of it is right."""
+    """The target keeps running, its writes are complete, and the next snapshot of it is correct."""
     arguments = {"soft": [], "stop": ["--cut", "stop"], "dirty": ["--method", "dirty-logging"]}[mode]
     with OrderTarget("anon", 3, 40503) as target:
         before = descriptors(target.pid)
         for number in range(14):
             with start_save(target, tmp_path / "image", "--rate-limit", "64M", *arguments) as engine:
-                # From about when it attaches: then its partial file appears.
+                # It attaches at about the time when its partial file appears.
                 until(lambda engine=engine: os.listdir(tmp_path) or engine.poll() is not None)
                 pause = threading.Event()
                 pause.wait(random.uniform(0, 0.15) if number else 0)
                 engine.kill()
-            for name in os.listdir(tmp_path):  # a killed engine leaves those; they are no images
+            for name in os.listdir(tmp_path):  # partial files of killed engines; not images
                 (tmp_path / name).unlink()
             check_untouched(target, before)
         code, lines = save("--pid", target.pid, "--quiet", *arguments, tmp_path / "image")

@@ -1,6 +1,6 @@
-"""Processes whose mappings come and go while they are attached to: what stays is a consistent cut.
+"""Processes that map and unmap memory while they are attached to: the remaining memory is a consistent cut.
 
-What was unmapped, moved or discarded in time to be missed is reported, and everything else is right.
+Memory that was unmapped, moved or discarded before it was saved is reported, and all other memory is correct.
 """
 
 import errno
@@ -31,12 +31,12 @@ class Restless(OrderTarget):
         return list(self.words[OTHERS : OTHERS + self.words[N_OTHERS]])
 
     def check_others(self):
-        """All of them get on."""
+        """All of these threads make progress."""
         before = self.others()
         assert before
         until(
             lambda: all(now > then for now, then in zip(self.others(), before, strict=True)),
-            "one stands still",
+            "one makes no progress",
         )
 
 
@@ -59,7 +59,7 @@ def test_what_stays_is_consistent(tmp_path, how, mode):
 @pytest.mark.host_optional
 @pytest.mark.parametrize("mode", MODES)
 def test_jemalloc(tmp_path, mode):
-    """It discards by itself, in the middle of its mappings: at once here, where it usually waits 10 s."""
+    """jemalloc discards memory within its mappings: with these settings at once, by default after 10 s."""
     found = glob.glob("/usr/lib/*/libjemalloc.so.2") + glob.glob("/usr/lib64/libjemalloc.so.2")
     if not found:
         pytest.skip("needs libjemalloc (Debian: libjemalloc2)")
@@ -81,12 +81,12 @@ def test_jemalloc(tmp_path, mode):
 @pytest.mark.parametrize("how", ["fork", "families"])
 @pytest.mark.parametrize("mode", MODES)
 def test_forks_with_shared_memory(tmp_path, mode, how):
-    """A child writes to the shared memory as well: to a word that the order does not know."""
+    """A child also writes to the shared memory: to a word that is not part of the order."""
     path = tmp_path / "image"
     with Restless(how, "memfd") as target:
         before = descriptors(target.pid)
         for _ in range(ROUNDS):
-            # Where the engine gets its turns late, more children may be alive at once than it takes.
+            # If the engine gets a CPU late, more children may be alive at once than it accepts.
             for _ in attempts("it forks too often each time"):
                 low = target.last_write()
                 try:

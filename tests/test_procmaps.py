@@ -1,4 +1,4 @@
-"""What /proc/PID/maps says, in the words that plans and messages use."""
+"""/proc/PID/maps, in the terms that plans and messages use."""
 
 import ctypes
 import mmap
@@ -70,7 +70,7 @@ def test_covering_wants_all_of_it(start, end, count):
 
 
 def test_a_list_that_was_torn():
-    """Seen as a thread's arena grew while the list was read: the mapping is in it twice."""
+    """A thread's arena grew while the list was read: the list has the mapping twice."""
     def at(start, end, inode=0, offset=0):
         return Mapping(start * 4096, end * 4096, "rw-p", offset * 4096, "00:00", inode, "")
 

@@ -1,4 +1,4 @@
-"""Lines of /proc/PID/maps, against a parser that is plain to see."""
+"""Lines of /proc/PID/maps, compared with a simple parser."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The sampler of a guest's work: its arithmetic, and on machines whose pauses are known."""
+"""The sampler of a guest's progress: its arithmetic, and machines with known pauses."""
 
 import time
 
@@ -45,7 +45,7 @@ def test_too_few_samples_are_an_error():
 
 def test_a_pause_of_the_guest_is_seen(machines, accel):
     machine = machines(Sweep(memory=16 * MIB), accel=accel).ready()
-    for _ in attempts("no samples of a machine that stands"):
+    for _ in attempts("no samples of a stopped machine"):
         with ProgressSampler(machine) as sampler:
             machine.wait_progress(1000)
             machine.qmp("stop")

@@ -1,4 +1,4 @@
-"""What a process was, in blobs and back: of this process, of strange names, and of damaged images."""
+"""The record of a process, packed and parsed: this process, unusual names, damaged images."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ def image_with(blobs, regions=()):
 
 
 def altered(**changes):
-    """The blobs with other members in the JSON object; None takes one away."""
+    """The blobs with changed members in the JSON object; None removes a member."""
     blobs = record().to_vmstate()
     fields = json.loads(blobs["process"]) | changes
     text = json.dumps({key: value for key, value in fields.items() if value is not None})
@@ -103,7 +103,7 @@ def test_a_program_and_arguments_with_strange_names(tmp_path):
     arguments = [name, b"-c", b"echo; read line", b"", b"0\xfe\n"]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
-            assert process.stdout.readline() == b"\n"  # Popen returns before the exec is complete
+            assert process.stdout.readline() == b"\n"  # Popen returns before execve(2) is complete
             found = read_process(process.pid, "soft")
         finally:
             process.kill()
@@ -206,7 +206,7 @@ def test_escapes():
             unescape(wrong)
 
 
-# --- images that lie --------------------------------------------------------------------------------------
+# --- false values in images -------------------------------------------------------------------------------
 
 PAGE = {"start": 4096, "end": 8192, "perms": "r--p", "path": "", "reason": "r"}
 LINE = {"start": 4096, "end": 8192, "perms": "r--p", "offset": 0, "device": "00:00", "inode": 0, "path": ""}

@@ -1,4 +1,4 @@
-"""The fast way to a region's bytes says what the slow one says, or leaves it to that."""
+"""The fast path that packs a region gives the bytes of the slow one, or defers to it."""
 
 import itertools
 

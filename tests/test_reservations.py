@@ -1,7 +1,7 @@
-"""Memory that is reserved and not used costs nothing: no memory, no time, no room in the image or the core.
+"""Memory that is reserved but not used costs nothing: no memory, no time, no space in the image or the core.
 
-Times are CPU times of a whole process, with bounds far above what they are, and far below what a cost by the
-page or by 2 MiB would be: a loaded machine changes them little.
+Times are CPU times of a whole process, so a loaded machine changes them little. Their bounds are far above
+the usual values, and far below the time that a cost per page or per 2 MiB would take.
 """
 
 import mmap
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("requires_uffd", "programs")
 
 PAGE, MIB, GIB, TIB = 4096, 1 << 20, 1 << 30, 1 << 40
 MAP_NORESERVE = 0x4000
-TOUCHED = 64 * PAGE  # targets/reserve.c: from here on every so many bytes, when it is told to
+TOUCHED = 64 * PAGE  # targets/reserve.c: on command it writes at every multiple of this
 MODES = {
     "soft": ({"cut": "soft"}, {"arming": "plain"}),
     "two-step": ({"cut": "soft"}, {"arming": "two-step"}),
@@ -33,7 +33,7 @@ MODES = {
     "dirty": ({"method": "dirty-logging"}, {"method": "dirty-logging"}),
 }
 SPACES = [("private", 20 * TIB), ("memfd", 2 * TIB)]
-# Dirty logging of shared memory needs a marker for each page of a hole: 2 MiB of page tables a GiB.
+# Dirty logging of shared memory needs a marker for each page of a hole: 2 MiB of page tables per GiB.
 CASES = [(*space, mode) for space in SPACES for mode in MODES if mode != "dirty"]
 CASES += [("private", 20 * TIB, "dirty"), ("memfd", 4 * GIB, "dirty")]
 
@@ -46,7 +46,7 @@ with snapengine.snapshot(snapengine.ProcessTarget(pid, cut=cut), path):
 
 
 def told(target, what):
-    """Have it do that, and wait until it has."""
+    """Send the target a command, and wait until it is done."""
     target.words[VALUES] = what
     until(lambda: target.words[VALUES] == 0 or target.process.poll() is not None)
     assert target.process.poll() is None
@@ -73,12 +73,12 @@ def test_a_reservation_is_saved(tmp_path, kind, size, mode):
     with Target("reserve", "space", kind, size) as target:
         began = time.process_time()
         with snapengine.snapshot(ProcessTarget(target.pid, **of_target), path, **options) as capture:
-            told(target, 1)  # into holes of T, and next to what was there
+            told(target, 1)  # it writes to holes and beside data of T
         spent = time.process_time() - began
         result = capture.result
         report = check_marks(path, target, size)
         target.check_running()
-        if mode != "dirty":  # whose T is at the end
+        if mode != "dirty":  # T of dirty logging is at the end
             with open_image(path) as image:
                 assert word(image, target.words[MEMORY] + TOUCHED) == 0
     assert result.lost_pages == 0
@@ -103,7 +103,7 @@ def test_what_the_engine_needs_follows_what_is_used(kind, size, cut):
             assert child.returncode == 0
             needed[bytes_] = (usage.ru_maxrss << 10, usage.ru_utime + usage.ru_stime)
     (little, spent), (large, spent_large) = needed.values()
-    assert large - little < 16 * MIB  # beyond what any capture needs
+    assert large - little < 16 * MIB  # in addition to the needs of any capture
     assert spent_large - spent < 2
 
 
@@ -164,7 +164,7 @@ def test_a_reservation_that_is_unmapped_in_the_middle(tmp_path, kind, size, armi
 
 
 def test_this_process_unmaps_a_part_of_a_reservation(tmp_path):
-    """While it is captured: what is unmapped is let go of, and so is the rest."""
+    """During a capture: the discarded part is released, and so is the rest."""
     memory = reservation(4 * TIB, mmap.MAP_PRIVATE)
     began = time.process_time()
     with snapengine.snapshot(memory, tmp_path / "image", rate_limit=MIB):
@@ -178,7 +178,7 @@ def test_this_process_unmaps_a_part_of_a_reservation(tmp_path):
 
 @pytest.mark.parametrize(("kind", "size", "mode"), CASES)
 def test_it_can_be_cancelled_at_any_time(kind, size, mode):
-    """At many moments of arming and saving: what the process computes afterwards is next to nothing."""
+    """At many moments of arming and saving: after the cancellation almost no CPU time is used."""
     of_target, options = MODES[mode]
     worst = 0.0
     with Target("reserve", "space", kind, size) as target:
@@ -204,5 +204,5 @@ def test_it_can_be_cancelled_at_any_time(kind, size, mode):
             worst = max(worst, time.process_time() - spent)
         target.check_running()
         before = target.words[COUNTERS]
-        until(lambda: target.words[COUNTERS] > before, "it does not run any more")
+        until(lambda: target.words[COUNTERS] > before, "it no longer runs")
     assert worst < 0.5

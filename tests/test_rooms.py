@@ -1,7 +1,7 @@
-"""The rooms of the package and the directions of their imports: `import` and `cimport` alike.
+"""The rooms of the package and the directions of their imports, for `import` and `cimport` alike.
 
-A room imports from the rooms that its line in `ALLOWED` names, and from itself. The values that callers see
-(`VALUES`) may be imported from everywhere; they import nothing but each other.
+A room imports from the rooms that its line in `ALLOWED` names, and from itself. Every room may import the
+values that callers see (`VALUES`), which import only each other.
 """
 
 import ast
@@ -15,7 +15,7 @@ import pytest
 import snapengine
 
 VALUES = {"errors", "options", "regions", "result"}
-FACE = {"", "capi"}  # `snapengine` itself and its C API: what callers import, so it may import everything
+FACE = {"", "capi"}  # `snapengine` itself and its C API, which callers import: it may import everything
 
 ALLOWED = {
     "base": "",
@@ -52,7 +52,7 @@ def sources(repository):
 
 
 def imported(text, modules):
-    """The modules of ours that a source names in its imports, also within functions and for types."""
+    """Our modules that a source imports, also within functions and for types only."""
     for match in IMPORT.finditer(text):
         base = (match[1] or match[3]).removeprefix("snapengine").lstrip(".")
         names = re.findall(r"\w+", re.sub(r"#.*|\bas\s+\w+", "", match[2] or ""))
@@ -112,7 +112,7 @@ def test_every_allowed_direction_is_used(edges):
 
 
 def test_no_circle_of_modules(edges):
-    """Of imports and cimports together: whoever reads a module need not know what stands above it."""
+    """Imports and cimports together have no circle: a reader need not know the modules above."""
     graph = defaultdict(set)
     for here, there in edges:
         if here not in FACE and there not in FACE:
@@ -156,7 +156,7 @@ def test_the_names_in_this_table_are_python(repository):
     }.items(),
 )
 def test_a_room_offers_what_callers_need(room, names):
-    """The same objects as the package itself, and no other name."""
+    """It exports the same objects as the package itself, and no other name."""
     module = importlib.import_module(f"snapengine.{room}")
     assert set(module.__all__) == names
     for name in names:

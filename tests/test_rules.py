@@ -1,4 +1,4 @@
-"""The rules of FORMAT.md: the reader of a file and the reader of a pipe find the same faults."""
+"""The rules of FORMAT.md: the readers of files and of pipes find the same errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOUND = take_apart(sample().data)
 
 
 def verdict(read, image: bytes) -> str:
-    """What became of it; anything but an `ImageError` fails the test."""
+    """Whether the image is refused; an exception other than `ImageError` fails the test."""
     try:
         read(image)
     except ImageError:
@@ -92,7 +92,7 @@ def stats(text: bytes):
 
 
 def figure(**members):
-    """One more member of the figures, all others as they are."""
+    """One additional member of the figures; all others are unchanged."""
     more = json.dumps(members).encode()[1:-1]
     return lambda forge: on(b"STAT", payload=forge.of(b"STAT").payload.rstrip()[:-1] + b", " + more + b"}")(
         forge
@@ -277,7 +277,7 @@ WIDE = (*NUMBERS, 1 << 32, 1 << 40, 1 << 62, (1 << 64) - 1)
 
 
 def field_changes(draw: random.Random, forge: Forge) -> None:
-    """One field of one record, and what depends on it made right."""
+    """Change a field of a record, and recompute the values that depend on it."""
     one = draw.choice(forge.pieces)
     what = draw.randrange(6)
     if what == 0:
@@ -296,7 +296,7 @@ def field_changes(draw: random.Random, forge: Forge) -> None:
 
 
 def order_changes(draw: random.Random, forge: Forge) -> None:
-    """A record goes, comes twice, or comes at another place."""
+    """Remove, duplicate, move or insert a record."""
     at, to = draw.randrange(len(forge.pieces)), draw.randrange(len(forge.pieces))
     what = draw.randrange(4)
     if what == 0:
@@ -310,7 +310,7 @@ def order_changes(draw: random.Random, forge: Forge) -> None:
 
 
 def byte_changes(draw: random.Random, forge: Forge) -> None:
-    """Bytes in the payload or the meta of a record."""
+    """Change bytes in the payload or the meta of a record."""
     one = draw.choice(forge.pieces)
     name = draw.choice(("payload", "meta"))
     data = bytearray(getattr(one, name))
@@ -322,7 +322,7 @@ def byte_changes(draw: random.Random, forge: Forge) -> None:
 
 
 def reference_changes(draw: random.Random, forge: Forge) -> None:
-    """The index or the trailer."""
+    """Change the index or the trailer."""
     if draw.randrange(2):
         name = draw.choice(("offset", "record_bytes", "first_page", "last_page", "entries", "type"))
         value = draw.choice(NUMBERS if name in ("entries", "type") else WIDE)
@@ -339,7 +339,7 @@ def mutant(seed: int) -> bytes:
         draw.choice((field_changes, order_changes, byte_changes, reference_changes))(draw, forge)
     try:
         return put_together(forge)
-    except (IndexError, struct.error):  # an index entry of a record that went
+    except (IndexError, struct.error):  # an index entry of a removed record
         return put_together(copy_of(SOUND))
 
 
@@ -348,7 +348,7 @@ def test_both_readers_agree_on_any_image():
     found = {n: (verdict(read_everything, one), verdict(stream_everything, one)) for n, one in images.items()}
     assert {seed: each for seed, each in found.items() if each[0] != each[1]} == {}
     read = sum(each[0] == "read" for each in found.values())
-    assert 50 < read < 2000  # else the mutations test nothing
+    assert 50 < read < 2000  # otherwise the mutations test nothing
 
 
 def test_a_later_version_is_told_from_damage():
@@ -359,7 +359,7 @@ def test_a_later_version_is_told_from_damage():
 
 
 def test_a_pipe_keeps_blobs_as_they_are_stored():
-    """Or a few bytes of zstd would take as much memory as they like."""
+    """Otherwise a few bytes of zstd could take any amount of memory."""
     sink = MemorySink()
     writer = Writer(sink)
     writer.begin([(Region("ram", 0, 4096), 0)])

@@ -1,4 +1,4 @@
-"""One scan for many regions: each page is put down for its region, what came between them for none."""
+"""One scan for many regions: each page is counted for its region; memory between regions for none."""
 
 import ctypes
 import mmap
@@ -27,9 +27,9 @@ libc.mmap.restype = ctypes.c_void_p
 
 @pytest.fixture
 def pieces():
-    """Buffers that are a mapping each, nothing between them: a page of data, a hole, a page of data.
+    """Buffers in separate mappings, with unmapped gaps between them: a page of data, a hole, a page of data.
 
-    Never unmapped: what others have put between them by then would go, too.
+    They are never unmapped: that could also unmap memory that other code has mapped between them.
     """
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     addr = libc.mmap(None, PIECES * STEP, protection, flags, -1, 0)
@@ -43,7 +43,7 @@ def pieces():
 
 
 def fill_gaps(buffers):
-    """New memory right behind the pieces, with data in it; where nobody has put anything else by now."""
+    """Map memory with data right behind each piece, unless something else is mapped there by now."""
     filled = 0
     for piece in buffers.values():
         start = ctypes.addressof(piece) + EACH * PAGE

@@ -1,9 +1,9 @@
-"""Shared memory: lost is what was taken away after T, all of it and nothing else.
+"""Shared memory: exactly the pages that were discarded after T are lost.
 
-Zero pages, pages whose neighbours are written to, holes that are filled, memory that is punched out, cut off,
-and filled again: by each way to capture it and of each kind. The image waits at a gate. What is done to the
-memory comes after T and before its pages are saved (write tracking), or after they are copied and before T
-(dirty logging).
+The cases: zero pages, pages whose neighbours are written to, holes that are filled, memory that is punched
+out, truncated and filled again; for each way to capture and each kind of memory. The sink waits at a gate.
+The memory is changed after T and before its pages are saved (write tracking), or after they are copied and
+before T (dirty logging).
 """
 
 import contextlib
@@ -44,12 +44,12 @@ EARLY, LATE, COUNT = 512, HOLES - 1536, 1024
 TRACKING, ROUNDS = "write-tracking", "dirty-logging"
 TAKES = ["punch", "look", "rewrite", "regrow"]
 KEEPS = ["nothing", "allocate", "fill", "read_holes"]
-AFTER = {"punch": 0, "look": 0, "rewrite": LATER, "regrow": LATER}  # in what was taken
+AFTER = {"punch": 0, "look": 0, "rewrite": LATER, "regrow": LATER}  # then in the changed pages
 
 
 @pytest.fixture
 def place(request, tmp_path):
-    """``place(kind)``: a directory for its file, what it needs is there."""
+    """``place(kind)``: a directory for the file, with everything that this kind needs."""
     mounted = []
 
     def prepare(kind):
@@ -79,7 +79,7 @@ class Own(Share):
     def __exit__(self, *exc_info):
         self.words = None
         if self.fd >= 0:
-            os.close(self.fd)  # it keeps the memory: of huge pages there are few
+            os.close(self.fd)  # an open descriptor keeps the memory, and there are few huge pages
 
 
 @contextlib.contextmanager
@@ -99,11 +99,11 @@ def opened(way, method, kind, directory, tmp_path):
 
 def capture(memory, target, path, method, deed, first):
     sink = GatedFile(path)
-    if method == ROUNDS:  # a file that is cut off is soon copied: T must still come after what is done
+    if method == ROUNDS:  # a truncated file is soon copied, but T must come after the change
         pause = target.pause
         target.pause = lambda: (sink.gate.wait(60), pause())
     options = {"max_rounds": 1000, "downtime_limit": 5.0} if method == ROUNDS else {}
-    # Whoever writes to a file's mapping while the file is cut off gets SIGBUS.
+    # A write to a mapping of a file that is truncated at that moment raises SIGBUS.
     with memory.written(first, N_PAGES if deed == "regrow" else COUNT):
         session = snapengine.snapshot(target, sink, memory_limit=16 * MIB, method=method, **options)
         with session as running:
@@ -137,14 +137,14 @@ WAYS = [("soft", TRACKING), ("stop", ROUNDS), ("stop", TRACKING), ("own", TRACKI
 
 
 def matrix():
-    """All kinds and deeds by the first two ways; the others share their code for most of it."""
+    """All kinds and deeds for the first two ways; the others mostly share their code."""
     for way, method in WAYS:
         for kind in KINDS:
             for deed in KEEPS + TAKES:
                 if kind == "anonymous" and deed in ("allocate", "regrow"):
                     continue  # it has no descriptor
                 if way == "own" and deed == "regrow":
-                    continue  # whoever cuts the file off under a mapping of its own gets SIGBUS
+                    continue  # a process that truncates a file which it has mapped gets SIGBUS
                 few = kind in ("memfd", "hugetlb") and deed in ("nothing", "fill", "punch", "rewrite")
                 if few or (way, method) in WAYS[:2]:
                     marks = [pytest.mark.host_optional] if kind == "hugetlb" else []
@@ -160,7 +160,7 @@ def test_lost_is_what_was_taken_away(tmp_path, place, kind, deed, way, method):
         unit = 512 if kind == "hugetlb" else 1
     wanted = np.repeat(expected(unit)[:, None], 2, axis=1)
     touched = set(range(first, N_PAGES if deed == "regrow" else first + COUNT)) if deed in TAKES else set()
-    if method == ROUNDS:  # T is after what was done
+    if method == ROUNDS:  # T is after the change
         wanted[sorted(touched)] = 0
         wanted[first : first + COUNT] = AFTER.get(deed, wanted[first : first + COUNT])
         if deed == "fill":
@@ -170,17 +170,17 @@ def test_lost_is_what_was_taken_away(tmp_path, place, kind, deed, way, method):
     assert result.lost_pages == len(lost)
     right = (found == wanted).all(axis=1)
     right[sorted(lost)] = True
-    assert right.all(), f"pages that are wrong, and not called lost: {np.flatnonzero(~right)[:8]}"
+    assert right.all(), f"pages that are wrong, but not reported as lost: {np.flatnonzero(~right)[:8]}"
     if touched:
-        assert lost, "the memory was saved before it was taken away: nothing is shown"
+        assert lost, "the memory was saved before it was changed: the test proves nothing"
 
 
-BODY, FLOOD, TAIL = 8192, 16384, 98304  # pages: data, holes that fill, zero pages that take time to look at
+BODY, FLOOD, TAIL = 8192, 16384, 98304  # pages: data, holes that fill, zero pages that take time to check
 
 
 def flood(words, stop):
-    """Fill the holes in order: what holds page n of T holds all before it."""
-    with contextlib.suppress(PermissionError):  # on a loaded machine it should run before T, too
+    """Fill the holes in order: a state that holds page n also holds all pages before it."""
+    with contextlib.suppress(PermissionError):  # so that it also runs before T on a loaded machine
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -15)
     for page in range(BODY, BODY + FLOOD):
         if stop.is_set():
@@ -189,8 +189,8 @@ def flood(words, stop):
 
 
 def test_a_hole_that_fills_as_t_comes_exists_at_t(tmp_path):
-    """Every other page that was just filled is punched out after T, and touched again: it is lost, and no
-    hole. The others tell when T was."""
+    """Every other page that was just filled is punched out after T, and touched again: it is lost, not a
+    hole. The other pages tell when T was."""
     size = (BODY + FLOOD + TAIL) * PAGE
     stop = threading.Event()
     file = os.memfd_create("flood")
@@ -231,11 +231,11 @@ def test_a_hole_that_fills_as_t_comes_exists_at_t(tmp_path):
                 lost.add(page)
     last = max(page for page in range(BODY, filled + 1, 2) if found.get(page))
     assert [page for page in range(BODY, last) if page not in lost and found[page] != page] == []
-    assert lost, "none of these pages was unsaved: nothing is shown"
+    assert lost, "all of these pages were saved already: the test proves nothing"
 
 
 def test_a_sparse_file_that_grows_before_t(tmp_path):
-    """What is written through the file, when all that it held is protected already, is of T, too."""
+    """Data that is written through the file after all its pages were protected, but before T, is saved."""
     size, late = 2 << 30, 1 << 30
     file = os.memfd_create("sparse")
     os.ftruncate(file, size)
@@ -258,7 +258,7 @@ def test_a_sparse_file_that_grows_before_t(tmp_path):
 
 
 class Replaced(ProcessTarget):
-    """Its memory is another file's, from between the list of its mappings and their registration on."""
+    """Another file replaces its memory after its mappings were listed, before they are registered."""
 
     def registered(self, uffd):
         self.child.act("replace", EARLY, COUNT)
@@ -267,7 +267,7 @@ class Replaced(ProcessTarget):
 
 @pytest.mark.parametrize("arming", ["plain", "two-step"])
 def test_another_file_in_its_place_before_it_is_registered(tmp_path, place, arming):
-    """What the old one holds is not in the image; who touches a hole of the new one goes on."""
+    """The image has nothing of the old file, and a write to a hole of the new one does not block."""
     sink = GatedFile(tmp_path / "image")
     with Child("memfd", place("memfd")) as child:
         target = Replaced(child.pid, f"{child.addr:x}-{child.addr + N_PAGES * PAGE:x}", deadline=30.0)
@@ -285,4 +285,4 @@ def test_another_file_in_its_place_before_it_is_registered(tmp_path, place, armi
     wanted[EARLY + COUNT - 1] = 0
     right = (found == wanted).all(axis=1)
     right[sorted(lost)] = True
-    assert right.all(), f"pages that are wrong, and not called lost: {np.flatnonzero(~right)[:8]}"
+    assert right.all(), f"pages that are wrong, but not reported as lost: {np.flatnonzero(~right)[:8]}"

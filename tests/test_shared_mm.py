@@ -1,4 +1,4 @@
-"""Processes that share the memory of another one, and are none of its threads: they stand when it stands."""
+"""Processes that share the memory of another process: they are stopped together with it."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ def test_asked_of_the_one_it_is_shared_with():
 
 
 def test_a_child_of_vfork_and_who_waits_for_it():
-    """The waiting thread sleeps in the kernel, where no stop reaches it: nobody waits for it to stop."""
+    """The waiting thread sleeps in the kernel, where it cannot stop: the freezer does not wait for it."""
     with Target("sharer", "vfork") as target:
         counted(target, 2)
         other = target.words[VALUES]
@@ -71,11 +71,11 @@ def test_a_child_of_vfork_and_who_waits_for_it():
             target.check_running(2)
         with Freezer(target.pid):
             target.words[511] = 1
-            os.kill(other, 9)  # the child ends while all stand: its parent must not come back meanwhile
+            os.kill(other, 9)  # the child ends while all are stopped: its parent must not continue
             until(lambda: state_of(target.pid, waiting) != "D")
             time.sleep(0.02)
             assert target.counters(3)[2] == 0
-        until(lambda: target.counters(3)[2] > 0, "the parent does not go on")
+        until(lambda: target.counters(3)[2] > 0, "the parent does not continue")
         until(lambda: {status_line(tid, "TracerPid") for tid in target.tids} == {"0"})
 
 
@@ -103,7 +103,7 @@ def test_one_that_is_traced_by_another():
 
 
 def test_other_processes_are_left_alone():
-    """Neither a forked child, which has a copy of the memory, nor anybody else."""
+    """Neither a forked child, which has a copy of the memory, nor any other process."""
     with Target("odd", "zombie") as target, Target("compute", 2) as other, Freezer(target.pid) as freezer:
         assert freezer.sharers == []
         other.check_running(2)

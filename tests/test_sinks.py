@@ -1,4 +1,4 @@
-"""Sinks: what appears, when, under which name; and that nothing is left when it goes wrong."""
+"""Sinks: when a file appears and under which name; nothing is left after a failure."""
 
 import errno
 import io
@@ -118,7 +118,7 @@ def test_a_failing_command_is_an_error():
 def test_abort_ends_the_command_and_its_children(tmp_path):
     read_end, write_end = os.pipe()
     os.set_inheritable(write_end, True)
-    # The grandchild keeps the pipe's write end: end of file says that it is gone.
+    # The grandchild has the pipe's write end open: end of file tells that it has ended.
     sink = ExecSink(f"sleep 1000 > /proc/{os.getpid()}/fd/{write_end} & wait")
     pid = sink._process.pid
     sink.abort()
@@ -181,7 +181,7 @@ def test_memory_and_null():
 
 
 class Trickle(io.RawIOBase):
-    """A raw file that takes three bytes at once."""
+    """A raw file that accepts three bytes per write."""
 
     def __init__(self):
         self.taken = b""
@@ -238,7 +238,7 @@ def test_an_interrupt_while_the_file_is_made_leaves_nothing(tmp_path, monkeypatc
 
 
 def test_a_sink_that_is_dropped_leaves_nothing(tmp_path):
-    """As if an interrupt had come before anybody had it."""
+    """As if an interrupt had come before the caller had the object."""
     before = os.listdir("/proc/self/fd")
     FileSink(tmp_path / "image")
     open_sink("exec:cat >/dev/null")

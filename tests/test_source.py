@@ -1,4 +1,4 @@
-"""Sources: an image is the same, and is as wrong, whatever it is read from."""
+"""Sources: the content of an image and its errors do not depend on the source."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ SAMPLE = sample()
 
 
 class Recorded(Source):
-    """A source in Python: at most 1000 bytes a call, and an error where it is told to."""
+    """A source in Python: at most 1000 bytes per call, and an error at a given offset."""
 
     def __init__(self, data, fails_at=None, error=None):
         super().__init__("recorded", len(data))
@@ -54,7 +54,7 @@ def source_of(request):
 
 
 def outcome(source):
-    """All that an image says and holds, or the error without the source's name."""
+    """All metadata and content of an image, or the error without the source's name."""
     try:
         with open_image(source) as image:
             memory = [image.read(region, 0, region.length) for region in image.regions]
@@ -65,7 +65,7 @@ def outcome(source):
 
 
 def damaged():
-    """The sample cut, and with one byte changed, at places that hit every record."""
+    """The sample truncated, and with one byte changed, at places in every record."""
     for at in range(0, len(SAMPLE.data), 997):
         yield SAMPLE.data[:at]
         yield SAMPLE.data[:at] + bytes([SAMPLE.data[at] ^ 1]) + SAMPLE.data[at + 1 :]
@@ -88,7 +88,7 @@ def test_a_damaged_image_has_the_same_errors_from_every_source():
 
 
 def reads(image):
-    """What reads, each: a page map, a raw payload by one thread and by several, vmstate, everything."""
+    """Each kind of read: a page map, a raw payload by one thread and by several, vmstate, everything."""
     region = image.regions[0]
     yield lambda: image.read(region, 0, region.length)
     yield lambda: image.restore_into(region, bytearray(region.length), threads=3)
@@ -193,7 +193,7 @@ def test_after_close_nothing_is_read(kind):
     image = open_image(KINDS[kind](SAMPLE.data))
     image.close()
     image.close()
-    others = os.memfd_create("others")  # it has the number that the file source had
+    others = os.memfd_create("others")  # it reuses the descriptor number of the file source
     try:
         os.write(others, bytes(len(SAMPLE.data)))
         for read in (lambda: image.read("ram", 0, 1), lambda: image.vmstate["cpu"], image.verify):
@@ -241,7 +241,7 @@ def test_a_bytesio_is_shared_not_copied():
 
 
 class Reader:
-    """A file object without a descriptor that gives little at a time."""
+    """A file object without a descriptor that returns few bytes per read."""
 
     def __init__(self, data):
         self.file = io.BytesIO(data)

@@ -1,4 +1,4 @@
-"""Each .pyi says what its compiled module offers: names, parameters, defaults, attributes."""
+"""Each .pyi matches its compiled module: names, parameters, defaults, attributes."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the kit of outside programs starts does not outlive the test run, however that ends."""
+"""Programs that realkit starts do not outlive the test run, however it ends."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""A target that is killed at any moment of a capture: it is gone, whatever that looked like from outside."""
+"""A target that is killed at any moment of a capture: TargetGoneError, whichever call fails first."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def outcome(target, method) -> str:
 
 @contextlib.contextmanager
 def killed_after(process: subprocess.Popen, seconds: float):
-    """Kill it so many seconds later, from another thread."""
+    """Kill the process after that many seconds, from another thread."""
 
     def kill():
         time.sleep(seconds)
@@ -124,7 +124,7 @@ def test_a_process_that_ended_before_it_is_attached_to(reaped):
 
 
 class KilledBeforeItIsArmed(Capture):
-    """Its target ends between two steps: all is prepared, and nothing is registered."""
+    """Its target ends between two steps: all resources are allocated, and nothing is registered."""
 
     def _kill(self):
         os.kill(self._target.pid, signal.SIGKILL)
@@ -137,7 +137,7 @@ class KilledBeforeItIsArmed(Capture):
 
 @pytest.mark.parametrize(("cut", "method"), CUTS)
 def test_a_process_with_a_large_reservation_that_ends(cut, method):
-    """That it has ended is seen at the first call, and not asked for each page of 20 TiB."""
+    """The end is noticed at the first call, not by a check for each page of 20 TiB."""
     with Target("reserve", "space", "private", 20 << 40) as target:
         attached = ProcessTarget(target.pid, cut=cut, method=method)
         with pytest.raises(TargetGoneError), KilledBeforeItIsArmed(
@@ -166,7 +166,7 @@ def test_a_first_thread_that_ended_is_no_end():
 
 
 def test_dirty_logging_of_a_peer_that_cannot_pause(tmp_path):
-    """An error of ours, and the userfaultfd is closed: the peer's writers must not wait for ever."""
+    """The engine raises an error and closes the userfaultfd: the peer's writers must not wait for ever."""
     before = open_fds()
     path = tmp_path / "peer.sock"
     peer = FakePeer(path, controls=[])
@@ -178,8 +178,8 @@ def test_dirty_logging_of_a_peer_that_cannot_pause(tmp_path):
 
 
 class FakePeer:
-    """This process as a peer, on a thread: sends one message with a userfaultfd and what a test adds to both,
-    answers each command as told, and ends with the connection."""
+    """This process as a peer, in a thread. It sends one message and a userfaultfd, with the test's changes
+    and additions, answers each command by `answer`, and ends with the connection."""
 
     def __init__(self, path, *, controls=("pause", "resume"), change=None, fds=(), answer=None):
         self.memory = mmap.mmap(-1, 1 << 20)
@@ -230,7 +230,7 @@ ANSWERS = [
 
 
 def damaged(draw: random.Random, text: bytes) -> bytes:
-    """A field, a byte, or the length of a message changed."""
+    """Change a field, a byte, or the length of a message."""
     what = draw.randrange(5)
     if what == 0:
         return text[: draw.randrange(len(text))]

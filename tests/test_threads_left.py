@@ -1,4 +1,4 @@
-"""Whatever fails, no thread of ours is left when the call returns: neither Python's nor the engine's own."""
+"""After any failure no thread of ours is left when the call returns: neither of Python nor of the engine."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def nothing_left():
     threads, files = tasks(), open_fds()
     assert len(threading.enumerate()) == 1
     gc.collect()
-    gc.disable()  # what it would close is left, too
+    gc.disable()  # files that only the collector would close count as left behind
     try:
         yield
         assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
-        # A thread that Python has joined may have its last instructions before it.
+        # A thread that Python has joined may still be exiting.
         until(lambda: tasks() <= threads, "a native thread is left")
         assert open_fds() == files
     finally:
@@ -46,7 +46,7 @@ def tasks() -> int:
 
 
 class Failing(Sink):
-    """A sink that takes so many bytes, or fails when the image is complete."""
+    """A sink that fails after `room` bytes, or when the image is complete."""
 
     def __init__(self, room: int, at_commit: bool = False) -> None:
         super().__init__("failing")
@@ -98,7 +98,7 @@ def test_a_failed_ingest(what, direct):
     fd = stream_of(data)
     sink = how.get("sink", "null:")
     if direct and what == "spill":
-        how = {"finish": raising}  # a direct one has no spool
+        how = {"finish": raising}  # with `direct` there is no spool file
     try:
         with pytest.raises((SnapengineError, OSError, ZeroDivisionError)):
             ingest(fd, sink, how.get("options"), direct=direct, finish=how.get("finish"))
@@ -189,7 +189,7 @@ def test_a_monitor_without_descriptors(tmp_path, free):
 @pytest.mark.usefixtures("requires_uffd")
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_block_that_raises(tmp_path, complete):
-    """It cancels; what was complete before stays, and the result tells."""
+    """It cancels the capture; an image that was complete before stays, and the result tells."""
     buffer = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     buffer.write(os.urandom(8 * MIB))
     path = tmp_path / "image"

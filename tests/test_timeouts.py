@@ -1,4 +1,4 @@
-"""Limits of time: when one is over, the target is released, nothing is left behind, and one line says so."""
+"""Time limits: when one expires, the target is released, nothing is left behind, and one line says so."""
 
 import contextlib
 import errno
@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 
 def is_free(target):
-    """The target lives, and nothing of ours is left in or at it."""
+    """The target lives, and has no descriptor or tracer of ours."""
     assert target.process.poll() is None
     assert status_line(target.pid, "TracerPid") == "0"
     assert not [name for name in descriptors(target.pid).values() if "userfaultfd" in name]
@@ -51,7 +51,7 @@ def busy():
 
 @pytest.fixture
 def room(tmp_path):
-    """A directory that is empty again in the end."""
+    """A directory that must be empty in the end."""
     folder = tmp_path / "room"
     folder.mkdir()
     yield folder
@@ -138,7 +138,7 @@ def test_an_output_that_is_not_read(tmp_path):
 
 @contextlib.contextmanager
 def silent_monitor(path):
-    """A Unix socket that somebody listens at who says nothing."""
+    """A Unix socket whose listener sends nothing."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
@@ -153,7 +153,7 @@ def test_a_monitor_that_says_nothing(tmp_path, room):
 
 
 def test_the_limit_does_not_wait_for_what_it_ended(tmp_path, room, busy):
-    """A second signal, and a limit that is not reached, change nothing."""
+    """A second signal and a limit that is not reached change nothing."""
     done = run("save", "--pid", busy.pid, "--quiet", "--timeout", "1000", tmp_path / "x.img")
     assert (done.returncode, done.stderr) == (0, b"")
     is_free(busy)
@@ -234,7 +234,7 @@ def test_a_stream_that_does_not_end(room):
 
 
 def test_a_machine_that_does_not_start(tmp_path):
-    """The program is no QEMU: its monitor never appears. It is ended."""
+    """The program is not QEMU, so its monitor never appears. The program is ended."""
     path, program = tmp_path / "x.img", tmp_path / "no-qemu"
     blocks = [{"name": "r", "used": 4096}]
     members = {"version": 1, "via": "device-state", "machine_type": None, "ram_blocks": blocks}
@@ -255,7 +255,7 @@ def test_a_machine_that_does_not_start(tmp_path):
 
 
 def test_how_long_qemu_may_take_for_an_answer(tmp_path, room):
-    """A monitor that greets, negotiates, and then answers nothing."""
+    """A monitor that sends its greeting, negotiates, and then answers nothing."""
     path = tmp_path / "qmp"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -274,7 +274,7 @@ def greet(server):
         version = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
         client.sendall(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\r\n")
         asked = b""
-        while not asked.endswith(b"}"):  # the one object, which no line feed ends
+        while not asked.endswith(b"}"):  # one object, without a line feed at its end
             asked = (asked + client.recv(4096)).rstrip()
         answer = {"return": {}} | {name: json.loads(asked)[name] for name in ("id",) if b'"id"' in asked}
         client.sendall(json.dumps(answer).encode() + b"\r\n")
@@ -307,8 +307,8 @@ CGROUPS = {
 
 @contextlib.contextmanager
 def frozen(kind, pid):
-    """The process in a frozen cgroup of its own; the cgroup's directory. Skips where there is none to be
-    had."""
+    """Put the process into a frozen cgroup of its own; yields the cgroup's directory. Skips if the cgroup
+    cannot be made."""
     name, freeze, thaw = CGROUPS[kind]
     mounted = [line.split() for line in procfs.lines("/proc/self/mounts")]
     places = [m[1] for m in mounted if m[2] == kind or (m[2] == "cgroup" and kind in m[3].split(","))]
@@ -364,7 +364,7 @@ def test_a_frozen_cgroup_is_the_reason(busy, room, kind):
 @pytest.mark.host_optional
 @pytest.mark.parametrize("kind", CGROUPS)
 def test_a_process_that_is_frozen_unseen_is_tried_once(busy, kind, monkeypatch):
-    """Frozen after it was looked at, or where its cgroup cannot be seen: one limit for all ways."""
+    """It is frozen after the check, or in a cgroup that cannot be seen: one time limit holds for all ways."""
     with frozen(kind, busy.pid):
         monkeypatch.setattr(permissions, "frozen_by", lambda pid: None)
         began = time.monotonic()

@@ -40,7 +40,7 @@ def uffd():
 
 
 def registered(one, regions):
-    """Which can be protected: those that are registered."""
+    """The regions that are registered: those that can be protected."""
     found = []
     for region in regions:
         try:
@@ -54,7 +54,7 @@ def registered(one, regions):
 
 @pytest.fixture(params=["runs", "stands"])
 def how(request):
-    """The arguments for a target that runs, and for one that stands still."""
+    """The arguments for a running target, and for a stopped one."""
     if request.param == "runs":
         with open("/proc/self/maps", "rb", buffering=0) as maps:
             yield lambda: (maps.fileno(), None)
@@ -81,12 +81,12 @@ def test_what_is_tracked_already_is_refused_alone(memory, how):
         other.register(regions[11].addr, PAGE)
         assert call(one, how, regions) == [regions[4], regions[11]]
         assert refusal(one, -1, regions[4].addr, regions[4].addr + PAGE) == errno.EBUSY
-        other.close()  # of a descriptor that is closed nothing is left: now the rest is seen
+        other.close()  # closing it ends its registrations, so that those of `one` can be listed
         assert registered(one, regions) == regions[:4] + regions[5:11]
 
 
 def test_what_lies_between_is_let_alone(memory, how):
-    """It was not selected, or is no region."""
+    """Memory between regions was not selected, or is not a region."""
     regions = regions_of(memory[0])
     left_out = regions[3:6] + regions[9:10]
     wanted = [region for region in regions if region not in left_out]
@@ -96,7 +96,7 @@ def test_what_lies_between_is_let_alone(memory, how):
 
 
 def test_what_has_gone(memory):
-    """The kernel has nothing to register there: EINVAL, as for memory that it does not track."""
+    """Nothing is mapped there: EINVAL, as for memory that the kernel does not track."""
     regions = regions_of(memory[0])
     assert munmap(regions[5].addr, PAGE) == 0
     with uffd() as one, open("/proc/self/maps", "rb", buffering=0) as maps:

@@ -1,4 +1,4 @@
-"""userfaultfd as the capture relies on it: what traps, what does not, what releases a waiter."""
+"""Behaviour of userfaultfd that the capture relies on: what faults, what does not, what wakes a waiter."""
 
 import ctypes
 import errno
@@ -40,7 +40,7 @@ libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, cty
 libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-# ctypes gives the GIL up for a call: a writer that waits in memset holds up no other thread.
+# ctypes releases the GIL for a call: a writer that waits in memset blocks no other thread.
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
@@ -108,7 +108,7 @@ def tracked():
 
 
 class Writer(threading.Thread):
-    """Writes one page; ``done`` says whether it has come through."""
+    """Writes one page; ``finish`` waits until the write has completed."""
 
     def __init__(self, memory, page, byte=1):
         super().__init__(daemon=True)
@@ -134,7 +134,7 @@ class Message:
 
 
 def read_message(fd):
-    """The next message, within the deadline. One at a time: reading an event lets its causer go on."""
+    """The next message, within the deadline. One at a time: reading an event resumes its thread."""
 
     def attempt():
         try:
@@ -176,7 +176,7 @@ def fork_and(action):
     return pid
 
 
-# -- what traps --
+# -- what faults --
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -189,7 +189,7 @@ def test_a_written_page_traps(memory, tracked, shared):
     message = read_message(uffd.fd)
     assert (message.event, message.address & -PAGE) == (EVENT_PAGEFAULT, ram.at(2))
     assert message.flags & (FLAG_WRITE | FLAG_WP) == FLAG_WRITE | FLAG_WP
-    assert ram.read(2) == 7, "reading does not trap, and shows the bytes before the write"
+    assert ram.read(2) == 7, "reading does not fault, and shows the bytes before the write"
     assert writer.is_alive()
     uffd.unprotect(ram.at(2), PAGE)
     writer.finish()
@@ -197,7 +197,7 @@ def test_a_written_page_traps(memory, tracked, shared):
 
 
 def test_a_hole_without_markers_does_not_trap(memory, tracked):
-    """Why the capture registers private holes for missing faults where WP_UNPOPULATED is not used."""
+    """The reason why the capture registers private holes for missing faults if WP_UNPOPULATED is not used."""
     ram = memory(4)
     uffd = tracked(ram)
     ram.write(1, 5)
@@ -384,7 +384,7 @@ def test_a_minor_fault_maps_the_page_that_the_file_has(memory, tracked):
 
 
 def dies_of_poison(ram, touch_first):
-    """The body of a process: SIGBUS ends it when it touches the poisoned page. It exits if it was refused."""
+    """Run in a child: SIGBUS ends it when it touches the poisoned page. It exits if the call was refused."""
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Uffd(WP | FEATURES["POISON"]) as uffd:
@@ -548,7 +548,7 @@ def test_fork_without_the_event(memory, tracked, shared):
     ram.write(0, 1)
     uffd = tracked(ram, WP | (SHMEM if shared else 0))
     pid = fork_and(lambda: ram.write(0, 2))
-    assert reap(pid) == 0, "the child's write neither traps nor hangs"
+    assert reap(pid) == 0, "the child's write neither faults nor hangs"
     assert nothing_to_read(uffd.fd)
     assert ram.read(0) == (2 if shared else 1)
     writer = Writer(ram, 0, 3)
@@ -558,7 +558,7 @@ def test_fork_without_the_event(memory, tracked, shared):
 
 
 def forks_while_tracked(ram, sender):
-    """The body of a process that hands its userfaultfd over and forks; its child writes page 0."""
+    """Run in a child: hand over a userfaultfd and fork; the grandchild writes to page 0."""
     uffd = Uffd(WP | SHMEM | FEATURES["EVENT_FORK"])
     uffd.register(ram.addr, ram.length)
     uffd.protect(ram.addr, ram.length)
@@ -590,7 +590,7 @@ def test_fork_with_the_event(memory):
 
 
 def move(ram):
-    """Move the pages elsewhere. To a fixed place: mremap to the same length would stay where it is."""
+    """Move the pages to a fixed address: without one, mremap to the same length would not move them."""
     room = Memory(ram.pages)
     new = libc.mremap(ram.addr, ram.length, ram.length, MREMAP_MAYMOVE | MREMAP_FIXED, room.addr)
     assert new == room.addr, os.strerror(ctypes.get_errno())

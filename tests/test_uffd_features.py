@@ -1,4 +1,4 @@
-"""Which features a userfaultfd has: asked for, refused, or negotiated by the process that handed it over."""
+"""Features of a userfaultfd: requested, refused, or negotiated by the process that handed it over."""
 
 import ctypes
 import errno
@@ -46,7 +46,7 @@ def test_an_unknown_feature():
 
 
 def test_the_error_of_a_failed_negotiation_is_its_own():
-    """Nothing of the Uffd remains: it is closed, and a second try is a first one."""
+    """The Uffd keeps no state: it is closed, and a second attempt works like a first one."""
     uffd = Uffd.__new__(Uffd)
     with pytest.raises(UnsupportedError):
         uffd.__init__(1 << 30)
@@ -71,7 +71,7 @@ def test_what_is_no_userfaultfd():
         with pytest.raises(OSError, match="not a userfaultfd"):
             Uffd(WP, own)
         with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(own)  # taken over by the call, so closed by its failure
+            os.fstat(own)  # the call owns the descriptor, so it closes it on failure
     with pytest.raises(FileNotFoundError):
         negotiated_features(9999)
 
@@ -92,7 +92,7 @@ def test_handed_over_with_features():
     fd = raw_uffd(WP | SHMEM | UNPOPULATED)
     with Uffd(WP | SHMEM, fd) as uffd:
         assert uffd.fd == fd
-        assert uffd.features == WP | SHMEM | UNPOPULATED, "all that its owner asked for"
+        assert uffd.features == WP | SHMEM | UNPOPULATED, "all that its owner requested"
         assert not os.get_blocking(fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)

@@ -1,4 +1,4 @@
-"""Sizes and times are parsed exactly, and what is not one is refused with its text."""
+"""Sizes and times are parsed exactly; the error for an invalid one quotes its text."""
 
 import pytest
 from hypothesis import given

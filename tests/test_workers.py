@@ -1,4 +1,4 @@
-"""Threads that count themselves: an interrupt while one is started leaves nobody at work on what is freed."""
+"""Crews of threads: after an interrupt at a start, no thread uses resources that are freed."""
 
 import contextlib
 import mmap
@@ -25,7 +25,7 @@ class Started(KeyboardInterrupt):
 
 @pytest.fixture
 def uncaught(monkeypatch):
-    """What threads ended with."""
+    """The exceptions that ended threads."""
     found = []
     monkeypatch.setattr(threading, "excepthook", lambda arguments: found.append(arguments.exc_value))
     return found
@@ -33,7 +33,8 @@ def uncaught(monkeypatch):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """``interrupted(name, late)``: the first start of such a thread is; `late`, it waits for let_begin()."""
+    """``interrupted(name, late)``: interrupts the first start of such a thread. If `late`, the thread waits
+    for let_begin()."""
     gate, ends = threading.Event(), []
     start = crew_module.start_new_thread
 
@@ -86,7 +87,7 @@ def test_a_capture_that_is_interrupted_as_it_starts_a_thread(
     assert os.listdir(tmp_path) == []
     assert interrupted.let_begin() == 1
     assert uncaught == []
-    buffer[0:4096] = bytes(4096)  # it would stand for ever
+    buffer[0:4096] = bytes(4096)  # would block for ever if still protected
     with snapengine.snapshot(buffer, tmp_path / "image"):
         pass
 
@@ -144,7 +145,7 @@ def test_what_was_given_is_let_go_before_the_end_is_told():
 
 
 def test_a_name_for_the_kernel_and_no_record_for_python():
-    """Python 3.11 keeps a record for ever of each thread that it did not start, and that asked for it."""
+    """Python 3.11 never frees the record of a thread that it did not start and that asked for its record."""
     names, gate = [], Latch()
 
     def ask():

@@ -1,4 +1,4 @@
-"""What the CI calls is there: targets of the Makefile, scripts in .ci/, tests that the Makefile names."""
+"""Everything that the CI calls exists: targets of the Makefile, scripts in .ci/, tests in the Makefile."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def commands(jobs):
 
 
 def missing(text, makefile, repository):
-    """Of the targets and the scripts in a text, what is not there."""
+    """The targets and scripts in a text that do not exist."""
     called = {target for line in MAKE.findall(text) for target in line.split()}
     scripts = {script for script in SCRIPT.findall(text) if not os.access(repository / script, os.X_OK)}
     return (called - set(TARGET.findall(makefile))) | scripts

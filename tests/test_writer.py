@@ -1,4 +1,4 @@
-"""The writer: records as FORMAT.md has them, limits, errors, cancellation, rate."""
+"""The writer: records as FORMAT.md defines them, limits, errors, cancellation, rate."""
 
 import errno
 import io
@@ -259,7 +259,7 @@ def blocked_sinks():
     yield "socket", FdSink(ours.fileno()), [ours.detach(), theirs.detach()]
     read_end, write_end = os.pipe()
     polled = FdSink(write_end)
-    os.set_blocking(polled.fd, True)  # as where the pipe could not be opened anew
+    os.set_blocking(polled.fd, True)  # as if the pipe could not be reopened
     yield "polled", polled, [read_end, write_end]
 
 
@@ -286,7 +286,7 @@ def test_cancel_stops_a_throttled_write():
     timer.start()
     start = time.monotonic()
     with pytest.raises(CaptureCancelled):
-        writer.py_chunk([(0, 1024, DATA)], bytes(4 << 20))  # more than an hour's worth
+        writer.py_chunk([(0, 1024, DATA)], bytes(4 << 20))  # it would take more than an hour
     assert time.monotonic() - start < PATIENCE_S
     timer.join()
 
@@ -298,7 +298,7 @@ def test_the_rate_limit_holds(sink):
     for page in range(0, 2048, 256):
         writer.py_chunk([(page, 256, DATA)], bytes(1 << 20))
     seconds = time.monotonic() - start
-    assert seconds >= (8 << 20) / 40_000_000 - 0.06  # the bucket holds 50 ms
+    assert seconds >= (8 << 20) / 40_000_000 - 0.06  # the token bucket holds 50 ms
 
 
 def test_too_many_lost_runs_are_truncated_with_a_warning():
@@ -316,7 +316,7 @@ def test_too_many_lost_runs_are_truncated_with_a_warning():
 @pytest.mark.parametrize("name", ["r", "r" * 7, "r" * 64])
 @pytest.mark.parametrize("pages", [1, 15, 16, 200])
 def test_large_raw_payloads_are_aligned(name, pages):
-    """To 64 bytes of the file, by records that any reader skips."""
+    """They begin at multiples of 64 bytes in the file, by means of padding records that any reader skips."""
     sink = MemorySink()
     writer = Writer(sink, image_id=ID)
     writer.begin([(Region(name, 0, 4096 * 1024), 0)])

@@ -1,4 +1,4 @@
-"""What a bench makes of a guest's counters (bench/writerkit.py): known numbers, and a guest."""
+"""Figures that a bench computes from a guest's counters (bench/writerkit.py): known numbers, and a guest."""
 
 import pytest
 import writerkit
@@ -52,7 +52,7 @@ def test_what_began_before_t_is_over_when_every_writer_has_written_once_more():
     readings = iter(
         [
             stats([], writes=(10, 20)),
-            stats([(5000, 1)], writes=(11, 20)),  # the second writer stands yet
+            stats([(5000, 1)], writes=(11, 20)),  # the second writer is still stopped
             stats([(5000, 1), (9_000_000, 1)], writes=(12, 21)),
             stats([], writes=(0, 0)),
         ]
@@ -81,7 +81,7 @@ def test_counts_agree_in_both_directions(stalls, faults, expected):
 
 @pytest.mark.usefixtures("requires_uffd")
 def test_a_writer_and_the_engine_see_the_same_faults(tmp_path):
-    """Not how long they took: both count the same events, and the writer's times contain the engine's."""
+    """Both count the same events. Durations are not compared: the writer's times contain the engine's."""
     path = tmp_path / "socket"
     with GuestProcess(path, GuestParams(size=64 << 20, incompressible=True), None) as guest:
         slow = {"memory_limit": 16 << 20, "rate_limit": 24 << 20}  # most faults come after the first reading
@@ -98,6 +98,6 @@ def test_a_writer_and_the_engine_see_the_same_faults(tmp_path):
 def test_undisturbed_is_the_rate_of_the_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(writerkit, "BASELINE_S", 0.3)
     with GuestProcess(tmp_path / "socket", GuestParams(size=4 << 20), 20_000) as guest:
-        for _ in attempts("the rate is another one"):
+        for _ in attempts("the rate differs"):
             if writerkit.undisturbed(guest.bins) == pytest.approx(20_000, rel=0.2):
                 break

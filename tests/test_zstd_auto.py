@@ -1,4 +1,4 @@
-"""The choice of the zstd level, from measurements that are stated here, and in a capture."""
+"""The choice of the zstd level, from given measurements, and in a capture."""
 
 import itertools
 import sysconfig
@@ -11,14 +11,14 @@ from snapengine.options import Options
 from snapengine.pipeline.zstd_auto import LEVELS, START, STEP_CHUNKS, Levels
 
 MIB = 1 << 20
-# Made up, so that each level has its turn: ns of one thread per byte, stored bytes per byte.
+# Invented, so that each level gets chosen: ns of one thread per byte, stored bytes per byte.
 COSTS = dict(zip(LEVELS, (2.2, 3.0, 4.0, 6.0, 8.0), strict=True))
 RATIOS = dict(zip(LEVELS, (0.270, 0.255, 0.245, 0.235, 0.228), strict=True))
 
 
 def follow(levels, chunks, sink_cost, costs=COSTS, ratios=RATIOS, kind=lambda number: 1.0):
-    """The level of each of so many chunks, where the sink takes `sink_cost` ns for each byte stored (or as
-    many as it says for a level). `kind(number)`: how well that chunk compresses."""
+    """The level of each of `chunks` chunks, if the sink takes `sink_cost` ns per stored byte (a number, or a
+    function of the level). `kind(number)`: the compressibility of that chunk."""
     used = []
     for number in range(chunks):
         level = levels.level
@@ -75,14 +75,14 @@ def test_a_level_that_makes_nothing_smaller_is_not_taken():
 
 
 def test_memory_that_is_not_alike_everywhere_changes_nothing():
-    """Pages of all kinds, by turns for longer than a level lasts, and none as the one before."""
+    """Chunks of all kinds in turn; each kind lasts longer than a level does."""
     used = follow(Levels(2), 3000, sink_cost=60, kind=lambda number: 0.5 + number // 20 % 3)
     assert used == sorted(used)
     assert used[-1] == LEVELS[-1]
 
 
 def test_a_sink_that_looks_fast_while_compression_holds_up():
-    """A limited rate: a sink that waits for compression has saved up its allowance."""
+    """With a limited rate: a sink that waits for compression accumulates allowance."""
     used = follow(Levels(2), 3000, lambda level: 20 if COSTS[level] <= RATIOS[level] * 20 else 0.3)
     assert set(used[1000:]) == {3}
 
@@ -117,7 +117,7 @@ def test_options():
 
 
 def library(length):
-    """So many bytes of the sources of Python's library."""
+    """That many bytes of the sources of Python's library."""
     data = bytearray()
     while len(data) < length:
         for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

@@ -1,6 +1,6 @@
-"""How long a test waits for what must come, and how it lets come what only usually comes.
+"""Wait for a condition that must become true, and repeat attempts that succeed only sometimes.
 
-A machine with other work runs a thread seconds later than an idle one. So a limit here is no claim about
+On a loaded machine a thread may run seconds later than on an idle one. So a limit here says nothing about
 speed: it only ends a test that hangs.
 """
 
@@ -10,7 +10,7 @@ PATIENCE_S = 100.0
 
 
 def until(condition, what="it did not happen in time", deadline_s=PATIENCE_S, period_s=0.002):
-    """The first true value of `condition()`; AssertionError with `what` (or what it returns) in the end."""
+    """The first true value of `condition()`. After the deadline: AssertionError with `what` or `what()`."""
     end = time.monotonic() + deadline_s
     while True:
         value = condition()
@@ -21,9 +21,9 @@ def until(condition, what="it did not happen in time", deadline_s=PATIENCE_S, pe
 
 
 def attempts(what, deadline_s=PATIENCE_S):
-    """``for n in attempts(what)``: until the loop is left; AssertionError with `what` if it never is.
+    """``for n in attempts(what)``: repeats until the loop is left; AssertionError with `what` if it never is.
 
-    For what depends on who gets a CPU when: the loop is left once it was seen.
+    For effects that depend on scheduling: leave the loop once the effect was seen.
     """
     end = time.monotonic() + deadline_s
     number = 0

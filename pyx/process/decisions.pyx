@@ -1,7 +1,7 @@
-"""The decision about each mapping: loops over all of them. `snapengine.process.selection` has the rules.
+"""The loops that decide about all mappings of a process. `snapengine.process.selection` has the rules.
 
-A process may have 65 000 mappings of a handful of kinds. A decision that needed no information about its one
-mapping holds for the whole kind, and is made once.
+A process may have 65 000 mappings of few kinds. A decision that needs no information about the single mapping
+holds for its kind, and is made once.
 """
 
 cimport cython
@@ -29,7 +29,7 @@ cdef class Decision:
     zero_inode: uint64_t = 0
 
     def leave_out(self, str reason not None):
-        """Do not capture it after all."""
+        """Change the decision: do not capture the mapping."""
         self.action, self.reason = "leave", reason
 
     cdef Decision of(self, Mapping mapping):
@@ -81,13 +81,13 @@ def decide_all(mappings, decider, dict refused not None):
 
 
 def region_name(Decision decision not None):
-    """The kernel's own name of the mapping, or a name with the address."""
+    """The kernel's name of the mapping ("[heap]"), or a name with the address."""
     return decision.name if decision.name.startswith("[") else f"{decision.name}@{decision.mapping.start:x}"
 
 
 def tracked_regions(list decisions not None):
-    """The tracked regions, with adjacent anonymous mappings merged into one; and whether one is a private
-    mapping of a memory file."""
+    """The tracked regions, with adjacent anonymous mappings merged into one; and whether any of them is a
+    private mapping of a memory file."""
     cdef Decision decision
     cdef Region region
     cdef Region last = None
@@ -105,7 +105,7 @@ def tracked_regions(list decisions not None):
             and (not decision.mapping.has_file or decision.zero_inode != 0)
         if plain and alike and last_end == decision.mapping.start and last_zeros == decision.zero_inode:
             last_end = decision.mapping.end
-            last.length = last_end - <uint64_t>last.addr     # no one else has it yet
+            last.length = last_end - <uint64_t>last.addr     # not shared yet
             continue
         if decision.kind == "anon" and decision.mapping.has_file and not decision.zero_inode:
             private_files = True

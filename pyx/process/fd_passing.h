@@ -1,5 +1,5 @@
-/* Pass a descriptor to another process over one of its own sockets: the layout of the page in that process
- * which the calls use, and our end. The page is mapped for this purpose and unmapped afterwards, so that no
+/* Pass a descriptor to another process over one of its own sockets: the layout of the page that the calls in
+ * that process use, and the sending side. The page is mapped for this purpose and unmapped afterwards, so that no
  * byte of the process's own memory changes. */
 #ifndef SNAPENGINE_PASSING_H
 #define SNAPENGINE_PASSING_H

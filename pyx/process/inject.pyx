@@ -1,5 +1,5 @@
-"""Open a userfaultfd in a process that does not cooperate: stop one of its threads, and let that make the
-call.
+"""Open a userfaultfd in a process that does not cooperate: stop one of its threads, and have it make the
+system call.
 
 The stop runs in a helper process that shares our memory and descriptors (`snap_run_in_helper`). It survives a
 SIGKILL of this process: it still closes the descriptor in the target, restores the thread's registers and
@@ -11,7 +11,7 @@ registers of the injected call, and most likely crashes.
 The descriptor is opened in the target, copied here by pidfd_getfd(2) and closed there, in one stop. If it
 stayed open there, it would keep the memory protected after our end, and block the target for ever.
 
-There are two ways to open it. Where the target's user may call userfaultfd(2), registers are all it takes.
+There are two ways to open it. If the target's user may call userfaultfd(2), only registers are changed.
 Otherwise this process opens /dev/userfaultfd and hands it to the target, which calls USERFAULTFD_IOC_NEW on
 it. That depends on no file system, mount namespace, device cgroup or user of the target. Passing a descriptor
 needs memory: a page that the stopped thread maps and unmaps for us. The memory below its stack pointer may be
@@ -108,8 +108,8 @@ cdef int _call(job_t *job, long call, const uint64_t *args, int64_t *result) noe
 
 cdef int _undo(job_t *job, long call, uint64_t a, uint64_t b) noexcept nogil:
     """A call that undoes another one. It has no time limit: what stays open in the target may block it for
-    ever. If its cgroup is frozen in these microseconds, this waits until the cgroup is thawed; to leave
-    earlier would leave the thread with our registers."""
+    ever. If its cgroup is frozen in these microseconds, this waits until the cgroup is thawed; an earlier
+    return would leave our registers in the thread."""
     cdef uint64_t *args = [a, b, 0, 0, 0, 0]
     cdef int64_t result = 0
     return remote_call(&job.remote, call, args, 0, &result)
@@ -267,8 +267,8 @@ def _attempt(info, int tid, int pidfd, uint64_t insn, double seconds, int device
 
 
 def _stop_and_open(info, ways, double deadline, bint repair):
-    """Try threads until one stops, and ways until one works; (fd, ns stopped in all, tid)."""
-    cdef double left = deadline             # only waiting counts: on a busy machine we run late
+    """Try threads until one stops, and ways until one works; (fd, total ns stopped, tid)."""
+    cdef double left = deadline             # only waiting counts: on a busy machine this thread runs late
     stopped_ns = 0
     ways = list(ways)
     way = ways.pop(0)

@@ -1,4 +1,4 @@
-"""Other processes that share the memory of a process: they write to it without being its threads.
+"""Processes that share the memory of another process: they can write to it, but are not its threads.
 
 Examples: a child of vfork(2) until it calls execve(2), and processes that runtimes and sandboxes make by
 clone(2) with CLONE_VM alone. No file in /proc/PID lists them. kcmp(2) tells whether two processes have the
@@ -38,7 +38,7 @@ cdef bint _shares(sharers_t *sharers, int process) noexcept nogil:
 
 
 cdef bint _known(sharers_t *sharers, int task) noexcept nogil:
-    """Whether it is a thread of the process, or of one that is listed already."""
+    """Whether `task` is a thread of the process, or of a sharer that is listed already."""
     cdef int i
     if c_syscall(SYS_tgkill, sharers.pid, task, 0) == 0:
         return True

@@ -2,12 +2,12 @@
 
 ptrace(2) binds a tracee to the OS thread that seized it, so the helper makes all ptrace calls. If a thread of
 this process made them, a wait for a child anywhere in this process would return the stops of that child
-(`snap_run_in_helper`). The helper's end detaches from everything. `pyx/process/freezer` starts it and waits
-for it.
+(`snap_run_in_helper`). When the helper ends, the kernel detaches all tracees. `pyx/process/freezer` starts it
+and waits for it.
 
 The helper is killed when this process ends, so the target resumes. If somebody kills the helper alone, the
-stop ends early, and `freezer_t.err` says so. One gap remains: killed within malloc, before the first stop,
-it leaves the lock of an arena held.
+stop ends early, and `freezer_t.err` says so. One gap remains: if it is killed within malloc, before the first
+stop, the lock of an arena stays held.
 
 Other processes may share the memory and write to it: `pyx/process/shared_mm` finds them, and they are stopped
 too. The parent of a vfork sleeps in the kernel, where it cannot stop, until its child calls execve() or ends.
@@ -230,7 +230,7 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
     cdef bint found = True
     cdef int err
     freezer.sharers.pid = freezer.pid
-    err = list_sharers(&freezer.sharers)                        # while all run, since it takes the longest
+    err = list_sharers(&freezer.sharers)                        # while all run: it takes the longest
     if err == 0:
         err = _seize_all(freezer)
     if err == 0:
@@ -238,7 +238,7 @@ cdef int _stop_all(freezer_t *freezer) noexcept nogil:
     freezer.from_ns = snap_now_ns()
     while err == 0 and found:
         for i in range(asked, freezer.n):
-            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended, as the wait will find
+            tracee_interrupt(freezer.threads[i].tid)    # ESRCH: it has ended; the wait reports that
         asked = freezer.n
         err = _wait_stopped(freezer)
         if err == 0:
@@ -273,7 +273,7 @@ cdef void _capture(freezer_t *freezer, int i) noexcept nogil:
 
 
 cdef int _settle_all(freezer_t *freezer) noexcept nogil:
-    """Set every thread to where it will continue, then read its registers for the image."""
+    """Repair the side effects of the stop in every thread, then read its registers for the image."""
     cdef user_regs_struct regs
     cdef int i
     cdef int err = _make_room(freezer)
@@ -306,7 +306,7 @@ cdef int _stop_and_hold(void *arg) noexcept nogil:
         snap_futex_wait(&freezer.resume, False)
     for i in range(freezer.n):
         if not freezer.threads[i].gone:
-            tracee_detach(freezer.threads[i].tid)       # one that did not stop: by the end of this process
+            tracee_detach(freezer.threads[i].tid)       # else the end of this process detaches it
     freezer.stopped_ns = snap_now_ns() - freezer.from_ns
     snap_store_wake(&freezer.phase, RESUMED)
     return 0

@@ -92,8 +92,8 @@ cdef tracee_state_t _classify(int tid, int request, int event, int signal, int *
         born[0] = <int>message
         snap_ptrace(request, tid, 0, NULL)
         return TRACEE_CLONED
-    # A signal arrived before the stop. It is delivered now, with its siginfo, so none is lost or reordered.
-    # The stop follows once the frame of its handler is set up.
+    # A signal arrived before the stop. It is delivered now, with its siginfo, so no signal is lost or
+    # reordered. The stop follows once the frame of the handler is set up.
     snap_ptrace(request, tid, 0, <void *><uintptr_t>(signal if event == 0 else 0))
     return TRACEE_RUNNING
 
@@ -172,8 +172,8 @@ cdef bint _signal_masks(int pid, int tid, uint64_t *pending, uint64_t *blocked) 
 
 cdef bint _repeatable(long call) noexcept nogil:
     """Calls that a stop ends with EINTR (signal(7), "Interruption of system calls ... by stop signals")
-    before they have done anything, so that repeating them has the effect of continuing them. Calls on sockets
-    end so only with SO_RCVTIMEO or SO_SNDTIMEO. A relative timeout starts from the beginning."""
+    before they have done anything, so that repeating them has the effect of continuing them. Calls on
+    sockets end like this only with SO_RCVTIMEO or SO_SNDTIMEO. A relative timeout is started again."""
     return call in (
         SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_rt_sigtimedwait, SYS_semop, SYS_semtimedop,
         SYS_io_getevents, SYS_io_pgetevents, SYS_io_uring_enter, SYS_accept, SYS_accept4, SYS_connect,
@@ -183,7 +183,7 @@ cdef bint _repeatable(long call) noexcept nogil:
 
 
 cdef bint _repeat_call(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil:
-    """Repeat a call that our stop ended with EINTR: a program may take EINTR for a signal that it waits for.
+    """Repeat a call that our stop ended with EINTR: a program may take EINTR as the sign of a signal.
 
     If a signal is pending and not blocked, it may have ended the call, and EINTR stays. The exception is a
     signal that is blocked by the outer mask, which is in force from now on (`remasked`): it is delivered only
@@ -199,7 +199,7 @@ cdef bint _repeat_call(int pid, int tid, user_regs_struct *regs, bint remasked) 
             return False
     regs.rax = regs.orig_rax
     regs.rip -= 2                                   # the length of the syscall instruction
-    regs.orig_rax = <unsigned long long>-1          # in no call, so the kernel restarts nothing
+    regs.orig_rax = <unsigned long long>-1          # not in a call, so the kernel restarts nothing
     return True
 
 
@@ -212,8 +212,8 @@ cdef bint _peek(int pid, uint64_t addr, void *data, size_t length) noexcept nogi
 
 
 cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil:
-    """By its system call (proc_pid_syscall(5)), which the kernel shows only for a sleeping thread. clone3(2)
-    has its flags in memory."""
+    """Decided by its system call (proc_pid_syscall(5)), which the kernel shows only for a sleeping thread.
+    The flags of clone3(2) are in memory."""
     cdef char text[256]
     cdef uint64_t flags = 0
     cdef unsigned task_flags = 0

@@ -1,6 +1,6 @@
-"""Register the memory of an attached process that is to be tracked, to learn what the kernel refuses.
+"""Register the selected memory of an attached process, to find out what the kernel refuses to track.
 
-It stays registered: unregistering would walk the page tables, and nothing is protected yet.
+The memory stays registered: unregistering would walk the page tables, and nothing is protected yet.
 """
 
 from libc.errno cimport EBUSY, EINVAL, EPERM
@@ -29,15 +29,15 @@ cdef int _refusal(int fd, int maps, uint64_t start, uint64_t end) noexcept nogil
 
 
 def refusal(Uffd uffd not None, int maps, uint64_t start, uint64_t end):
-    """The errno with which the kernel refuses to track the range; 0 if it accepts, or nothing is mapped there
+    """The errno with which the kernel refuses to track the range; 0: it accepts, or nothing is mapped there
     any more. A mapping that has grown meanwhile is registered as a whole: registering a part would split it.
     ``maps`` is an open /proc/PID/maps; -1: no mapping can have grown."""
     return _refusal(uffd.fd, maps, start, end)
 
 
 cdef Py_ssize_t _run_end(list regions, Py_ssize_t first, list mappings, Py_ssize_t *at) except -1:
-    """The end of the run of regions from number `first` on that have nothing mapped between them. `at` is the
-    number of a mapping before it."""
+    """The end of the run of regions, from number `first` on, without other mappings between them. `at` is the
+    number of a mapping before the run; it is advanced."""
     cdef Py_ssize_t last = first
     cdef Region region
     cdef uint64_t end

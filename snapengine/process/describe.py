@@ -1,4 +1,4 @@
-"""The process part of `info`: in JSON types, and in lines for a terminal."""
+"""The process part of `info`: as JSON types, and as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def process_info(record: ProcessRecord | None, regions: Sequence[ImageRegion]) -
 
 
 def _captured(record: ProcessRecord, regions: Sequence[ImageRegion]) -> list[int]:
-    """Bytes of each mapping that lie in a region."""
+    """The number of bytes of each mapping that lie in a region."""
     sizes = []
     ordered = sorted((region.addr, region.addr + region.length) for region in regions)
     first = 0
@@ -62,7 +62,7 @@ def _captured(record: ProcessRecord, regions: Sequence[ImageRegion]) -> list[int
 
 
 def process_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of each line, from `process_info`. Nothing in them can control a terminal."""
+    """Name and value of each line, from `process_info`. They contain no control characters."""
     captured = f"{format_count(info['captured_mappings'])} captured, {format_size(info['captured_bytes'])}"
     total = f"{format_count(info['mappings'])}, {format_size(info['mapped_bytes'])}"
     rows = [

@@ -1,7 +1,7 @@
-"""What a process was at T besides its memory: taken from /proc, kept as blobs in the image.
+"""The state of a process at T besides its memory: read from /proc, and stored as blobs in the image.
 
-FORMAT.md defines the blobs (section "Blobs of an attached process"). An image may be hostile: what comes out
-of `ProcessRecord.from_vmstate` has been checked, and nothing was allocated on the image's word.
+FORMAT.md defines the blobs (section "Blobs of an attached process"). An image may be hostile:
+`ProcessRecord.from_vmstate` checks all values, and allocates nothing by a size that the image only claims.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["PROCESS_BLOBS", "Cut", "ProcessRecord", "check_sizes", "process_of",
 
 Cut = Literal["soft", "stop"]
 VERSION = 1
-PATH_MAX = 4 * PAGE_BYTES  # the kernel shows a page at most, before it escapes line feeds
+PATH_MAX = 4 * PAGE_BYTES  # the kernel shows at most a page, and escapes line feeds after that
 PROCESS_BLOBS = {"process": 64 << 20, "process.auxv": 64 << 10, "process.threads": 256 << 20}
-"""The names that are reserved, and the most bytes that each blob may have."""
+"""The reserved names, and the maximum size of each blob in bytes."""
 
 PERMS = re.compile(r"[r-][w-][x-][ps]")
 DEVICE = re.compile(r"[0-9a-f]{2,8}:[0-9a-f]{2,8}")
@@ -40,12 +40,12 @@ CUT = re.compile(r"soft|stop")
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """One process at T. Text from the kernel is decoded with surrogateescape, so it keeps every byte.
+    """One process at T. Text from the kernel is decoded with surrogateescape, which preserves every byte.
 
     ``uid`` and ``gid`` are the real ids. ``exe`` is the path that /proc/PID/exe names, or "" if that cannot
-    be read. ``cut`` says how T was made: ``"soft"``, while the threads ran on, or ``"stop"``, with all of
-    them stopped. Registers belong to the memory only in a stop cut: a soft cut has no ``threads``.
-    ``mappings`` are those of /proc/PID/maps, in its order and with its escapes; ``auxv`` is /proc/PID/auxv.
+    be read. ``cut`` says how T was made: ``"soft"``, while the threads ran, or ``"stop"``, with all of them
+    stopped. Only registers of a stop cut match the memory, so a soft cut has no ``threads``. ``mappings``
+    are those of /proc/PID/maps, in its order and with its escapes; ``auxv`` is /proc/PID/auxv.
     """
 
     pid: int
@@ -62,7 +62,7 @@ class ProcessRecord:
     not_captured: list[NotCaptured] = field(default_factory=list)
 
     def to_vmstate(self) -> dict[str, bytes]:
-        """The blobs of the image. ``ValueError``: something in the record is more than a reader accepts."""
+        """The blobs of the image. ``ValueError``: the record exceeds a limit of the reader."""
         blobs = {"process": self._pack(), "process.auxv": self.auxv}
         if self.threads:
             blobs["process.threads"] = pack_threads(self.threads)
@@ -91,10 +91,10 @@ class ProcessRecord:
 
     @classmethod
     def from_vmstate(cls, vmstate: Mapping[str, bytes], image_name: str = "image") -> ProcessRecord:
-        """The record in an image's blobs (see `check_sizes` for blobs that are not yet in memory).
+        """Parse the record in an image's blobs (see `check_sizes` for blobs that are not yet in memory).
 
-        `CorruptImageError`: it is malformed. `UnsupportedVersionError`: a newer version. ``KeyError``: there
-        is no process in the image. ``image_name`` is for messages.
+        `CorruptImageError`: it is malformed. `UnsupportedVersionError`: a newer version. ``KeyError``: the
+        image has no process record. ``image_name`` is for messages.
         """
         blobs = {name: vmstate[name] for name in PROCESS_BLOBS if name == "process" or name in vmstate}
         check_sizes({name: len(blob) for name, blob in blobs.items()}, image_name)
@@ -107,14 +107,14 @@ class ProcessRecord:
 
 
 def check_sizes(sizes: Mapping[str, int], image_name: str) -> None:
-    """`CorruptImageError` if a blob is larger than a process can make it; ask before it is read."""
+    """`CorruptImageError` if a blob is larger than a process can make it; call this before reading them."""
     for name, limit in PROCESS_BLOBS.items():
         if sizes.get(name, 0) > limit:
             raise CorruptImageError(f"{image_name}: the blob {name} has {sizes[name]} bytes")
 
 
 def process_of(image: HasBlobs) -> ProcessRecord | None:
-    """The process that the image was taken of by attaching to it; None: of something else.
+    """The attached process that the image was taken of; None: the image is of another kind of target.
 
     `CorruptImageError`, `UnsupportedVersionError`: its record cannot be used.
     """
@@ -137,7 +137,7 @@ def _mapping_object(mapping: MemoryMapping) -> dict[str, Any]:
 
 
 def not_captured_object(item: NotCaptured) -> dict[str, Any]:
-    """In JSON types, as in the blob."""
+    """The item in JSON types, as in the blob."""
     return {
         "start": item.start,
         "end": item.end,
@@ -219,10 +219,10 @@ def read_process(
     threads: Iterable[ThreadState] = (),
     not_captured: Iterable[NotCaptured] = (),
 ) -> ProcessRecord:
-    """The process as /proc has it now (proc(5)); what /proc does not know is given by the caller, and its
+    """The process as /proc shows it now (proc(5)). The caller supplies what /proc does not have, and the
     `mappings` if they were listed already.
 
-    `TargetGoneError`: there is no such process, or it has no memory (any more). ``PermissionError``: this
+    `TargetGoneError`: the process does not exist (any more), or has no memory. ``PermissionError``: this
     user may not read it.
     """
     try:
@@ -251,7 +251,7 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _status(data: bytes) -> dict[str, int]:
-    """The first number of the lines PPid, Uid and Gid: of the ids, the real one."""
+    """The first number of the lines PPid, Uid and Gid: for the last two, the real id."""
     lines = (line.partition(b":") for line in data.split(b"\n"))
     return {key.decode(): int(rest.split()[0]) for key, _, rest in lines if key in (b"PPid", b"Uid", b"Gid")}
 

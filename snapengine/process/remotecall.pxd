@@ -36,13 +36,13 @@ cdef struct remote_t:
 # stop is detached only by the end of the calling thread. `repair`: False lets the program see EINTR (tests).
 cdef int remote_stop(remote_t *remote, int pidfd, int options, uint64_t limit_ns, bint repair,
                      step_t *step) noexcept nogil
-# A system call with its six arguments. `limit_ns`: how long to wait for a thread that does not run (frozen
-# cgroup); then ETIMEDOUT, and the call was not made.
+# A system call with its six arguments. ETIMEDOUT: the thread did not run for `limit_ns` (frozen cgroup), and
+# the call was not made.
 cdef int remote_call(remote_t *remote, long call, const uint64_t *args, uint64_t limit_ns,
                      int64_t *result) noexcept nogil
-# Read and write `n` words of a page that remote_call has mapped in the target. By ptrace(2), which cannot
-# fail for lack of memory as process_vm_readv(2) can: descriptors whose numbers cannot be read would stay open
-# there.
+# Read and write `n` words of a page that remote_call has mapped in the target. They use ptrace(2), because
+# process_vm_readv(2) can fail for lack of memory: then the numbers of descriptors could not be read, and they
+# would stay open there.
 cdef int remote_get(remote_t *remote, uint64_t addr, uint64_t *words, size_t n) noexcept nogil
 cdef int remote_put(remote_t *remote, uint64_t addr, const uint64_t *words, size_t n) noexcept nogil
 cdef int remote_release(remote_t *remote) noexcept nogil

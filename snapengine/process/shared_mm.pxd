@@ -9,8 +9,8 @@ cdef struct sharers_t:
     bint unknown                    # kcmp(2) is not available, so nothing is known
 
 
-# Functions return 0 or an errno value. Call them on a thread made after `pid` was last known to share its
-# memory with no one.
+# Functions return 0 or an errno value. Call them in a task that is newer than the last moment at which `pid`
+# was known to share its memory with no other process.
 cdef int list_sharers(sharers_t *sharers) noexcept nogil
 # Adds the processes made since the last call. Ids ascend, so only newer ones are compared.
 cdef int list_new_sharers(sharers_t *sharers) noexcept nogil

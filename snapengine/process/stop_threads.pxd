@@ -17,7 +17,7 @@ cdef struct thread_t:
     int process                     # the target, or one that shares its memory
     bint stopped
     bint in_vfork                   # it waits in the kernel for the child of its vfork: no registers
-    bint gone                       # ended, or of a process with another memory
+    bint gone                       # it has ended, or its process has other memory
     uint64_t sigmask
     uint64_t xstate_bytes
     char comm[16]
@@ -36,13 +36,13 @@ cdef struct freezer_t:
     size_t stride
     int area_room                   # threads that `area` is made for
     uint64_t from_ns                # CLOCK_MONOTONIC at the first PTRACE_INTERRUPT
-    uint64_t stopped_ns              # from then until the last thread was resumed
+    uint64_t stopped_ns             # from then until the last thread was resumed
     int err
     int at_tid                      # the thread that `err` is about
     int at_process                  # and its process
-    # Words for snap_store_wake and snap_futex_wait. Writes before the store are visible to the waiter.
-    uint32_t phase                  # phase_t. By the helper; by the thread: RESUMED, after the helper's end
-    uint32_t resume                 # the owner writes 1 when the target shall run
+    # Words for snap_store_wake and snap_futex_wait: writes before the store are visible to the waiting thread.
+    uint32_t phase                  # phase_t, set by the helper; after its end the thread sets RESUMED
+    uint32_t resume                 # the owner sets it to 1 to resume the target
 
 
 # Thread body (arg: freezer_t, phase STOPPING). Its helper process stops all threads of `pid` and of the

@@ -10,8 +10,8 @@ class ThreadState:
     """One thread at T, x86-64.
 
     ``regs`` is the kernel's ``struct user_regs_struct`` (NT_PRSTATUS, 216 bytes), ``fpregs`` its
-    ``struct user_fpregs_struct`` (NT_PRFPREG, 512 bytes), ``xstate`` the XSAVE area (NT_X86_XSTATE, as
-    long as the CPU makes it, or empty). ``sigmask`` is the mask of blocked signals, bit n-1 for signal n.
+    ``struct user_fpregs_struct`` (NT_PRFPREG, 512 bytes), ``xstate`` the XSAVE area (NT_X86_XSTATE; its
+    size depends on the CPU; may be empty). ``sigmask`` is the mask of blocked signals, bit n-1 for signal n.
     ``comm`` is the thread's name (at most 15 bytes).
     """
 

@@ -17,7 +17,7 @@ MAX_TID = (1 << 31) - 1
 
 
 def pack_threads(threads: Sequence[ThreadState]) -> bytes:
-    """The blob. ``ValueError``: a register set has a wrong size, or a name is too long."""
+    """Pack the blob. ``ValueError``: a register set has a wrong size, or a name is too long."""
     parts = [HEAD.pack(VERSION, len(threads))]
     if len({thread.tid for thread in threads}) < len(threads):
         raise ValueError("a thread is there twice")
@@ -34,7 +34,7 @@ def pack_threads(threads: Sequence[ThreadState]) -> bytes:
 
 
 def parse_threads(blob: bytes) -> list[ThreadState]:
-    """The threads of the blob. ``ValueError`` says what is wrong; the count is never believed."""
+    """The threads of the blob. ``ValueError`` says what is wrong; the stored count is not trusted."""
     if len(blob) < HEAD.size:
         raise ValueError("the threads are cut short")
     version, count = HEAD.unpack_from(blob)

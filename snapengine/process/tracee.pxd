@@ -13,16 +13,17 @@ cdef enum tracee_state_t:
 
 cdef int tracee_seize(int tid, int options) noexcept nogil
 cdef int tracee_interrupt(int tid) noexcept nogil
-# The state of the thread now; never blocks. `request` says which stop is awaited: PTRACE_CONT TRACEE_STOPPED,
-# PTRACE_SYSCALL TRACEE_IN_SYSCALL. From other stops the thread is continued, and their signals are delivered.
-# `born` gets the tid of a new thread.
+# The current state of the thread; never blocks. `request` selects the expected stop: PTRACE_CONT waits for
+# TRACEE_STOPPED, PTRACE_SYSCALL for TRACEE_IN_SYSCALL. After any other stop the thread is continued, and the
+# signal of that stop is delivered. `born` gets the tid of a new thread.
 cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil
 # Repair the side effects of a stop, so that the thread continues where it would have without it. `remasked`:
 # its signal mask was set by PTRACE_SETSIGMASK. Changes `regs` only; 1 if it did.
 cdef bint tracee_settle(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil
 cdef int tracee_detach(int tid) noexcept nogil
-# Why PTRACE_SEIZE failed with EPERM, or a thread does not stop: 0 it has ended or is a kernel worker; EAGAIN
-# it is ending, but may still write its clear_child_tid; EBUSY the thread `tracer` traces it; else EPERM.
+# Why PTRACE_SEIZE failed with EPERM, or why a thread does not stop. 0: it has ended or is a kernel worker;
+# EAGAIN: it is exiting, but may still write its clear_child_tid; EBUSY: the thread `tracer` traces it;
+# otherwise EPERM.
 cdef int tracee_refusal(int pid, int tid, int *tracer) noexcept nogil
 # Whether a thread sleeps in the kernel until the child of its vfork has executed or ended.
 cdef bint tracee_in_vfork(int pid, int tid) noexcept nogil

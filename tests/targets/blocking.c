@@ -1,4 +1,4 @@
-/* Threads that wait in system calls for ever, and count how those end.
+/* Threads that wait in system calls for ever, and count how these calls end.
  *
  * usage: blocking WORDS CALL...   (one CALL: in the only thread)
  * COUNTERS + i: EINTR seen by call i; COUNTERS + 64 + i: other returns. READY counts the calls. */

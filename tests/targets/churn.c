@@ -1,4 +1,4 @@
-/* Threads that make threads, and one that forks, all the time. usage: churn WORDS */
+/* Threads that keep creating threads, and one that keeps forking. usage: churn WORDS */
 #include "target.h"
 #include <pthread.h>
 #include <sys/wait.h>

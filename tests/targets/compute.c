@@ -1,7 +1,8 @@
 /* Threads that compute in general, SSE and x87 registers, check themselves, and write pages.
  *
  * usage: compute WORDS THREADS [leave] [linger] [notrap] [avx]
- * leave: the leader thread ends; linger: when VALUES is not 0 any more; notrap: SIGTRAP is ignored, and must stay so; avx: ymm registers as well */
+ * leave: the leader thread ends; linger: it ends once VALUES is not 0; notrap: SIGTRAP is ignored, and must stay
+ * ignored; avx: ymm registers too */
 #include "target.h"
 #include <pthread.h>
 #include <string.h>
@@ -10,7 +11,7 @@ enum { N_PAGES = 256 };
 static int with_avx;
 static unsigned char *memory;
 
-/* 1000 rounds of an LCG, in registers only; the value after it is known from a run without being stopped. */
+/* 1000 rounds of an LCG, in registers only; the expected value is from a run without a stop. */
 static uint64_t general(uint64_t seed) {
     uint64_t a = seed, b = seed ^ 0x9E3779B97F4A7C15, rounds = 1000;
     __asm__ volatile("1: imul %3, %0\n\tadd %1, %0\n\trol $7, %1\n\txor %0, %1\n\tdec %2\n\tjnz 1b"

@@ -1,8 +1,8 @@
 /* One mapping of each kind that this kernel can make, in use, with known content.
  *
  * usage: mappings WORDS DISK TMPFS HUGETLBFS KIND...
- * DISK, TMPFS, HUGETLBFS: folders on such a file system, or "-". words[COUNTERS + i]: the address of the i-th
- * kind, 0 where it cannot be made. Each word of the memory is (i << 32) + its number. */
+ * DISK, TMPFS, HUGETLBFS: directories on such a file system, or "-". words[COUNTERS + i]: the address of the i-th
+ * kind, 0 if it cannot be made. Each word of the memory is (i << 32) + its number. */
 #include "target.h"
 #include <errno.h>
 #include <linux/perf_event.h>
@@ -25,7 +25,7 @@ static void *fill(void *at, size_t size) {
 }
 
 static void *map(size_t size, int prot, int flags, int fd) {
-    /* Apart from its neighbours, so that each kind is a mapping of its own. */
+    /* With a gap around it, so that each kind is a mapping of its own. */
     size_t align = size == HUGE ? HUGE : PAGE;
     char *room = mmap(0, size + 2 * align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     char *place = (char *)(((uintptr_t)room + align) & -align);
@@ -109,7 +109,7 @@ static void *secret(void) {
 static void *uring(void) {
     char parameters[120] = {0};
     int fd = syscall(SYS_io_uring_setup, 4, parameters);
-    void *at = mmap(0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0); /* it takes no address */
+    void *at = mmap(0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0); /* it accepts no address */
     return fd < 0 || at == MAP_FAILED ? 0 : at;
 }
 

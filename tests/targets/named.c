@@ -1,8 +1,8 @@
-/* Names that are bytes: a process, a thread, files and memory files with names that are no text.
+/* Names are bytes: a process, a thread, files and memory files with names that are not valid text.
  *
  * usage: named WORDS KIND TEXT. KIND: process, thread (its name is TEXT), file (a private mapping of the file TEXT, with
  * a page of its own), removed (shared memory of the file TEXT, which is removed), memfd (named TEXT), heap (the heap in
- * three mappings). VALUES and VALUES + 1: address and bytes of memory that is all 'n'. */
+ * three mappings). VALUES and VALUES + 1: address and bytes of memory that is filled with 'n'. */
 #include "target.h"
 #include <pthread.h>
 #include <string.h>

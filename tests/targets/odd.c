@@ -45,7 +45,7 @@ static void die_of_userfaultfd(void) {
     count_for_ever();
 }
 
-/* Has a child that has ended and is not waited for; its number is in VALUES. */
+/* Has a zombie child; its pid is in VALUES. */
 static void keep_zombie(void) {
     pid_t child = fork();
     if (child == 0)

@@ -1,8 +1,8 @@
-/* LD_PRELOAD: an older kernel, as far as what it lacks goes. Environment:
+/* LD_PRELOAD: simulates an older kernel by masking features. Environment:
  *   MASK_IOCTLS    names of ioctls that it does not know: PAGEMAP_SCAN PROCMAP_QUERY
  *   MASK_CALLS     system calls that it refuses, if made by syscall(3): kcmp
  *   MASK_FEATURES  UFFD_FEATURE bits that it does not offer, a number
- *   MASK_RELEASE   what uname(2) says */
+ *   MASK_RELEASE   the release that uname(2) returns */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

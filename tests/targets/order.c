@@ -1,5 +1,5 @@
 /* Threads that write in a known order. usage: order WORDS KIND THREADS PAGES STRIDE
- * KIND: anon, thp, memfd, hugetlb, heap. COUNTERS: the last write of each thread. EXECUTE: become another program. */
+ * KIND: anon, thp, memfd, hugetlb, heap. COUNTERS: the last write of each thread. EXECUTE: execute another program. */
 #include "order.h"
 
 enum { EXECUTE = 7 };

@@ -1,8 +1,8 @@
 /* Writes in a known order: write n is the number n, into the words 0 and 511 of page n * stride % pages.
  *
- * Memory that holds the write n must hold all before it. Several threads take turns; whose turn it is stands in
- * another mapping, and is n before and n + 1 after write n. Each write first looks for the one before it in
- * its page: a write that was lost is an error. */
+ * Memory that holds the write n must hold all writes before it. Several threads take turns. The turn is a word in
+ * another mapping: n before write n, and n + 1 after it. Each write first checks that its page holds the previous
+ * write to that page: a lost write is an error. */
 #ifndef ORDER_H
 #define ORDER_H
 

@@ -1,4 +1,4 @@
-/* A program that fills a mapping by a userfaultfd of its own, a page at a time. usage: ownuffd WORDS
+/* A program that fills a mapping through its own userfaultfd, page by page. usage: ownuffd WORDS
  *
  * words[COUNTERS]: pages touched; [COUNTERS + 1]: the mapping; [COUNTERS + 2]: plain memory, whose first word is 7. */
 #include "target.h"

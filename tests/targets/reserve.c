@@ -1,9 +1,9 @@
-/* Address space that is reserved and hardly used, or cut into many mappings.
+/* Address space that is reserved and mostly unused, or split into many mappings.
  *
  * usage: reserve WORDS space private|memfd BYTES   data in its first, middle and last page, with their number in each
  *        reserve WORDS many  private|memfd COUNT   COUNT mappings of one page, each with its number; a gap after each
- * MEMORY is the address. VALUES: what it is told to do, and 0 once that is done: 1: write to every 64th page of the
- * first half's first 64 MiB; 2: unmap a quarter of it, behind the middle. COUNTERS: it runs. */
+ * MEMORY is the address. VALUES: a command, and 0 once it is done. 1: write to every 64th page of the first
+ * half's first 64 MiB; 2: unmap a quarter of it, behind the middle. COUNTERS increases while it runs. */
 #include "target.h"
 #include <string.h>
 
@@ -52,7 +52,7 @@ int main(int argc, char **argv) {
     }
     words[MEMORY] = (uint64_t)memory;
     for (words[READY] = 1;; usleep(500)) {
-        mark(memory + 8, words[COUNTERS]++); /* it writes all the time, but not the marks */
+        mark(memory + 8, words[COUNTERS]++); /* it keeps writing, but not to the marks */
         if (words[VALUES]) {
             obey(memory, size, words[VALUES]);
             words[VALUES] = 0;

@@ -1,7 +1,7 @@
-/* Threads that write in a known order while others change the mappings all the time.
+/* Threads that write in a known order while others keep changing the mappings.
  *
  * usage: restless WORDS KIND THREADS PAGES STRIDE HOW; HOW: malloc, mmap, dontneed, mremap, fork, families, brk, sleepers
- * COUNTERS: of the writers; COUNTERS + 16 + i: of the others. Those check what they have written, too.
+ * COUNTERS: of the writers; COUNTERS + 16 + i: of the others, which also check what they have written.
  * REFUSED: EFAULT of mremap. */
 #include "order.h"
 #include <errno.h>
@@ -98,7 +98,7 @@ static void *do_fork(void *arg) {
         int status = 0;
         pid_t child = fork();
         if (child == 0) {
-            order_memory[3] = 7; /* its own copy, unless the memory is shared: that word is not looked at */
+            order_memory[3] = 7; /* its own copy; if the memory is shared, this word is not checked */
             _exit(7);
         }
         if (child < 0 || waitpid(child, &status, 0) != child || WEXITSTATUS(status) != 7)
@@ -108,7 +108,7 @@ static void *do_fork(void *arg) {
     return arg;
 }
 
-/* A child that forks as soon as it runs; both write. */
+/* A child that forks at once; both processes write. */
 static void *do_families(void *arg) {
     uint64_t me = (uint64_t)arg;
     for (;;) {
@@ -130,7 +130,7 @@ static void *do_families(void *arg) {
     return arg;
 }
 
-/* One thread only, and nobody else calls malloc meanwhile. */
+/* Only one thread does this, and no other thread calls malloc meanwhile. */
 static void *do_brk(void *arg) {
     uint64_t me = (uint64_t)arg;
     for (uint64_t n = 0;; n++) {

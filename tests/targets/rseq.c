@@ -1,7 +1,7 @@
 /* A thread that is nearly always inside a restartable sequence (rseq(2)). usage: rseq WORDS
  *
- * COUNTERS: sequences finished; COUNTERS + 1: aborted, as the kernel must when the thread lost its CPU;
- * ERRORS: finished though the kernel had taken the thread for one that had left the sequence. */
+ * COUNTERS: sequences finished; COUNTERS + 1: sequences that the kernel aborted, as it must when the
+ * thread lost its CPU; ERRORS: sequences that finished although the kernel assumed that the thread had left them. */
 #include "target.h"
 #include <stddef.h>
 #include <sys/rseq.h>

@@ -1,9 +1,9 @@
-/* A process whose memory is written to by processes that are none of its threads.
+/* A process whose memory other processes share and write to.
  *
  * usage: sharer WORDS share|threads|vfork|churn|maps. COUNTERS: the main thread's, then the others'; VALUES: the process
- * that shares the memory; MEMORY: a page in anonymous memory and PAGES one in .data, which it writes in turn.
- * maps: MEMORY is four pages of data, four of nothing, four of data. When the last word is 1, the other process maps
- * memory where nothing is; when it is 2, a file over the second page. Then it makes that word 3. */
+ * that shares the memory; MEMORY: a page of anonymous memory; PAGES: one of .data; it writes to both in turn.
+ * maps: MEMORY is four pages of data, four unmapped pages, four of data. When the last word is 1, the other process
+ * maps memory into the gap; when it is 2, a file over the second page. Then it sets that word to 3. */
 #include "target.h"
 #include <errno.h>
 #include <sched.h>
@@ -53,7 +53,7 @@ static int map_in_between(void *arg) {
     return just_count(arg);
 }
 
-/* With a thread of its own: raw clone(2), since pthreads belong to one process. */
+/* The other process has a thread too, made by clone(2), since pthreads work in one process only. */
 static int write_with_a_thread(void *arg) {
     int flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -69,7 +69,7 @@ static int live_shortly(void *arg) {
     return 0;
 }
 
-/* Always some of them, new ones all the time. */
+/* There are always some of them, and new ones keep appearing. */
 static void churn(void) {
     pid_t living[32] = {0};
     for (unsigned n = 0;; n++) {

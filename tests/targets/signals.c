@@ -1,7 +1,7 @@
-/* Counts queued signals and adds up their values. usage: signals WORDS busy|epoll|masked
+/* Counts queued signals and sums up their values. usage: signals WORDS busy|epoll|masked
  *
- * COUNTERS: signals handled; VALUES: the sum of their sigqueue(3) values. masked: SIGRTMIN is let in only by
- * epoll_pwait(2), whose EINTR must come with each handler run (else ERRORS). */
+ * COUNTERS: signals handled; VALUES: the sum of their sigqueue(3) values. masked: only epoll_pwait(2) unblocks
+ * SIGRTMIN, and must return EINTR for each handler run (else ERRORS). */
 #include "target.h"
 #include <errno.h>
 #include <string.h>

@@ -1,7 +1,8 @@
-/* A thread on a small stack inside an array, as of a coroutine: what lies below its stack pointer belongs to another
- * thread, which writes to it and checks that nobody else does. Nothing else in the program's memory changes.
+/* A thread on a small stack inside an array, as coroutines have: the memory below its stack pointer belongs to
+ * another thread, which writes to it and checks that nothing else does. No other memory of the program changes.
  *
- * usage: smallstack WORDS [SPARE [SPACE]]: so many free descriptors, bytes of address space at most. MEMORY: the array, VALUES: what the other thread remembers; PAGES of each */
+ * usage: smallstack WORDS [SPARE [SPACE]]: SPARE free descriptors, at most SPACE bytes of address space. MEMORY: the
+ * array; VALUES: the copy that the other thread compares with; PAGES of each */
 #include "target.h"
 #include <pthread.h>
 #include <sys/resource.h>
@@ -10,7 +11,7 @@ enum { N_PAGES = 4, N_WORDS = N_PAGES * 512, TOP = N_WORDS / 2, BELOW = 400 };
 static uint64_t array[N_WORDS] __attribute__((aligned(4096)));
 static uint64_t remembered[N_WORDS] __attribute__((aligned(4096)));
 
-/* Below the stack, the red zone of 128 bytes left out, are words of this thread. */
+/* Below the stack and its red zone of 128 bytes are words of this thread. */
 static void *count(void *arg) {
     volatile uint64_t *mine = &array[TOP - 2 - 16 - BELOW];
     for (uint64_t n = 0;; n++) {

@@ -1,4 +1,4 @@
-/* What the targets of the attach tests share: words that the test reads while they run. */
+/* Shared by the targets of the attach tests: words that the test reads while they run. */
 #ifndef TARGET_H
 #define TARGET_H
 

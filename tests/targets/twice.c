@@ -1,4 +1,5 @@
-/* Shared memory that is mapped twice in a row, as ring buffers are; written to through both. usage: twice WORDS */
+/* Shared memory that is mapped twice, back to back, as ring buffers are, and written to through both mappings.
+ * usage: twice WORDS */
 #include "target.h"
 
 enum { SIZE = 64 * 4096 };

@@ -1,10 +1,10 @@
-/* Memory of known content, of which a part is taken away when the test says so.
+/* Memory of known content, a part of which is unmapped, discarded or changed when the test says so.
  *
  * usage: victim WORDS KIND PAGES; KIND: anon, memfd, hugetlb (a memfd of huge pages), private (a private mapping of
  * a memfd, whose file holds other values). Page i holds i + 1 in its words 0 and 511; of anon memory the first 16
- * pages are PROT_NONE, of shared memory they are zero. VALUES: what to do (one of enum deed), with the pages FIRST
- * ... FIRST + COUNT; it is 0 again when that is done. What is mapped there afterwards is written to. COUNTERS: it
- * runs. */
+ * pages are PROT_NONE, of shared memory they are zero. VALUES: an action (enum deed) on the pages FIRST ...
+ * FIRST + COUNT; it is 0 again once that is done. Then the memory that is mapped there is written to. COUNTERS
+ * increases while it runs. */
 #include "target.h"
 #include <errno.h>
 #include <pthread.h>
@@ -50,7 +50,7 @@ static void move(char *part, uint64_t bytes) {
     write_pages(place, bytes / PAGE, 99);
 }
 
-/* All of the memory that may be read, in one call. */
+/* All readable memory, in one call. */
 static void grow(void) {
     uint64_t bytes = (pages + extended - HIDDEN) * PAGE;
     char *moved = mremap(memory + HIDDEN * PAGE, bytes, bytes + 512 * PAGE, MREMAP_MAYMOVE);
@@ -63,7 +63,7 @@ static void punch(uint64_t offset, uint64_t bytes) {
     require(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) == 0);
 }
 
-/* So that the file never holds less than before for long. */
+/* Keeps the time short in which the file holds less than before. */
 static void rewrite(uint64_t offset, uint64_t bytes) {
     for (uint64_t end = offset + bytes; offset < end; offset += unit) {
         punch(offset, unit);
@@ -71,7 +71,7 @@ static void rewrite(uint64_t offset, uint64_t bytes) {
     }
 }
 
-/* Where it lies: it ends later than before. */
+/* In place: the mapping keeps its address and ends later than before. */
 static void extend(void) {
     uint64_t bytes = (pages - HIDDEN) * PAGE;
     extended = ROOM / 2;
