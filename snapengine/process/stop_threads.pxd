@@ -40,7 +40,7 @@ cdef struct freezer_t:
     int err
     int at_tid                      # the thread that `err` is about
     int at_process                  # and its process
-    # Words for snap_store_wake and snap_futex_wait: writes before the store are visible to the waiting thread.
+    # Words for snap_store_wake and snap_futex_wait: writes before the store are visible to the waiter.
     uint32_t phase                  # phase_t, set by the helper; after its end the thread sets RESUMED
     uint32_t resume                 # the owner sets it to 1 to resume the target
 
