@@ -253,6 +253,15 @@ def test_who_waits_for_a_child_does_not_see_its_stops():
     assert ended == [-signal.SIGKILL]
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+def test_the_end_of_a_killed_process_is_seen_while_it_is_stopped(threads):
+    """A tracer that does not reap would withhold it from the process's parent."""
+    with Target("compute", threads) as target, Freezer(target.pid) as freezer:
+        target.process.kill()
+        assert target.process.wait(PATIENCE_S) == -signal.SIGKILL
+        assert freezer.stopped
+
+
 def helper_of(target):
     """The helper process that traces the target."""
     (tracer,) = tracers(target)

@@ -83,16 +83,18 @@ def test_counts_agree_in_both_directions(stalls, faults, expected):
 def test_a_writer_and_the_engine_see_the_same_faults(tmp_path):
     """Both count the same events. Durations are not compared: the writer's times contain the engine's."""
     path = tmp_path / "socket"
+    slow = {"memory_limit": 16 << 20, "rate_limit": 24 << 20}  # most faults come after the first reading
     with GuestProcess(path, GuestParams(size=64 << 20, incompressible=True), None) as guest:
-        slow = {"memory_limit": 16 << 20, "rate_limit": 24 << 20}  # most faults come after the first reading
-        with snapengine.snapshot(PeerTarget(str(path)), "null:", **slow) as capture:
-            began = writerkit.after_arming(guest.stats)
-        after = guest.stats()
-        stalls = writerkit.stalls_between(began, after)
-        assert capture.result.faults > 100
-        found = writerkit.agreement(stalls, capture.result.fault_histogram)
-        assert sum(stalls.values()) >= 0.8 * capture.result.faults, "a fault is a stall"
-        assert found["writer_by_engine_p50_ratio"] >= 0.85
+        # A writer that waits for a CPU counts stalls of its own, which are shorter than most faults.
+        for _ in attempts("the writer's stalls are no faults"):
+            with snapengine.snapshot(PeerTarget(str(path)), "null:", **slow) as capture:
+                began = writerkit.after_arming(guest.stats)
+            stalls = writerkit.stalls_between(began, guest.stats())
+            assert capture.result.faults > 100
+            found = writerkit.agreement(stalls, capture.result.fault_histogram)
+            counted = sum(stalls.values()) >= 0.8 * capture.result.faults
+            if counted and found["writer_by_engine_p50_ratio"] >= 0.85:
+                break
 
 
 def test_undisturbed_is_the_rate_of_the_writer(tmp_path, monkeypatch):

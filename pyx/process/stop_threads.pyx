@@ -20,7 +20,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport atoi, realloc
 from libc.string cimport memset
 
-from snapengine.base.atomics cimport snap_store_wake, snap_futex_wait, snap_load_word
+from snapengine.base.atomics cimport snap_futex_timed_wait, snap_load_word, snap_store_wake
 from snapengine.base.dirent cimport DIR, closedir, dirent, opendir, readdir
 from snapengine.process.shared_mm cimport list_sharers, list_new_sharers
 from snapengine.kernel.linux cimport ECANCELED
@@ -33,8 +33,8 @@ from snapengine.kernel.ptrace cimport (
 from snapengine.base.pthreads cimport snap_name_thread, snap_now_ns, snap_sleep_ns
 from snapengine.process.tracee cimport (
     TRACEE_CLONED, TRACEE_ENDED, TRACEE_RUNNING, TRACEE_STOPPED, tracee_comm, tracee_detach,
-    tracee_in_vfork, tracee_interrupt, tracee_state_t, tracee_poll, tracee_refusal, tracee_seize,
-    tracee_settle,
+    tracee_in_vfork, tracee_interrupt, tracee_poll, tracee_reap_ended, tracee_refusal, tracee_seize,
+    tracee_settle, tracee_state_t,
 )
 
 cdef extern from "<unistd.h>" nogil:
@@ -49,6 +49,7 @@ cdef enum:
 
 cdef uint64_t POLL_NS = 20000       # between polls of threads that have not stopped yet
 cdef uint64_t LOOK_NS = 2000000     # then /proc tells why a thread does not stop
+cdef uint64_t REAP_NS = 5000000     # between looks for threads that were killed while they were stopped
 
 
 cdef int _find(freezer_t *freezer, int tid) noexcept nogil:
@@ -303,7 +304,9 @@ cdef int _stop_and_hold(void *arg) noexcept nogil:
         freezer.err = _settle_all(freezer)
     if freezer.err == 0:
         snap_store_wake(&freezer.phase, STOPPED)
-        snap_futex_wait(&freezer.resume, False)
+        while not snap_load_word(&freezer.resume):
+            snap_futex_timed_wait(&freezer.resume, False, REAP_NS)
+            tracee_reap_ended()
     for i in range(freezer.n):
         if not freezer.threads[i].gone:
             tracee_detach(freezer.threads[i].tid)       # else the end of this process detaches it

@@ -78,6 +78,12 @@ cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil:
     return _classify(tid, request, status >> 16, WSTOPSIG(status), born)
 
 
+cdef void tracee_reap_ended() noexcept nogil:
+    cdef int status
+    while waitpid(-1, &status, __WALL | WNOHANG) > 0:
+        pass
+
+
 cdef tracee_state_t _classify(int tid, int request, int event, int signal, int *born) noexcept nogil:
     cdef unsigned long message = 0
     if event == PTRACE_EVENT_STOP:

@@ -17,6 +17,7 @@ cdef extern from "snapengine/internal/atomics.h" nogil:
     # Futex words (futex(2)): one side stores, the other waits.
     uint32_t snap_load_word(const uint32_t *word)                       # acquire
     void snap_store_wake(uint32_t *word, uint32_t value)                # release; wakes all waiters
+    void snap_futex_timed_wait(uint32_t *word, uint32_t value, uint64_t ns)     # may return early
     void snap_futex_wait(uint32_t *word, uint32_t value)                # until the word is not `value`
     void snap_pause()
     int snap_ctz(uint64_t word)

@@ -17,6 +17,9 @@ cdef int tracee_interrupt(int tid) noexcept nogil
 # TRACEE_STOPPED, PTRACE_SYSCALL for TRACEE_IN_SYSCALL. After any other stop the thread is continued, and the
 # signal of that stop is delivered. `born` gets the tid of a new thread.
 cdef tracee_state_t tracee_poll(int tid, int request, int *born) noexcept nogil
+# Reap what has ended, in a process whose tracees are all stopped. Until a tracer reaps a killed process, the
+# kernel does not report its end to its parent, so a wait of the parent blocks (ptrace(2)).
+cdef void tracee_reap_ended() noexcept nogil
 # Repair the side effects of a stop, so that the thread continues where it would have without it. `remasked`:
 # its signal mask was set by PTRACE_SETSIGMASK. Changes `regs` only; 1 if it did.
 cdef bint tracee_settle(int pid, int tid, user_regs_struct *regs, bint remasked) noexcept nogil

@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 static inline uint64_t snap_fetch_or(uint64_t *word, uint64_t bits) {
@@ -47,8 +48,13 @@ static inline void snap_store_wake(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
     syscall(SYS_futex, word, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, INT_MAX, 0, 0, 0);
 }
-/* Wait until the word is not `value`. The kernel compares it again before it sleeps, so no wake-up is
- * lost. */
+/* Wait at most `ns` for the word to be another than `value`; may return early. The kernel compares it again before
+ * it sleeps, so no wake-up is lost. */
+static inline void snap_futex_timed_wait(uint32_t *word, uint32_t value, uint64_t ns) {
+    struct timespec left = {(time_t)(ns / 1000000000ull), (long)(ns % 1000000000ull)};
+    syscall(SYS_futex, word, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, value, &left, 0, 0);
+}
+/* Wait until the word is not `value`. */
 static inline void snap_futex_wait(uint32_t *word, uint32_t value) {
     while (snap_load_word(word) == value)
         syscall(SYS_futex, word, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, value, 0, 0, 0);
