@@ -318,7 +318,7 @@ class Counting(Running):
     def check(self):
         """It has found no damage of its data, and makes progress."""
         before = self.newest()
-        self.until(lambda: self.newest() > before, "it stands still")
+        self.until(lambda: self.newest() > before, "it makes no progress")
 
     def save(self, mode, folder, discards):
         def check(path, take):

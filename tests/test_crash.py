@@ -44,7 +44,7 @@ def check_running(guest):
     def all_moved():
         return all(after > then for after, then in zip(guest.stats()["writes"], before, strict=True))
 
-    until(all_moved, "a writer stands")
+    until(all_moved, "a writer makes no progress")
 
 
 @pytest.mark.parametrize("method", ["write-tracking", "dirty-logging"])

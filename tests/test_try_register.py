@@ -52,7 +52,7 @@ def registered(one, regions):
     return found
 
 
-@pytest.fixture(params=["runs", "stands"])
+@pytest.fixture(params=["runs", "stopped"])
 def how(request):
     """The arguments for a running target, and for a stopped one."""
     if request.param == "runs":

@@ -1,4 +1,4 @@
-"""The registers of one stopped thread, as the kernel gives them (ptrace(2): PTRACE_GETREGSET)."""
+"""The registers of one stopped thread, as the kernel returns them (ptrace(2): PTRACE_GETREGSET)."""
 
 from __future__ import annotations
 

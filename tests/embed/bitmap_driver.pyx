@@ -1,4 +1,4 @@
-"""Claims without the GIL, so that threads really race for them; for tests/test_bitmap.py."""
+"""Claims without the GIL, so that threads race for them; for tests/test_bitmap.py."""
 
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free

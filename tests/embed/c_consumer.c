@@ -1,4 +1,4 @@
-/* An embedder in C: needs the installed header and the capsule, and links to nothing of ours. */
+/* An embedder in C: it needs the installed header and the capsule, and links to no library of ours. */
 #include <Python.h>
 #include <errno.h>
 #include <pthread.h>
@@ -10,7 +10,7 @@
 
 static const snapengine_api *api;
 
-/* One snapshot, by a thread that Python has never seen. */
+/* One snapshot, by a thread that Python does not know. */
 struct job {
     int fd, use_malloc, cancel;
     size_t pages;
@@ -40,7 +40,7 @@ static void *save(void *arg) {
     size_t length = job->pages * PAGE;
     char *ram = job->use_malloc ? malloc(length)
                                 : mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    for (size_t page = 0; page < job->pages; page += 2) /* each second one stays a hole */
+    for (size_t page = 0; page < job->pages; page += 2) /* every second page stays a hole */
         memset(ram + page * PAGE, 1 + (int)(page % 200), PAGE);
     snapengine_capture *capture = api->snapshot_start(ram, length, job->fd, &job->options);
     if (capture == NULL) {
@@ -48,7 +48,7 @@ static void *save(void *arg) {
     } else {
         if (job->cancel)
             api->snapshot_cancel(capture);
-        memset(ram, 255, length); /* after T: must not be seen */
+        memset(ram, 255, length); /* after T: must not be in the image */
         job->err = api->snapshot_wait(capture, &job->result);
     }
     if (job->err)
@@ -67,7 +67,7 @@ static PyObject *snapshot(PyObject *self, PyObject *args, PyObject *keywords) {
     static char *names[] = {"fd",      "pages",  "malloc",       "cancel", "method",
                             "zstd",    "pauses", "memory_limit", "newer",  "own_thread", NULL};
     struct job job = {.options = SNAPENGINE_OPTIONS_INIT, .result = SNAPENGINE_RESULT_INIT};
-    /* A struct as a later header would have it, with one field more. */
+    /* A struct as a later header would define it, with one more field. */
     struct {
         snapengine_options options;
         uint64_t unknown;
@@ -101,7 +101,7 @@ static PyObject *snapshot(PyObject *self, PyObject *args, PyObject *keywords) {
             pthread_join(thread, NULL);
         Py_END_ALLOW_THREADS
     } else {
-        save(&job); /* with the GIL: the writes to protected memory must be let go all the same */
+        save(&job); /* with the GIL: writes to protected memory must be released nevertheless */
     }
     return Py_BuildValue("{s:i,s:s,s:i,s:K,s:K,s:K,s:K,s:K}", "err", job.err, "text", job.text, "pauses",
                          job.pauses, "pages_total", job.result.pages_total, "pages_saved",
@@ -109,7 +109,7 @@ static PyObject *snapshot(PyObject *self, PyObject *args, PyObject *keywords) {
                          job.result.image_bytes, "fault_max_ns", job.result.fault_max_ns);
 }
 
-/* A result struct of an older header: what lies behind it must stay as it is. */
+/* A result struct of an older header: the bytes behind it must not change. */
 static PyObject *short_result(PyObject *self, PyObject *args) {
     snapengine_result result;
     int fd, err;

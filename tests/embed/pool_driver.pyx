@@ -37,7 +37,7 @@ cdef class Driver:
 
     cdef readonly Pool pool
     cdef lane_slot *lanes
-    cdef readonly int summed            # chunks taken whose checksum came with them, and was right
+    cdef readonly int summed            # taken chunks that had a checksum, and a correct one
 
     def __cinit__(self, Pool pool not None):
         cdef int i

@@ -9,7 +9,7 @@
    Sweep number n writes n into the first word of a page, then into the word at 4088, then counts the page in
    PROGRESS. Under x86's store order a state of one instant holds a prefix of these writes; see sweepkit.py. */
 
-ROM = 0xf0000                   /* where the 64 KiB are seen below 1 MiB */
+ROM = 0xf0000                   /* where the 64 KiB are mapped below 1 MiB */
 PROGRESS = 0x8000
 SERIAL = 0x3f8
 
@@ -33,7 +33,7 @@ protected:
     movl $16, %eax
     movl %eax, %ds
     movl %eax, %es
-    inb $0x92, %al              /* the A20 gate: without it every other MiB is the one before */
+    inb $0x92, %al              /* the A20 gate: without it every odd MiB aliases the one before */
     orb $2, %al
     outb %al, $0x92
     say 'A'

@@ -1,15 +1,15 @@
-/* The only program of the Linux guest, its /init: works on memory and on a disk, and checks both every round.
+/* The only program of the Linux guest, its /init: writes to memory and to a disk, and checks both every round.
 
-   From the kernel's command line (init gets what the kernel does not know as its environment):
+   From the kernel's command line (init gets unknown parameters as its environment):
      size     MiB of memory to work on
      rate     page writes per second; 0: as many as it can
      batch    page writes per round
-     disk     none; exact: the disk holds precisely what was acknowledged to this memory;
-              atleast: it may also be newer (a machine restored on the disk of one that went on)
+     disk     none; exact: the disk holds exactly the records that were acknowledged to this memory;
+              atleast: it may also be newer (a machine restored on a disk that was written to after T)
 
    Write number n fills page n * STRIDE modulo pages with words made of n and the page. So the newest number
-   tells every byte of the memory, and the check after each round reads all of them: a memory whose pages are
-   of different instants fails. It prints "round N ok ..." or, once, "FAIL ..."; it never ends. */
+   determines every byte of the memory. The check after each round reads all of them, so memory whose pages are
+   from different instants fails. It prints "round N ok ..." or, once, "FAIL ..."; it never ends. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,7 +29,7 @@
 enum { PAGE = 4096, WORDS = PAGE / 8, STRIDE = 40503, SLOTS = 64, RECORDS = 4, MAGIC = 0x7265636f };
 
 static uint64_t *memory;
-static uint64_t pages, newest;      /* newest: number of the last write that is complete */
+static uint64_t pages, newest;      /* newest: number of the last completed write */
 static volatile uint32_t *progress; /* page writes, for the host to sample */
 static char *records;               /* SLOTS pages, aligned for O_DIRECT */
 static uint64_t acknowledged;       /* number of the last record that the disk has confirmed */
@@ -115,7 +115,7 @@ static void check_disk(void)
         fail("reading the disk: %s", strerror(errno));
     for (uint64_t slot = 0; slot < SLOTS; slot++) {
         const struct record *record = (const struct record *)(records + slot * PAGE);
-        /* The newest that went here; 0: none has. */
+        /* The number of the newest write to this page; 0: none. */
         uint64_t n = slot > acknowledged ? 0 : acknowledged - (acknowledged - slot) % SLOTS;
         if (!n && (!exact || record->magic == 0))
             continue;
@@ -127,8 +127,8 @@ static void check_disk(void)
     }
 }
 
-/* Those that the kernel has built in are not in the initramfs. Which one needs which differs between kernels:
-   one that misses another's symbols is tried again after the others. */
+/* Built-in modules are not in the initramfs. The dependencies differ between kernels: a module that lacks symbols
+   is tried again after the others. */
 static void load_modules(void)
 {
     static const char *const names[] = {"virtio", "virtio_ring", "virtio_pci_legacy_dev",
@@ -156,7 +156,7 @@ static void open_disk(void)
         return;
     exact = !strcmp(kind, "exact");
     load_modules();
-    for (int i = 0; i < 1000 && disk < 0; i++) { /* the driver may find it later */
+    for (int i = 0; i < 1000 && disk < 0; i++) { /* the driver may find the disk later */
         disk = open("/dev/vda", O_RDWR | O_DIRECT);
         if (disk < 0)
             usleep(10000);
@@ -173,7 +173,7 @@ static void *locked(size_t bytes)
     return mapped;
 }
 
-/* Where the host finds a page of ours: its physical address, from /proc/self/pagemap (proc(5)). */
+/* The address at which the host finds a page: its physical address, from /proc/self/pagemap (proc(5)). */
 static uint64_t physical(const volatile void *address)
 {
     uint64_t entry = 0;

@@ -1,4 +1,4 @@
-"""What the programs of tests/real did, at the end of the run."""
+"""Report the results of the programs of tests/real at the end of the run."""
 
 
 def pytest_terminal_summary(terminalreporter):

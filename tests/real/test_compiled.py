@@ -1,4 +1,4 @@
-"""A static program, and one that the address sanitizer watches: their writes are in a known order."""
+"""A static program, and one with the address sanitizer: their writes are in a known order."""
 
 from pathlib import Path
 
@@ -26,6 +26,6 @@ def test_its_writes_are_a_prefix(tmp_path, how, mode):
             return result
 
         save_under_load(target.pid, mode, tmp_path, check=check, busy=lambda: target.check_running(2))
-        if mode == "stop" and how == "static":  # a core of the other would be of 20 TiB
+        if mode == "stop" and how == "static":  # a core of the other one would have 20 TiB
             check_core(tmp_path / "image", Path(f"/proc/{target.pid}/exe").resolve(), tmp_path)
         target.check_running(2)

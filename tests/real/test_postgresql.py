@@ -1,4 +1,4 @@
-"""PostgreSQL under pgbench: a backend and the postmaster are saved, and the sums of the bank stay right."""
+"""PostgreSQL under pgbench: a backend and the postmaster are saved, and the sums of the bank stay correct."""
 
 import os
 import pwd
@@ -22,7 +22,7 @@ SUMS = (
 
 
 class Bank:
-    """A database in `folder`, and the commands of the user who owns it."""
+    """A database in `folder`, and the commands of its owner."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -38,7 +38,7 @@ class Bank:
         return [*self.prefix, find(name), *map(str, arguments)]
 
     def run(self, name, *arguments):
-        """A command to its end; what it printed."""
+        """Run a command to its end; returns its output."""
         done = subprocess.run(
             self.command(name, *arguments),
             cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
@@ -95,7 +95,7 @@ def backends(bank):
 
 
 def progressed(bench):
-    """Lines of pgbench that tell of transactions."""
+    """The lines of pgbench that report transactions."""
     lines = [line for line in bench.said().splitlines() if line.startswith("progress:")]
     return [line for line in lines if " 0.0 tps" not in line]
 
@@ -111,9 +111,9 @@ def test_postgresql(bank, tmp_path, which, mode):
 
         def busy():
             before = len(progressed(bench))
-            bench.until(lambda: len(progressed(bench)) > before, "pgbench stands still")
+            bench.until(lambda: len(progressed(bench)) > before, "pgbench makes no progress")
 
-        # Of the memory that all its processes share nothing may be lost: realkit.check_lost.
+        # No page of the memory that all its processes share may be lost: realkit.check_lost.
         save_under_load(pid, mode, tmp_path, busy=busy, discards=True, check=lambda path, take: take())
         said = bench.said().lower()
         assert "error" not in said

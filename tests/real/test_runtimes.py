@@ -12,7 +12,7 @@ PROGRAMS = Path(__file__).with_name("programs")
 
 
 def check_runtime(command, mode, tmp_path):
-    """Their collectors give memory back all the time."""
+    """Runtimes whose collectors keep returning memory to the kernel."""
     with Counting(command, tmp_path / "log") as program:
         program.save(mode, tmp_path, discards=True)
         if mode == "stop":
@@ -40,7 +40,7 @@ def has_zgc():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_java_zgc(tmp_path, mode):
-    """Its heap is mapped more than once: copied in a stop, named in a soft cut, and it goes on unharmed."""
+    """Its heap is mapped more than once: copied in a stop cut, named in a soft cut. It is unharmed."""
     need_all("Java")
     need("java", "javac")
     if not has_zgc():

@@ -1,4 +1,4 @@
-"""Servers under load: redis, memcached, nginx. No client meets an error, before, during or after."""
+"""Servers under load: redis, memcached, nginx. No client gets an error before, during or after a save."""
 
 import http.client
 import os
@@ -20,7 +20,7 @@ def core_of(pid, mode, folder):
 
 
 class Lines:
-    """A connection that answers in lines."""
+    """A connection whose answers are lines."""
 
     def __init__(self, path):
         self._socket = connect(path)
@@ -42,7 +42,7 @@ class Lines:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_redis(tmp_path, mode):
-    """It appends what one client sends in order, while a benchmark changes other keys."""
+    """redis appends the values that one client sends in order, while a benchmark changes other keys."""
     need("redis-server", "redis-benchmark")
     with room() as folder:
         path = folder / "socket"
@@ -67,7 +67,7 @@ def test_redis(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_memcached(tmp_path, mode):
-    """It has four threads, which share the work of several clients."""
+    """memcached has four threads, which share the work of several clients."""
     need("memcached")
     with room() as folder:
         path = folder / "socket"
@@ -111,7 +111,7 @@ http {{
 
 
 class Pages(http.client.HTTPConnection):
-    """A connection to the server at a Unix socket that it keeps alive."""
+    """A keep-alive connection to the server at a Unix socket."""
 
     def __init__(self, path):
         super().__init__("localhost")
@@ -131,7 +131,7 @@ class Pages(http.client.HTTPConnection):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nginx(tmp_path, mode):
-    """Its worker, which has another user than the master."""
+    """The worker, which runs as another user than the master."""
     (nginx,) = need("nginx")
     with room() as folder:
         (folder / "files").mkdir()
