@@ -14,7 +14,7 @@ SOURCE = re.compile(r"`((?:pyx|snapengine|tests|bench|fuzz|docs|examples|\.ci)/[
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORD_HOLDERS = (
     "snapengine/base/nofault.pxd", "pyx/base/nofault_impl.h", "snapengine/base/workers.py",
-    "snapengine/pipeline/encoder.pxd", "snapengine/pipeline/pool.pxd",
+    "snapengine/pipeline/encoder.pxd", "snapengine/pipeline/pool.pxd", "snapengine/process/stop_threads.pxd",
 )  # fmt: skip
 """Files beside the engine that declare words which threads share."""
 OUR_FOLDERS = ("docs", "examples", "bench", "tests", "fuzz")

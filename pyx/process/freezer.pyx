@@ -114,6 +114,8 @@ cdef class Freezer:
         err, tid = self.state.err, self.state.at_tid
         if err == ENOMEM:
             return MemoryError()
+        if tid == 0 and err not in (ECANCELED, ESRCH, ETIMEDOUT):
+            return OSError(err, f"no helper process or no list of processes: {os.strerror(err)}")
         if self.state.at_process not in (0, info.pid):
             return inject_policy.sharer_not_stopped(info, self.state.at_process, tid, err)
         if err == ETIMEDOUT:

@@ -192,11 +192,25 @@ class Capture:
         """Wait until the image is complete or the capture has failed; False if `timeout` seconds passed."""
         # In short waits: a Ctrl-C must not wait for the end of a long capture.
         until = None if timeout is None else time.monotonic() + timeout
+        self._end_if_never_started()
         while not self._done.wait(0.1 if until is None else max(0.0, min(0.1, until - time.monotonic()))):
+            self._end_if_never_started()
             if until is not None and time.monotonic() >= until:
                 return False
         self._wait_for_end()
         return True
+
+    def _end_if_never_started(self) -> None:
+        """A cancelled capture that has not begun a step has nothing to clean up, and no thread that would end
+        it. While a step runs, that step ends it."""
+        if not self._cancelled or not self._steps.acquire(blocking=False):
+            return
+        try:
+            if self._last_step is None and not self._done.is_set():
+                self._error = CaptureCancelled("the capture was cancelled")
+                self._done.set()
+        finally:
+            self._steps.release()
 
     def _wait_for_end(self) -> None:
         """Wait until everything is cleaned up and no thread of the capture is left."""
