@@ -28,7 +28,8 @@ INTERFACES = [
 def interfaces_changed() -> bool:
     """cythonize() looks for a module's own .pxd beside its .pyx; ours is in snapengine/."""
     newest = max(path.stat().st_mtime for path in INTERFACES)
-    return any(path.stat().st_mtime < newest for path in C_ROOT.rglob("*.c"))
+    results = [C_ROOT / source.with_suffix(".c") for source in SOURCES]  # not those of sources that are gone
+    return any(path.exists() and path.stat().st_mtime < newest for path in results)
 
 
 extensions = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 from pathlib import Path
@@ -17,6 +18,13 @@ def open_fds() -> set[str]:
         with contextlib.suppress(OSError):
             result.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
     return {entry for entry in result if "/proc/" not in entry}
+
+
+def fds_before() -> set[str]:
+    """`open_fds()`, when those that earlier tests left to the garbage collector are closed: it runs when it
+    likes, and a later comparison must not depend on that."""
+    gc.collect()
+    return open_fds()
 
 
 def connect(path: Path) -> socket.socket:

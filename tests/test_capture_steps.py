@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 from capturekit import anonymous, saved
-from handoverkit import open_fds
+from handoverkit import fds_before, open_fds
 from scarcekit import run
 from targetkit import until
 from waitkit import PATIENCE_S
@@ -36,7 +36,7 @@ STEADY_S = 100.0  # a limit of the last round that no load of this machine excee
 @pytest.fixture(autouse=True)
 def nothing_left():
     gc.collect()
-    files, threads = open_fds(), tasks()
+    files, threads = fds_before(), tasks()
     yield
     until(lambda: tasks() <= threads, "a thread is left")
     assert open_fds() == files

@@ -426,3 +426,10 @@ def test_two_engines_at_one_path(path: Path, guest: GuestProcess) -> None:
         PeerTarget(path, timeout=0.1).open(1)
     with closing(MinimalEngine(path)) as second:
         assert second.pid == guest.pid
+
+
+def test_a_long_path_of_a_socket_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would never connect."""
+    path = tmp_path / ("s" * 100)
+    assert main([f"--socket={path}", "--size=1M", "--duration=60"]) == 2
+    assert f"{path}: a socket's path has at most 107 bytes" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handoverkit import connect, open_fds
+from handoverkit import connect, fds_before, open_fds
 from waitkit import PATIENCE_S, until
 
 from snapengine.errors import CaptureCancelled, HandoverError, TargetGoneError
@@ -36,7 +36,7 @@ FEATURES = 1  # PAGEFAULT_FLAG_WP
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    before = open_fds()
+    before = fds_before()
     yield
     assert open_fds() == before
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from handoverkit import connect, open_fds
+from handoverkit import connect, fds_before, open_fds
 
 from snapengine.errors import HandoverError, UnsupportedError
 from snapengine.handover.listener import Listener
@@ -18,7 +18,7 @@ from snapengine.handover.listener import Listener
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    before = open_fds()
+    before = fds_before()
     yield
     assert open_fds() == before
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from handoverkit import open_fds
+from handoverkit import fds_before, open_fds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ FIRECRACKER = (
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    before = open_fds()
+    before = fds_before()
     yield
     assert open_fds() == before
 

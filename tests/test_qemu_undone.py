@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from machinekit import MIB, until
@@ -273,17 +276,34 @@ def test_a_command_that_cannot_be_executed(saved, tmp_path, monkeypatch):
     odd = tmp_path / "odd"
     odd.write_bytes(b"\x7fELF")
     odd.chmod(0o755)
-    place = tmp_path / "temporary"
-    place.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(place))
-    with snapengine.open_image(saved[1]) as image:
+    with tempfile.TemporaryDirectory(prefix="q-") as place, snapengine.open_image(saved[1]) as image:
+        monkeypatch.setattr("tempfile.tempdir", place)
         with pytest.raises(OSError, match="Exec format"):
             restore_machine(image, [str(odd)])
         with pytest.raises(OSError, match="No such file"):
             restore_machine(image, saved[2], log=tmp_path / "nowhere" / "log")
         with pytest.raises(MachineError, match="another machine"):
             restore_machine(image, [*saved[2], "-smp", "2"])
-    assert os.listdir(place) == []
+        assert os.listdir(place) == []
+
+
+def test_a_long_path_of_a_socket(saved, tmp_path, monkeypatch):
+    """A long TMPDIR is not the user's fault; a long path of theirs is refused before QEMU starts."""
+    place = tmp_path / ("d" * 100)
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    with snapengine.open_image(saved[1]) as image:
+        restored = restore_machine(image, saved[2])
+        try:
+            assert restored.status == "running"
+        finally:
+            restored.process.kill()
+            restored.process.wait()
+            shutil.rmtree(Path(restored.qmp).parent)
+        with pytest.raises(MachineError, match=r"dddd/q: a socket's path has at most 107 bytes"):
+            restore_machine(image, ["/bin/false"], qmp=str(place / "q"))
+    with pytest.raises(MachineError, match=r"dddd/q: a socket's path has at most 107 bytes"):
+        Monitor(str(place / "q"))
 
 
 def test_other_files_of_a_qemu_that_is_not_restored(saved):

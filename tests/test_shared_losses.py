@@ -179,8 +179,10 @@ BODY, FLOOD, TAIL = 8192, 16384, 98304  # pages: data, holes that fill, zero pag
 
 
 def flood(words, stop, filled):
-    """Fill the holes in order: a state that holds page n also holds all pages before it. `filled`: the numbers
-    of the pages that are filled."""
+    """Fill the holes in order: a state that holds page n also holds all pages before it.
+
+    `filled` gets the numbers of the filled pages.
+    """
     with contextlib.suppress(PermissionError):  # so that it also runs before T on a loaded machine
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -15)
     for page in range(BODY, BODY + FLOOD):

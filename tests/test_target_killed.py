@@ -16,7 +16,7 @@ import threading
 import time
 
 import pytest
-from handoverkit import connect, open_fds
+from handoverkit import connect, fds_before, open_fds
 from targetkit import Target, until
 from waitkit import PATIENCE_S
 
@@ -65,7 +65,7 @@ def killed_after(process: subprocess.Popen, seconds: float):
 @pytest.mark.parametrize(("cut", "method"), CUTS)
 def test_a_process_killed_at_any_moment(cut, method):
     draw = random.Random(f"{cut} {method}")
-    before = open_fds()
+    before = fds_before()
     found = set()
     longest = 0.05
     for _ in range(KILLS):
@@ -83,7 +83,7 @@ def test_a_process_killed_at_any_moment(cut, method):
 @pytest.mark.parametrize("method", [WRITE_TRACKING, DIRTY_LOGGING])
 def test_a_peer_killed_at_any_moment(method, tmp_path):
     draw = random.Random(method)
-    before = open_fds()
+    before = fds_before()
     found = set()
     longest = 0.05
     for _ in range(KILLS):
@@ -167,7 +167,7 @@ def test_a_first_thread_that_ended_is_no_end():
 
 def test_dirty_logging_of_a_peer_that_cannot_pause(tmp_path):
     """The engine raises an error and closes the userfaultfd: the peer's writers must not wait for ever."""
-    before = open_fds()
+    before = fds_before()
     path = tmp_path / "peer.sock"
     peer = FakePeer(path, controls=[])
     with peer, pytest.raises(HandoverError, match="pause"), snapengine.snapshot(
@@ -245,7 +245,7 @@ def damaged(draw: random.Random, text: bytes) -> bytes:
 
 def test_hostile_peers_leave_nothing(tmp_path):
     draw = random.Random(5)
-    before = open_fds()
+    before = fds_before()
     odd = os.memfd_create("odd", os.MFD_CLOEXEC)
     errors = set()
     try:

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import streamkit as kit
-from handoverkit import open_fds
+from handoverkit import fds_before, open_fds
 from targetkit import until
 
 import snapengine
@@ -27,9 +27,8 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    threads, files = tasks(), open_fds()
+    threads, files = tasks(), fds_before()
     assert len(threading.enumerate()) == 1
-    gc.collect()
     gc.disable()  # files that only the collector would close count as left behind
     try:
         yield

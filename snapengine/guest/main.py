@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from snapengine.base.socketpath import path_too_long
 from snapengine.base.units import parse_size
 from snapengine.guest.image import check_image
 from snapengine.guest.loop import Guest, GuestLoop, write_line
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             incompressible=args.incompressible,
             seed=args.seed,
         )
+        if fault := path_too_long(args.socket):  # it would never connect
+            raise ValueError(fault)
     except ValueError as error:
         print(f"snapengine guest: {error}", file=sys.stderr)
         return 2

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from snapengine.base.descriptor import Descriptor
+from snapengine.base.socketpath import path_too_long
 from snapengine.errors import HandoverError, UnsupportedError
-
-MAX_PATH_BYTES = 107  # sun_path of unix(7) less its NUL
 
 
 class Listener:
@@ -38,8 +37,8 @@ class Listener:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._owner = os.getpid()
-        if len(os.fsencode(self.path)) > MAX_PATH_BYTES:
-            raise UnsupportedError(f"{self.path}: a socket's path has at most {MAX_PATH_BYTES} bytes")
+        if fault := path_too_long(self.path):
+            raise UnsupportedError(fault)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.fchmod(self._sock.fileno(), 0o600)  # bind() gives the file the mode of the socket

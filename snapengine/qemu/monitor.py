@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
+from snapengine.base.socketpath import path_too_long
 from snapengine.errors import MachineError, TargetGoneError
 from snapengine.qemu.loop_thread import Future, LoopThread
 from snapengine.qemu.replies import Reply
@@ -197,6 +198,8 @@ class Monitor:
 
     def _connect(self, address: str, seconds: float) -> None:
         target = parse_address(address)
+        if isinstance(target, str) and (fault := path_too_long(target)):
+            raise MachineError(fault)
         family = socket.AF_UNIX if isinstance(target, str) else socket.AF_INET
         connection = self._socket = socket.socket(family)
         connection.settimeout(seconds)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from snapengine.base.socketpath import path_too_long
 from snapengine.base.workers import Workers
 from snapengine.errors import CorruptImageError, ImageError, MachineError, TargetGoneError, TimeLimitError
 from snapengine.image import Image
@@ -139,14 +140,14 @@ def restore_machine(
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as stack:
         if qmp:
             path = os.path.abspath(qmp)
+            if fault := path_too_long(path):
+                raise MachineError(fault)
             if os.path.exists(path):
                 raise MachineError(
                     f"{path} exists already, another machine may listen there: use another path"
                 )
         else:
-            folder = tempfile.mkdtemp(prefix="snapengine-qemu-")
-            undo.callback(shutil.rmtree, folder, ignore_errors=True)
-            path = f"{folder}/qmp.sock"
+            path = f"{_socket_folder(undo)}/qmp.sock"
         # Not our standard output: its reader would wait until the machine exits.
         output: Any = None
         if not stdio:
@@ -155,6 +156,16 @@ def restore_machine(
         restored = _start(image, saved, command, path, output, run, force, limits, progress)
         undo.pop_all()
         return restored
+
+
+def _socket_folder(undo: contextlib.ExitStack) -> str:
+    """Make a directory for QEMU's socket, which `undo` removes."""
+    place = tempfile.gettempdir()
+    if path_too_long(f"{place}/snapengine-qemu-12345678/qmp.sock"):
+        place = "/tmp"  # TMPDIR may be as long as it likes
+    folder = tempfile.mkdtemp(prefix="snapengine-qemu-", dir=place)
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _start(
