@@ -5,7 +5,7 @@ import threading
 
 from waitkit import PATIENCE_S
 
-from snapengine.storage.sink import PYTHON_LEVEL
+from snapengine.storage.sink import NO_DESCRIPTOR
 from snapengine.storage.sinks import FileSink
 
 MIB = 1 << 20
@@ -18,7 +18,7 @@ class GatedFile(FileSink):
         super().__init__(path)
         self.gate = threading.Event()
         self._taken = 0
-        self._file, self.fd = self.fd, PYTHON_LEVEL
+        self._file, self.fd = self.fd, NO_DESCRIPTOR
 
     def write(self, data):
         if self._taken > MIB:

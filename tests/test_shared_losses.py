@@ -122,13 +122,17 @@ def read(path, addr):
     lost = set()
     with open_image(path) as image:
         image.verify()
-        for page in range(N_PAGES):
+        pieces = [(page, 256) for page in range(0, N_PAGES, 256)]
+        for page, n in pieces:
             try:
-                words = np.frombuffer(image.read_at(addr + page * PAGE, PAGE), "<u8")
+                words = np.frombuffer(image.read_at(addr + page * PAGE, n * PAGE), "<u8").reshape(n, 512)
             except LostPagesError:
-                lost.add(page)
+                if n == 1:
+                    lost.add(page)
+                else:
+                    pieces.extend((page + i, 1) for i in range(n))
             else:
-                found[page] = words[0], words[511]
+                found[page : page + n] = words[:, [0, 511]]
     return found, lost
 
 

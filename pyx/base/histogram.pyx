@@ -1,6 +1,6 @@
 """Latency histogram: 8 buckets per power of two nanoseconds, no allocation, one writer."""
 
-from snapengine.base.atomics cimport snap_bump, snap_peek
+from snapengine.base.atomics cimport snap_add_one_writer, snap_load_relaxed
 
 cdef extern from * nogil:
     """
@@ -30,7 +30,7 @@ cdef uint64_t bucket_min_ns(int bucket) noexcept nogil:
 
 
 cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil:
-    snap_bump(&histogram.counts[bucket_of(ns)], 1)
+    snap_add_one_writer(&histogram.counts[bucket_of(ns)], 1)
     if ns > histogram.longest:
         histogram.longest = ns
 
@@ -38,7 +38,7 @@ cdef void histogram_add(histogram_t *histogram, uint64_t ns) noexcept nogil:
 cdef void histogram_merge(histogram_t *into, const histogram_t *other) noexcept nogil:
     cdef int i
     for i in range(HISTOGRAM_BUCKETS):
-        into.counts[i] += snap_peek(&other.counts[i])
+        into.counts[i] += snap_load_relaxed(&other.counts[i])
     into.longest = max(into.longest, other.longest)
 
 

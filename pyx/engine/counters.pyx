@@ -6,7 +6,7 @@ may combine values of different moments.
 
 from libc.stdint cimport uint64_t
 
-from snapengine.base.atomics cimport snap_peek
+from snapengine.base.atomics cimport snap_load_relaxed
 from snapengine.base.bitmap cimport bits_count, bits_next, bits_test
 from snapengine.base.histogram cimport (
     HISTOGRAM_BUCKETS, bucket_min_ns, histogram_merge, histogram_quantile, histogram_t,
@@ -20,12 +20,12 @@ cdef dict sum_counters(capture_t *capture):
     cdef lane_t *lane
     for i in range(capture.n_lanes):
         lane = &capture.lanes[i]
-        data += snap_peek(&lane.data_pages)
-        zero += snap_peek(&lane.zero_pages)
-        hole += snap_peek(&lane.hole_pages)
-        lost += snap_peek(&lane.lost_pages)
-        faults += snap_peek(&lane.faults)
-        arming += snap_peek(&lane.arming_faults)
+        data += snap_load_relaxed(&lane.data_pages)
+        zero += snap_load_relaxed(&lane.zero_pages)
+        hole += snap_load_relaxed(&lane.hole_pages)
+        lost += snap_load_relaxed(&lane.lost_pages)
+        faults += snap_load_relaxed(&lane.faults)
+        arming += snap_load_relaxed(&lane.arming_faults)
     return {"data": data, "zero": zero, "hole": hole, "lost": lost, "faults": faults, "arming_faults": arming}
 
 

@@ -18,7 +18,9 @@ peer's descriptor may have these events, too.)
 from libc.errno cimport EAGAIN, EMFILE, ENFILE, ENOENT, ESRCH
 from posix.unistd cimport close
 
-from snapengine.base.atomics cimport snap_add, snap_decrement, snap_load, snap_peek, snap_store, snap_swap
+from snapengine.base.atomics cimport (
+    snap_add, snap_decrement, snap_load, snap_load_relaxed, snap_store, snap_swap,
+)
 from snapengine.kernel.linux cimport (
     UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
     UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP,
@@ -138,7 +140,7 @@ cdef int _place_for(capture_t *capture, int *fd) noexcept nogil:
     reads from that number gets the messages of the new child, with the right index.
     """
     cdef int i
-    cdef uint64_t n = snap_peek(&capture.n_uffds)
+    cdef uint64_t n = snap_load_relaxed(&capture.n_uffds)
     if n < UFFDS_MAX:
         capture.uffds[n] = fd[0]
         snap_store(&capture.n_uffds, n + 1)

@@ -12,7 +12,8 @@ While the first walker polls for faults (`pyx/engine/polling`), it serves them b
 from libc.errno cimport EAGAIN, ENOMEM, ESRCH
 
 from snapengine.base.atomics cimport (
-    snap_add, snap_bump, snap_decrement, snap_load, snap_pause, snap_peek, snap_store, snap_store_seq,
+    snap_add, snap_add_one_writer, snap_decrement, snap_load, snap_load_relaxed, snap_pause, snap_store,
+    snap_store_seq,
 )
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_test
 from snapengine.engine.events cimport defer_fault, drain_events, handle_event, read_messages
@@ -106,7 +107,7 @@ cdef void _serve_missing(capture_t *capture, lane_t *lane, uint64_t uffd, region
     # been punched out since. A unit that was a hole as a whole is recorded by the walk.
     if region.presence != PRESENCE_BITS and bits_test(capture.filled, page >> 9) \
             and not bits_test(capture.claimed, page):
-        if snap_peek(&capture.late) < LATE_MAX and is_late(region, page):
+        if snap_load_relaxed(&capture.late) < LATE_MAX and is_late(region, page):
             snap_add(&capture.late, 1)
             uffd_wake(capture.uffds[uffd], addr, PAGE)      # it faults again if the page is missing
             return
@@ -124,7 +125,7 @@ cdef void _prearm(capture_t *capture, lane_t *lane, uint64_t uffd, region_t *reg
     """A fault before T. The page is recorded before it is released: after that it may be written to."""
     cdef uint64_t first, n, start, length
     prearm_fault(capture, region, page, &first, &n)
-    snap_bump(&lane.arming_faults, 1)
+    snap_add_one_writer(&lane.arming_faults, 1)
     if missing:
         fill_missing(capture, lane, uffd, addr)
         return
@@ -230,7 +231,7 @@ cdef void _serve_or_defer(capture_t *capture, lane_t *lane, uint64_t uffd, const
         return
     _serve(capture, lane, uffd, message)
     if snap_load(&capture.armed) or snap_control(capture.serve_before_t):
-        snap_bump(&lane.faults, 1)
+        snap_add_one_writer(&lane.faults, 1)
         histogram_add(&lane.histogram, snap_now_ns() - seen)
 
 

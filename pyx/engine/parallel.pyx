@@ -8,7 +8,7 @@ between taking a piece and finishing it, T never comes: no fault is served, writ
 releases the target when the process ends.
 """
 
-from snapengine.base.atomics cimport snap_load, snap_load_seq, snap_pause, snap_peek
+from snapengine.base.atomics cimport snap_load, snap_load_seq, snap_pause, snap_load_relaxed
 from snapengine.base.pthreads cimport (
     cpu_set_t, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t, pthread_cond_wait,
     pthread_mutex_lock, pthread_mutex_unlock, snap_leave_cpu, snap_nice_slice, snap_now_ns,
@@ -101,7 +101,7 @@ cdef bint _may_help(capture_t *capture) noexcept nogil:
     if not capture.parallel.cpus_scarce or not snap_load_seq(&capture.prearm.active):
         return True
     for i in range(1, capture.n_fault_lanes + 1):
-        if snap_peek(&capture.lanes[i].arming_faults):
+        if snap_load_relaxed(&capture.lanes[i].arming_faults):
             return False
     return True
 

@@ -28,7 +28,7 @@ children. They also serve huge pages, since saving one takes as long as ten wind
 
 from libc.stdint cimport uint64_t
 
-from snapengine.base.atomics cimport snap_load, snap_peek, snap_store, snap_swap
+from snapengine.base.atomics cimport snap_load, snap_load_relaxed, snap_store, snap_swap
 from snapengine.engine.fault_threads cimport serve_deferred, serve_round
 from snapengine.engine.watch cimport wake_fault_threads, watch_target
 from snapengine.base.pthreads cimport snap_now_ns
@@ -45,7 +45,7 @@ cdef void _watch(capture_t *capture, bint on) noexcept nogil:
 
 
 cdef void stop_polling(capture_t *capture) noexcept nogil:
-    if snap_peek(&capture.polling.polled_ns):
+    if snap_load_relaxed(&capture.polling.polled_ns):
         _watch(capture, True)
         snap_store(&capture.polling.polled_ns, 0)
 
@@ -53,13 +53,13 @@ cdef void stop_polling(capture_t *capture) noexcept nogil:
 cdef void poll_faults(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef uint64_t now = snap_now_ns()
     cdef bint watched
-    if snap_peek(&capture.polling.wake_requested) and snap_swap(&capture.polling.wake_requested, 0):
+    if snap_load_relaxed(&capture.polling.wake_requested) and snap_swap(&capture.polling.wake_requested, 0):
         stop_polling(capture)
         capture.polling.wakeups += 1
         capture.polling.not_before_ns = now + REST_NS
     if now < capture.polling.not_before_ns:
         return
-    watched = snap_peek(&capture.polling.polled_ns) == 0
+    watched = snap_load_relaxed(&capture.polling.polled_ns) == 0
     snap_store(&capture.polling.polled_ns, now)
     if watched:
         _watch(capture, False)

@@ -16,7 +16,7 @@ All state here is a hint that the fault threads share, with relaxed loads and st
 run is longer or shorter than it should be.
 """
 
-from snapengine.base.atomics cimport snap_add, snap_peek, snap_set
+from snapengine.base.atomics cimport snap_add, snap_load_relaxed, snap_store_relaxed
 from snapengine.pipeline.pool cimport pool_has_any
 from snapengine.base.pthreads cimport snap_now_ns
 from snapengine.engine.state cimport STREAMS, stream_t
@@ -33,23 +33,23 @@ cdef uint64_t run_from(capture_t *capture, uint64_t page, uint64_t most) noexcep
     cdef stream_t *stream
     for i in range(STREAMS):
         stream = &capture.readaround.streams[i]
-        if snap_peek(&stream.next_page) == page:
-            n = min(2 * snap_peek(&stream.run_pages), RUN_MAX)
+        if snap_load_relaxed(&stream.next_page) == page:
+            n = min(2 * snap_load_relaxed(&stream.run_pages), RUN_MAX)
             break
     else:
         stream = &capture.readaround.streams[snap_add(&capture.readaround.next_stream, 1) % STREAMS]
     n = max(min(n, most), <uint64_t>1)
-    snap_set(&stream.run_pages, n)
-    snap_set(&stream.next_page, page + n)
+    snap_store_relaxed(&stream.run_pages, n)
+    snap_store_relaxed(&stream.next_page, page + n)
     return n
 
 
 cdef bint _faults_frequent(capture_t *capture) noexcept nogil:
     cdef uint64_t now = snap_now_ns()
-    cdef uint64_t gap = min(now - snap_peek(&capture.readaround.last_fault_ns), GAP_MAX_NS)
-    gap = (7 * snap_peek(&capture.readaround.gap_ns) + gap) // 8
-    snap_set(&capture.readaround.last_fault_ns, now)
-    snap_set(&capture.readaround.gap_ns, gap)
+    cdef uint64_t gap = min(now - snap_load_relaxed(&capture.readaround.last_fault_ns), GAP_MAX_NS)
+    gap = (7 * snap_load_relaxed(&capture.readaround.gap_ns) + gap) // 8
+    snap_store_relaxed(&capture.readaround.last_fault_ns, now)
+    snap_store_relaxed(&capture.readaround.gap_ns, gap)
     return gap < FREQUENT_NS
 
 

@@ -2,7 +2,7 @@
 
 from libc.errno cimport EAGAIN, ESRCH
 
-from snapengine.base.atomics cimport snap_load, snap_peek
+from snapengine.base.atomics cimport snap_load, snap_load_relaxed
 from snapengine.base.bitmap cimport bits_fill, bits_next, bits_test
 from snapengine.engine.events cimport protect_left, drain_events
 from snapengine.engine.memfile cimport page_exists
@@ -43,7 +43,7 @@ cdef int _protect_run(capture_t *capture, lane_t *lane, region_t *region, uint64
     length += end - start
     addr = start
     err = protect_range(capture, lane, addr, length)
-    while not err and region.shared and uffd < snap_peek(&capture.n_uffds):
+    while not err and region.shared and uffd < snap_load_relaxed(&capture.n_uffds):
         err = _protect_child(capture, lane, uffd, addr, length)
         uffd += 1
     return err

@@ -11,7 +11,7 @@ from posix.unistd cimport close
 
 import os
 
-from snapengine.base.atomics cimport snap_load, snap_peek
+from snapengine.base.atomics cimport snap_load, snap_load_relaxed
 from snapengine.base.nofault cimport guard_begin, guard_end
 from snapengine.base.pthreads cimport pthread_cond_init, pthread_mutex_init
 from snapengine.engine.counters cimport (
@@ -360,7 +360,7 @@ cdef class Session:
     @property
     def walk_faults(self):
         """Faults that the first walker served itself, by polling."""
-        return snap_peek(&self.capture.lanes[0].faults)
+        return snap_load_relaxed(&self.capture.lanes[0].faults)
 
     @property
     def poll_wakeups(self):

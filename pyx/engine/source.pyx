@@ -9,7 +9,7 @@ from libc.errno cimport EFAULT, EINTR, EIO, ENXIO, errno
 from libc.string cimport memcpy, memset
 from posix.unistd cimport lseek, pread
 
-from snapengine.base.atomics cimport snap_bump, snap_ctz, snap_fetch_or
+from snapengine.base.atomics cimport snap_add_one_writer, snap_ctz, snap_fetch_or
 from snapengine.base.bitmap cimport bits_fill, bits_mask, bits_run, bits_test
 from snapengine.base.nofault cimport guarded
 from snapengine.image.format cimport SNAP_DATA, SNAP_HOLE, SNAP_LOST, SNAP_ZERO
@@ -36,13 +36,13 @@ cdef void put_pages(capture_t *capture, lane_t *lane, uint64_t page, uint64_t n,
     cdef uint64_t i
     lane_entry(&lane.slot, page, n, kind)
     if kind == SNAP_DATA:
-        snap_bump(&lane.data_pages, n)
+        snap_add_one_writer(&lane.data_pages, n)
     elif kind == SNAP_ZERO:
-        snap_bump(&lane.zero_pages, n)
+        snap_add_one_writer(&lane.zero_pages, n)
     elif kind == SNAP_HOLE:
-        snap_bump(&lane.hole_pages, n)
+        snap_add_one_writer(&lane.hole_pages, n)
     else:
-        snap_bump(&lane.lost_pages, n)
+        snap_add_one_writer(&lane.lost_pages, n)
         for i in range(page, page + n):
             snap_fetch_or(&capture.lost[i >> 6], <uint64_t>1 << (i & 63))
     if capture.data != NULL:        # dirty logging: one thread only

@@ -28,7 +28,7 @@ from snapengine.engine.events cimport close_all
 from snapengine.engine.watch cimport WATCH_PID, WATCH_STOP, watch
 from snapengine.engine.fault_threads cimport answer_missing, fault_thread, serve_deferred
 from snapengine.engine.parallel cimport help_parallel
-from snapengine.pipeline.pool cimport lane_close, lane_open, pool_end
+from snapengine.pipeline.pool cimport lane_close, lane_open, pool_finish
 from snapengine.base.pthreads cimport (
     LONG_SLICE_NS, pthread_cond_broadcast, pthread_cond_wait, pthread_join, pthread_mutex_lock,
     pthread_mutex_unlock, snap_name_thread, snap_nice_slice, snap_now_ns, snap_sleep_ns, snap_thread_start,
@@ -100,7 +100,7 @@ cdef void *_first_walker(void *arg) noexcept nogil:
     for i in range(capture.n_lanes):
         if lane_close(capture.pool, &capture.lanes[i].slot):
             capture_fail(capture, EBUSY, "queue", 0)
-    pool_end(capture.pool)
+    pool_finish(capture.pool)
     _publish(capture, &capture.finished)
     return NULL
 
@@ -200,7 +200,7 @@ cdef class Tracker:
             for i in range(1, made + 1):
                 pthread_join(capture.lanes[i].thread, NULL)
             self._drop_epoll()
-            pool_end(capture.pool)
+            pool_finish(capture.pool)
             raise OSError(err, "pthread_create")
         self.running = True
         return 0

@@ -19,7 +19,7 @@ thread has claimed and still copies keeps the unit registered.
 
 from libc.stdint cimport uint64_t
 
-from snapengine.base.atomics cimport snap_fetch_or, snap_load, snap_peek, snap_swap_if
+from snapengine.base.atomics cimport snap_fetch_or, snap_load, snap_load_relaxed, snap_swap_if
 from snapengine.base.bitmap cimport bits_claim, bits_mask, bits_next, bits_test
 from snapengine.image.format cimport SNAP_ENTRY_MAX_PAGES, SNAP_HOLE
 from snapengine.engine.polling cimport poll_faults, stop_polling
@@ -112,7 +112,7 @@ cdef bint _no_new_faults(capture_t *capture, lane_t *lane) noexcept nogil:
     cdef int i
     cdef bint no_faults
     for i in range(capture.n_fault_lanes + 1):
-        faults += snap_peek(&capture.lanes[i].faults)
+        faults += snap_load_relaxed(&capture.lanes[i].faults)
     no_faults = lane.has_faults_seen and faults == lane.faults_seen
     lane.has_faults_seen = True
     lane.faults_seen = faults
@@ -286,7 +286,7 @@ cdef void _await_no_faults(capture_t *capture, lane_t *lane) noexcept nogil:
     doubles up to FAULT_CHECK_MAX_NS."""
     cdef uint64_t nap = FAULT_CHECK_NS
     while not _no_new_faults(capture, lane) and not snap_load(&capture.failed) \
-            and snap_peek(&capture.next_unit) * UNIT_PAGES < capture.page_end:
+            and snap_load_relaxed(&capture.next_unit) * UNIT_PAGES < capture.page_end:
         snap_sleep_ns(nap)
         nap = min(2 * nap, FAULT_CHECK_MAX_NS)
 
@@ -299,7 +299,7 @@ cdef region_t *_take_units(capture_t *capture, uint64_t *page, uint64_t *end) no
     cdef region_t *region
     cdef int i
     while True:
-        taken = snap_peek(&capture.next_unit)
+        taken = snap_load_relaxed(&capture.next_unit)
         i = first_region(capture, taken * UNIT_PAGES)
         if i == capture.n_regions:
             return NULL

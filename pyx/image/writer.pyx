@@ -38,7 +38,7 @@ cdef enum:
     DONE = 2
     BROKEN = 3
 
-    PYTHON_LEVEL = -2  # value of sink.fd: no descriptor, call sink.write
+    NO_DESCRIPTOR = -2  # value of sink.fd: no descriptor, call sink.write
 
 
 cdef const char *check_chunk(
@@ -90,7 +90,7 @@ cdef class Writer:
         if len(self.image_id) != 16 or len(self.parent_id) != 16:
             raise ValueError("image_id and parent_id must have 16 bytes")
         self.vmstate_names = set()
-        self.python_level = sink.fd == PYTHON_LEVEL
+        self.no_descriptor = sink.fd == NO_DESCRIPTOR
         self.fd_writer = FdWriter(max(sink.fd, -1), rate_limit)
         self.fd_writer.cancelled = &self.cancelled
 
@@ -301,7 +301,7 @@ cdef class Writer:
         parts[0] = iovec(<void *>head, head_bytes)
         parts[1] = iovec(<void *>meta, meta_bytes)
         parts[2] = iovec(<void *>payload, payload_bytes)
-        if self.python_level:
+        if self.no_descriptor:
             for i in range(3):
                 self.send_to_sink(parts[i].iov_base, parts[i].iov_len)
             return 0

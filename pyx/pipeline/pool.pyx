@@ -244,7 +244,7 @@ cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil:
     return err
 
 
-cdef void pool_end(pool_t *pool) noexcept nogil:
+cdef void pool_finish(pool_t *pool) noexcept nogil:
     pthread_mutex_lock(&pool.lock)
     pool.closed = True
     pthread_cond_broadcast(&pool.filled)

@@ -19,7 +19,7 @@ from snapengine.base.iovec cimport iovec_skip
 from snapengine.base.oserror cimport raise_oserror
 from snapengine.base.pages cimport copy_page, page_nonzero
 from snapengine.pipeline.pool cimport (
-    lane_close, lane_entry, lane_open, lane_pages, lane_room, pool_end, pool_fail,
+    lane_close, lane_entry, lane_open, lane_pages, lane_room, pool_finish, pool_fail,
 )
 
 from snapengine.errors import CaptureCancelled
@@ -55,7 +55,7 @@ cdef class Intake(StreamParser):
     def close_lane(self):
         """Queue the remaining pages, and mark the end of the queue."""
         cdef int err = lane_close(self.pool.pool, &self.lane)
-        pool_end(self.pool.pool)
+        pool_finish(self.pool.pool)
         if err:
             raise_oserror(err, b"slot")
 

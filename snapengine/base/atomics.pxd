@@ -6,9 +6,9 @@ cdef extern from "snapengine/internal/atomics.h" nogil:
     uint64_t snap_load(const uint64_t *word)                            # acquire
     void snap_store(uint64_t *word, uint64_t value)                     # release
     uint64_t snap_add(uint64_t *word, uint64_t value)                   # relaxed; returns the old value
-    void snap_bump(uint64_t *word, uint64_t value)                      # relaxed; one writer only
-    uint64_t snap_peek(const uint64_t *word)                            # relaxed
-    void snap_set(uint64_t *word, uint64_t value)                       # relaxed
+    void snap_add_one_writer(uint64_t *word, uint64_t value)            # relaxed; one writer only
+    uint64_t snap_load_relaxed(const uint64_t *word)                    # relaxed
+    void snap_store_relaxed(uint64_t *word, uint64_t value)             # relaxed
     void snap_decrement(uint64_t *count)                                # release
     uint64_t snap_swap(uint64_t *word, uint64_t value)                  # acquire + release; old value
     bint snap_swap_if(uint64_t *word, uint64_t expected, uint64_t value)  # compare-and-swap

@@ -105,11 +105,11 @@ class Fields:
         """true or false."""
         return bool(self._take(key, bool))
 
-    def plain(self, key: str) -> str:
+    def string(self, key: str) -> str:
         """A string that is not an escaped name."""
         return str(self._take(key, str))
 
-    def plains(self, key: str) -> list[str]:
+    def strings(self, key: str) -> list[str]:
         """A list of strings that are not escaped names."""
         items: list[str] = self._take(key, list)
         if not all(type(item) is str for item in items):

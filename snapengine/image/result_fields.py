@@ -23,7 +23,7 @@ BITS = 64
 def check_statistics(stats: Fields) -> None:
     """Raise ValueError with the name of a member that has a wrong type or is out of range."""
     for name in filter(stats.has, TEXTS):
-        stats.plain(name)
+        stats.string(name)
     for name in filter(stats.has, NUMBERS):
         stats.number(name, BITS)
     for name in filter(stats.has, PAIRS):
@@ -33,7 +33,7 @@ def check_statistics(stats: Fields) -> None:
     if stats.has("stop_parts_ns"):
         stats.object("stop_parts_ns").numbers(BITS)
     if stats.has("warnings"):
-        stats.plains("warnings")
+        stats.strings("warnings")
     if stats.has("not_captured"):
         for item in stats.objects("not_captured"):
             _check_not_captured(item)

@@ -19,7 +19,7 @@ cdef class Writer:
     cdef uint64_t regn_offset
     cdef int state                        # NEW, OPEN, DONE or BROKEN
     cdef int failed_errno                 # the reason for BROKEN
-    cdef bint python_level                # the sink has no descriptor: call its write()
+    cdef bint no_descriptor                # the sink has no descriptor: call its write()
     cdef FdWriter fd_writer               # writes to the sink's descriptor; applies the rate limit
     cdef snap_index *index                # index_count entries, in file order
     cdef size_t index_count

@@ -82,7 +82,7 @@ cdef void lane_entry(lane_slot *lane, uint64_t page, uint64_t pages, unsigned ki
 # Queue the chunk in the slot and release the slot. Returns 0 or an errno.
 cdef int lane_close(pool_t *pool, lane_slot *lane) noexcept nogil
 
-cdef void pool_end(pool_t *pool) noexcept nogil                     # no more chunks will be queued
+cdef void pool_finish(pool_t *pool) noexcept nogil                     # no more chunks will be queued
 cdef void pool_fail(pool_t *pool) noexcept nogil                    # the capture failed: wake all waiters
 # Wait for the next chunk. Returns 1; 0: closed and empty; -1: failed. `ticket` counts from 0.
 cdef int pool_take(pool_t *pool, chunk_ref *chunk, uint64_t *ticket) noexcept nogil

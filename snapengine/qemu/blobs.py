@@ -74,9 +74,9 @@ def check_machine(blob: bytes, name: str) -> dict[str, Any]:
         if type(version) is not int or version != VERSION:
             text = f"{MACHINE} of version {without_controls(str(version))[:20]}; {VERSION} is supported"
             raise UnsupportedVersionError(f"{name}: {text}")
-        fields.plain("via")
+        fields.string("via")
         if fields.members.get("machine_type", "") is not None:
-            fields.plain("machine_type")
+            fields.string("machine_type")
         fields.objects("ram_blocks")
         _check_members(fields)
     except ImageError:
@@ -90,17 +90,17 @@ def check_machine(blob: bytes, name: str) -> dict[str, Any]:
 def _check_members(fields: Fields) -> None:
     """Raise ValueError with the name of a member that is present but violates FORMAT.md."""
     for key in filter(fields.has, ("qemu", "accelerator")):
-        fields.plain(key)
+        fields.string(key)
     for key in filter(fields.has, ("cpus", "command_line")):
-        fields.plains(key)
+        fields.strings(key)
     for key, members in LIST_MEMBERS.items():
         for item in fields.objects(key) if fields.has(key) else ():
             for member in members:
-                item.plain(member)
+                item.string(member)
     for block in fields.objects("ram_blocks") if fields.has("ram_blocks") else ():
         _check_block(block)
     for backend in fields.objects("memory_backends") if fields.has("memory_backends") else ():
-        backend.plain("id")
+        backend.string("id")
         backend.number("size", 64)
         backend.flag("share")
     if fields.has("stream"):
@@ -108,7 +108,7 @@ def _check_members(fields: Fields) -> None:
 
 
 def _check_block(block: Fields) -> None:
-    name = block.plain("name")
+    name = block.string("name")
     if not 0 < len(name.encode()) <= NAME_MAX_BYTES:
         raise ValueError(f"RAM block {name[:80]!r}: the name must have 1 to {NAME_MAX_BYTES} bytes")
     if block.number("used", RAM_BITS) == 0:

@@ -55,7 +55,7 @@ def devices(monitor: Monitor) -> list[dict[str, str]]:
     found = []
     for folder in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
         for item in ask_list(monitor, "qom-list", {"path": folder}):
-            kind, name = re.fullmatch(r"child<(.*)>", item.plain("type")), item.plain("name")
+            kind, name = re.fullmatch(r"child<(.*)>", item.string("type")), item.string("name")
             if kind and (folder != "/machine/unattached" or name.startswith("device[")):
                 found.append({"path": f"{folder}/{name}", "type": kind[1]})
     return sorted(found, key=lambda device: device["path"])
@@ -68,8 +68,8 @@ def disks(monitor: Monitor) -> list[dict[str, str]]:
     for item in ask_list(monitor, "query-block"):
         if item.has("inserted"):
             medium = item.object("inserted")
-            node = medium.plain("node-name") if medium.has("node-name") else ""
-            found.append({"device": item.plain("device"), "node": node, "file": medium.plain("file")})
+            node = medium.string("node-name") if medium.has("node-name") else ""
+            found.append({"device": item.string("device"), "node": node, "file": medium.string("file")})
     return found
 
 
@@ -81,14 +81,14 @@ def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -
         "qemu": version_of(monitor),
         "machine_type": machine_type(monitor),
         "accelerator": "kvm" if uses_kvm(monitor) else "other",
-        "cpus": [type_of(monitor, cpu.plain("qom-path")) for cpu in ask_list(monitor, "query-cpus-fast")],
+        "cpus": [type_of(monitor, cpu.string("qom-path")) for cpu in ask_list(monitor, "query-cpus-fast")],
         "ram_blocks": [
             {"name": block.name, "used": block.used, "total": block.total, "page_size": block.page_size}
             for block in blocks
         ],
         "memory_backends": [
             {
-                "id": item.plain("id") if item.has("id") else "",
+                "id": item.string("id") if item.has("id") else "",
                 "size": item.number("size", 64),
                 "share": item.flag("share") if item.has("share") else False,
             }
@@ -118,7 +118,7 @@ def refuse_busy(monitor: Monitor) -> str:
     status = ask_migration(monitor).status
     if status in BUSY:
         raise MachineError(f"the machine is migrating already ({status}): wait, or cancel it")
-    run_state = ask(monitor, "query-status").plain("status")
+    run_state = ask(monitor, "query-status").string("status")
     if run_state in UNSAVABLE_STATES:
         # After a migration QEMU has released its disks until `cont`.
         hint = ", after a migration: resume it first (cont)" if run_state == "postmigrate" else ""
@@ -142,7 +142,7 @@ def refuse_missed_writes(monitor: Monitor) -> None:
 def refuse_blocked(monitor: Monitor) -> None:
     """Raise `MachineError` if a device blocks migration, and with it the saving of device state."""
     reply = ask(monitor, "query-migrate")
-    reasons = reply.plains("blocked-reasons") if reply.has("blocked-reasons") else []
+    reasons = reply.strings("blocked-reasons") if reply.has("blocked-reasons") else []
     if reasons:
         raise MachineError(f"the machine cannot be saved: {reasons[0]}")
 

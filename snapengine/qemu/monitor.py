@@ -143,7 +143,7 @@ class Monitor:
             fields = Reply(dict(event), "an event of QEMU")
             stamp = fields.object("timestamp")
             at = stamp.number("seconds", 33) * 10**9 + stamp.number("microseconds", 20) * 1000
-            found.append((fields.plain("event"), at))
+            found.append((fields.string("event"), at))
         return found
 
     def stop_duration_ns(self) -> int | None:

@@ -75,7 +75,7 @@ def parse_table(text: str) -> list[RamBlock]:
 
 def ram_blocks(monitor: Monitor) -> list[RamBlock]:
     """Return the machine's blocks; ``addr`` may be unknown (see `locate`). Raises MachineError."""
-    return parse_table(ask(monitor, "x-query-ramblock").plain("human-readable-text"))
+    return parse_table(ask(monitor, "x-query-ramblock").string("human-readable-text"))
 
 
 def locate(blocks: Iterable[RamBlock], pid: int) -> list[RamBlock]:

@@ -32,12 +32,12 @@ class Migration(Reply):
     @property
     def status(self) -> str:
         """The migration's status; ``"none"`` before the first migration."""
-        return one_line(self.plain("status")) if self.has("status") else "none"
+        return one_line(self.string("status")) if self.has("status") else "none"
 
     @property
     def reason(self) -> str:
         """Why the migration failed."""
-        return one_line(self.plain("error-desc")) if self.has("error-desc") else "QEMU gives no reason"
+        return one_line(self.string("error-desc")) if self.has("error-desc") else "QEMU gives no reason"
 
 
 def ask(monitor: Executes, command: str, arguments: dict[str, Any] | None = None) -> Reply:

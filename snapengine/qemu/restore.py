@@ -187,7 +187,7 @@ def _start(
             load(monitor, image, saved, restored, progress, limits)
             if run:
                 monitor.execute("cont")
-            restored.status = ask(monitor, "query-status").plain("status")
+            restored.status = ask(monitor, "query-status").string("status")
         return restored
     except BaseException as error:
         terminate(process)

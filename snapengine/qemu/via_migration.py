@@ -190,7 +190,7 @@ class _Migration:
 def _settings(monitor: Monitor, options: Options, background: bool) -> tuple[list[Command], list[Command]]:
     """Return the commands that set capabilities and parameters for our stream, and those that undo it."""
     found = ask_list(monitor, "query-migrate-capabilities")
-    now = {item.plain("capability"): item.flag("state") for item in found}
+    now = {item.string("capability"): item.flag("state") for item in found}
     if background and BACKGROUND not in now:
         raise MachineError("this QEMU lacks background-snapshot (since 6.0): use --method dirty-logging")
     disabled = DISABLED + DISABLED_IN_BACKGROUND if background else DISABLED

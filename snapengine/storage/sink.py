@@ -13,14 +13,14 @@ import select
 from snapengine.errors import SinkError
 
 DISCARD = -1
-PYTHON_LEVEL = -2
+NO_DESCRIPTOR = -2
 
 
 class Sink:
-    """Base class of sinks. ``fd`` is a descriptor to write to, `DISCARD`, or `PYTHON_LEVEL`."""
+    """Base class of sinks. ``fd`` is a descriptor to write to, `DISCARD`, or `NO_DESCRIPTOR`."""
 
     name: str
-    fd: int = PYTHON_LEVEL
+    fd: int = NO_DESCRIPTOR
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -75,7 +75,7 @@ class OwningSink(Sink):
 def write_all(sink: Sink, data: bytes | bytearray | memoryview) -> None:
     """Write all of `data` to the sink. Raises OSError."""
     view = memoryview(data)
-    if sink.fd == PYTHON_LEVEL:
+    if sink.fd == NO_DESCRIPTOR:
         sink.write(view)
     while sink.fd >= 0 and view:
         try:

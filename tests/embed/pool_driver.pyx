@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free
 from snapengine.base.checksum cimport crc32c
 from snapengine.image.format cimport SNAP_DATA, snap_entry_kind, snap_entry_page, snap_entry_pages
 from snapengine.pipeline.pool cimport (
-    NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_end, pool_fail,
+    NO_SLOT, Pool, chunk_ref, lane_close, lane_entry, lane_open, lane_room, lane_slot, pool_finish, pool_fail,
     pool_give_back, pool_read_back, pool_take, slot_data, slot_entries,
 )
 
@@ -125,7 +125,7 @@ cdef class Driver:
 
     def end(self):
         with nogil:
-            pool_end(self.pool.pool)
+            pool_finish(self.pool.pool)
 
     def fail(self):
         with nogil:

@@ -20,11 +20,15 @@ static inline uint64_t snap_add(uint64_t *word, uint64_t value) {
     return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
 }
 /* For a counter with one writer: no locked instruction. */
-static inline void snap_bump(uint64_t *word, uint64_t value) {
+static inline void snap_add_one_writer(uint64_t *word, uint64_t value) {
     __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + value, __ATOMIC_RELAXED);
 }
-static inline uint64_t snap_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
-static inline void snap_set(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
+static inline uint64_t snap_load_relaxed(const uint64_t *word) {
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+static inline void snap_store_relaxed(uint64_t *word, uint64_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
 /* For the last access of a thread: its earlier writes are visible to a thread that then reads the count. */
 static inline void snap_decrement(uint64_t *count) { __atomic_fetch_sub(count, 1, __ATOMIC_RELEASE); }
 static inline uint64_t snap_swap(uint64_t *word, uint64_t value) {
