@@ -57,7 +57,7 @@ test-real: $(VENV)/.test  ## Save servers and runtimes under load, also the larg
 lint: $(VENV)/.lint  ## ruff, mypy, cython-lint, and no hidden GIL checks in nogil code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 110 pyx snapengine tests bench
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 110 pyx snapengine tests bench examples
 	PATH="$(abspath $(BIN)):$$PATH" .ci/cython-hints
 
 .PHONY: bench
