@@ -323,6 +323,38 @@ def test_nothing_is_left_of_an_export_that_is_refused(image, tmp_path):
 
 def test_lost_pages_name_the_option_that_leaves_them_out(tmp_path):
     path = tmp_path / "x.img"
+    save_with_a_lost_page(path)
+    done = run("export", "--format", "core", path, tmp_path / "core")
+    assert done.returncode == 1
+    one_error(done, "lost", "--lost omit")
+    done = run("export", "--format", "core", "--lost", "omit", path, tmp_path / "core")
+    assert done.returncode == 0
+    assert b"left out: 4.00 KiB" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("export",), ("restore", "-o")])
+def test_lost_pages_as_zeros(tmp_path, command):
+    path, out = tmp_path / "x.img", tmp_path / "raw"
+    save_with_a_lost_page(path)
+    arguments = [command[0], path, *command[1:], out]
+    done = run(*arguments)
+    assert done.returncode == 1
+    one_error(done, "lost", "--lost zero")
+    assert not out.exists()
+    done = run(*arguments, "--lost", "zero")
+    assert done.returncode == 0
+    assert b"warning: 1 page that was lost at capture time reads as zeros" in done.stderr
+    assert out.read_bytes() == noise(1, 3) + bytes(8192)
+
+
+@pytest.mark.parametrize(("form", "lost"), [("raw", "omit"), ("core", "zero")])
+def test_what_a_format_cannot_do_with_lost_pages(tmp_path, form, lost):
+    done = run("export", "--format", form, "--lost", lost, tmp_path / "none", tmp_path / "out")
+    assert done.returncode == 2
+    assert f"--lost {lost} goes with --format".encode() in done.stderr
+
+
+def save_with_a_lost_page(path):
     sink = FileSink(path)
     writer = Writer(sink)
     writer.begin([(Region("m", 0x10000, 3 * 4096), 0)])
@@ -333,9 +365,3 @@ def test_lost_pages_name_the_option_that_leaves_them_out(tmp_path):
         writer.vmstate(name, blob)
     writer.finish({})
     sink.commit()
-    done = run("export", "--format", "core", path, tmp_path / "core")
-    assert done.returncode == 1
-    one_error(done, "lost", "--lost omit")
-    done = run("export", "--format", "core", "--lost", "omit", path, tmp_path / "core")
-    assert done.returncode == 0
-    assert b"left out: 4.00 KiB" in done.stderr

@@ -244,7 +244,7 @@ def test_a_head_from_scratch():
         make_head("pc", [("a" * 256, 4096)])
 
 
-def image_with(chunks, regions, blobs=None):
+def image_with(chunks, regions, blobs=None, lost="refuse"):
     """Return an image of the given chunks, a list of (entries, data)."""
     sink = MemorySink()
     writer = Writer(sink)
@@ -257,7 +257,7 @@ def image_with(chunks, regions, blobs=None):
     with open(os.memfd_create("image"), "w+b") as file:
         file.write(sink.getvalue())
         file.flush()
-        return snapengine.open_image(file)
+        return snapengine.open_image(file, lost=lost)
 
 
 def test_an_image_that_came_another_way():
@@ -292,6 +292,16 @@ def test_what_does_not_fit_is_refused_before_a_byte(case):
         os.close(write_end)
         assert os.read(read_end, 1) == b""
         os.close(read_end)
+
+
+def test_a_lost_page_as_zeros():
+    """In a small block, which QEMU may fill by itself, it is sent like a hole."""
+    chunk = ([(1, 1, DATA), (2, 1, LOST)], kit.filled(1))
+    with image_with([chunk], [(Region("a", 0x1000, 8192), 1)], lost="zero") as image:
+        sent, stream = regenerated(image, head=make_head("pc", [("a", 8192)]), tail=kit.tail())
+    assert (sent.data_pages, sent.zero_pages) == (1, 1)
+    with image_of(stream) as again:
+        assert again.read("a", 0, 8192) == kit.filled(1) + bytes(4096)
 
 
 @pytest.mark.parametrize("blocking", [True, False])

@@ -171,6 +171,24 @@ def test_lost_pages():
                 call()
 
 
+def test_lost_pages_as_zeros(tmp_path):
+    data = built([(Region("a", 0, 3 * 4096), 0)], ([(0, 1, DATA), (1, 1, LOST), (2, 1, ZERO)], noise(1, 1)))
+    memory = noise(1, 1) + bytes(8192)
+    with open_image(io.BytesIO(data), lost="zero") as image:
+        assert image.lost_pages() == 1
+        assert image.verify().lost_pages == 1
+        buffer = bytearray(b"x" * len(memory))
+        image.restore_into("a", buffer)
+        assert buffer == memory
+        with open(image.restore_memfd("a"), "rb") as file:
+            assert file.read() == memory
+        for zeros in ("sparse", "write"):
+            export_raw(image, tmp_path / "raw", zeros=zeros)
+            assert (tmp_path / "raw").read_bytes() == memory
+    with pytest.raises(ValueError, match="'keep' is neither"):
+        open_image(io.BytesIO(data), lost="keep")
+
+
 def test_an_image_without_regions_or_chunks():
     with opened(built([])) as image:
         assert image.regions == []

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from image_kit import DATA, HOLE, LOST, ZERO, noise, of_type, opened, reseal, sample
 
 from snapengine.errors import CorruptImageError, ImageError, LostPagesError
+from snapengine.image import open_image
 from snapengine.image.writer import Writer
 from snapengine.regions import Region
 from snapengine.restore.stream import restore_stream
@@ -59,6 +60,9 @@ def test_the_last_record_wins(chunks, offset, length):
                 image.read(0, offset, length)
         else:
             assert image.read(0, offset, length) == expected[offset : offset + length]
+    with open_image(io.BytesIO(data), lost="zero") as image:
+        assert image.lost_pages() == len(lost)
+        assert image.read(0, offset, length) == expected[offset : offset + length]
     buffer = bytearray(PAGES * 4096)
     if lost:
         with pytest.raises(LostPagesError):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from snapengine.base.names import printable, unescape
 from snapengine.base.units import format_count, format_size
 from snapengine.cli.common import add_timeout
-from snapengine.errors import ImageError
-from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw
+from snapengine.errors import ImageError, LostPagesError
+from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw, say
 
 if TYPE_CHECKING:
     from snapengine.image import Image
+    from snapengine.image.image import LostPages
     from snapengine.image.stream import ImageStream
 
 COPY_BYTES = 4 << 20
@@ -25,6 +26,7 @@ COPY_BYTES = 4 << 20
 REGION_TITLES = ("region", "address", "size", "page size", "kind")
 
 IMAGE_HELP = "the image: a file, or - for standard input"
+LOST_ZERO = "zero reads pages that were lost at capture time as zeros"
 INFO = """\
 Print what is in an image: the figures of the capture, the process (if it was attached to), the QEMU
 machine (if it is one), the regions of memory, the named blobs.
@@ -63,7 +65,7 @@ def add_image_command(
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[Image]:
+def opened(path: str, lost: LostPages = "refuse") -> Iterator[Image]:
     """The image of the command line. A pipe is first copied into an unnamed file, for random access."""
     from snapengine.image import open_image
 
@@ -75,7 +77,21 @@ def opened(path: str) -> Iterator[Image]:
                 file = stack.enter_context(tempfile.TemporaryFile())
                 _copy(sys.stdin.buffer, file)
                 file.flush()
-        yield stack.enter_context(open_image(file))
+        yield stack.enter_context(open_image(file, lost=lost))
+
+
+@contextlib.contextmanager
+def lost_pages_as(image: Image, lost: LostPages) -> Iterator[None]:
+    """Say how many lost pages read as zeros; where they are refused, name the option."""
+    if lost == "zero" and (pages := image.lost_pages()):
+        what = "1 page that was lost at capture time reads"
+        if pages > 1:
+            what = f"{format_count(pages)} pages that were lost at capture time read"
+        say(f"warning: {what} as zeros")
+    try:
+        yield
+    except LostPagesError as error:
+        raise LostPagesError(f"{error}: --lost zero reads such pages as zeros") from None
 
 
 def _copy(source: Any, file: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from snapengine.base.units import format_size, parse_seconds
 from snapengine.cli.common import add_timeout, argument, end_of_limit
+from snapengine.cli.image import LOST_ZERO, lost_pages_as
 from snapengine.report.terminal import EXIT_CODES, EXIT_OK, print_json, raw, say
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     add("--qmp", metavar="SOCKET", help="Unix socket for the machine's monitor (default: in a new directory)")
     add("--paused", action="store_true", help="leave the guest stopped")
     add("--force", action="store_true", help="continue although the machine differs from the saved one")
+    add("--lost", choices=["refuse", "zero"], default="refuse",
+        help=f"{LOST_ZERO}: right for memory that the guest gave back (default: refuse)")  # fmt: skip
     add("--foreground", action="store_true",
         help="give QEMU the terminal, wait for its end, and return its exit code")  # fmt: skip
     add("--log", metavar="FILE", help="file for QEMU's output (default: discarded)")
@@ -62,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     from snapengine.regions import PAGE_BYTES
     from snapengine.report.progress import Bar
 
-    with open_image(args.image) as image, Bar(args.foreground) as bar:
+    with (
+        open_image(args.image, lost=args.lost) as image,
+        lost_pages_as(image, args.lost),
+        Bar(args.foreground) as bar,
+    ):
         saved_bytes = image.index.data_pages() * PAGE_BYTES
         restored = restore_machine(
             image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,

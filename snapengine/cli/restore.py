@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from snapengine.base.names import from_argument, printable
 from snapengine.base.units import format_count, format_size
 from snapengine.cli.common import check_output
-from snapengine.cli.image import add_image_command, opened
+from snapengine.cli.image import LOST_ZERO, add_image_command, lost_pages_as, opened
 from snapengine.errors import LostPagesError, SinkError
 from snapengine.report.terminal import EXIT_OK, say
 
@@ -46,6 +46,7 @@ def add_restore(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add = parser.add_argument
     add("region", nargs="?", metavar="REGION", help="its name, as `info` shows it; needed if there are more")
     add("-o", "--output", required=True, metavar="OUT", help="PATH, fd:N, exec:COMMAND, or - for stdout")
+    add("--lost", choices=["refuse", "zero"], default="refuse", help=f"{LOST_ZERO} (default: refuse)")
     parser.set_defaults(run=run_restore)
 
 
@@ -61,8 +62,9 @@ def add_export(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("output", metavar="OUT", help="where to: PATH, fd:N, exec:COMMAND, or - for stdout")
     add("--region", metavar="NAME", help="raw: only this region")
     add("--format", choices=["raw", "core"], default="raw", help="default: raw")
-    add("--lost", choices=["refuse", "omit"],
-        help="core: pages lost at capture time (default: refuse; omit leaves them out)")  # fmt: skip
+    add("--lost", choices=["refuse", "omit", "zero"], default="refuse",
+        help=f"core: omit leaves pages out that were lost at capture time; raw: {LOST_ZERO} (default: "
+        "refuse)")  # fmt: skip
     parser.set_defaults(run=run_export)
 
 
@@ -80,9 +82,9 @@ def run_restore(args: argparse.Namespace) -> int:
     """`restore`."""
     from snapengine.export.raw import export_raw
 
-    with opened(args.image) as image:
+    with opened(args.image, args.lost) as image:
         region = chosen_region(image, args.region)
-        with _output(args.output) as sink:
+        with lost_pages_as(image, args.lost), _output(args.output) as sink:
             export_raw(image, sink, region)
     return EXIT_OK
 
@@ -112,14 +114,16 @@ def run_export(args: argparse.Namespace) -> int:
 
     if args.format == "core" and args.region is not None:
         args.parser.error("--region goes with --format raw: a core has all of the memory")
-    if args.format == "raw" and args.lost is not None:
-        args.parser.error("--lost goes with --format core: a raw file has no place for a lost page")
-    with opened(args.image) as image:
-        if args.format == "core":
-            write_core(image, args.output, args.lost or "refuse")
-        else:
+    if args.lost == ("omit" if args.format == "raw" else "zero"):
+        other = "core" if args.format == "raw" else "raw"
+        args.parser.error(f"--lost {args.lost} goes with --format {other}")
+    if args.format == "core":
+        with opened(args.image) as image:
+            write_core(image, args.output, args.lost)
+    else:
+        with opened(args.image, args.lost) as image:
             region = None if args.region is None else chosen_region(image, args.region)
-            with _output(args.output) as sink:
+            with lost_pages_as(image, args.lost), _output(args.output) as sink:
                 say(f"{args.output}: {format_size(export_raw(image, sink, region))}")
     return EXIT_OK
 

@@ -11,7 +11,7 @@ import mmap
 import os
 import uuid
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from snapengine.base.buffers import ExportedBuffer
 from snapengine.base.descriptor import Descriptor
@@ -52,6 +52,7 @@ __all__ = ["RUN_KINDS", "Image", "ImageRegion", "VerifyReport", "VmState", "open
 
 MEMFD_NAME_BYTES = 249  # limit of memfd_create(2)
 RUN_KINDS = ("data", "zero", "hole", "lost")
+LostPages = Literal["refuse", "zero"]  # see `open_image`
 RegionSpec = ImageRegion | str | int
 
 
@@ -84,10 +85,11 @@ class Image:
     pages that the capture reported as lost.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, lost: LostPages = "refuse") -> None:
         """Open the image. It takes over `source`, which is closed with the image, or if this raises."""
         self._source = source
         self.name = source.name
+        self._lost = lost
         try:
             self._load()
         except BaseException:
@@ -242,10 +244,14 @@ class Image:
         gap = runs.first_gap(low // PAGE_BYTES, end)
         if gap is not None:
             raise ImageError(f"{self.name}: {page_text(region, gap)} is not in the image")
-        lost = runs.first_of(LOST)
+        lost = runs.first_of(LOST) if self._lost == "refuse" else None
         if lost is not None:
             raise LostPagesError(f"{self.name}: {page_text(region, lost)} was lost at capture time")
         return runs
+
+    def lost_pages(self) -> int:
+        """How many pages were lost at capture time."""
+        return sum(self.resolve(region, 0, region.length).totals()[LOST] for region in self.regions)
 
     def restorer(self, region: ImageRegion, offset: int, length: int) -> Restorer:
         """A `Restorer` for these bytes, with a check that the image has all of them."""
@@ -323,16 +329,23 @@ def _memfd_name(name: str) -> bytes:
     return (b"snapengine:" + encode(name).replace(b"\0", b"?"))[:MEMFD_NAME_BYTES]
 
 
-def open_image(image: Any) -> Image:
+def open_image(image: Any, *, lost: LostPages = "refuse") -> Image:
     """Open an image: a path, a readable binary file object, or a `snapengine.storage.source.Source`.
 
     A file object remains the caller's. The position of a file on disk and of a `BytesIO` does not matter; a
     `BytesIO` is not copied. Any other object is read to its end and kept in memory. A source is closed with
     the image, or if this raises.
 
-    Raises `ImageError` if it is empty, not an image, truncated or damaged, OSError if it cannot be opened.
+    `lost`: what reads, restores and exports do with pages that were lost at capture time. "refuse" raises
+    `LostPagesError`. With "zero" such pages read as zeros, which is right only where their content does not
+    matter: memory that a guest gave back (a balloon, virtio-mem), or that a process has discarded.
+
+    Raises ValueError for another `lost`, `ImageError` if it is empty, not an image, truncated or damaged,
+    OSError if it cannot be opened.
     """
-    return Image(image if isinstance(image, Source) else _source_of(image))
+    if lost not in ("refuse", "zero"):
+        raise ValueError(f"lost: {lost!r} is neither 'refuse' nor 'zero'")
+    return Image(image if isinstance(image, Source) else _source_of(image), lost=lost)
 
 
 def _source_of(file: Any) -> Source:

@@ -56,11 +56,13 @@ class Restored:
     stream_bytes: int = 0
     differences: list[str] = field(default_factory=list)
     """Differences from the saved machine. Only with `force`; otherwise they are an error."""
+    lost_pages: int = 0
+    """Pages that were lost at capture time and are zeros now: only if `image` was opened with lost="zero"."""
     process: subprocess.Popen[bytes] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of JSON types."""
-        names = ("pid", "qmp", "status", "start_ns", "load_ns", "stream_bytes", "differences")
+        names = ("pid", "qmp", "status", "start_ns", "load_ns", "stream_bytes", "differences", "lost_pages")
         return {name: getattr(self, name) for name in names}
 
 
@@ -99,7 +101,8 @@ def restore_machine(
     Parameters
     ----------
     image:
-        An image written by `snapengine qemu save` or `snapengine ingest`.
+        An image written by `snapengine qemu save` or `snapengine ingest`. If pages were lost at capture time,
+        open it with ``lost="zero"``, or this is a `LostPagesError`.
     command:
         QEMU and the arguments of the saved machine, without ``-S`` and ``-incoming``. The disks must have
         their content of T.
@@ -183,6 +186,7 @@ def _start(
         with connect(path, process, limits) as monitor:
             restored = Restored(monitor.peer_pid or process.pid, path, "", process=process)
             restored.start_ns = time.monotonic_ns() - start_ns
+            restored.lost_pages = image.lost_pages()
             restored.differences = compare(monitor, saved, force, image.name)
             load(monitor, image, saved, restored, progress, limits)
             if run:
