@@ -8,7 +8,7 @@ import pytest
 from waitkit import PATIENCE_S
 
 from snapengine.errors import MachineError
-from snapengine.qemu.machine import differences
+from snapengine.qemu.machine import differences, version_warnings
 from snapengine.qemu.monitor import Monitor, parse_address
 from snapengine.qemu.ram_blocks import RamBlock, parse_table
 
@@ -100,13 +100,46 @@ def test_everything_that_differs_is_said():
     found["devices"] = []
     text = "\n".join(differences(MACHINE, found))
     for part in (
-        "QEMU version: 7.2.0 was saved, this is 10.0.2",
+        "QEMU version: 7.2.0 was saved, this is 10.0.2",  # with another type it counts
         "machine type: pc-i440fx-7.2 was saved, this is pc-q35-7.2",
         "accelerator: kvm", "CPUs: 2 x qemu64-x86_64-cpu were saved, these are 1 x max-x86_64-cpu",
         "RAM block pc.ram (268435456 bytes) is missing", "RAM block ram0 (268435456 bytes) was not there",
         "device /machine/peripheral/net0 (e1000) is missing",
     ):  # fmt: skip
         assert part in text
+
+
+INTERNAL = [
+    {"path": f"/machine/unattached/device[{n}]", "type": kind}
+    for n, kind in enumerate(["qemu64-x86_64-cpu", "isa-pit", "i8042", "i8042"])
+]
+
+
+def test_devices_of_qemu_itself_may_have_other_numbers():
+    renumbered = [item | {"path": f"/machine/unattached/device[{9 - n}]"} for n, item in enumerate(INTERNAL)]
+    assert differences(changed(devices=INTERNAL), changed(devices=renumbered)) == []
+    one_less = differences(changed(devices=INTERNAL), changed(devices=INTERNAL[:-1]))
+    assert one_less == ["device /machine/unattached/device (i8042) is missing"]
+
+
+def test_another_version_of_qemu_with_the_same_versioned_type_is_a_warning():
+    more = [*INTERNAL, {"path": "/machine/unattached/device[4]", "type": "acpi-erst"}]
+    saved, found = changed(devices=INTERNAL), changed(devices=more, qemu="10.0.2")
+    assert differences(saved, found) == []
+    assert version_warnings(saved, found) == [
+        "QEMU version: 7.2.0 was saved, this is 10.0.2",
+        "device /machine/unattached/device (acpi-erst) was not there",
+    ]
+    found["devices"].append({"path": "/machine/peripheral/net0", "type": "e1000"})
+    assert differences(saved, found) == ["device /machine/peripheral/net0 (e1000) was not there"]
+    assert version_warnings(saved, changed(devices=INTERNAL)) == []
+
+
+@pytest.mark.parametrize("kind", ["microvm", "none", "pc"])
+def test_another_version_of_qemu_with_a_type_without_version_is_another_machine(kind):
+    saved, found = changed(machine_type=kind), changed(machine_type=kind, qemu="7.2.1")
+    assert differences(saved, found) == ["QEMU version: 7.2.0 was saved, this is 7.2.1"]
+    assert version_warnings(saved, found) == []
 
 
 # the monitor

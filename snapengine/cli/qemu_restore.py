@@ -21,8 +21,9 @@ Start QEMU with the state of the machine in the image. Give the QEMU command lin
 running after this command has ended; its monitor is at --qmp.
 """
 EPILOG = f"""\
-Machines that differ (RAM blocks, sizes, devices, CPUs, machine type, QEMU's version) are refused, with what
-differs; --force tries anyway.
+Machines that differ (RAM blocks, sizes, devices, CPUs, machine type) are refused, with what differs; --force
+tries anyway. Another version of QEMU is a warning if the machine type has a version (pc-q35-7.2): start the
+new QEMU with that type.
 
 examples:
   snapengine qemu restore vm.img -- qemu-system-x86_64 -m 1G -drive file=vm.qcow2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from snapengine.qemu.replies import ask, ask_list, ask_migration, ask_text
 
 EXTERNAL_DMA = re.compile(r"vfio-.*|vhost-.*|.*-vhost-.*|ivshmem-.*|x-remote-object|x-pci-proxy-dev")
 EXTERNAL_DMA_FILES = re.compile(r"/dev/(vhost-[\w-]+|vfio/.*)")
+UNATTACHED = "/machine/unattached/device"  # of devices that QEMU creates by itself, without the number
+VERSIONED_TYPE = re.compile(r"-\d+\.\d+$")  # a machine type that QEMU keeps between versions
 BUSY = ("setup", "active", "device", "cancelling", "pre-switchover", "postcopy-active", "postcopy-paused",
         "postcopy-recover", "postcopy-recover-setup", "postcopy-device", "wait-unplug", "colo")  # fmt: skip
 UNSAVABLE_STATES = (
@@ -188,21 +191,42 @@ def pack(description: Mapping[str, Any]) -> bytes:
 
 
 def differences(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return one line for each difference that keeps the machine `found` from loading `saved`."""
+    """Return one line for each difference that keeps the machine `found` from loading `saved`.
+
+    Another version of QEMU is none if the machine type has a version: such types are made for that. Then the
+    devices that QEMU creates by itself may differ, too. See `version_warnings`.
+    """
     lines = []
     for name, word in (
         ("machine_type", "machine type"),
         ("qemu", "QEMU version"),
         ("accelerator", "accelerator"),
     ):
-        if saved.get(name) is not None and saved[name] != found[name]:
+        allowed = name == "qemu" and _other_version(saved, found)
+        if saved.get(name) is not None and saved[name] != found[name] and not allowed:
             lines.append(f"{word}: {saved[name]} was saved, this is {found[name]}")
     if "cpus" in saved and saved["cpus"] != found["cpus"]:
         lines.append(f"CPUs: {_counted(saved['cpus'])} were saved, these are {_counted(found['cpus'])}")
     lines += _block_differences(saved["ram_blocks"], found["ram_blocks"])
     if "devices" in saved:
-        lines += _device_differences(saved["devices"], found["devices"])
+        own, internal = _device_differences(saved["devices"], found["devices"])
+        lines += own if _other_version(saved, found) else own + internal
     return lines
+
+
+def version_warnings(saved: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return what may differ since `found` has the same versioned type in another version of QEMU."""
+    if not _other_version(saved, found):
+        return []
+    lines = [f"QEMU version: {saved['qemu']} was saved, this is {found['qemu']}"]
+    return lines + _device_differences(saved.get("devices", []), found["devices"])[1]
+
+
+def _other_version(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether only QEMU's version differs, and the machine type is one that QEMU keeps between versions."""
+    kind = saved.get("machine_type")
+    known = saved.get("qemu") is not None and saved["qemu"] != found["qemu"]
+    return known and kind == found["machine_type"] and VERSIONED_TYPE.search(kind or "") is not None
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -240,11 +264,26 @@ def _fits(saved: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _device_differences(saved: list[dict[str, str]], found: list[dict[str, str]]) -> list[str]:
-    before = {(item["path"], item["type"]) for item in saved}
-    now = {(item["path"], item["type"]) for item in found}
-    lines = [f"device {path} ({kind}) is missing" for path, kind in sorted(before - now)]
-    return lines + [f"device {path} ({kind}) was not there" for path, kind in sorted(now - before)]
+def _device_differences(
+    saved: list[dict[str, str]], found: list[dict[str, str]]
+) -> tuple[list[str], list[str]]:
+    """One line for each device of the command line that differs, and for those that QEMU creates by itself.
+
+    Devices without a name are numbered in the order of creation, which differs between versions of QEMU. So
+    only how many of each type there are is compared.
+    """
+    before, now = Counter(map(_device, saved)), Counter(map(_device, found))
+    own: list[str] = []
+    internal: list[str] = []
+    for difference, word in ((before - now, "is missing"), (now - before, "was not there")):
+        for path, kind in sorted(difference.elements()):
+            lines = internal if path == UNATTACHED else own
+            lines.append(f"device {path} ({kind}) {word}")
+    return own, internal
+
+
+def _device(item: Mapping[str, str]) -> tuple[str, str]:
+    return re.sub(r"(?<=/device)\[\d+\]$", "", item["path"]), item["type"]
 
 
 def _counted(names: list[str]) -> str:

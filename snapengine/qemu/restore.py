@@ -55,7 +55,8 @@ class Restored:
     """From the first byte of the stream until QEMU had loaded all of it."""
     stream_bytes: int = 0
     differences: list[str] = field(default_factory=list)
-    """Differences from the saved machine. Only with `force`; otherwise they are an error."""
+    """Differences from the saved machine: with `force` all of them, otherwise only those of another version
+    of QEMU that has the same versioned machine type. All others are an error."""
     lost_pages: int = 0
     """Pages that were lost at capture time and are zeros now: only if `image` was opened with lost="zero"."""
     process: subprocess.Popen[bytes] | None = None
@@ -260,12 +261,15 @@ def connect(path: str, process: subprocess.Popen[bytes], limits: Limits = NO_LIM
 
 
 def compare(monitor: Monitor, saved: dict[str, Any], force: bool, name: str) -> list[str]:
-    """Return the differences from the saved machine. Raises MachineError if there are any, unless `force`."""
+    """Return the differences from the saved machine that are allowed, and with `force` all differences.
+
+    Raises MachineError if there are others.
+    """
     found = machine.describe(monitor, 0, ram_blocks(monitor), saved["via"])
     lines = machine.differences(saved, found)
     if lines and not force:
         raise MachineError(f"{name}: this is another machine: " + "; ".join(lines))
-    return lines
+    return lines + machine.version_warnings(saved, found)
 
 
 def load(
