@@ -89,6 +89,15 @@ def stream(pages, *, blocks=BLOCKS, end=True, description=b'{"devices": []}'):
     return head(blocks) + section(*records_of(pages)) + closing + tail(description)
 
 
+XML = b"<domain type='kvm'><name>vm</name></domain>"
+
+
+def libvirt_save(data, magic=b"LibvirtQemudSave", *, version=2, form=0, data_bytes=64, cookie=0, order="<"):
+    """The stream `data` in a save file of libvirt: header, XML and padding of 64 bytes."""
+    header = struct.pack(f"{order}16s5I56x", magic, version, data_bytes, 1, form, cookie)
+    return header + XML.ljust(64, b"\0") + data
+
+
 def memory_of(pages, blocks=BLOCKS):
     """The RAM of a machine after it has loaded such a stream: block -> bytes."""
     memory = {name: bytearray(used) for name, used in blocks}

@@ -26,7 +26,7 @@ from snapengine.errors import (
 from snapengine.image.encode import DATA, HOLE, LOST, ZERO
 from snapengine.image.writer import Writer
 from snapengine.options import Options
-from snapengine.qemu.blobs import machine_of
+from snapengine.qemu.blobs import DOMAIN_XML, machine_of
 from snapengine.qemu.from_stream import ingest
 from snapengine.qemu.to_stream import SMALL_BLOCK_BYTES, make_head, stream_blobs, write_stream
 from snapengine.regions import Region
@@ -92,7 +92,7 @@ def test_any_order_and_repetition(tmp_path_factory, pages, direct, end, zstd):
     data = kit.stream(pages, end=end)
     options = Options(compress="zstd" if zstd else "none")
     result = take_in(data, path, options=options, direct=direct)
-    assert result.method == ("write-tracking" if direct else "dirty-logging")
+    assert result.method == ("write-tracking" if direct or not end else "dirty-logging")
     with snapengine.open_image(path) as image:
         check(image, result, pages, data)
         assert direct or image.index.data_pages() * 4096 == result.nonzero_bytes  # each page once
@@ -174,6 +174,25 @@ def test_a_cut_stream_leaves_nothing(tmp_path, direct, length):
     assert caught.value.offset == length
     assert os.listdir(tmp_path) == ["vm"]
     assert (tmp_path / "vm").stat().st_size == before
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("cookie", [0, len(kit.XML) + 1])
+def test_a_save_file_of_libvirt(order, cookie):
+    data = kit.libvirt_save(kit.stream(kit.SOME_PAGES), order=order, cookie=cookie)
+    with image_of(data) as image:
+        assert memory_of(image) == kit.memory_of(kit.SOME_PAGES)
+        assert image.vmstate[DOMAIN_XML] == kit.XML
+        _, again = regenerated(image)
+    assert again.startswith(kit.head())
+
+
+@pytest.mark.parametrize(("direct", "end", "method"), [
+    (False, True, "dirty-logging"), (False, False, "write-tracking"), (True, True, "write-tracking"),
+])  # fmt: skip
+def test_the_method_is_that_of_the_stream(direct, end, method):
+    result = take_in(kit.stream(kit.SOME_PAGES, end=end), MemorySink(), direct=direct)
+    assert result.method == method
 
 
 @pytest.mark.parametrize("direct", [False, True])

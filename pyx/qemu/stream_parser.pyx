@@ -26,6 +26,7 @@ from snapengine.base.oserror cimport raise_oserror
 
 from snapengine.errors import CaptureCancelled, StreamError
 from snapengine.base.poll cimport POLLIN, poll, pollfd
+from snapengine.qemu.libvirt_save import HEADER_BYTES, parse_header
 from snapengine.qemu.other_files import identify
 
 HEAD_MAX_BYTES = BUFFER_BYTES
@@ -186,9 +187,12 @@ cdef class StreamParser:
         """Parse everything up to the START section of the RAM, inclusive. Sets `head` and its fields."""
         self._expect(NEW)
         magic = self.take(4)
+        if magic == b"Libv":
+            self._libvirt_header(magic)
+            magic = self.take(4)
         if magic != VM_MAGIC.to_bytes(4, "big"):
             kind = identify(magic)
-            raise StreamError(f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}", 0)
+            raise StreamError(f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}", self.offset - 4)
         version = self._u32()
         if version != VM_VERSION:
             raise StreamError(f"{self.name}: stream version {version}; this program reads {VM_VERSION}", 4)
@@ -207,6 +211,23 @@ cdef class StreamParser:
         self.head = bytes(self.head_bytes)
         self.head_bytes = bytearray()
         self.state = IN_PAGES
+
+    def _libvirt_header(self, magic):
+        """What libvirt puts before the stream is not part of the head."""
+        cdef size_t left
+        header = magic + self.take(HEADER_BYTES - len(magic))
+        try:
+            parsed = parse_header(header)
+        except ValueError as error:
+            raise StreamError(f"{self.name}: {error}", 0) from None
+        data = bytearray()
+        left = parsed.data_bytes
+        while left:
+            self.head_bytes = bytearray()
+            data += self.take(min(left, <size_t>65536))
+            left = parsed.data_bytes - len(data)
+        self.head_bytes = bytearray()
+        self.domain_xml = parsed.domain_xml(bytes(data))
 
     def _expect(self, int state):
         if self.state != state:

@@ -17,6 +17,7 @@ HEAD = "qemu.stream.head"
 TAIL = "qemu.stream.tail"
 MACHINE = "qemu.machine"
 DEVICES = "qemu.devices"
+DOMAIN_XML = "libvirt.domain"  # the XML in a save file of libvirt
 VERSION = 1
 MACHINE_MAX_BYTES = 1 << 20
 VIA_STREAM = "migration-stream"

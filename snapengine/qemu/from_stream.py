@@ -68,7 +68,8 @@ def ingest(
     Returns
     -------
     Result
-        The method is "write-tracking" if `direct`, else "dirty-logging". Fields that only a capture
+        The method is "write-tracking" if `direct`, or if the stream is of a background-snapshot, else
+        "dirty-logging". Fields that only a capture
         measures are 0.
 
     Raises

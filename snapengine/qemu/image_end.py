@@ -8,7 +8,7 @@ from typing import Any
 
 from snapengine.image.writer import Writer
 from snapengine.options import DIRTY_LOGGING, WRITE_TRACKING, Options
-from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob
+from snapengine.qemu.blobs import DOMAIN_XML, HEAD, MACHINE, TAIL, VIA_STREAM, machine_blob
 from snapengine.qemu.stream_pages import DirectIntake, Spool
 from snapengine.regions import PAGE_BYTES, Region
 from snapengine.result import COMPLETED, Result
@@ -59,14 +59,16 @@ def _stream_blobs(intake: DirectIntake | Spool, members: dict[str, Any]) -> dict
         "ram_end": intake.has_end,
     }
     machine = machine_blob(VIA_STREAM, intake.machine_type, intake.ram_blocks, {"stream": stream, **members})
-    return {MACHINE: machine, HEAD: intake.head, TAIL: intake.tail}
+    blobs = {MACHINE: machine, HEAD: intake.head, TAIL: intake.tail}
+    return blobs if intake.domain_xml is None else {**blobs, DOMAIN_XML: intake.domain_xml}
 
 
 def _result(writer: Writer, intake: DirectIntake | Spool, start_ns: int, peak_bytes: int) -> Result:
     direct = isinstance(intake, DirectIntake)
     saved = intake.saved if isinstance(intake, DirectIntake) else intake.data_pages
     return Result(
-        method=WRITE_TRACKING if direct else DIRTY_LOGGING,
+        # QEMU's background-snapshot, which sends each page once, writes no END section.
+        method=WRITE_TRACKING if direct or not intake.has_end else DIRTY_LOGGING,
         status=COMPLETED,
         image_bytes=writer.image_bytes,
         region_bytes=intake.total_pages * PAGE_BYTES,

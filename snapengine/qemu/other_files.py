@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Sources: the specifications of the formats; libvirt's qemu_saveimage.h.
+# Sources: the specifications of the formats.
 _KINDS = {
     b"\x1f\x8b\x08": "compressed by gzip: decompress it first (zcat)",
     b"\xfd7zX": "compressed by xz: decompress it first (xzcat)",
@@ -10,7 +10,6 @@ _KINDS = {
     b"BZh": "compressed by bzip2: decompress it first (bzcat)",
     b"\x89LZO": "compressed by lzop: decompress it first (lzop -dc)",
     b"\x04\x22\x4d\x18": "compressed by lz4: decompress it first (lz4cat)",
-    b"Libv": "a save file of libvirt (virsh save): the stream follows its header and the domain's XML",
     b"QFI\xfb": "a qcow2 disk image",
     b"\x7fELF": "an ELF file, as dump-guest-memory and virsh dump --memory-only write",
     b"\x89SNP": "an image of snapengine already",

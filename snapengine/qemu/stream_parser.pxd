@@ -28,6 +28,7 @@ cdef class StreamParser:
     cdef readonly bytes head
     cdef readonly bytes tail
     cdef readonly object machine_type  # None: the stream has no configuration section
+    cdef readonly object domain_xml   # of a save file of libvirt: bytes; else None
     cdef readonly uint32_t section_id  # of "ram"
     cdef readonly bint has_end        # the RAM has an END section (background-snapshot writes none)
     cdef readonly uint64_t total_pages

@@ -8,6 +8,7 @@ class StreamParser:
     head: bytes
     tail: bytes
     machine_type: str | None
+    domain_xml: bytes | None
     section_id: int
     has_end: bool
     total_pages: int
