@@ -22,6 +22,7 @@ from waitkit import PATIENCE_S
 import snapengine
 from snapengine.errors import ImageError, MachineError, SnapengineError, TargetGoneError
 from snapengine.options import Options
+from snapengine.qemu.disks import disks
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.machine import EXTERNAL_DMA_FILES
 from snapengine.qemu.monitor import Monitor
@@ -223,6 +224,43 @@ def test_a_disk_snapshot_that_fails(machines, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
     assert machine.qmp("query-fdsets") == []
     machine.wait_progress(1000)
+
+
+def test_repeated_disk_snapshots_by_the_same_name(machines, tmp_path):
+    """A node gets another name by a snapshot; the names that the user knows stay valid."""
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    node = "a-name-of-a-node-of-31-letters-"
+    extra = ("-blockdev", f"driver=file,node-name=file0,filename={tmp_path}/disk",
+             "-blockdev", f"driver=raw,node-name={node},file=file0",
+             "-device", f"virtio-blk-pci,drive={node},id=vda")  # fmt: skip
+    machine = machines(Sweep(), extra=extra).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        for number, name in enumerate([node, node, "vda", "vda"]):
+            file = tmp_path / f"{number}.qcow2"
+            target = QemuTarget(monitor, block_snapshots={name: str(file)})
+            with snapengine.snapshot(target, tmp_path / "vm.img"):
+                pass
+            (disk,) = disks(monitor)
+            assert disk.file == str(file)
+            assert disk.qdev == "vda"
+        refused = {"are one disk": {"vda": "x", node: "y"}, "no disk 'vdb'": {"vdb": "x"}}
+        for error, files in refused.items():
+            with pytest.raises(MachineError, match=error):
+                snapengine.snapshot(QemuTarget(monitor, block_snapshots=files), tmp_path / "vm.img").start()
+    machine.wait_progress(1000)
+
+
+def test_no_disk_snapshot_behind_libvirts_back(machines, tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    extra = ("-drive", f"file={tmp_path}/disk,format=raw,if=virtio,id=vda", "-chardev", "null,id=charmonitor")
+    machine = machines(Sweep(), extra=extra).ready()
+    with Monitor(str(machine.socket)) as monitor:
+        target = QemuTarget(monitor, block_snapshots={"vda": str(tmp_path / "new")})
+        with pytest.raises(MachineError, match=r"libvirt runs this machine.*virsh snapshot-create-as"):
+            snapengine.snapshot(target, tmp_path / "vm.img").start()
+        with snapengine.snapshot(QemuTarget(monitor), tmp_path / "vm.img"):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["disk", "vm.img"]
 
 
 def test_a_socket_that_another_process_opened(machines, tmp_path):

@@ -53,9 +53,10 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
     add("--via-migration", action="store_true",
         help="do not attach: QEMU sends its own migration stream, by background-snapshot (dirty-logging: by "
         "migrate, and with KVM only)")  # fmt: skip
-    add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DEVICE=FILE",
-        help="take an external snapshot of this disk at the same instant: QEMU then writes to FILE (qcow2), "
-        "and the previous file keeps the state at that instant; may be repeated")  # fmt: skip
+    add("--block-snapshot", type=argument(parse_disk), action="append", default=[], metavar="DISK=FILE",
+        help="take an external snapshot of this disk (the id of its -drive, -blockdev or -device) at the "
+        "same instant: QEMU then writes to FILE (qcow2), and the previous file keeps the state at that "
+        "instant; may be repeated")  # fmt: skip
     add_options(parser, LEFT_OUT["qemu save"], {
         "strict": "fail if QEMU discards memory before it is saved",
     })
@@ -69,10 +70,10 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def parse_disk(text: str) -> tuple[str, str]:
-    """``DEVICE=FILE``. Raises ValueError."""
+    """``DISK=FILE``. Raises ValueError."""
     device, separator, file = text.partition("=")
     if not (device and separator and file):
-        raise ValueError(f"{text!r} is not DEVICE=FILE")
+        raise ValueError(f"{text!r} is not DISK=FILE")
     return device, file
 
 

@@ -11,11 +11,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from snapengine.errors import MachineError
 from snapengine.qemu.blobs import VERSION
+from snapengine.qemu.disks import disks
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ram_blocks import RamBlock
 from snapengine.qemu.replies import ask, ask_list, ask_migration, ask_text
@@ -64,18 +66,6 @@ def devices(monitor: Monitor) -> list[dict[str, str]]:
     return sorted(found, key=lambda device: device["path"])
 
 
-def disks(monitor: Monitor) -> list[dict[str, str]]:
-    """Return the disks with a medium: the names of ``device`` (may be "") and ``node``, and the current
-    ``file``."""
-    found = []
-    for item in ask_list(monitor, "query-block"):
-        if item.has("inserted"):
-            medium = item.object("inserted")
-            node = medium.string("node-name") if medium.has("node-name") else ""
-            found.append({"device": item.string("device"), "node": node, "file": medium.string("file")})
-    return found
-
-
 def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -> dict[str, Any]:
     """Return the description in JSON types. ``via`` is ``"device-state"`` or ``"migration-stream"``."""
     return {
@@ -98,7 +88,7 @@ def describe(monitor: Monitor, pid: int, blocks: Iterable[RamBlock], via: str) -
             for item in ask_list(monitor, "query-memdev")
         ],
         "devices": devices(monitor),
-        "disks": disks(monitor),
+        "disks": [asdict(disk) for disk in disks(monitor)],
         "command_line": command_line(pid),
     }
 

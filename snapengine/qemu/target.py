@@ -11,9 +11,7 @@ import contextlib
 import errno
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from snapengine.errors import MachineError, RegisterError, SnapengineError, TargetGoneError
@@ -26,6 +24,7 @@ from snapengine.process.copied import Copy, copy_all
 from snapengine.process.inject import inject_userfaultfd
 from snapengine.qemu import machine
 from snapengine.qemu.blobs import DEVICES, MACHINE, VIA_DEVICES
+from snapengine.qemu.disks import DiskSnapshots
 from snapengine.qemu.guard import Guard
 from snapengine.qemu.monitor import Monitor
 from snapengine.qemu.ram_blocks import RamBlock, locate, ram_blocks
@@ -48,8 +47,8 @@ class QemuTarget(AttachedTarget):
     pid:
         QEMU's process; 0: the process that listens on the monitor's Unix socket.
     block_snapshots:
-        Disk (device or node name in `query-block`) → new file. An external snapshot of each disk is taken at
-        T: the previous file keeps its content of T, and QEMU writes to the new one.
+        Disk (the id of its ``-drive``, ``-blockdev`` or ``-device``) → new file. An external snapshot of each
+        disk is taken at T: the previous file keeps its content of T, and QEMU writes to the new one.
     deadline:
         Timeout in seconds for stopping a thread of QEMU, which is done to create the userfaultfd.
 
@@ -87,7 +86,7 @@ class QemuTarget(AttachedTarget):
         """
         self.moved_disks: list[str] = []
         """One line for each disk that uses a new file since T, even if the capture fails later."""
-        self._disks = dict(block_snapshots or {})
+        self._disks = DiskSnapshots(monitor, block_snapshots or {})
         self._deadline = deadline
         self._info: permissions.ProcessInfo | None = None
         self._blocks: list[RamBlock] = []
@@ -127,7 +126,7 @@ class QemuTarget(AttachedTarget):
         machine.refuse_devices(self.monitor, self.pid)
         self._blocks = locate(ram_blocks(self.monitor), self.pid)
         tracked = self._tracked = self._classify(read_maps(self.pid))
-        self._check_disks()
+        self._disks.check()
         self._machine = machine.describe(self.monitor, self.pid, self._blocks, VIA_DEVICES)
         injected = inject_userfaultfd(self.pid, deadline=self._deadline, info=info)
         self.injection_ns = injected.stop_ns
@@ -163,7 +162,7 @@ class QemuTarget(AttachedTarget):
     def vmstate(self) -> dict[str, bytes]:
         """Wait until QEMU has saved the device state of T, and copy the untrackable blocks."""
         if self._disks:
-            self._snapshot_disks()
+            self.moved_disks = self._disks.take()
             self._end_part("block_snapshot")
             self._await_save = self._send_save()
         assert self._await_save is not None
@@ -318,37 +317,3 @@ class QemuTarget(AttachedTarget):
         raise MachineError(
             f"process {self.pid} is not the QEMU that answers at {self.monitor.address}: give QEMU's pid"
         )
-
-    def _check_disks(self) -> None:
-        known = {disk["device"] or disk["node"] for disk in machine.disks(self.monitor)}
-        for device, file in self._disks.items():
-            if device not in known:
-                raise MachineError(
-                    f"--block-snapshot: no disk {device!r}; disks: {', '.join(sorted(known)) or 'none'}"
-                )
-            if os.path.exists(file):
-                raise MachineError(f"--block-snapshot: {file} exists already: give a new file")
-
-    def _snapshot_disks(self) -> None:
-        """Snapshot all disks in one transaction: either all of them use their new file, or none."""
-        files = [os.path.abspath(file) for file in self._disks.values()]
-        nodes = {disk["node"] for disk in machine.disks(self.monitor) if not disk["device"]}
-        actions = []
-        for name, file in self._disks.items():
-            disk = {"device": name}
-            if name in nodes:
-                disk = {"node-name": name, "snapshot-node-name": f"{name}-{uuid.uuid4().hex[:8]}"}
-            data = disk | {"snapshot-file": os.path.abspath(file), "format": "qcow2"}
-            actions.append({"type": "blockdev-snapshot-sync", "data": data})
-        try:
-            self.monitor.execute("transaction", {"actions": actions})
-        except MachineError:
-            used = {disk["file"] for disk in machine.disks(self.monitor)}  # a timeout leaves the outcome open
-            for file in files:
-                if file not in used:
-                    Path(file).unlink(missing_ok=True)
-            raise
-        self.moved_disks = [
-            f"disk {device} now uses {file}; its previous file keeps the content of T"
-            for device, file in self._disks.items()
-        ]
