@@ -1,5 +1,6 @@
 """Parsing QEMU's replies about a machine: RAM block table, description, differences, monitor addresses."""
 
+import io
 import json
 import socket
 import threading
@@ -8,9 +9,13 @@ import pytest
 from waitkit import PATIENCE_S
 
 from snapengine.errors import MachineError
+from snapengine.image import open_image
+from snapengine.image.writer import Writer
+from snapengine.qemu.command import command_of
 from snapengine.qemu.machine import differences, version_warnings
 from snapengine.qemu.monitor import Monitor, parse_address
 from snapengine.qemu.ram_blocks import RamBlock, parse_table
+from snapengine.storage.sinks import MemorySink
 
 OLD = """\
               Block Name    PSize              Offset               Used              Total
@@ -140,6 +145,40 @@ def test_another_version_of_qemu_with_a_type_without_version_is_another_machine(
     saved, found = changed(machine_type=kind), changed(machine_type=kind, qemu="7.2.1")
     assert differences(saved, found) == ["QEMU version: 7.2.0 was saved, this is 7.2.1"]
     assert version_warnings(saved, found) == []
+
+
+# the command line
+
+LIBVIRTS = '{"qom-type":"secret","id":"masterKey0","file":"/var/lib/libvirt/qemu/vm/master-key.aes"}'
+
+
+def described(command_line):
+    """An image of such a machine, without its memory."""
+    sink = MemorySink()
+    writer = Writer(sink)
+    writer.begin([])
+    writer.vmstate("qemu.machine", json.dumps(changed(command_line=command_line)).encode())
+    writer.finish({})
+    return open_image(io.BytesIO(sink.getvalue()))
+
+
+def test_the_command_line_of_the_image():
+    line = ["qemu", "-S", "-m", "1G", "-incoming", "tcp::1", "--daemonize", "-name", "-S-", "-loadvm", "x"]
+    assert command_of(described(line)) == ["qemu", "-m", "1G", "-name", "-S-"]
+
+
+@pytest.mark.parametrize("argument", [
+    "socket,id=charmonitor,fd=22,server=on,wait=off", "tap,fds=21:22,id=net0", "tap,fd=3,vhost=on,vhostfd=4",
+    "file=/dev/fdset/2,format=raw", "fd:7", '{"driver":"file","filename":"/dev/fdset/0"}', LIBVIRTS,
+])  # fmt: skip
+def test_a_command_line_that_needs_open_files(argument):
+    with pytest.raises(MachineError, match=r"open in the process that started QEMU .*, as with libvirt"):
+        command_of(described(["qemu", "-x", argument]))
+
+
+def test_no_command_line():
+    with pytest.raises(MachineError, match="has no command line of QEMU: give one behind --"):
+        command_of(described([]))
 
 
 # the monitor

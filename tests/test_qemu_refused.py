@@ -354,7 +354,8 @@ def test_devices_that_qemu_refuses(saved, tmp_path):
 # the command line
 
 
-def test_save_and_restore_by_command(machines, folder):
+@pytest.mark.parametrize("from_image", [False, True])
+def test_save_and_restore_by_command(machines, folder, from_image):
     machine = machines(Sweep()).ready()
     arguments = ["--qmp", machine.socket, "--json", "--compress", "zstd", folder / "vm.img"]
     code, out, text = cli("qemu", "save", *arguments)
@@ -368,8 +369,8 @@ def test_save_and_restore_by_command(machines, folder):
     before = machine.counter()
     machine.kill()
     code, out, text = cli(
-        "qemu", "restore", "--json", "--paused", "--qmp", machine.room / "new", folder / "vm.img", "--",
-        *command_of(machine),
+        "qemu", "restore", "--json", "--paused", "--qmp", machine.room / "new", folder / "vm.img",
+        *([] if from_image else ["--", *command_of(machine)]),
     )  # fmt: skip
     assert code == 0, text
     restored = json.loads(out)
@@ -387,10 +388,10 @@ def test_save_and_restore_by_command(machines, folder):
     ("arguments", "code", "words"),
     [
         (["qemu", "save", "--qmp", "/nowhere.sock", "x.img"], 1, "no QEMU listens there"),
-        (["qemu", "save", "--qmp", "/x", "--block-snapshot", "a", "x.img"], 2, "not DEVICE=FILE"),
+        (["qemu", "save", "--qmp", "/x", "--block-snapshot", "a", "x.img"], 2, "not DISK=FILE"),
         (["qemu", "save", "--qmp", "/x", "--via-migration", "--block-snapshot", "a=b", "x"], 2, "--block"),
         (["qemu", "restore", "/nowhere.img", "--", "true"], 1, "/nowhere.img"),
-        (["qemu", "restore", "x.img"], 2, "required"),
+        (["qemu", "restore"], 2, "required"),
     ],
 )
 def test_errors_of_the_command_line(arguments, code, words, tmp_path):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored
 
 DESCRIPTION = """\
-Start QEMU with the state of the machine in the image. Give the QEMU command line of the saved machine
-(`snapengine info IMAGE` shows it), with the disks as they were then; -S and -incoming are added. QEMU keeps
-running after this command has ended; its monitor is at --qmp.
+Start QEMU with the state of the machine in the image, by the command line that the machine was started with
+(`snapengine info IMAGE` shows it), or by another that you give behind --. The disks must be as they were
+then; -S and -incoming are added. QEMU keeps running after this command has ended; its monitor is at --qmp.
 """
 EPILOG = f"""\
 Machines that differ (RAM blocks, sizes, devices, CPUs, machine type) are refused, with what differs; --force
@@ -26,6 +26,7 @@ tries anyway. Another version of QEMU is a warning if the machine type has a ver
 new QEMU with that type.
 
 examples:
+  snapengine qemu restore vm.img
   snapengine qemu restore vm.img -- qemu-system-x86_64 -m 1G -drive file=vm.qcow2
   snapengine qemu restore --qmp /run/vm2.qmp --paused vm.img -- qemu-system-x86_64 -m 1G
   snapengine qemu restore --foreground vm.img -- qemu-system-x86_64 -m 1G -nographic
@@ -39,11 +40,13 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "restore", help="start a machine from its image", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=raw,
-        usage="%(prog)s [options] IMAGE -- QEMU ARGUMENT...",
+        usage="%(prog)s [options] IMAGE [-- QEMU ARGUMENT...]",
     )  # fmt: skip
     add = parser.add_argument
     add("image", metavar="IMAGE", help="the image, a file")
-    add("command", nargs="+", metavar="QEMU ARGUMENT...", help="QEMU's command line, behind --")
+    add("command", nargs="*", metavar="QEMU ARGUMENT...",
+        help="QEMU's command line, behind -- (default: that of the saved machine; relative paths in it are "
+        "relative to the directory where this command runs)")  # fmt: skip
     add("--qmp", metavar="SOCKET", help="Unix socket for the machine's monitor (default: in a new directory)")
     add("--paused", action="store_true", help="leave the guest stopped")
     add("--force", action="store_true", help="continue although the machine differs from the saved one")
@@ -62,6 +65,7 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.image import open_image
+    from snapengine.qemu.command import command_of
     from snapengine.qemu.restore import restore_machine
     from snapengine.regions import PAGE_BYTES
     from snapengine.report.progress import Bar
@@ -71,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
         lost_pages_as(image, args.lost),
         Bar(args.foreground) as bar,
     ):
+        command = args.command or command_of(image)
         saved_bytes = image.index.data_pages() * PAGE_BYTES
         restored = restore_machine(
-            image, args.command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
+            image, command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
             log=args.log, command_seconds=args.monitor_timeout, progress=bar.of_bytes("loading", saved_bytes),
         )  # fmt: skip
     end_of_limit()

@@ -23,6 +23,9 @@
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #ifndef PTRACE_GET_RSEQ_CONFIGURATION /* Linux 5.13 */
 #define PTRACE_GET_RSEQ_CONFIGURATION 0x420f
@@ -90,6 +93,10 @@ static inline int snap_run_in_helper(int (*fn)(void *), void *arg) {
         mmap(0, SNAP_HELPER_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED)
         return errno;
+#ifdef __SANITIZE_ADDRESS__
+    /* A helper that was killed has left the shadow of its frames poisoned, and this may be the same memory. */
+    __asan_unpoison_memory_region(stack, SNAP_HELPER_STACK);
+#endif
     mprotect(stack, SNAP_HELPER_GUARD, PROT_NONE);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
