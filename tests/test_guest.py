@@ -31,7 +31,7 @@ from waitkit import PATIENCE_S, attempts, until  # noqa: E402
 
 MIB = 1 << 20
 SIZE = 16 * MIB
-PYTHON = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+PYTHON = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def alive(pid: int) -> bool:
