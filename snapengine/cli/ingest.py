@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +30,8 @@ STREAM is a file, or - for standard input. SINK is where the image goes: PATH, e
 (see `snapengine save --help`).
 
 Figures are printed only to a terminal, or with --json: run by QEMU, this command shares QEMU's standard
-output. The instant T is not known: the stream does not tell it.
+output. The instant T is not known: the stream does not tell it. After an error the rest of a stream that
+comes through a pipe is still read, so that a background-snapshot of QEMU 7.2 ends and its guest goes on.
 
 The content of the stream is not checked against the machine. Without KVM, a plain `migrate` of a running
 guest (QEMU 7.2) sometimes sends pages that are too old: use background-snapshot, or stop the guest first.
@@ -53,12 +56,11 @@ def add_ingest(commands: argparse._SubParsersAction[Any], line: str) -> None:
     add("stream", metavar="STREAM", help="the stream: a file, or - for standard input")
     add("sink", metavar="SINK", help="where the image goes")
     add("--direct", action="store_true",
-        help="write pages as they arrive: for background-snapshot, which sends each page once. After an "
-        "error the stream is still read to its end. Without --direct a file in --spill-dir keeps the "
-        "last version of each page")  # fmt: skip
+        help="write pages as they arrive: for background-snapshot, which sends each page once. Without "
+        "--direct a file in --spill-dir keeps the last version of each page")  # fmt: skip
     add_options(parser, LEFT_OUT["ingest"], {
         "spill_dir": "where pages wait for the end of the stream (default: $TMPDIR)",
-        "timeout": "give up (with --direct: and still read the stream to its end, for QEMU)",
+        "timeout": "give up (and still read the stream to its end, for QEMU)",
     })
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
@@ -84,16 +86,24 @@ def run(args: argparse.Namespace) -> int:
     """The command."""
     from snapengine.qemu.from_stream import DRAIN_SECONDS, drain, ingest
 
-    options = make_options(args)
-    check_output(args.sink)
+    rest = math.inf
+
+    def failed(most: float) -> None:
+        nonlocal rest
+        rest = most
+
     with opened_stream(args.stream) as fd:
         try:
-            result = ingest(fd, args.sink, options, direct=args.direct,
+            options = make_options(args)
+            check_output(args.sink)
+            result = ingest(fd, args.sink, options, direct=args.direct, failed=failed,
                             name="standard input" if args.stream == "-" else args.stream)  # fmt: skip
         except BaseException as error:
-            if args.direct:
+            # QEMU needs a reader until its background-snapshot ends, or the guest stands still for ever.
+            # Other migrations do not, but the stream does not say what it is.
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
                 expired = isinstance(error, TimeLimitError) or getattr(error, "exit_code", 0) == EXIT_TIMEOUT
-                drain(fd, EXPIRED_DRAIN_SECONDS if expired else DRAIN_SECONDS)
+                drain(fd, EXPIRED_DRAIN_SECONDS if expired else DRAIN_SECONDS, rest)
             raise
     report(result, args, figures=sys.stdout.isatty())
     return EXIT_OK

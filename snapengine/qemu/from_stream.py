@@ -20,6 +20,7 @@ from snapengine.pipeline.pipeline import Pipeline
 from snapengine.qemu.blobs import HEAD, MACHINE, TAIL, parse_members
 from snapengine.qemu.image_end import finish_image, regions_of
 from snapengine.qemu.stream_pages import DirectIntake, Spool
+from snapengine.qemu.stream_parser import HEAD_MAX_BYTES, TAIL_MAX_BYTES
 from snapengine.qemu.tail import check_tail
 from snapengine.result import Result
 from snapengine.storage.pipes import PIPE_BYTES, enlarge_pipe
@@ -28,6 +29,7 @@ from snapengine.storage.sinks import Sink, open_sink
 __all__ = ["drain", "ingest"]
 
 DRAIN_SECONDS = 30.0
+RECORD_MAX_BYTES = 4096 + 9 + 255  # of one page, with the name of its block
 
 
 def ingest(
@@ -40,6 +42,7 @@ def ingest(
     name: str = "stream",
     watch: Callable[[int], None] | None = None,
     finish: Callable[[], dict[str, Any]] | None = None,
+    failed: Callable[[float], None] | None = None,
 ) -> Result:
     """Read a migration stream to its end and write it as an image.
 
@@ -64,6 +67,9 @@ def ingest(
     finish:
         Called when the stream has ended, which can be long before the image is complete. It returns fields
         of the result that only the sender knows. After an exception from it no image is left.
+    failed:
+        Called before an error is raised, with the most bytes that a background-snapshot can still send: for
+        `drain`.
 
     Returns
     -------
@@ -88,20 +94,29 @@ def ingest(
         raise ValueError(f"extra blobs: {', '.join(sorted(taken))} is a reserved name: use another")
     work = _Ingest(stream_fd, open_sink(sink), options or Options(), direct, blobs, members, name)
     work.finish = finish
-    return work.run(watch)
+    try:
+        return work.run(watch)
+    except BaseException:
+        if failed is not None:
+            failed(work.rest_max_bytes)
+        raise
 
 
-def drain(stream_fd: int, silence: float = DRAIN_SECONDS) -> None:
+def drain(stream_fd: int, silence: float = DRAIN_SECONDS, most: float = math.inf) -> None:
     """Read the rest of a background-snapshot's stream and discard it.
 
     If a background-snapshot fails or is cancelled, QEMU 7.2 leaves the pages write-protected, and the guest
     blocks for ever at its first write to one (10.0 does not). After an error on our side the migration must
-    therefore run to its end. This function gives up after `silence` seconds without data.
+    therefore run to its end. This function gives up after `silence` seconds without data, or when `most`
+    bytes have come: then it is another migration, which may go on for ever, and which may fail.
     """
     poll = select.poll()
     poll.register(stream_fd, select.POLLIN)
-    while poll.poll(silence * 1000) and os.read(stream_fd, PIPE_BYTES):
-        pass
+    while most > 0 and poll.poll(silence * 1000):
+        got = len(os.read(stream_fd, PIPE_BYTES))
+        if not got:
+            return
+        most -= got
 
 
 class _Ingest:
@@ -137,6 +152,13 @@ class _Ingest:
             sink.abort()
             raise
         self._start_ns = time.monotonic_ns()
+
+    @property
+    def rest_max_bytes(self) -> float:
+        """The most bytes that still come if the stream sends each page once: infinite before the head."""
+        pages = self._intake.total_pages
+        whole = HEAD_MAX_BYTES + pages * RECORD_MAX_BYTES + TAIL_MAX_BYTES if pages else math.inf
+        return whole - self._intake.offset
 
     def run(self, watch: Callable[[int], None] | None) -> Result:
         """Convert the stream on a worker thread, and wait for it."""
