@@ -89,7 +89,8 @@ class Image:
         """Open the image. It takes over `source`, which is closed with the image, or if this raises."""
         self._source = source
         self.name = source.name
-        self._lost = lost
+        self.lost: LostPages = lost
+        """What reads do with pages that were lost at capture time: see `open_image`."""
         try:
             self._load()
         except BaseException:
@@ -244,7 +245,7 @@ class Image:
         gap = runs.first_gap(low // PAGE_BYTES, end)
         if gap is not None:
             raise ImageError(f"{self.name}: {page_text(region, gap)} is not in the image")
-        lost = runs.first_of(LOST) if self._lost == "refuse" else None
+        lost = runs.first_of(LOST) if self.lost == "refuse" else None
         if lost is not None:
             raise LostPagesError(f"{self.name}: {page_text(region, lost)} was lost at capture time")
         return runs

@@ -187,7 +187,8 @@ def _start(
         with connect(path, process, limits) as monitor:
             restored = Restored(monitor.peer_pid or process.pid, path, "", process=process)
             restored.start_ns = time.monotonic_ns() - start_ns
-            restored.lost_pages = image.lost_pages()
+            if image.lost == "zero":  # otherwise there are none, or the restore fails
+                restored.lost_pages = image.lost_pages()
             restored.differences = compare(monitor, saved, force, image.name)
             load(monitor, image, saved, restored, progress, limits)
             if run:
