@@ -228,6 +228,7 @@ cdef class StreamParser:
             left = parsed.data_bytes - len(data)
         self.head_bytes = bytearray()
         self.domain_xml = parsed.domain_xml(bytes(data))
+        self.name += " (a save file of libvirt)"
 
     def _expect(self, int state):
         if self.state != state:
