@@ -15,8 +15,8 @@ REAL_SNAPSHOTS ?= 20
 # Machines saved, killed and restored per test case and round.
 QEMU_ROUNDS ?= 10
 
-# Processes that `make test` spreads the test files over.
-WORKERS ?= 1
+# Processes that `make test` spreads the test files over. Few tests use one CPU for long.
+WORKERS ?= 2
 
 # All targets together.
 FUZZ_SECONDS ?= 240
@@ -46,7 +46,7 @@ demo: $(VENV)/.base  ## Save a busy guest live by both methods; print a table, d
 	$(BIN)/snapengine demo --plot demo.png $(DEMO)
 
 .PHONY: test
-test: $(VENV)/.test  ## Run the tests, file by file in WORKERS (1) processes
+test: $(VENV)/.test  ## Run the tests, file by file in WORKERS (2) processes
 	$(BIN)/python -m pytest -q $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile) $(TESTS)
 
 .PHONY: test-real
