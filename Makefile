@@ -112,6 +112,11 @@ docs: $(VENV)/.docs  ## Build the documentation into build/docs; a warning or a 
 	$(BIN)/python -m sphinx -q -W --keep-going -d build/docs-doctrees docs build/docs
 	@echo "build/docs/index.html"
 
+.PHONY: man
+man: $(VENV)/.docs  ## Build the manual page into build/man
+	$(BIN)/python -m sphinx -q -b man -d build/docs-doctrees docs build/man
+	@echo "build/man/snapengine.1"
+
 .PHONY: dist
 dist: $(VENV)/.test  ## Build the sdist, and from it the wheel, into dist/
 	.ci/dist $(BIN)/python dist

@@ -31,6 +31,8 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = True
 napoleon_google_docstring = False
 
+man_pages = [("reference/cli", "snapengine", "live snapshots of memory", author, 1)]
+
 GENERATED = {"reference/cli": cli.render, "how/rooms": rooms.render}
 """Pages whose second half is made from the sources."""
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from clikit import imported, run
+from clikit import COMMAND, imported, run
 from streamkit import head as stream_head
 from targetkit import Target
 from waitkit import PATIENCE_S
@@ -194,12 +194,53 @@ def test_wrong_usage_is_said_in_two_lines():
 @pytest.mark.parametrize(
     "command",
     ["save", "ingest", "info", "verify", "restore", "export", "guest", "doctor", "demo", "qemu save",
-     "qemu restore", "qemu analyze"],
+     "qemu restore", "qemu analyze", "completion"],
 )  # fmt: skip
 def test_the_help_of_every_command_has_its_exit_codes(command):
     done = run(*command.split(), "--help")
     assert done.returncode == 0
     assert b"exit codes:" in done.stdout
-    if command.split()[0] not in ("guest", "doctor", "demo"):
+    if command.split()[0] not in ("guest", "doctor", "demo", "completion"):
         assert b"124" in done.stdout
         assert b"--timeout SECONDS" in done.stdout
+
+
+COMPLETE = """
+source /dev/stdin
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_snapengine
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["sa"], ["save"]),
+        (["qemu", "re"], ["restore"]),
+        (["save", "--cu"], ["--cut"]),
+        (["qemu", "save", "--block-s"], ["--block-snapshot"]),
+        (["completion", ""], ["bash", "tcsh", "zsh"]),
+    ],
+)
+def test_bash_completes(words, wanted):
+    script = run("completion", "bash").stdout
+    bash = ["bash", "-c", COMPLETE, "bash", "snapengine", *words]
+    done = subprocess.run(bash, input=script, capture_output=True, check=True)
+    assert sorted(done.stdout.decode().split()) == wanted, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_complete(shell):
+    done = run("completion", shell)
+    assert done.returncode == 0
+    assert b"snapengine" in done.stdout
+    assert b"block-snapshot" in done.stdout or shell == "tcsh"
+
+
+def test_completion_without_shtab(tmp_path):
+    (tmp_path / "shtab.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([*COMMAND, "completion", "bash"], env=environment, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"pip install 'snapengine[completion]'" in done.stderr

@@ -125,7 +125,9 @@ REFUSED = {
     "libvirt, endless XML": (kit.libvirt_save(VALID, data_bytes=1 << 31), 0, ["damaged header"]),
     "libvirt, a cookie outside": (kit.libvirt_save(VALID, cookie=65), 0, ["damaged header"]),
     "libvirt, cut off": (kit.libvirt_save(VALID)[:100], 100, ["ends early"]),
-    "libvirt, no stream": (kit.libvirt_save(bytes(200)), 156, ["a save file of libvirt", "not a migration stream"]),
+    "libvirt, no stream": (
+        kit.libvirt_save(bytes(200)), 156, ["a save file of libvirt", "not a migration stream"],
+    ),
     "qcow2": (b"QFI\xfb" + kit.u32(3) + bytes(100), 0, ["a qcow2 disk image"]),
     "an image": (records.MAGIC + bytes(100), 0, ["an image of snapengine already"]),
     "version": (b"QEVM" + kit.u32(2) + bytes(50), 4, ["version 2"]),

@@ -192,7 +192,8 @@ cdef class StreamParser:
             magic = self.take(4)
         if magic != VM_MAGIC.to_bytes(4, "big"):
             kind = identify(magic)
-            raise StreamError(f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}", self.offset - 4)
+            text = f"{self.name}: not a migration stream of QEMU{kind and ', but '}{kind}"
+            raise StreamError(text, self.offset - 4)
         version = self._u32()
         if version != VM_VERSION:
             raise StreamError(f"{self.name}: stream version {version}; this program reads {VM_VERSION}", 4)

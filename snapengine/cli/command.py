@@ -28,6 +28,7 @@ COMMANDS = {
     "guest": ("tools", "run the embedded guest: a program that writes to its memory"),
     "doctor": ("tools", "check what this host supports"),
     "demo": ("tools", "compare both methods on a busy guest"),
+    "completion": ("completion", "print a script for the completion of a shell"),
 }
 """Module and help line of each command."""
 
