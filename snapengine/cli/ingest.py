@@ -14,7 +14,7 @@ from typing import Any
 
 from snapengine.cli.capture_options import LEFT_OUT, add_options, make_options
 from snapengine.cli.common import check_output
-from snapengine.cli.save import report
+from snapengine.cli.save import add_report_options, report
 from snapengine.errors import TimeLimitError
 from snapengine.report.terminal import EXIT_CODES, EXIT_OK, EXIT_TIMEOUT, raw
 
@@ -62,8 +62,7 @@ def add_ingest(commands: argparse._SubParsersAction[Any], line: str) -> None:
         "spill_dir": "where pages wait for the end of the stream (default: $TMPDIR)",
         "timeout": "give up (and still read the stream to its end, for QEMU)",
     })
-    add("--json", action="store_true", help="print the figures as one JSON object")
-    add("--quiet", action="store_true", help="print nothing but errors (and --json)")
+    add_report_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from snapengine.base.units import parse_seconds
 from snapengine.cli.capture_options import LEFT_OUT, add_options, make_options
 from snapengine.cli.common import argument, check_output
-from snapengine.cli.save import exit_code, report
+from snapengine.cli.save import add_report_options, exit_code, report
 from snapengine.errors import AttachError, UffdPermissionError
 from snapengine.report.terminal import EXIT_CODES, raw, say
 
@@ -64,8 +64,7 @@ def add_save(commands: argparse._SubParsersAction[Any]) -> None:
         help="longest wait for the one thread of QEMU that opens the userfaultfd (default 1)")  # fmt: skip
     add("--monitor-timeout", type=seconds, default=60.0, metavar="SECONDS",
         help="longest wait for the answer of QEMU's monitor to one command (default 60)")  # fmt: skip
-    add("--json", action="store_true", help="print the figures as one JSON object")
-    add("--quiet", action="store_true", help="print nothing but errors (and --json)")
+    add_report_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
 

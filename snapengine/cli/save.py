@@ -86,9 +86,20 @@ def add_save(commands: argparse._SubParsersAction[Any], line: str) -> None:
         help="--socket: longest wait for the peer (default: 60)")  # fmt: skip
     add("--stop-timeout", type=seconds, default=1.0, metavar="SECONDS",
         help="--pid: longest wait for threads to stop; then everything is undone (default: 1)")  # fmt: skip
+    add_report_options(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `report` reads."""
+    from snapengine.report.metrics import metrics_file
+
+    add = parser.add_argument
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--quiet", action="store_true", help="print nothing but errors (and --json)")
-    parser.set_defaults(run=run, parser=parser)
+    add("--metrics", type=argument(metrics_file), metavar="FILE",
+        help="write the figures into FILE for Prometheus, as the textfile collector of node_exporter reads "
+        "it")  # fmt: skip
 
 
 def parse_vmstate(text: str) -> tuple[str, Path]:
@@ -142,6 +153,10 @@ def report(result: Result, args: argparse.Namespace, *, figures: bool = True) ->
         for warning in [*result.warnings, *([missing] if missing else [])]:
             say(f"warning: {warning}")
     after_the_image(lambda: _print_figures(result, args, figures and not args.quiet))
+    if args.metrics:
+        from snapengine.report.metrics import write_metrics
+
+        after_the_image(lambda: write_metrics(args.metrics, result))
 
 
 def _print_figures(result: Result, args: argparse.Namespace, wanted: bool) -> None:
