@@ -369,7 +369,7 @@ def test_save_and_restore_by_command(machines, folder, from_image):
     before = machine.counter()
     machine.kill()
     code, out, text = cli(
-        "qemu", "restore", "--json", "--paused", "--qmp", machine.room / "new", folder / "vm.img",
+        "qemu", "restore", "--json", folder / "vm.img", "--paused", "--qmp", machine.room / "new",
         *([] if from_image else ["--", *command_of(machine)]),
     )  # fmt: skip
     assert code == 0, text
@@ -392,6 +392,7 @@ def test_save_and_restore_by_command(machines, folder, from_image):
         (["qemu", "save", "--qmp", "/x", "--via-migration", "--block-snapshot", "a=b", "x"], 2, "--block"),
         (["qemu", "restore", "/nowhere.img", "--", "true"], 1, "/nowhere.img"),
         (["qemu", "restore"], 2, "required"),
+        (["qemu", "restore", "x.img", "qemu"], 2, "unrecognized arguments: qemu"),
     ],
 )
 def test_errors_of_the_command_line(arguments, code, words, tmp_path):

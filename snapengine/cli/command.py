@@ -32,6 +32,10 @@ COMMANDS = {
 }
 """Module and help line of each command."""
 
+WRAPPER = ["qemu", "restore"]
+"""The command that takes another command line behind --. argparse cannot: an optional positional argument
+behind IMAGE takes nothing as soon as an option follows IMAGE."""
+
 DESCRIPTION = """\
 Live snapshots of memory: the state at one instant, saved while the program goes on writing.
 """
@@ -86,7 +90,12 @@ def _run(arguments: list[str]) -> int:
 
         return guest.main(arguments[1:])
     known = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    behind: list[str] = []
+    if arguments[:2] == WRAPPER and "--" in arguments:
+        at = arguments.index("--")
+        arguments, behind = arguments[:at], arguments[at + 1 :]
     args = make_parser(known).parse_args(arguments)
+    args.behind = behind
     with limit_time(getattr(args, "timeout", None)):
         return int(args.run(args) or 0)
 

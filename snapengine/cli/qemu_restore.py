@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from snapengine.qemu.restore import Restored
 
 DESCRIPTION = """\
-Start QEMU with the state of the machine in the image, by the command line that the machine was started with
-(`snapengine info IMAGE` shows it), or by another that you give behind --. The disks must be as they were
-then; -S and -incoming are added. QEMU keeps running after this command has ended; its monitor is at --qmp.
+Start QEMU with the state of the machine in the image: by the command line that the machine was started with
+(`snapengine info IMAGE` shows it; relative paths are relative to the current directory), or by another that
+you give behind --. The disks must be as they were then; -S and -incoming are added. QEMU keeps running after
+this command has ended; its monitor is at --qmp.
 """
 EPILOG = f"""\
 Machines that differ (RAM blocks, sizes, devices, CPUs, machine type) are refused, with what differs; --force
@@ -44,9 +45,6 @@ def add_restore(commands: argparse._SubParsersAction[Any]) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("image", metavar="IMAGE", help="the image, a file")
-    add("command", nargs="*", metavar="QEMU ARGUMENT...",
-        help="QEMU's command line, behind -- (default: that of the saved machine; relative paths in it are "
-        "relative to the directory where this command runs)")  # fmt: skip
     add("--qmp", metavar="SOCKET", help="Unix socket for the machine's monitor (default: in a new directory)")
     add("--paused", action="store_true", help="leave the guest stopped")
     add("--force", action="store_true", help="continue although the machine differs from the saved one")
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         lost_pages_as(image, args.lost),
         Bar(args.foreground) as bar,
     ):
-        command = args.command or command_of(image)
+        command = args.behind or command_of(image)
         saved_bytes = image.index.data_pages() * PAGE_BYTES
         restored = restore_machine(
             image, command, qmp=args.qmp, run=not args.paused, force=args.force, stdio=args.foreground,
