@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from snapengine.cli.command import COMMANDS, make_parser
+from snapengine.cli import command
+from snapengine.cli.command import COMMANDS
 
 README_WORDS = 900
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -68,7 +69,7 @@ def parse(arguments):
         parser = Parser(prog="snapengine guest")
         add_arguments(parser)
         return parser.parse_args(arguments[1:])
-    return make_parser().parse_args(arguments)
+    return command.parse(arguments)
 
 
 def broken_links(path):

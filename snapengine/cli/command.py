@@ -15,6 +15,8 @@ from snapengine import __version__
 from snapengine.report import streams
 
 if TYPE_CHECKING:
+    import argparse
+
     from snapengine.report.terminal import Parser
 
 COMMANDS = {
@@ -82,13 +84,8 @@ def run_command(arguments: Sequence[str]) -> int:
         return _failed(error)
 
 
-def _run(arguments: list[str]) -> int:
-    from snapengine.cli.common import limit_time
-
-    if arguments[:1] == ["guest"]:  # it has its own parser
-        from snapengine.guest import main as guest
-
-        return guest.main(arguments[1:])
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line, but not that of ``guest``. `behind` is what is behind -- of the `WRAPPER`."""
     known = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     behind: list[str] = []
     if arguments[:2] == WRAPPER and "--" in arguments:
@@ -96,6 +93,17 @@ def _run(arguments: list[str]) -> int:
         arguments, behind = arguments[:at], arguments[at + 1 :]
     args = make_parser(known).parse_args(arguments)
     args.behind = behind
+    return args
+
+
+def _run(arguments: list[str]) -> int:
+    from snapengine.cli.common import limit_time
+
+    if arguments[:1] == ["guest"]:  # it has its own parser
+        from snapengine.guest import main as guest
+
+        return guest.main(arguments[1:])
+    args = parse(arguments)
     with limit_time(getattr(args, "timeout", None)):
         return int(args.run(args) or 0)
 
