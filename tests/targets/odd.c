@@ -18,12 +18,13 @@ static void count_for_ever(void) {
 
 /* The parent of a vfork sleeps uninterruptibly until its child executes or ends. */
 static void wait_for_vfork(void) {
+    pid_t self = getpid();
     words[READY] = 1;
     pid_t child = vfork();
     if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         words[VALUES] = (uint64_t)getpid();
-        while (!words[MEMORY])
+        while (!words[MEMORY] && getppid() == self) /* it may have been killed before the prctl */
             usleep(1000);
         _exit(0);
     }
