@@ -52,6 +52,31 @@ def test_the_whole_stream_is_read(arguments, data, error, direct):
     assert error in text.decode()
 
 
+NO_DRAIN = """
+import sys
+from snapengine.cli import main
+from snapengine.qemu import from_stream
+from_stream.drain = lambda *_: print("drained")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "drains"), [("terminal", False), ("pipe", True)])
+def test_a_terminal_is_not_drained(kind, drains):
+    """Nobody sends a stream there, and its user would wait for the error."""
+    other, fd = os.openpty() if kind == "terminal" else os.pipe()[::-1]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", NO_DRAIN, "ingest", "-", "/nowhere/vm.img"], stdin=fd, capture_output=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(other)
+        os.close(fd)
+    assert done.returncode == 1
+    assert (b"drained" in done.stdout) == drains
+
+
 @pytest.mark.parametrize("direct", [["--direct"], []])
 def test_what_the_sender_sees(direct):
     """No EPIPE while the stream can be of a background-snapshot; one when it is longer than any."""

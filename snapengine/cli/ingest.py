@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         except BaseException as error:
             # QEMU needs a reader until its background-snapshot ends, or the guest stands still for ever.
             # Other migrations do not, but the stream does not say what it is.
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            mode = os.fstat(fd).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # not a terminal, which would wait for its user
                 expired = isinstance(error, TimeLimitError) or getattr(error, "exit_code", 0) == EXIT_TIMEOUT
                 drain(fd, EXPIRED_DRAIN_SECONDS if expired else DRAIN_SECONDS, rest)
             raise
